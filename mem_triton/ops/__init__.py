@@ -1,0 +1,1 @@
+"""Engine-neutral operators: one folder per op, with its specification, kernels and launcher."""

@@ -1,0 +1,1 @@
+"""Engine-neutral serving logic: requests in, device tables out."""
