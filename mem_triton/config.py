@@ -1,0 +1,79 @@
+"""The one configuration schema of mem_triton, whatever engine it runs in.
+
+Example::
+
+    {"delta": {"adapter": "declare-lab/delta-mem_qwen3_4b-instruct"}, "session_dir": "/var/lib/mem"}
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class ConfigError(ValueError):
+    """A configuration value that mem_triton cannot use; the message names the key and the fix."""
+
+
+def nearest_name_hint(name: str, known: Iterable[str]) -> str:
+    """' Did you mean "x"?' for the known name closest to ``name``, or the list of known names."""
+    known = sorted(known)
+    match = difflib.get_close_matches(name, known, n=1)
+    return f' Did you mean "{match[0]}"?' if match else f" Known: {', '.join(known)}."
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DeltaSection(_Section):
+    """δ-mem, the online state.
+
+    adapter: folder or Hugging Face id with ``delta_mem_config.json`` and the adapter's tensors.
+    revision: branch, tag or commit of a Hugging Face id.
+    tokens_per_state: KV-cache tokens that share one stored state; None chooses 16, or 1 under speculative decoding.
+    """
+
+    adapter: str = Field(min_length=1)
+    revision: str | None = None
+    tokens_per_state: int | None = Field(default=None, ge=1, le=1024)
+
+
+class MemTritonConfig(_Section):
+    """The ``mem_triton`` section of an engine's configuration.
+
+    delta: δ-mem, off if absent.
+    session_dir: folder for committed session states; None keeps them in the server's memory only.
+    max_sessions: sessions kept in memory. With ``session_dir`` the least recently used one leaves memory and stays
+        on disk; without it a new session beyond the limit is refused, because nothing may be lost silently.
+    """
+
+    delta: DeltaSection | None = None
+    session_dir: Path | None = None
+    max_sessions: int = Field(default=4096, ge=1)
+
+
+def parse_config(data: Mapping[str, Any]) -> MemTritonConfig:
+    """Check a plain dict against the schema.
+
+    Raises ConfigError naming every bad key, the nearest known key for unknown ones, and the expected type.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"mem_triton must be a JSON object, got {type(data).__name__}")
+    try:
+        return MemTritonConfig.model_validate(dict(data))
+    except ValidationError as error:
+        sections = {(): MemTritonConfig, ("delta",): DeltaSection}
+        lines = []
+        for item in error.errors():
+            where = ".".join(("mem_triton", *map(str, item["loc"])))
+            text = item["msg"]
+            if item["type"] == "extra_forbidden":
+                known = sections[tuple(item["loc"][:-1])].model_fields
+                text = "unknown key." + nearest_name_hint(str(item["loc"][-1]), known)
+            lines.append(f"{where}: {text}")
+        raise ConfigError("bad mem_triton configuration: " + "; ".join(lines)) from None

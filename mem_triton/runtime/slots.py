@@ -1,0 +1,124 @@
+"""Worker-side tables: which row of the running batch starts from which state, and where its last states go.
+
+Engine-neutral. A request that says something about its memory *enters* when the engine puts it into the batch and
+*leaves* when it is finished or preempted. Between steps the engine calls ``set_rows`` with the batch's order; kernels
+read the persistent device tables, so a captured CUDA graph sees every change.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAST_STATES = 2
+"""States kept per slot, by parity of position: async scheduling may run one step past a request's end."""
+
+
+@dataclass
+class _Resident:
+    lease: str | None
+    write: bool
+    slot: int  # -1: starts from zeros and commits nothing
+    last_position: int = -1
+
+
+class StateSlots:
+    """Per-slot initial and last states for the requests in the batch.
+
+    initial: fp32 [layers, slots, state_size]; last: fp32 [layers, slots, 2, state_size];
+    row_slot, row_write: int32 [slots], one entry a batch row (slot -1: start from zeros; write 0: frozen state).
+    """
+
+    def __init__(self, layer_indices: Sequence[int], state_size: int, slots: int, device: torch.device) -> None:
+        self.layer_indices = list(layer_indices)  # this worker's layers among all of the adapter's
+        self.state_size = state_size
+        self.initial = torch.zeros(len(layer_indices), slots, state_size, device=device)
+        self.last = torch.zeros(len(layer_indices), slots, LAST_STATES, state_size, device=device)
+        self.row_slot = torch.full((slots,), -1, dtype=torch.int32, device=device)
+        self.row_write = torch.ones(slots, dtype=torch.int32, device=device)
+        self._free = list(range(slots))
+        self._residents: dict[str, _Resident] = {}  # request id -> its place in the batch
+        self._left: OrderedDict[str, tuple[int, Tensor]] = OrderedDict()  # lease -> last position, [layers, 2, size]
+        self._left_limit = 4 * slots
+        self._rows_are_plain = True
+
+    def enter(self, request_id: str, carried: Mapping[str, Any] | None) -> None:
+        """Register a request that joins the batch. ``carried`` is what the front end resolved, None for a plain one."""
+        if not carried or request_id in self._residents:
+            return
+        lease, slot = carried.get("lease"), -1
+        if lease is not None:
+            self._left.pop(lease, None)  # preempted and back: it starts over
+            slot = self._free.pop()
+            self.initial[:, slot] = 0
+            if data := carried.get("state"):
+                states = torch.frombuffer(bytearray(data), dtype=torch.float32).view(-1, self.state_size)
+                states = states[self.layer_indices]
+                if self.initial.is_cuda:
+                    states = states.pin_memory()
+                self.initial[:, slot].copy_(states, non_blocking=True)
+        self._residents[request_id] = _Resident(lease, bool(carried.get("write", 1)), slot)
+
+    def leave(self, request_id: str) -> None:
+        """Forget a request that left the batch; its last states wait for ``take``."""
+        resident = self._residents.pop(request_id, None)
+        if resident is None or resident.slot < 0:
+            return
+        if resident.write and resident.last_position >= 0:
+            self._left[resident.lease] = (resident.last_position, self.last[:, resident.slot].clone())
+            while len(self._left) > self._left_limit:
+                self._left.popitem(last=False)
+        self._free.append(resident.slot)
+
+    def set_rows(self, request_ids: Sequence[str], last_positions: Sequence[int]) -> None:
+        """Write the batch's order into the device tables.
+
+        last_positions: per row, the position of the last token that the coming step processes.
+        """
+        if not self._residents and self._rows_are_plain:
+            return
+        slots, writes = [], []
+        for request_id, position in zip(request_ids, last_positions, strict=True):
+            resident = self._residents.get(request_id)
+            slots.append(-1 if resident is None else resident.slot)
+            writes.append(1 if resident is None else int(resident.write))
+            if resident is not None:
+                resident.last_position = int(position)
+        padding = len(self.row_slot) - len(slots)
+        table = torch.tensor([slots + [-1] * padding, writes + [1] * padding], dtype=torch.int32)
+        if self.row_slot.is_cuda:
+            table = table.pin_memory()
+        self.row_slot.copy_(table[0], non_blocking=True)
+        self.row_write.copy_(table[1], non_blocking=True)
+        self._rows_are_plain = not self._residents
+
+    def clear_rows(self) -> None:
+        """Dummy and warm-up batches: no row starts from a state or leaves one."""
+        self.set_rows([], [])
+
+    def take(self, lease: str, position: int) -> tuple[int, bytes]:
+        """Hand out a lease's state after the token at ``position``: (its true position, fp32 bytes [layers, size]).
+
+        If the engine already ran more than one step past ``position`` (a stop string that the front end found late),
+        the oldest state still held is returned, with its position. Raises KeyError for an unknown lease.
+        """
+        if lease in self._left:
+            last, states = self._left.pop(lease)
+        else:
+            resident = next((r for r in self._residents.values() if r.lease == lease and r.slot >= 0), None)
+            if resident is None:
+                raise KeyError(f"no state is held for lease {lease}")
+            last, states = resident.last_position, self.last[:, resident.slot]
+            resident.write = False  # taken: leaving the batch keeps nothing
+        position = position if last - LAST_STATES < position <= last else max(last - LAST_STATES + 1, 0)
+        return position, states[:, position % LAST_STATES].contiguous().cpu().numpy().tobytes()
+
+    def drop(self, leases: Iterable[str]) -> None:
+        """Forget the states of requests that were aborted."""
+        for lease in leases:
+            self._left.pop(lease, None)
