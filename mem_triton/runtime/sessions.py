@@ -32,6 +32,11 @@ from mem_triton.runtime.request import MemoryRequest, RequestError
 FORMAT = "mem_triton.session.v1"
 
 
+def layer_order(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts ``model.layers.10`` after ``model.layers.9``."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))
+
+
 @dataclass(frozen=True)
 class StateLayout:
     """What a session state must fit: layer names in order, heads, rank, and the identities it was made with."""
@@ -99,10 +104,9 @@ class SessionStore:
         if self.directory is not None:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                probe = tempfile.NamedTemporaryFile(dir=self.directory)
+                tempfile.TemporaryFile(dir=self.directory).close()
             except OSError as error:
                 raise ValueError(f"session_dir: cannot write to {self.directory}: {error}") from None
-            probe.close()
 
     def open(self, request: MemoryRequest) -> Lease:
         """Start a request. Raises RequestError if its session is being written, unreadable, or beyond the limit."""

@@ -37,8 +37,8 @@ class StateSlots:
     def __init__(self, layer_indices: Sequence[int], state_size: int, slots: int, device: torch.device) -> None:
         self.layer_indices = list(layer_indices)  # this worker's layers among all of the adapter's
         self.state_size = state_size
-        self.initial = torch.zeros(len(layer_indices), slots, state_size, device=device)
-        self.last = torch.zeros(len(layer_indices), slots, LAST_STATES, state_size, device=device)
+        self.initial = torch.zeros(len(layer_indices), slots, state_size, dtype=torch.float32, device=device)
+        self.last = torch.zeros(len(layer_indices), slots, LAST_STATES, state_size, dtype=torch.float32, device=device)
         self.row_slot = torch.full((slots,), -1, dtype=torch.int32, device=device)
         self.row_write = torch.ones(slots, dtype=torch.int32, device=device)
         self._free = list(range(slots))

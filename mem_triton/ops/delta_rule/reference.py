@@ -17,6 +17,7 @@ Example::
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -131,7 +132,7 @@ def delta_rule(
     total, heads, rank = inputs.q.shape
     starts = [0, total] if query_start_loc is None else query_start_loc.tolist()
     reads, finals, snapshots = torch.zeros_like(inputs.q), [], []
-    for n, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for n, (begin, end) in enumerate(itertools.pairwise(starts)):
         state = inputs.q.new_zeros(heads, rank, rank) if initial_state is None else initial_state[n].to(inputs.q)
         taken = []
         for t in range(begin, end):

@@ -1,0 +1,13 @@
+"""Prometheus counters; an engine that serves ``/metrics`` from this process's default registry shows them."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter
+
+COMMITS = Counter("mem_triton:session_commits", "Session states committed")
+REFUSALS = Counter("mem_triton:refusals", "Requests refused because of their memory words", ["field"])
+COMMIT_FAILURES = Counter("mem_triton:session_commit_failures", "Session states that could not be committed")
+LATE_COMMITS = Counter(
+    "mem_triton:session_late_commits",
+    "Commits that include tokens after a stop string, because the engine had run ahead of the front end",
+)

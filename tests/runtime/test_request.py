@@ -1,0 +1,46 @@
+"""The request vocabulary: what is accepted, and errors that name the word and the fix."""
+
+from __future__ import annotations
+
+import pytest
+
+from mem_triton.runtime.request import MemoryRequest, RequestError, parse_request
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (None, MemoryRequest()),
+        ({"top_n_tokens": 3}, MemoryRequest()),
+        ({"mem_session": "alice"}, MemoryRequest("alice")),
+        ({"mem_session": "a.b-c_1", "mem_write": 0}, MemoryRequest("a.b-c_1", write=False)),
+        ({"mem_session": "alice", "mem_write": True, "mem_reset": 1.0}, MemoryRequest("alice", reset=True)),
+        ({"mem_write": False}, MemoryRequest(write=False)),
+    ],
+)
+def test_accepted(words, expected):
+    assert parse_request(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "message"),
+    [
+        ({"mem_sesion": "a"}, "mem_sesion", 'Did you mean "mem_session"'),
+        ({"mem_session": 3}, "mem_session", "letters, digits"),
+        ({"mem_session": ""}, "mem_session", "letters, digits"),
+        ({"mem_session": "../../etc/passwd"}, "mem_session", "letters, digits"),
+        ({"mem_session": ".hidden"}, "mem_session", "starting with a letter"),
+        ({"mem_session": "a" * 129}, "mem_session", "1 to 128"),
+        ({"mem_session": "a\n"}, "mem_session", "letters, digits"),
+        ({"mem_write": "no"}, "mem_write", "must be 0 or 1, got 'no'"),
+        ({"mem_write": 2}, "mem_write", "must be 0 or 1"),
+        ({"mem_write": [0]}, "mem_write", "must be 0 or 1"),
+        ({"mem_reset": 1}, "mem_reset", "needs mem_session"),
+        ({"mem_session": "a", "mem_reset": 1, "mem_write": 0}, "mem_reset", "a reset is a write"),
+        ({"mem_triton": {"state": b"forged"}}, "mem_triton", "reserved"),
+    ],
+)
+def test_refused(words, field, message):
+    with pytest.raises(RequestError, match=message) as error:
+        parse_request(words)
+    assert error.value.field == field
