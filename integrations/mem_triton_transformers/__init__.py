@@ -1,0 +1,40 @@
+"""mem_triton in transformers: δ-mem on a model that transformers runs.
+
+Example::
+
+    model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-4B-Instruct-2507")
+    apply_mem_triton(model, {"delta": {"adapter": "declare-lab/delta-mem_qwen3_4b-instruct"}})
+    model.generate(**told)                        # the memory now holds what was told
+    model.generate(**asked)                       # a new context, the same memory
+    save_memory(model, "alice.safetensors")
+    reset_memory(model)
+"""
+
+from __future__ import annotations
+
+from mem_triton_transformers.attach import apply_mem_triton, attention_dims, remove_mem_triton
+from mem_triton_transformers.memory import (
+    get_memory,
+    load_memory,
+    reset_memory,
+    save_memory,
+    set_memory,
+    set_memory_write,
+    set_write_segments,
+)
+from mem_triton_transformers.training import adapter_from, trainable_adapter
+
+__all__ = [
+    "adapter_from",
+    "apply_mem_triton",
+    "attention_dims",
+    "get_memory",
+    "load_memory",
+    "remove_mem_triton",
+    "reset_memory",
+    "save_memory",
+    "set_memory",
+    "set_memory_write",
+    "set_write_segments",
+    "trainable_adapter",
+]
