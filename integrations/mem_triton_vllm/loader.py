@@ -1,0 +1,66 @@
+"""``--load-format mem_triton``: vLLM's official loader hook, and the point where a worker gets its memory.
+
+It loads the weights with any base format (``--model-loader-extra-config '{"base_load_format": "dummy"}'``), then makes
+sure that δ-mem is attached after LoRA and before the KV cache is planned.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import get_model_loader, register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from mem_triton_vllm.refusals import LOAD_FORMAT, check_engine, check_touch_points, section_of
+
+
+class MemTritonLoader(BaseModelLoader):
+    """Delegates to the base format's loader and prepares the served model (not a draft model) for its memory."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        base = copy.copy(load_config)
+        extra = dict(load_config.model_loader_extra_config or {})
+        base.load_format = extra.pop("base_load_format", "auto")
+        if base.load_format == LOAD_FORMAT:
+            raise ValueError(f"base_load_format: {LOAD_FORMAT} cannot be its own base; name the weights' format")
+        base.model_loader_extra_config = extra
+        self.base = get_model_loader(base)
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        self.base.download_model(model_config)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        self.base.load_weights(model, model_config)
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        model = self.base.load_model(vllm_config, model_config, prefix)
+        if model_config is not vllm_config.model_config:
+            return model  # a draft model: only the served model remembers
+        config = section_of(vllm_config)
+        check_touch_points()
+        check_engine(vllm_config)
+        _prepare(vllm_config, model, config)
+        return model
+
+
+def _prepare(vllm_config: VllmConfig, model: nn.Module, config: Any) -> None:
+    from mem_triton_vllm import v1_runner, v2_runner, worker  # after vLLM has chosen its runner
+
+    worker.install()
+    if vllm_config.use_v2_model_runner:
+        v2_runner.prepare(vllm_config, model, config.delta)
+    else:
+        v1_runner.prepare(vllm_config, model, config.delta)
+
+
+def register() -> None:
+    """Make the load format known to vLLM; registering twice is harmless."""
+    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+
+    if LOAD_FORMAT not in _LOAD_FORMAT_TO_MODEL_LOADER:
+        register_model_loader(LOAD_FORMAT)(MemTritonLoader)

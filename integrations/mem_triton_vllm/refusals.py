@@ -1,0 +1,157 @@
+"""What this integration does not serve, and the parts of vLLM that it leans on: both are checked before any request.
+
+Every refusal says why and what to change. ``check_touch_points`` names each internal seam, so that a vLLM release that
+moves one fails at start-up with a sentence instead of in a request with a stack trace.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+
+from mem_triton.compat import TESTED_VERSIONS, UnsupportedVersionError, require
+from mem_triton.config import ConfigError, MemTritonConfig, parse_config
+
+SECTION = "mem_triton"
+LOAD_FORMAT = "mem_triton"
+
+
+def section_of(vllm_config: VllmConfig) -> MemTritonConfig | None:
+    """The checked ``mem_triton`` section of ``--additional-config``, or None if memory is not asked for.
+
+    Raises ConfigError if the section and ``--load-format mem_triton`` do not come together.
+    """
+    additional = vllm_config.additional_config
+    section = additional.get(SECTION) if isinstance(additional, dict) else None
+    flagged = vllm_config.load_config.load_format == LOAD_FORMAT
+    if section is None and not flagged:
+        return None
+    if section is None:
+        raise ConfigError(
+            "--load-format mem_triton needs its section in --additional-config, for example "
+            '\'{"mem_triton": {"delta": {"adapter": "PATH_OR_HUGGING_FACE_ID"}}}\''
+        )
+    config = parse_config(section)
+    if not flagged:
+        raise ConfigError(
+            "--additional-config has a mem_triton section, but the model is not loaded through it: "
+            "add --load-format mem_triton (a load format of your own goes into --model-loader-extra-config "
+            "'{\"base_load_format\": ...}')"
+        )
+    if config.delta is None:
+        raise ConfigError("mem_triton.delta: no memory is configured; give it an adapter, or drop the flags")
+    return config
+
+
+def check_engine(vllm_config: VllmConfig) -> None:
+    """Refuse engine options under which δ-mem would be wrong. Raises ConfigError that says why."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    kinds = {
+        "multi-head latent attention (MLA)": (model.use_mla, "its fused projections have no q, k, v to correct"),
+        "hybrid or attention-free models": (
+            model.is_hybrid or model.is_attention_free,
+            "their KV blocks are not uniform, so the state cannot live beside them",
+        ),
+        "encoder-decoder models": (model.is_encoder_decoder, "δ-mem is defined for decoders"),
+        "pooling models": (model.runner_type != "generate", "they do not generate"),
+        "decode context parallelism (--decode-context-parallel-size)": (
+            parallel.decode_context_parallel_size > 1,
+            "it spreads one sequence over ranks, and the state is a running sum over the whole sequence",
+        ),
+        "prefill context parallelism": (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "it spreads one sequence over ranks, and the state is a running sum over the whole sequence",
+        ),
+        "dual batch overlap (--enable-dbo)": (
+            getattr(parallel, "enable_dbo", False),
+            "its two half batches would share one read buffer",
+        ),
+    }
+    for name, (present, why) in kinds.items():
+        if present:
+            raise ConfigError(f"δ-mem does not support {name}: {why}")
+    if not vllm_config.use_v2_model_runner and vllm_config.device_config.device_type != "cpu":
+        raise ConfigError("δ-mem on a GPU needs vLLM's Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER=0")
+
+
+def check_attention(name: str, attention: Attention) -> None:
+    """Refuse attention layers whose KV blocks are not plain full attention. Raises ConfigError naming the layer."""
+    reason = None
+    if getattr(attention, "sliding_window", None) is not None:
+        reason = (
+            "has a sliding window; vLLM then stores the state in blocks of another size, which ruins prefix caching. "
+            "Serve the model with --disable-sliding-window if its quality allows"
+        )
+    elif getattr(attention, "kv_sharing_target_layer_name", None):
+        reason = "shares another layer's KV cache, so it has no blocks that could carry a state"
+    elif getattr(attention, "attn_type", "decoder") != "decoder":
+        reason = f"is {attention.attn_type} attention; δ-mem is defined for causal decoders"
+    if reason:
+        raise ConfigError(f"δ-mem cannot be attached to {name}: the layer {reason}")
+
+
+def _has(path: str, *attributes: str) -> bool:
+    module, _, name = path.partition(":")
+    target = getattr(import_module(module), name)
+    return all(
+        hasattr(target, attribute) or attribute in getattr(target, "__annotations__", {}) for attribute in attributes
+    )
+
+
+def _takes(path: str, *parameters: str) -> bool:
+    module, _, name = path.partition(":")
+    target = import_module(module)
+    for part in name.split("."):
+        target = getattr(target, part)
+    return set(parameters) <= set(inspect.signature(target).parameters)
+
+
+TOUCH_POINTS: dict[str, Callable[[], bool]] = {
+    "register_model_loader": lambda: _takes("vllm.model_executor.model_loader:register_model_loader", "load_format"),
+    "AsyncLLM.generate": lambda: _takes("vllm.v1.engine.async_llm:AsyncLLM.generate", "prompt", "sampling_params"),
+    "AsyncLLM.collective_rpc": lambda: _takes("vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", "method", "args"),
+    "LLMEngine.add_request": lambda: _takes("vllm.v1.engine.llm_engine:LLMEngine.add_request", "prompt", "params"),
+    "LLMEngine.step": lambda: _has("vllm.v1.engine.llm_engine:LLMEngine", "step", "abort_request", "collective_rpc"),
+    "SamplingParams.extra_args": lambda: _takes("vllm.sampling_params:SamplingParams.from_optional", "extra_args"),
+    "NewRequestData.sampling_params": lambda: _has("vllm.v1.core.sched.output:NewRequestData", "sampling_params"),
+    "WorkerBase": lambda: _has("vllm.v1.worker.worker_base:WorkerBase", "get_model"),
+    "ModelState": lambda: _has(
+        "vllm.v1.worker.gpu.model_states.interface:ModelState", "add_request", "remove_request", "prepare_attn"
+    ),
+    "resolve_model_state_cls": lambda: _takes(
+        "vllm.v1.worker.gpu.model_states:resolve_model_state_cls", "vllm_config", "model"
+    ),
+    "GPUModelRunner": lambda: _has(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner", "_update_states", "get_kv_cache_spec"
+    ),
+    "FullAttentionSpec.tokens_per_state": lambda: _takes(
+        "vllm.v1.kv_cache_interface:FullAttentionSpec", "tokens_per_state", "max_tp_shards"
+    ),
+    "UniformTypeKVCacheSpecs": lambda: _has("vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs", "from_specs"),
+    "splitting_ops": lambda: _has("vllm.config:CompilationConfig", "splitting_ops", "static_forward_context"),
+    "block hash of cache_salt": lambda: (
+        "cache_salt" in inspect.getsource(import_module("vllm.v1.core.kv_cache_utils").generate_block_hash_extra_keys)
+    ),
+}
+"""Each internal seam of vLLM that this integration uses, with a check that it is still there."""
+
+
+def check_touch_points(points: dict[str, Callable[[], bool]] = TOUCH_POINTS) -> None:
+    """Raise UnsupportedVersionError naming the seams that this vLLM lacks, and the supported range."""
+    version = require("vllm")
+    missing = []
+    for name, present in points.items():
+        try:
+            if not present():
+                missing.append(name)
+        except (ImportError, AttributeError, TypeError, ValueError):
+            missing.append(name)
+    if missing:
+        raise UnsupportedVersionError(
+            f"vLLM {version} lacks what mem_triton builds on: {', '.join(missing)}. "
+            f"Supported: vllm{TESTED_VERSIONS['vllm']}"
+        )

@@ -1,0 +1,178 @@
+"""δ-mem's state as a side cache of vLLM's attention KV group, and the op that reads and writes it.
+
+Why here: vLLM puts every full-attention spec of equal block size into one group with one block table. A state cell that
+belongs to a KV block is therefore shared, copied, evicted and reloaded together with it, so prefix caching, preemption,
+slot moves and tensor parallelism need no bookkeeping of ours (vLLM's own indexer caches use the same mechanism).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from mem_triton.ops.delta_rule import DeltaRuleSpec, delta_rule_paged
+from mem_triton.runtime.slots import StateSlots
+
+OP_NAME = "mem_triton::delta_rule_layer"
+
+
+@dataclass
+class DeltaStateMetadata:
+    """What one step's kernels need of the batch; device tensors except max_query_len."""
+
+    query_start_loc: Tensor  # [rows + 1] int32
+    seq_lens: Tensor  # [rows] int32, length after this step
+    block_table: Tensor  # [rows, max_blocks] int32
+    max_query_len: int
+
+
+class DeltaStateMetadataBuilder(AttentionMetadataBuilder[DeltaStateMetadata]):
+    """Passes the common metadata on. Nothing is computed on the host, so every CUDA graph mode is supported."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> DeltaStateMetadata:
+        m = common_attn_metadata
+        return DeltaStateMetadata(m.query_start_loc, m.seq_lens, m.block_table_tensor, m.max_query_len)
+
+
+class DeltaStateBackend(AttentionBackend):
+    """Backend of the storage-only layer; it has a metadata builder and no attention implementation."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "MEM_TRITON_DELTA_STATE"
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        raise NotImplementedError("DeltaStateCache stores states; it computes no attention")
+
+    @staticmethod
+    def get_builder_cls() -> type[DeltaStateMetadataBuilder]:
+        return DeltaStateMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[MultipleOf]:
+        tokens = kv_cache_spec.tokens_per_state if kv_cache_spec is not None else 1
+        return [MultipleOf(int(tokens))]
+
+
+class DeltaStateCache(nn.Module, AttentionLayerBase):
+    """One decoder layer's states: a cell of H*r*r floats for every ``tokens_per_state`` tokens of a KV block.
+
+    Cell (block, i) holds the state after the last processed token of that span. ``slots`` is shared by all layers of
+    the worker; ``index`` is this layer's place in it.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        layer_name: str,
+        spec: DeltaRuleSpec,
+        tokens_per_state: int,
+        slots: StateSlots,
+        index: int,
+    ) -> None:
+        super().__init__()
+        self.layer_name, self.spec, self.tokens_per_state = layer_name, spec, tokens_per_state
+        self.slots, self.index = slots, index
+        self.kv_cache = torch.tensor([])
+        layers = vllm_config.compilation_config.static_forward_context
+        if layer_name in layers:
+            raise ValueError(f"{layer_name} exists already: was the adapter attached twice?")
+        layers[layer_name] = self
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return DeltaStateBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
+        size = self.spec.state_size
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=1,
+            head_size=size // 2,
+            head_size_v=size - size // 2,
+            dtype=torch.float32,
+            tokens_per_state=self.tokens_per_state,
+            max_tp_shards=1,  # every tensor-parallel rank holds the whole state
+        )
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        self.kv_cache = kv_cache  # [blocks, 1, cells, H*r*r]
+
+    def step(self, projections: Tensor, gate_bias: Tensor, reads: Tensor, metadata: DeltaStateMetadata) -> None:
+        """Read and update the states of all rows. projections: [tokens, P]; reads: fp32 [>= tokens, H*r], written."""
+        cells, spec = self.kv_cache.squeeze(1), self.spec
+        rows = metadata.seq_lens.shape[0]
+        delta_rule_paged(
+            projections,
+            gate_bias,
+            reads,
+            cells,
+            metadata.block_table,
+            metadata.query_start_loc,
+            metadata.seq_lens,
+            self.slots.initial[self.index],
+            self.slots.row_slot[:rows],
+            self.slots.row_write[:rows],
+            self.slots.last[self.index],
+            rank=spec.rank,
+            heads=spec.heads,
+            rankwise_gates=spec.rankwise_gates,
+            couple_lambda=spec.couple_lambda,
+            update_mode=spec.update_mode,
+            normalize_qk=spec.normalize_qk,
+            block_size=cells.shape[1] * self.tokens_per_state,
+            tokens_per_state=self.tokens_per_state,
+            max_query_len=metadata.max_query_len,
+        )
+
+
+@eager_break_during_capture
+def _delta_rule_layer(projections: Tensor, gate_bias: Tensor, reads: Tensor, layer_name: str) -> None:
+    context = get_forward_context()
+    metadata = context.attn_metadata
+    if metadata is None:  # vLLM's memory profiling run: no KV cache yet
+        reads.zero_()
+        return
+    metadata = metadata[layer_name] if isinstance(metadata, dict) else metadata[0][layer_name]
+    context.no_compile_layers[layer_name].step(projections, gate_bias, reads, metadata)
+
+
+def _delta_rule_layer_fake(projections: Tensor, gate_bias: Tensor, reads: Tensor, layer_name: str) -> None:
+    return None
+
+
+_LIBRARY = torch.library.Library("mem_triton", "FRAGMENT")
+direct_register_custom_op(
+    "delta_rule_layer",
+    _delta_rule_layer,
+    mutates_args=["reads"],
+    fake_impl=_delta_rule_layer_fake,
+    target_lib=_LIBRARY,
+)

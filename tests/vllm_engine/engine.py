@@ -1,0 +1,96 @@
+"""Start a case in its own process, and the transformers oracle that every engine is compared with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.vllm_engine.case import MARK
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+DEFAULTS = {
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "dtype": "float32",
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,  # long prompts are prefilled in chunks
+    "block_size": 32,
+    "enable_prefix_caching": True,
+    "disable_log_stats": False,
+    "gpu_memory_utilization": 0.3,
+}
+
+
+def environment(runner: str = "v1", **extra: str) -> dict[str, str]:
+    """Environment of a CPU engine. runner: "v1", vLLM's default on plain CPU, or "v2", through the interpreter."""
+    env = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRITON_DEFAULT_FP_FUSION": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    env.pop("TRITON_INTERPRET", None)
+    if runner == "v2":
+        env |= {"MEM_TRITON_TEST_V2": "1", "PYTHONPATH": f"{HERE / 'shim'}{os.pathsep}{ROOT}"}
+    return env | extra
+
+
+def request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
+    """One request of a case; fields: extra_args, lora, stop, logprobs."""
+    return {"prompt": prompt, "max_tokens": max_tokens, **fields}
+
+
+def run_engine(
+    model: str | Path,
+    rounds: list[list[dict[str, Any]]],
+    *,
+    memory: dict[str, Any] | None = None,
+    runner: str = "v1",
+    env: dict[str, str] | None = None,
+    tamper: str = "",
+    force_async: bool = False,
+    errors_are_results: bool = False,
+    fails: bool = False,
+    **llm: Any,
+) -> Any:
+    """Run rounds of requests on a real engine; returns {"rounds": [...], "facts": {...}}.
+
+    memory: the mem_triton section, None for the stock engine. tamper: "module:function" that breaks something on
+    purpose. fails: the engine must not start; returns its output instead.
+    """
+    options = {"model": str(model), **DEFAULTS, **llm}
+    if memory is not None:
+        options |= {"load_format": "mem_triton", "additional_config": {"mem_triton": memory}}
+    case = {
+        "llm": options,
+        "rounds": rounds,
+        "tamper": tamper,
+        "force_async": force_async,
+        "errors_are_results": errors_are_results,
+    }
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.vllm_engine.case"], input=json.dumps(case), capture_output=True, text=True,
+        env=environment(runner, **(env or {})), cwd=ROOT, timeout=600,
+    )  # fmt: skip
+    result = [line for line in process.stdout.splitlines() if line.startswith(MARK)]
+    output = process.stdout + process.stderr
+    if fails:
+        assert process.returncode != 0 and not result, f"the engine started:\n{output[-3000:]}"
+        return output
+    assert process.returncode == 0 and result, output[-6000:]
+    return json.loads(result[-1].removeprefix(MARK))
+
+
+def tokens(result: Any, round_index: int = 0) -> list[list[int]]:
+    """The generated tokens of each request of a round."""
+    return [answer["tokens"] for answer in result["rounds"][round_index]]
