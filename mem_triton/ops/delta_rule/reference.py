@@ -93,15 +93,16 @@ def activate(
     gate_bias: [bias_width]. token_mask: bool [..., T]; a False token neither reads nor writes (padding).
     Computes in the dtype of ``projections``; pass fp32 or fp64. Source: delta-Mem ``delta_impl.py``, paper eq. 5-9.
     """
-    n, g, shape = spec.read_width, spec.gate_width, (*projections.shape[:-1], spec.heads, spec.rank)
-    q, k, v, gates = projections.split([n, n, n, spec.bias_width], dim=-1)
-    q, k, v = (t.reshape(shape) for t in (q, k, v))
+    n, g, per_head = spec.read_width, spec.gate_width, (spec.heads, spec.rank)
+    qk = projections[..., : 2 * n].unflatten(-1, (2, *per_head))
+    v = projections[..., 2 * n : 3 * n].unflatten(-1, per_head)
     if spec.normalize_qk:
-        q, k = (F.normalize(torch.tanh(t), dim=-1, eps=L2_NORM_EPS) for t in (q, k))
-    gates = torch.sigmoid(gates + gate_bias.to(gates.dtype))
+        qk = F.normalize(torch.tanh(qk), dim=-1, eps=L2_NORM_EPS)
+    q, k = qk.unbind(-3)
+    gates = torch.sigmoid(projections[..., 3 * n :] + gate_bias.to(projections.dtype))
 
     def per_row(gate: Tensor) -> Tensor:  # [..., T, G] -> [..., T, H, r]
-        return gate.reshape(shape) if spec.rankwise_gates else gate.unsqueeze(-1).expand(shape)
+        return gate.unflatten(-1, per_head) if spec.rankwise_gates else gate.unsqueeze(-1).expand_as(v)
 
     beta = per_row(gates[..., :g])
     if spec.update_mode == "no_lambda":

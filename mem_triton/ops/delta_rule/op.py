@@ -1,0 +1,127 @@
+"""``mem_triton::delta_rule_paged``: the delta rule over a paged state cache, as one torch.library op.
+
+The op checks its tensors, then runs torch on the CPU (``paged_torch``) or the Triton kernels on a GPU (``launch``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mem_triton.ops.delta_rule import paged_torch
+from mem_triton.ops.delta_rule.reference import DeltaRuleSpec, UpdateMode
+
+_SCHEMA = """delta_rule_paged(
+    Tensor projections, Tensor gate_bias, Tensor(a!) reads, Tensor(b!) state_cache, Tensor block_table,
+    Tensor query_start_loc, Tensor seq_lens, Tensor? initial_states, Tensor? initial_slot, Tensor? write_enabled,
+    Tensor(c!)? last_states, *, int rank, int heads, bool rankwise_gates, bool couple_lambda, str update_mode,
+    bool normalize_qk, int block_size, int tokens_per_state, int max_query_len) -> ()"""
+
+
+def delta_rule_paged(
+    projections: Tensor,
+    gate_bias: Tensor,
+    reads: Tensor,
+    state_cache: Tensor,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    initial_states: Tensor | None = None,
+    initial_slot: Tensor | None = None,
+    write_enabled: Tensor | None = None,
+    last_states: Tensor | None = None,
+    *,
+    rank: int,
+    heads: int,
+    rankwise_gates: bool,
+    couple_lambda: bool,
+    update_mode: UpdateMode,
+    normalize_qk: bool,
+    block_size: int,
+    tokens_per_state: int,
+    max_query_len: int,
+) -> None:
+    """Read and update the states of a varlen batch of N rows, in place (δ-mem, arXiv 2605.12357, section 3).
+
+    projections: [T, P] fp32, bf16 or fp16, laid out q | k | v | beta [| lambda]; T may exceed the batch's tokens.
+    gate_bias: fp32 [bias_width]. reads: fp32 [>= T, H*r], written for every token of a row, before its own write.
+    state_cache: fp32 [blocks, cells, H*r*r]; cell (b, i) holds the state after the last processed token among the
+    ``tokens_per_state`` tokens i of block b. block_table: int32 [N, max_blocks]; block 0 holds no state and takes none.
+    query_start_loc: int32 [N + 1]; row n has tokens [n] ... [n + 1] - 1, none = the row is padding and is not touched.
+    seq_lens: int32 [N], each row's length after this step. A row that has no tokens behind it starts from
+    ``initial_states[initial_slot]`` (fp32 [S, H*r*r], int32 [N]; -1 = zeros), any other from its last token's cell.
+    write_enabled: int32 [N]; 0 = the row's state stays as it is: it is read, and carried from cell to cell unchanged.
+    last_states: fp32 [S, 2, H*r*r]; a row with a slot leaves the state after its last token at [slot, (len - 1) % 2].
+    max_query_len: at least the longest row's tokens in this step, a host integer (it picks the kernels).
+
+    No host sync and no data-dependent shape on a GPU. ValueError names the tensor that does not fit.
+    """
+    # The op boundary is for tracers (torch.compile, fake tensors); without one it would only cost 40 us a layer.
+    traced = torch.compiler.is_compiling() or type(projections) is not Tensor
+    (torch.ops.mem_triton.delta_rule_paged if traced else _run)(
+        projections, gate_bias, reads, state_cache, block_table, query_start_loc, seq_lens,
+        initial_states, initial_slot, write_enabled, last_states,
+        rank=rank, heads=heads, rankwise_gates=rankwise_gates, couple_lambda=couple_lambda, update_mode=update_mode,
+        normalize_qk=normalize_qk, block_size=block_size, tokens_per_state=tokens_per_state,
+        max_query_len=max_query_len,
+    )  # fmt: skip
+
+
+def _run(
+    projections, gate_bias, reads, state_cache, block_table, query_start_loc, seq_lens,
+    initial_states, initial_slot, write_enabled, last_states, *, rank, heads, rankwise_gates, couple_lambda,
+    update_mode, normalize_qk, block_size, tokens_per_state, max_query_len,
+):  # fmt: skip
+    spec = DeltaRuleSpec(rank, heads, rankwise_gates, couple_lambda, update_mode, normalize_qk)
+    tensors = (
+        projections, gate_bias, reads, state_cache, block_table, query_start_loc, seq_lens,
+        initial_states, initial_slot, write_enabled, last_states,
+    )  # fmt: skip
+    check(*tensors, spec, block_size, tokens_per_state)
+    paged_torch.step_rows(*tensors, spec, block_size, tokens_per_state)
+
+
+def check(
+    projections, gate_bias, reads, state_cache, block_table, query_start_loc, seq_lens,
+    initial_states, initial_slot, write_enabled, last_states, spec, block_size, tokens_per_state,
+) -> None:  # fmt: skip
+    """Raise a ValueError that names the first tensor whose shape, dtype or layout the op cannot take."""
+    rows, size = seq_lens.shape[0], spec.state_size
+    if block_size % tokens_per_state:
+        raise ValueError(f"block_size={block_size} must be a multiple of tokens_per_state={tokens_per_state}")
+    if projections.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"projections: dtype {projections.dtype}, expected float32, bfloat16 or float16")
+    if reads.shape[0] < projections.shape[0]:
+        raise ValueError(f"reads: {reads.shape[0]} rows for {projections.shape[0]} tokens of projections")
+    floats = (torch.float32,)
+    for name, tensor, shape, dtypes in (
+        ("projections", projections, (None, spec.projection_width), (projections.dtype,)),
+        ("gate_bias", gate_bias, (spec.bias_width,), floats),
+        ("reads", reads, (None, spec.read_width), floats),
+        ("state_cache", state_cache, (None, block_size // tokens_per_state, size), floats),
+        ("block_table", block_table, (rows, None), (torch.int32,)),
+        ("query_start_loc", query_start_loc, (rows + 1,), (torch.int32,)),
+        ("seq_lens", seq_lens, (rows,), (torch.int32,)),
+        ("initial_states", initial_states, (None, size), floats),
+        ("initial_slot", initial_slot, (rows,), (torch.int32,)),
+        ("write_enabled", write_enabled, (rows,), (torch.int32,)),
+        ("last_states", last_states, (None, 2, size), floats),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape} (None = any)")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name}: dtype {tensor.dtype}, expected {dtypes[0]}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"{name}: the last dimension must be contiguous, its stride is {tensor.stride(-1)}")
+        if tensor.device != projections.device:
+            raise ValueError(f"{name}: on {tensor.device}, projections on {projections.device}")
+    if initial_slot is None and (initial_states is not None or last_states is not None):
+        raise ValueError("initial_slot: needed to place initial_states or last_states")
+
+
+_LIBRARY = torch.library.Library("mem_triton", "FRAGMENT")
+_LIBRARY.define(_SCHEMA)
+_LIBRARY.impl("delta_rule_paged", _run, "CPU")
+torch.library.register_fake("mem_triton::delta_rule_paged", lambda *args, **kwargs: None, lib=_LIBRARY)
