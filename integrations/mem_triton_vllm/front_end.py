@@ -199,6 +199,7 @@ class LLMEngineWithMemory(LLMEngine):
             raise
         if lease is not None and lease.request.session is not None:
             self._leases[request_id] = (lease, params.output_kind, 0)
+            self._external_ids[internal_id] = request_id
         return internal_id
 
     def step(self) -> list[Any]:
@@ -212,7 +213,7 @@ class LLMEngineWithMemory(LLMEngine):
             self._leases[output.request_id] = (lease, kind, generated)
             if not output.finished:
                 continue
-            del self._leases[output.request_id]
+            self._forget(output.request_id)
             if self.memory.commits(lease, output):
                 arguments = self.memory.take_arguments(lease, output, generated)
                 self.memory.commit(lease, arguments[1], self.collective_rpc(TAKE_STATE, args=arguments))
@@ -223,12 +224,21 @@ class LLMEngineWithMemory(LLMEngine):
     def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
         super().abort_request(request_ids, internal)
         for request_id in request_ids:
+            request_id = self._external_ids.get(request_id, request_id)
             if request_id in self._leases:
-                self.memory.abort(self._leases.pop(request_id)[0])
+                self.memory.abort(self._forget(request_id))
+
+    def _forget(self, request_id: str) -> Lease:
+        self._external_ids = {i: e for i, e in self._external_ids.items() if e != request_id}
+        return self._leases.pop(request_id)[0]
 
     @functools.cached_property
     def _leases(self) -> dict[str, tuple[Lease, RequestOutputKind, int]]:
-        return {}
+        return {}  # request id -> its lease, how its output comes, tokens so far
+
+    @functools.cached_property
+    def _external_ids(self) -> dict[str, str]:
+        return {}  # vLLM's internal request id -> the caller's
 
 
 def install() -> None:

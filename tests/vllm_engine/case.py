@@ -27,7 +27,7 @@ def main() -> None:
     def params(request: dict[str, Any]) -> SamplingParams:
         return SamplingParams(
             max_tokens=request["max_tokens"], temperature=0, ignore_eos=True, logprobs=request.get("logprobs"),
-            extra_args=request.get("extra_args"), stop=request.get("stop"),
+            extra_args=request.get("extra_args"), stop_token_ids=request.get("stop_token_ids"),
         )  # fmt: skip
 
     llm = LLM(**case["llm"])

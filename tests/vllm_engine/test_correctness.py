@@ -1,0 +1,119 @@
+"""Real vLLM with δ-mem against transformers, token for token in fp32: every way in which the engine may batch."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.vllm_engine.conftest import ADAPTERS, make_bench
+from tests.vllm_engine.engine import request, run_engine, tokens
+
+pytestmark = pytest.mark.engine
+
+EAGER = {"TORCHDYNAMO_DISABLE": "1"}
+WAYS = {
+    "v1": {},
+    "v2": {"runner": "v2"},
+    "v2_async": {"runner": "v2", "force_async": True},
+    "v1_compiled": {"enforce_eager": False},
+    "v1_tensor_parallel": {"tensor_parallel_size": 2},
+    "v2_tensor_parallel": {"runner": "v2", "tensor_parallel_size": 2, "env": EAGER},
+    "v2_pipeline_parallel": {"runner": "v2", "pipeline_parallel_size": 2, "env": EAGER},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a9_tokens_equal_transformers_cold_and_from_the_prefix_cache(bench, prompts, way):
+    """Mixed lengths in one batch, chunked prefill; then again, when whole blocks come from the prefix cache."""
+    result = run_engine(bench.model, [[request(p) for p in prompts]] * 2, memory=bench.memory, **WAYS[way])
+    expected = [bench.fresh(p) for p in prompts]
+    assert tokens(result, 0) == expected
+    assert tokens(result, 1) == expected
+    assert [answer["cached"] for answer in result["rounds"][1]] == [0, 0, 128, 64], "states came with their blocks"
+    assert result["facts"]["v2"] == way.startswith("v2") and result["facts"]["async"] == way.endswith("async")
+
+
+def test_memory_changes_tokens(bench, prompts):
+    """Without this the comparison above would prove nothing."""
+    stock = run_engine(bench.model, [[request(p) for p in prompts]])
+    assert all(a != bench.fresh(p) for a, p in zip(tokens(stock), prompts, strict=True))
+
+
+@pytest.mark.parametrize("family", [family for family in ADAPTERS if family != "qwen3"])
+def test_every_family_and_kind_of_adapter(tmp_path, prompts, family):
+    """A12: SmolLM3's layers without position encoding are among them, untouched by RoPE."""
+    bench = make_bench(tmp_path, family)
+    result = run_engine(bench.model, [[request(p) for p in prompts]], memory=bench.memory)
+    assert tokens(result) == [bench.fresh(p) for p in prompts]
+
+
+@pytest.mark.parametrize("way", ["v1", "v2_async"])
+def test_preempted_requests_resume_right(bench, prompts, way):
+    """More requests than KV blocks: some are preempted, among them sessions, and start over from the same version."""
+    told, asked = prompts[1], [prompts[0] * 8, prompts[2][:70], prompts[3], prompts[2][60:120]]
+    session = {"extra_args": {"mem_session": "alice"}}
+    result = run_engine(
+        bench.model,
+        [
+            [request(told, **session)],
+            [request(p, 60, **(session if i == 3 else {})) for i, p in enumerate(asked)],
+            [request(told, **session)],
+        ],
+        memory=bench.memory, num_gpu_blocks_override=13, max_model_len=192, enable_prefix_caching=False, **WAYS[way],
+    )  # fmt: skip
+    assert result["facts"]["preemptions"] > 0
+    expected = [bench.fresh(p, 60) for p in asked[:3]]
+    bench.forget()
+    first, second, third = bench.generate(told), bench.generate(asked[3], 60), bench.generate(told)
+    assert tokens(result, 1) == [*expected, second]
+    assert (tokens(result, 0), tokens(result, 2)) == ([first], [third])
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_lora_and_memory_together(bench, lora_bench, prompts, runner):
+    """Requests with and without a LoRA in one batch, both with memory."""
+    batch = [request(p, lora=str(lora_bench.lora)) for p in prompts[:2]] + [request(p) for p in prompts[:2]]
+    result = run_engine(
+        bench.model, [batch], memory=bench.memory, runner=runner, env=EAGER, enable_lora=True, max_lora_rank=8
+    )
+    expected = [lora_bench.fresh(p) for p in prompts[:2]] + [bench.fresh(p) for p in prompts[:2]]
+    assert expected[:2] != expected[2:]
+    assert tokens(result) == expected
+
+
+def test_attaching_before_lora_fails_loudly(bench, lora_bench, prompts):
+    """Negative control of the order of attachment."""
+    output = run_engine(
+        bench.model, [[request(prompts[0], lora=str(lora_bench.lora))]], memory=bench.memory, env=EAGER,
+        enable_lora=True, max_lora_rank=8, tamper="tests.vllm_engine.tamper:attach_before_lora", fails=True,
+    )  # fmt: skip
+    assert "Error" in output
+
+
+SPECULATION = {
+    "speculative_config": {
+        "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1,
+    }
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def repetitive() -> list[list[int]]:
+    """Prompts in which every token occurred before, so that n-gram drafts are made at every step."""
+    return [list(range(4, 4 + n)) * (300 // n) for n in (60, 100)] + [[i for i in range(4, 504) for _ in (0, 1)][:390]]
+
+
+def test_speculative_decoding_keeps_a_state_per_token(bench, repetitive):
+    result = run_engine(
+        bench.model, [[request(p, 40) for p in repetitive]], memory=bench.memory, **SPECULATION, max_model_len=512
+    )
+    assert result["facts"]["drafts"] > 0
+    assert tokens(result) == [bench.fresh(p, 40) for p in repetitive]
+
+
+def test_speculative_decoding_with_coarse_states_would_be_wrong(bench, repetitive):
+    """Negative control of tokens_per_state = 1."""
+    result = run_engine(
+        bench.model, [[request(p, 40) for p in repetitive]], memory=bench.memory, **SPECULATION,
+        tamper="tests.vllm_engine.tamper:coarse_states_under_speculation",
+    )  # fmt: skip
+    assert tokens(result) != [bench.fresh(p, 40) for p in repetitive]

@@ -1,0 +1,46 @@
+"""Installed but not asked for: vLLM is the stock engine, bit for bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.vllm_engine.engine import ROOT, environment, request, run_engine
+
+UNPATCHED = """
+import vllm.v1.worker.gpu_model_runner as runner, vllm.v1.core.kv_cache_utils as hashing
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.worker.worker_base import WorkerBase
+
+def snapshot():
+    owners = AsyncLLM, LLMEngine, runner.GPUModelRunner, WorkerBase, hashing
+    return {(o.__name__, n): v for o in owners for n, v in vars(o).items() if callable(v)}
+
+before = snapshot()
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+after = snapshot()
+changed = sorted(k for k in after if before.get(k) is not after[k])
+assert changed == [("AsyncLLM", "__init__"), ("LLMEngine", "__init__")], changed
+from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+assert "mem_triton" in _LOAD_FORMAT_TO_MODEL_LOADER
+load_general_plugins.__globals__["plugins_loaded"] = False
+load_general_plugins()
+assert snapshot() == after, "registering twice changes nothing"
+"""
+
+
+def test_without_the_flag_only_two_constructors_look():
+    subprocess.run([sys.executable, "-c", UNPATCHED], check=True, env=environment(), cwd=ROOT)
+
+
+@pytest.mark.engine
+def test_without_the_flag_logprobs_are_bit_identical(bench, prompts):
+    rounds = [[request(p, logprobs=5) for p in prompts]]
+    with_plugin = run_engine(bench.model, rounds)
+    without = run_engine(bench.model, rounds, env={"VLLM_PLUGINS": ""})
+    assert with_plugin["facts"]["engine"] == without["facts"]["engine"] == "LLMEngine"
+    assert with_plugin["rounds"] == without["rounds"]

@@ -1,0 +1,111 @@
+"""What is not supported is refused at start, with the reason and the fix."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from mem_triton import compat
+from mem_triton.config import ConfigError
+from mem_triton.delta_mem import save_adapter
+from tests.support.models import random_adapter, save_tiny_model, tiny_model
+from tests.vllm_engine.engine import request, run_engine
+
+SECTION = {"delta": {"adapter": "somewhere"}}
+
+
+def config(section=SECTION, load_format="mem_triton", model=None, parallel=None, **fields):
+    models = {"use_mla": False, "is_hybrid": False, "is_attention_free": False, "is_encoder_decoder": False}
+    parallels = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False}
+    return SimpleNamespace(
+        additional_config={} if section is None else {"mem_triton": section},
+        load_config=SimpleNamespace(load_format=load_format),
+        model_config=SimpleNamespace(**{**models, "runner_type": "generate", **(model or {})}),
+        parallel_config=SimpleNamespace(**{**parallels, **(parallel or {})}),
+        device_config=SimpleNamespace(device_type=fields.pop("device", "cpu")),
+        use_v2_model_runner=fields.pop("v2", True),
+        **fields,
+    )
+
+
+def test_flag_and_section_must_come_together():
+    from mem_triton_vllm.refusals import section_of
+
+    assert section_of(config(None, "auto")) is None
+    assert section_of(config()).delta.adapter == "somewhere"
+    with pytest.raises(ConfigError, match="--load-format mem_triton needs its section"):
+        section_of(config(None))
+    with pytest.raises(ConfigError, match="add --load-format mem_triton"):
+        section_of(config(load_format="auto"))
+    with pytest.raises(ConfigError, match=r'mem_triton\.detla: unknown key\. Did you mean "delta"'):
+        section_of(config({"detla": {}}))
+    with pytest.raises(ConfigError, match="no memory is configured"):
+        section_of(config({}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"use_mla": True}}, "multi-head latent attention"),
+        ({"model": {"is_hybrid": True}}, "hybrid"),
+        ({"model": {"is_encoder_decoder": True}}, "encoder-decoder"),
+        ({"model": {"runner_type": "pooling"}}, "pooling"),
+        ({"parallel": {"decode_context_parallel_size": 2}}, "decode-context-parallel-size.*running sum"),
+        ({"parallel": {"enable_dbo": True}}, "enable-dbo"),
+        ({"v2": False, "device": "cuda"}, "Model Runner V2"),
+    ],
+)
+def test_engine_options_are_refused_with_a_reason(change, message):
+    from mem_triton_vllm.refusals import check_engine
+
+    check_engine(config())
+    with pytest.raises(ConfigError, match=message):
+        check_engine(config(**change))
+
+
+def test_a_missing_touch_point_names_itself_and_the_range():
+    from mem_triton_vllm.refusals import TOUCH_POINTS, check_touch_points
+
+    check_touch_points()
+
+    def gone() -> bool:
+        raise AttributeError
+
+    with pytest.raises(compat.UnsupportedVersionError, match=r"lacks .*: ModelState, splitting_ops.*vllm>=0\.32"):
+        check_touch_points({**TOUCH_POINTS, "ModelState": gone, "splitting_ops": lambda: False})
+
+
+@pytest.mark.engine
+def test_sliding_window_models_are_refused(tmp_path):
+    model = save_tiny_model(tmp_path / "m", "mistral", sliding_window=64)
+    adapter = save_adapter(random_adapter(tiny_model("mistral")), tmp_path / "a")
+    output = run_engine(model, [], memory={"delta": {"adapter": str(adapter)}}, fails=True)
+    assert "sliding window" in output and "--disable-sliding-window" in output
+
+
+@pytest.mark.engine
+def test_sentence_writes_are_refused(bench, tmp_path):
+    adapter = random_adapter(tiny_model(), memory_write_granularity="message_mean")
+    save_adapter(adapter, tmp_path / "a")
+    output = run_engine(bench.model, [], memory={"delta": {"adapter": str(tmp_path / "a")}}, fails=True)
+    assert "vLLM serves token writes only" in output and "mem_triton_transformers" in output
+
+
+@pytest.mark.engine
+def test_an_adapter_of_another_model_names_the_tensor(bench, tmp_path):
+    save_adapter(random_adapter(tiny_model(hidden=32)), tmp_path / "a")
+    output = run_engine(bench.model, [], memory={"delta": {"adapter": str(tmp_path / "a")}}, fails=True)
+    assert "model.layers.0.self_attn" in output and "has shape" in output
+
+
+@pytest.mark.engine
+def test_speculation_refuses_coarse_states_and_sessions(bench, prompts):
+    speculation = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}
+    coarse = {"delta": {**bench.memory["delta"], "tokens_per_state": 16}}
+    assert "resumes after any accepted token" in run_engine(bench.model, [], memory=coarse, fails=True, **speculation)
+    result = run_engine(
+        bench.model, [[request(prompts[0], extra_args={"mem_session": "alice"})]], memory=bench.memory,
+        errors_are_results=True, **speculation,
+    )  # fmt: skip
+    assert "sessions do not work with speculative decoding" in result["rounds"][0]["error"]

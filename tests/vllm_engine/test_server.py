@@ -1,0 +1,207 @@
+"""The real HTTP server: sessions over /v1, bad words answered with 400, a server that survives everything."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.vllm_engine.engine import ROOT, environment
+
+pytestmark = pytest.mark.engine
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Server:
+    """A ``vllm serve`` process and a client of it."""
+
+    def __init__(self, model: str, log: str, flags: list[str]) -> None:
+        port = free_port()
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "m",
+            "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024",
+            "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--enforce-eager", "--block-size", "32",
+            "--gpu-memory-utilization", "0.3", *flags,
+        ]  # fmt: skip
+        self.log = open(log, "w")  # noqa: SIM115  closed in stop
+        self.process = subprocess.Popen(
+            command, env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"), cwd=ROOT, stdout=self.log,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
+
+    def wait(self) -> Server:
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, Path(self.log.name).read_text()[-5000:]
+            try:
+                if self.http.get("/health").status_code == 200:
+                    return self
+            except httpx.TransportError:
+                time.sleep(0.3)
+        raise AssertionError(Path(self.log.name).read_text()[-5000:])
+
+    def complete(self, prompt: list[int], max_tokens: int = 12, **fields) -> httpx.Response:
+        body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "return_token_ids": True}
+        return self.http.post("/v1/completions", json={**body, "ignore_eos": True, **fields})
+
+    def tokens(self, prompt: list[int], max_tokens: int = 12, **fields) -> list[int]:
+        response = self.complete(prompt, max_tokens, **fields)
+        assert response.status_code == 200, response.text
+        return response.json()["choices"][0]["token_ids"]
+
+    def metric(self, name: str) -> float:
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+    def stop(self) -> None:
+        self.http.close()
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def server(bench, tmp_path_factory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    section = {"mem_triton": {**bench.memory, "session_dir": str(folder / "sessions")}}
+    flags = ["--load-format", "mem_triton", "--additional-config", json.dumps(section)]
+    server = Server(str(bench.model), str(folder / "server.log"), flags)
+    try:
+        yield server.wait()
+    finally:
+        server.stop()
+
+
+def words(name: str, **more: int) -> dict:
+    return {"vllm_xargs": {"mem_session": name, **more}}
+
+
+def test_sessions_over_http(server, bench, prompts):
+    bench.forget()
+    expected = [bench.generate(prompts[0]), bench.generate(prompts[3])]
+    assert [server.tokens(p, **words("http")) for p in (prompts[0], prompts[3])] == expected
+    frozen = bench.generate(prompts[1], write=False)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:  # many readers at once
+        answers = list(pool.map(lambda _: server.tokens(prompts[1], **words("http", mem_write=0)), range(4)))
+    assert answers == [frozen] * 4
+    assert server.tokens(prompts[1]) == bench.fresh(prompts[1])
+    assert server.metric("mem_triton:session_commits_total") == 2
+
+
+def test_many_sessions_at_once(server, bench, prompts):
+    names = [f"many-{i}" for i in range(8)]
+    for round_prompts in (prompts, prompts[::-1]):
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = list(
+                pool.map(lambda i: server.tokens(round_prompts[i % 4], **words(names[i])), range(8))  # noqa: B023
+            )
+    for i, answer in enumerate(answers):
+        bench.forget()
+        bench.generate(prompts[i % 4])
+        assert answer == bench.generate(prompts[::-1][i % 4])
+
+
+def test_streaming_commits_before_the_last_chunk(server, bench, prompts):
+    bench.forget()
+    expected = [bench.generate(prompts[0]), bench.generate(prompts[1])]
+    got: list[int] = []
+    body = {"model": "m", "prompt": prompts[0], "max_tokens": 12, "temperature": 0, "ignore_eos": True, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json={**body, "return_token_ids": True, **words("s")}) as lines:
+        for line in lines.iter_lines():
+            if line.startswith("data: {"):
+                got += json.loads(line[6:])["choices"][0]["token_ids"] or []
+    assert got == expected[0]
+    assert server.tokens(prompts[1], **words("s")) == expected[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("xargs", "message"),
+    [
+        ({"mem_sesion": "a"}, 'Did you mean \\"mem_session\\"'),
+        ({"mem_session": "../etc"}, "mem_session"),
+        ({"mem_session": "a", "mem_write": 3}, "mem_write"),
+        ({"mem_triton": "x"}, "reserved"),
+    ],
+)
+def test_bad_words_are_400_before_anything_runs(server, prompts, xargs, message, stream):
+    response = server.complete(prompts[0], vllm_xargs=xargs, stream=stream)
+    assert response.status_code == 400 and message in response.text
+    assert server.http.get("/health").status_code == 200
+
+
+def test_two_answers_of_one_session_are_refused(server, prompts):
+    response = server.complete(prompts[0], n=2, temperature=0.5, **words("n"))
+    assert response.status_code == 400 and "set n to 1" in response.text
+
+
+def slow_stream(server: Server, prompt: list[int], name: str):
+    body = {"model": "m", "prompt": prompt, "max_tokens": 700, "temperature": 0, "ignore_eos": True, "stream": True}
+    return server.http.stream("POST", "/v1/completions", json={**body, **words(name)})
+
+
+def test_a_busy_session_is_400_and_an_aborted_one_commits_nothing(server, bench, prompts):
+    """The client hangs up in the middle of an answer: the session is free again and unchanged."""
+    bench.forget()
+    expected = [bench.generate(prompts[0]), bench.generate(prompts[1])]
+    assert server.tokens(prompts[0], **words("cut")) == expected[0]
+    with slow_stream(server, prompts[2], "cut") as lines:
+        next(lines.iter_lines())
+        for stream in (False, True):
+            response = server.complete(prompts[1], stream=stream, **words("cut"))
+            assert response.status_code == 400 and "being written by another request" in response.text
+        reading = server.tokens(prompts[1], **words("cut", mem_write=0))
+    assert reading == bench.generate(prompts[1], write=False) or reading  # compared below with a writing request
+    deadline = time.monotonic() + 30
+    while (response := server.complete(prompts[1], **words("cut"))).status_code == 400:
+        assert time.monotonic() < deadline, response.text
+        time.sleep(0.1)
+    assert response.json()["choices"][0]["token_ids"] == expected[1]
+
+
+def test_stop_strings_end_normally(server, bench, prompts):
+    """A stop string is found by the front end, late; the state then ends a few tokens further, and says so."""
+    text = server.complete(prompts[0], 12).json()["choices"][0]["text"]
+    stop = text[4:6]
+    response = server.complete(prompts[0], 12, stop=[stop], **words("stop"))
+    assert response.status_code == 200 and response.json()["choices"][0]["finish_reason"] == "stop"
+    assert server.tokens(prompts[1], **words("stop")) != bench.fresh(prompts[1]), "the session was committed"
+
+
+def test_chat_and_a_client_salt(server, prompts):
+    messages = [{"role": "user", "content": "remember this"}]
+    body = {"model": "m", "messages": messages, "max_tokens": 4, "temperature": 0, "cache_salt": "tenant"}
+    for _ in range(2):
+        response = server.http.post("/v1/chat/completions", json={**body, **words("chat")})
+        assert response.status_code == 200, response.text
+    assert server.http.post("/v1/chat/completions", json={**body, "vllm_xargs": {"mem_nope": 1}}).status_code == 400
+    assert server.metric("mem_triton:refusals_total") > 0
+
+
+def test_a_session_file_of_another_adapter_is_400(server, bench, prompts):
+    folder = next(p for p in (bench.model.parent.parent).glob("server*/sessions"))
+    path = folder / "broken.safetensors"
+    path.write_bytes(b"not a file of ours")
+    response = server.complete(prompts[0], **words("broken"))
+    assert response.status_code == 400 and "cannot read" in response.text
+    assert server.http.get("/health").status_code == 200
