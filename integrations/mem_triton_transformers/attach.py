@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -53,7 +54,7 @@ def apply_mem_triton(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTr
     adapter = _adapter(config)
     weights = adapter.layers_for(attention_dims(model, adapter.config))
     memory = ModelMemory(adapter.config, adapter=lambda: adapter)
-    attach(model, memory, {name: _constant(packed) for name, packed in weights.items()})
+    attach(model, memory, {name: partial(_same, packed) for name, packed in weights.items()})
     return model
 
 
@@ -126,7 +127,25 @@ def attach(
     for module in model.modules():  # the model, and a decoder inside it that may be called by itself
         if isinstance(module, PreTrainedModel) and any(id(child) in chosen for child in module.modules()):
             memory.handles += memory.call.attach(module)
+    if hasattr(model, "generate"):
+        model.generate = partial(_generate, model)
+        memory.undo.append(partial(delattr, model, "generate"))
     setattr(model, ATTRIBUTE, memory)
+
+
+def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """The model's own generate, after refusing what would reorder rows or take tokens back behind memory's back."""
+    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    for key, harmless in (("num_beams", 1), ("prompt_lookup_num_tokens", None), ("assistant_model", None)):
+        value = kwargs.get(key)
+        for config in (given, model.generation_config):
+            value = getattr(config, key, None) if value is None else value
+        if value not in (None, harmless):
+            raise NotImplementedError(
+                f"{key}={value if isinstance(value, int) else type(value).__name__}: beam search and assisted decoding "
+                "reorder or take back tokens that memory has already written; generate without them"
+            )
+    return type(model).generate(model, *args, **kwargs)
 
 
 def _adapter(config: Mapping[str, Any]) -> DeltaMemAdapter:
@@ -155,5 +174,5 @@ def _adapter(config: Mapping[str, Any]) -> DeltaMemAdapter:
     return load_adapter(parsed.delta.adapter, parsed.delta.revision)
 
 
-def _constant(weights: DeltaMemLayerWeights) -> Callable[[], DeltaMemLayerWeights]:
-    return lambda: weights
+def _same(weights: DeltaMemLayerWeights) -> DeltaMemLayerWeights:
+    return weights

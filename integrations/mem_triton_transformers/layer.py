@@ -15,19 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mem_triton.delta_mem import DeltaMemConfig, DeltaMemLayerWeights
-from mem_triton.ops.delta_rule.reference import activate
+from mem_triton.ops.delta_rule.chunked import CHUNK_SIZE, scan
+from mem_triton.ops.delta_rule.reference import DeltaRuleInputs, activate
 from mem_triton_transformers.call import ModelCall
-
-
-def scan(inputs, state):  # TEMPORARY until ops.delta_rule.chunked is there
-    b, t, h, r = inputs.q.shape
-    state = inputs.q.new_zeros(b, h, r, r) if state is None else state
-    reads = []
-    for i in range(t):
-        q, k, v, keep, erase, write = (x[:, i].unsqueeze(-1) for x in inputs)
-        reads.append((state @ q).squeeze(-1))
-        state = keep * state - erase * (state @ k) * k.mT + write * v * k.mT
-    return torch.stack(reads, 1), state
 
 
 class LayerMemory:
@@ -106,19 +96,20 @@ class LayerMemory:
         inputs = self._activate(hidden, weights, mask)
         means = self._segment_means(hidden, mask) if self.call.write_enabled else None
         if self.call.write_enabled and means is None:
-            reads, final = scan(inputs, state)
+            reads, final = scan(inputs, state, chunk_size=min(tokens, CHUNK_SIZE))
             self.call.stage(self.name, final)
             return reads.flatten(-2).to(hidden.dtype)
         # Frozen, or one write per segment: every token reads the state from before this call.
         if means is not None:
             segments, present = means
-            _, final = scan(self._activate(segments.to(hidden.dtype), weights, present), state)
+            writes = self._activate(segments.to(hidden.dtype), weights, present)
+            _, final = scan(writes, state, chunk_size=min(segments.shape[1], CHUNK_SIZE))
             self.call.stage(self.name, final)
         if state is None:
             return None
         return torch.einsum("bhij,bthj->bthi", state, inputs.q).flatten(-2).to(hidden.dtype)
 
-    def _activate(self, hidden: Tensor, weights: DeltaMemLayerWeights, mask: Tensor | None):
+    def _activate(self, hidden: Tensor, weights: DeltaMemLayerWeights, mask: Tensor | None) -> DeltaRuleInputs:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         projections = F.linear(hidden, weights.down).to(exact)  # [B, T, P]
         if mask is not None:  # a padded token's hidden state may be anything, NaN included
