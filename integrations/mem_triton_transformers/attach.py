@@ -43,7 +43,8 @@ def apply_mem_triton(model: PreTrainedModel, config: Mapping[str, Any]) -> PreTr
 
     config: ``{"delta": {"adapter": folder, Hugging Face id or DeltaMemAdapter, "revision": optional}}``.
     The memory starts empty, and lives until ``reset_memory``: it outlasts generate() calls and KV caches. Tokens are
-    valid by the 2-D attention mask that the caller passes; padding may lie on either side.
+    valid by the 2-D attention mask that the caller passes; padding may lie on either side. A row is one sequence:
+    several sequences packed into a row would share a state.
     Raises ConfigError for the config, AdapterError if the adapter does not fit the model, ValueError if the model has
     memory already, UnsupportedVersionError for an untested transformers.
 

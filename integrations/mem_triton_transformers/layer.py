@@ -124,7 +124,10 @@ class LayerMemory:
                 f"{self.name} holds the memory of {self.state.shape[0]} sequence(s), but this call has batch size "
                 f"{batch}: call reset_memory(model) to start afresh, or choose the rows with get_memory and set_memory"
             )
-        return self.state.to(device, dtype)
+        state = self.state.to(device, dtype)
+        if state.is_inference() and not torch.is_inference_mode_enabled():
+            state = state.clone()  # autograd refuses tensors that were made in inference mode
+        return state
 
     def _segment_means(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Mean hidden state per segment [B, S, hidden] in ascending id order, and which rows have it [B, S].

@@ -418,6 +418,30 @@ def test_copied_model_has_a_memory_of_its_own() -> None:
     before, twin = get_memory(model), copy.deepcopy(model)
     twin(ids)
     assert states_equal(get_memory(model), before) and not states_equal(get_memory(twin), before)
+    twin.generate(ids, max_new_tokens=2)
+    remove_mem_triton(twin)
+    assert states_equal(get_memory(model), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in twin.modules())
+
+
+def test_states_made_in_inference_mode_serve_training() -> None:
+    model, ids = with_memory(tiny_model()), tokens(1, 6)
+    with torch.inference_mode():
+        model(ids)
+    with torch.enable_grad():
+        model(ids, labels=ids).loss.backward()
+    assert model.model.embed_tokens.weight.grad is not None
+
+
+def test_cached_keys_hold_the_correction() -> None:
+    """Corrected k and v are what enters the KV cache."""
+    model, ids = tiny_model(), tokens(1, 6)
+    stock = model(ids, use_cache=True).past_key_values
+    cache = with_memory(model, delta_heads="k,v")(ids, use_cache=True).past_key_values
+    for part in ("keys", "values"):
+        ours, base = getattr(cache.layers[0], part), getattr(stock.layers[0], part)
+        assert torch.equal(ours[:, :, 0], base[:, :, 0])
+        assert (ours[:, :, 1:] - base[:, :, 1:]).abs().amax((0, 1, 3)).min() > 1e-3
 
 
 def test_apply_refuses_what_does_not_fit() -> None:
