@@ -24,10 +24,10 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from mem_triton.ops.delta_rule import DeltaRuleSpec, delta_rule_paged
 from mem_triton.runtime.slots import StateSlots
+from mem_triton_vllm.kv_spec import DeltaStateSpec
 
 OP_NAME = "mem_triton::delta_rule_layer"
 
@@ -105,14 +105,18 @@ class DeltaStateCache(nn.Module, AttentionLayerBase):
         layers = vllm_config.compilation_config.static_forward_context
         if layer_name in layers:
             raise ValueError(f"{layer_name} exists already: was the adapter attached twice?")
-        layers[layer_name] = self
+        # In front of the attention layers: vLLM's scheduler picks a group's block manager by the group's first spec,
+        # and it must be the one that knows about states (kv_spec.py).
+        others = dict(layers)
+        layers.clear()
+        layers.update({layer_name: self, **others})
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return DeltaStateBackend
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> DeltaStateSpec:
         size = self.spec.state_size
-        return FullAttentionSpec(
+        return DeltaStateSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=1,
             head_size=size // 2,

@@ -39,3 +39,38 @@ def attach_before_lora() -> None:
         model.mem_triton_slots = attach(vllm_config, model, section)
 
     v1_runner.prepare = prepare
+
+
+def watch_same_step_reads() -> None:
+    """Not a control but a watch: raise if a row starts from a cell that another row writes in the same step."""
+    from mem_triton_vllm.state_cache import DeltaStateCache
+
+    stock = DeltaStateCache.step
+
+    def step(self, projections, gate_bias, reads, metadata) -> None:
+        block_size = self.kv_cache.shape[2] * self.tokens_per_state
+        starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+        written, read = {}, {}
+        for row, length in enumerate(lengths):
+            done = length - (starts[row + 1] - starts[row])
+            blocks = metadata.block_table[row].tolist()
+            if done == length:
+                continue
+            if done:
+                read[row] = blocks[(done - 1) // block_size]
+            for position in range(done, length):
+                written[blocks[position // block_size]] = row
+        for row, block in read.items():
+            if written.get(block, row) != row:
+                raise RuntimeError(f"row {row} reads block {block}, which row {written[block]} writes in this step")
+        stock(self, projections, gate_bias, reads, metadata)
+
+    DeltaStateCache.step = step
+
+
+def same_step_hits_allowed() -> None:
+    from mem_triton_vllm.kv_spec import StatefulFullAttentionManager
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+    watch_same_step_reads()
+    StatefulFullAttentionManager.get_num_blocks_to_allocate = FullAttentionManager.get_num_blocks_to_allocate

