@@ -46,7 +46,7 @@ def delta_rule_paged(
     projections: [T, P] fp32, bf16 or fp16, laid out q | k | v | beta [| lambda]; T may exceed the batch's tokens.
     gate_bias: fp32 [bias_width]. reads: fp32 [>= T, H*r], written for every token of a row, before its own write.
     state_cache: fp32 [blocks, cells, H*r*r]; cell (b, i) holds the state after the last processed token among the
-    ``tokens_per_state`` tokens i of block b. block_table: int32 [N, max_blocks]; block 0 holds no state and takes none.
+    ``tokens_per_state`` tokens i of block b. block_table: int32 [N, max_blocks]; block 0 holds no state, takes none.
     query_start_loc: int32 [N + 1]; row n has tokens [n] ... [n + 1] - 1, none = the row is padding and is not touched.
     seq_lens: int32 [N], each row's length after this step. A row that has no tokens behind it starts from
     ``initial_states[initial_slot]`` (fp32 [S, H*r*r], int32 [N]; -1 = zeros), any other from its last token's cell.
@@ -78,7 +78,12 @@ def _run(
         initial_states, initial_slot, write_enabled, last_states,
     )  # fmt: skip
     check(*tensors, spec, block_size, tokens_per_state)
-    paged_torch.step_rows(*tensors, spec, block_size, tokens_per_state)
+    if projections.device.type == "cpu":
+        paged_torch.step_rows(*tensors, spec, block_size, tokens_per_state)
+    else:
+        from mem_triton.ops.delta_rule import launch  # Triton is there on Linux only
+
+        launch.step_rows(*tensors, spec, block_size, tokens_per_state, max_query_len)
 
 
 def check(
@@ -117,11 +122,15 @@ def check(
             raise ValueError(f"{name}: the last dimension must be contiguous, its stride is {tensor.stride(-1)}")
         if tensor.device != projections.device:
             raise ValueError(f"{name}: on {tensor.device}, projections on {projections.device}")
+    for name, tensor in (("initial_states", initial_states), ("last_states", last_states)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous, its strides are {tensor.stride()}")
     if initial_slot is None and (initial_states is not None or last_states is not None):
         raise ValueError("initial_slot: needed to place initial_states or last_states")
 
 
 _LIBRARY = torch.library.Library("mem_triton", "FRAGMENT")
 _LIBRARY.define(_SCHEMA)
-_LIBRARY.impl("delta_rule_paged", _run, "CPU")
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("delta_rule_paged", _run, _device)
 torch.library.register_fake("mem_triton::delta_rule_paged", lambda *args, **kwargs: None, lib=_LIBRARY)

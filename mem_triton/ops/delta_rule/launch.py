@@ -1,0 +1,92 @@
+"""Launches the delta rule's kernels: grid, workspace and static configuration. Works on whatever the tensors lie on."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from mem_triton.ops.delta_rule.kernels import chunk_maps_kernel, recurrent_kernel
+from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
+from mem_triton.ops.tuning.delta_rule import DeltaRuleConfig, select
+
+MODES = {"standard": 0, "lambda_outside": 1, "no_lambda": 2}
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The tuning table's key of a device: "sm90", "gfx942", ..."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+def constants(spec: DeltaRuleSpec, block_size: int, tokens_per_state: int) -> dict[str, int]:
+    """The kernels' compile-time arguments that an adapter and a cache layout fix."""
+    return {
+        "RANK": spec.rank,
+        "HEADS": spec.heads,
+        "RANKWISE": spec.rankwise_gates,
+        "COUPLED": spec.couple_lambda,
+        "MODE": MODES[spec.update_mode],
+        "NORMALIZE": spec.normalize_qk,
+        "BLOCK_SIZE": block_size,
+        "TOKENS_PER_STATE": tokens_per_state,
+    }
+
+
+def step_rows(
+    projections: Tensor,
+    gate_bias: Tensor,
+    reads: Tensor,
+    state_cache: Tensor,
+    block_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    initial_states: Tensor | None,
+    initial_slot: Tensor | None,
+    write_enabled: Tensor | None,
+    last_states: Tensor | None,
+    spec: DeltaRuleSpec,
+    block_size: int,
+    tokens_per_state: int,
+    max_query_len: int,
+    config: DeltaRuleConfig | None = None,
+) -> None:
+    """Advance all rows of a batch in place, in one launch for short queries and two for long ones.
+
+    Arguments as in ``op.delta_rule_paged``. The grid depends on shapes and ``max_query_len`` alone.
+    """
+    config = config or select(architecture(projections.device), spec.rank)
+    tokens, num_rows = projections.shape[0], seq_lens.shape[0]
+    batch = (block_table, query_start_loc, seq_lens, initial_states, initial_slot, write_enabled)
+    strides = (*state_cache.stride()[:2], block_table.stride(0))
+    fixed = constants(spec, block_size, tokens_per_state)
+    if num_rows == 0 or tokens == 0:
+        return
+    if max_query_len <= config.max_recurrent:
+        rows, warps, chunk, slots, maps = config.rows, config.warps, 0, num_rows, None
+        rows = min(rows, _power_of_two(spec.read_width))
+    else:
+        rows, warps, chunk = config.chunk_rows, config.chunk_warps, config.chunk
+        slots = tokens // chunk + num_rows
+        maps = projections.new_empty(tokens // chunk + 1, spec.state_size, spec.rank + 1, dtype=torch.float32)
+    grid = (slots, -(-spec.read_width // rows))
+    # enable_fp_fusion is pinned: Triton is about to change its default, which would change the last bits.
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    if chunk:
+        chunk_maps_kernel[grid](
+            projections, gate_bias, state_cache, *batch, maps, num_rows, projections.stride(0), *strides,
+            **fixed, ROWS=rows, CHUNK=chunk, **options,
+        )  # fmt: skip
+    recurrent_kernel[grid](
+        projections, gate_bias, reads, state_cache, *batch, last_states, maps, num_rows,
+        projections.stride(0), reads.stride(0), *strides,
+        **fixed, ROWS=rows, CHUNK=chunk, **options,
+    )  # fmt: skip
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

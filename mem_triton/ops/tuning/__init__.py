@@ -1,0 +1,1 @@
+"""Static launch configurations, one table per op, keyed by GPU architecture. Nothing is tuned while serving."""
