@@ -84,6 +84,11 @@ class ModelCall:
         if len(self._running) > 1:
             return
         self._mask, self._token_mask, self._staged = None, None, {}
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "cu_seq_lens_q: several sequences packed into one row would share a memory; give each a row of its own "
+                "(padded, with an attention_mask), and use generate() rather than continuous batching"
+            )
         given = self._signatures[module].bind_partial(*args, **kwargs).arguments
         mask = given.get("attention_mask", given.get("kwargs", {}).get("attention_mask"))
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):

@@ -67,7 +67,10 @@ def test_fingerprint_covers_config_names_dtypes_and_values() -> None:
     prints.add(adapter_from_tensors(base.config, changed(base, beta_bias=bias)).fingerprint)
     renamed = {name.replace("model.", "decoder."): tensor for name, tensor in base.tensors().items()}
     prints.add(adapter_from_tensors(base.config, renamed).fingerprint)
-    assert len(prints) == 5
+    half = random_adapter(MODULES, dtype=torch.bfloat16)
+    same_bytes = {name: tensor.view(torch.float16) for name, tensor in half.tensors().items()}
+    prints.add(adapter_from_tensors(half.config, same_bytes).fingerprint)
+    assert len(prints) == 6
     shuffled = dict(reversed(base.tensors().items()))
     assert adapter_from_tensors(base.config, shuffled).fingerprint == base.fingerprint
 

@@ -171,14 +171,36 @@ def test_a6_padding_changes_neither_states_nor_reads(side: str, attention: str) 
     assert largest_difference(get_memory(model), batch_states) > 0.01  # control: without a mask, padding is written
 
 
-def test_a6_padding_only_row_keeps_its_state() -> None:
-    model = with_memory(tiny_model())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a6_padding_only_row_keeps_its_state(dtype: torch.dtype) -> None:
+    model = with_memory(tiny_model(dtype=dtype))
     model(tokens(2, 5))
     before = get_memory(model)
     mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
     model(tokens(2, 3, seed=9), attention_mask=mask)
     for name, state in get_memory(model).items():
         assert torch.equal(state[1], before[name][1]) and not torch.equal(state[0], before[name][0])
+
+
+@pytest.mark.parametrize("granularity", ["token", "message_mean"])
+def test_a6_padding_may_hold_anything(granularity: str) -> None:
+    model, ids = with_memory(tiny_model(layers=1), memory_write_granularity=granularity), tokens(2, 6)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    states = []
+    for poison in (0.0, torch.nan):
+
+        def overwrite(module, args, kwargs, poison=poison):
+            kwargs["hidden_states"] = kwargs["hidden_states"].masked_fill(mask.unsqueeze(-1) == 0, poison)
+            return args, kwargs
+
+        handle = model.model.layers[0].self_attn.register_forward_pre_hook(overwrite, with_kwargs=True, prepend=True)
+        reset_memory(model)
+        if granularity == "message_mean":
+            set_write_segments(model, torch.zeros_like(ids))
+        model(ids, attention_mask=mask)
+        handle.remove()
+        states.append(get_memory(model))
+    assert states_equal(*states) and all(state.isfinite().all() for state in states[1].values())
 
 
 def test_a7_rows_of_a_batch_are_isolated() -> None:
@@ -376,6 +398,9 @@ def test_masks_that_hide_padding_are_refused() -> None:
         model.generate(ids, max_new_tokens=2, cache_implementation="static", disable_compile=True)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\), expected \(1, at least 5\)"):
         model(ids, attention_mask=torch.ones(1, 3, dtype=torch.long))
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 2, 5]))
+    assert not get_memory(model)
     model(ids)
 
 
