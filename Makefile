@@ -1,0 +1,44 @@
+# Every target makes its own environment first; the second time that costs nothing. `make help` lists the targets.
+#   PYTHON=python3.12 make test     another Python (3.10 to 3.13)        VENV=/tmp/env make test    another place
+#   make demo ARGS="--sessions 8"   options of the demo (ARGS=--help)    make test TESTS=tests/ops  one part of the tests
+
+VENV ?= .venv
+PYTHON ?=
+TESTS ?= tests
+ARGS ?=
+BIN := $(VENV)/bin
+
+# Tests that need a GPU run where there is one.
+FAST := $(if $(shell nvidia-smi -L 2>/dev/null),not slow,not slow and not gpu)
+ALL := $(if $(shell nvidia-smi -L 2>/dev/null),,not gpu)
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo lint test test-all clean
+
+help:
+	@echo "make demo      a small model with and without memory, on a real vLLM server (about two minutes)"
+	@echo "make test      style and tests, as CI runs them"
+	@echo "make test-all  the same with the soaks"
+	@echo "make lint      style alone"
+	@echo "make env       the environment alone: $(VENV)"
+	@echo "make clean     remove the environment and every cache"
+
+env:
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" bash scripts/environment.sh
+
+demo: env
+	@$(BIN)/python -m benchmarks.demo $(ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest $(TESTS) -m "$(FAST)"
+
+test-all: lint
+	$(BIN)/python -m pytest $(TESTS) -m "$(ALL)"
+
+clean:
+	rm -rf .venv .pytest_cache .hypothesis .ruff_cache .cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
