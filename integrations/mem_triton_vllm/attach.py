@@ -74,7 +74,7 @@ def attach(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection) -> 
         cache = DeltaStateCache(
             vllm_config, f"{module.attn.layer_name}.delta_state", spec, tokens_per_state, slots, index
         )
-        sizes = (module.q_size, module.kv_size, module.kv_size)
+        sizes = _local_sizes(module.attn)
         sharded = _shard(layer, sizes).to(device, vllm_config.model_config.dtype)
         memory = DeltaMemory(sharded, sizes, reads, cache.layer_name, fuse)
         module.qkv_proj = QKVWithMemory(module.qkv_proj, memory)
@@ -97,6 +97,12 @@ def _dims(vllm_config: VllmConfig, module: nn.Module) -> AttentionDims:
     heads, kv_heads = model.model_arch_config.total_num_attention_heads, model.get_total_num_kv_heads()
     hidden = model.get_hidden_size()
     return AttentionDims(hidden, heads * head, kv_heads * head, kv_heads * head, hidden)
+
+
+def _local_sizes(attention: Attention) -> tuple[int, int, int]:
+    """Widths of this rank's q, k and v."""
+    kv = attention.num_kv_heads * attention.head_size
+    return attention.num_heads * attention.head_size, kv, kv
 
 
 def _check_uniform(vllm_config: VllmConfig) -> None:

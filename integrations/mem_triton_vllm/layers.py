@@ -1,11 +1,13 @@
 """The two wrappers that carry δ-mem into a decoder layer: around ``qkv_proj`` and around ``o_proj``.
 
-Every dense vLLM decoder calls ``qkv, _ = self.qkv_proj(hidden)`` and ``out, _ = self.o_proj(attended)``. The input of
+Every dense vLLM decoder calls ``qkv_proj`` with its hidden states and ``o_proj`` with what it attended. The input of
 the first is the hidden state that δ-mem projects; its output is before q/k norm and RoPE, where Δq, Δk and Δv belong.
 The output of the second is already reduced over tensor-parallel ranks, so Δo is added once, whole.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +46,7 @@ class DeltaMemory(nn.Module):
         self.o_rmsnorm_eps = weights.o_rmsnorm_eps
 
     def read(self, hidden: Tensor) -> Tensor:
-        """Advance the states by these tokens and return their reads, [T, H*r] fp32."""
+        """Advance the states by these tokens, [T, hidden], and return their reads, [T, H*r] fp32."""
         projections = F.linear(hidden, self.down)  # [T, P]
         reads = self.reads[: hidden.shape[0]]
         torch.ops.mem_triton.delta_rule_layer(projections, self.gate_bias, reads, self.state_name)
@@ -72,26 +74,41 @@ class DeltaMemory(nn.Module):
         return out + F.rms_norm(delta, delta.shape[-1:], self.o_rmsnorm_weight, self.o_rmsnorm_eps).to(out.dtype)
 
 
-class QKVWithMemory(nn.Module):
-    """Stands in for ``qkv_proj``: stock projection, then the memory's read and corrections."""
+class _Wrapper(nn.Module):
+    """A projection followed by a correction of its output.
 
-    def __init__(self, base: nn.Module, memory: DeltaMemory) -> None:
-        super().__init__()
-        self.base, self.memory = base, memory
-
-    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        qkv, bias = self.base(hidden)
-        return self.memory.correct_qkv(qkv, self.memory.read(hidden)), bias
-
-
-class OutputWithMemory(nn.Module):
-    """Stands in for ``o_proj``: stock projection (already reduced over ranks), then Δo."""
+    vLLM's own models call projections with [T, width] and get (output, bias); its transformers backend has a batch
+    dimension of 1 in front and gets the output alone.
+    """
 
     def __init__(self, base: nn.Module, memory: DeltaMemory) -> None:
         super().__init__()
         self.base = base
-        object.__setattr__(self, "memory", memory)  # owned by QKVWithMemory; not a second submodule
+        object.__setattr__(self, "memory", memory)  # shared by two wrappers; DeltaMemory has no place of its own
 
-    def forward(self, attended: Tensor) -> tuple[Tensor, Tensor | None]:
-        out, bias = self.base(attended)
-        return self.memory.correct_output(out), bias
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a model asks of its projection (sizes, weights) is the projection's own."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, inputs: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+        result = self.base(inputs)
+        out = result[0] if isinstance(result, tuple) else result
+        corrected = self.correct(inputs.flatten(0, -2), out.flatten(0, -2)).view(out.shape)
+        return (corrected, *result[1:]) if isinstance(result, tuple) else corrected
+
+
+class QKVWithMemory(_Wrapper):
+    """Stands in for ``qkv_proj``: stock projection, then the memory's read and corrections."""
+
+    def correct(self, hidden: Tensor, qkv: Tensor) -> Tensor:
+        return self.memory.correct_qkv(qkv, self.memory.read(hidden))
+
+
+class OutputWithMemory(_Wrapper):
+    """Stands in for ``o_proj``: stock projection (already reduced over ranks), then Δo."""
+
+    def correct(self, attended: Tensor, out: Tensor) -> Tensor:
+        return self.memory.correct_output(out)

@@ -56,9 +56,10 @@ class Bench:
 def make_bench(folder: Path, family: str = "qwen3") -> Bench:
     from mem_triton_transformers import apply_mem_triton
 
-    model = tiny_model(family)
+    size = {"hidden": 128} if family == "qwen2" else {}  # its heads are hidden / heads wide; vLLM's CPU kernel wants 32
+    model = tiny_model(family, **size)
     adapter = random_adapter(model, **ADAPTERS[family])
-    bench = Bench(save_tiny_model(folder / "model", family), save_adapter(adapter, folder / "adapter"), model)
+    bench = Bench(save_tiny_model(folder / "model", family, **size), save_adapter(adapter, folder / "adapter"), model)
     apply_mem_triton(model, {"delta": {"adapter": adapter}})
     return bench
 

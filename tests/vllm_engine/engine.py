@@ -63,7 +63,7 @@ def run_engine(
     fails: bool = False,
     **llm: Any,
 ) -> Any:
-    """Run rounds of requests on a real engine; returns {"rounds": [...], "facts": {...}}.
+    """Run rounds of requests on a real engine; returns rounds, facts and everything that was printed (output).
 
     memory: the mem_triton section, None for the stock engine. tamper: "module:function" that breaks something on
     purpose. fails: the engine must not start; returns its output instead.
@@ -88,7 +88,7 @@ def run_engine(
         assert process.returncode != 0 and not result, f"the engine started:\n{output[-3000:]}"
         return output
     assert process.returncode == 0 and result, output[-6000:]
-    return json.loads(result[-1].removeprefix(MARK))
+    return {**json.loads(result[-1].removeprefix(MARK)), "output": output}
 
 
 def tokens(result: Any, round_index: int = 0) -> list[list[int]]:

@@ -69,8 +69,32 @@ def watch_same_step_reads() -> None:
 
 
 def same_step_hits_allowed() -> None:
-    from mem_triton_vllm.kv_spec import StatefulFullAttentionManager
     from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+    from mem_triton_vllm.kv_spec import StatefulFullAttentionManager
 
     watch_same_step_reads()
     StatefulFullAttentionManager.get_num_blocks_to_allocate = FullAttentionManager.get_num_blocks_to_allocate
+
+
+def triton_kernels_on_cpu() -> None:
+    """Not a control: run our Triton kernels, through the interpreter, where the CPU worker would run torch."""
+    from mem_triton.ops.delta_rule import launch, paged_torch
+    from mem_triton.ops.tuning.delta_rule import select
+    from tests.support import interp
+
+    interp.install()
+
+    def step_rows(*arguments) -> None:
+        *tensors, spec, block_size, tokens_per_state = arguments
+        starts = tensors[5]
+        longest = int((starts[1:] - starts[:-1]).max())
+        config = select("sm90", spec.rank)
+        launch.step_rows(*tensors, spec, block_size, tokens_per_state, longest, config)
+        calls.append(longest > config.max_recurrent)
+
+    calls: list[bool] = []
+    paged_torch.step_rows = step_rows
+    import atexit
+
+    atexit.register(lambda: print("KERNELS", sorted(set(calls)), flush=True))

@@ -38,6 +38,23 @@ def test_memory_changes_tokens(bench, prompts):
     assert all(a != bench.fresh(p) for a, p in zip(tokens(stock), prompts, strict=True))
 
 
+def test_the_triton_kernels_in_the_worker(bench, prompts):
+    """Runner V2 with our kernels, interpreted: prefill through the chunked scan, decode through the recurrent step."""
+    asked = [prompts[1], prompts[3], prompts[0]]
+    session = {"extra_args": {"mem_session": "alice"}}
+    first = [request(p, 4, **(session if i == 1 else {})) for i, p in enumerate(asked)]
+    result = run_engine(
+        bench.model, [first, [request(asked[2], 4, **session)]], memory=bench.memory, runner="v2",
+        max_num_batched_tokens=128,
+        tamper="tests.vllm_engine.tamper:triton_kernels_on_cpu",
+    )  # fmt: skip
+    assert tokens(result) == [bench.fresh(p, 4) for p in asked]
+    bench.forget()
+    bench.generate(asked[1], 4)
+    assert tokens(result, 1) == [bench.generate(asked[2], 4)]
+    assert "KERNELS [False, True]" in result["output"], "both kernels ran"
+
+
 @pytest.mark.parametrize("family", [family for family in ADAPTERS if family != "qwen3"])
 def test_every_family_and_kind_of_adapter(tmp_path, prompts, family):
     """A12: SmolLM3's layers without position encoding are among them, untouched by RoPE."""
