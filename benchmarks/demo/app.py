@@ -1,0 +1,209 @@
+"""The demo's course: start both servers, tell, ask, measure in turns, show. Servers end however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
+
+from benchmarks.demo import measure, report
+from benchmarks.demo.measure import Client
+from benchmarks.demo.server import DemoError, Server, choose_ports, has_gpu, require_folder, require_packages
+
+ROOT = Path(__file__).parents[2]
+RECALL = Path("benchmarks/recall")
+RESULTS = ROOT / "benchmarks" / "results"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def demo(
+    sessions: Annotated[int, typer.Option(min=1, max=512, help="People who talk to the servers at once.")] = 32,
+    facts: Annotated[int, typer.Option(min=1, max=16, help="People are told 1, 2, ... up to so many facts.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, max=1024, help="Output tokens per request of the speed test.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of the speed test.")] = 5,
+    seed: Annotated[int, typer.Option(help="Chooses people and facts.")] = 2026,
+    model: Annotated[Path, typer.Option(help="The model's folder.")] = RECALL / "model",
+    adapter: Annotated[Path, typer.Option(help="The δ-mem adapter's folder.")] = RECALL / "adapter",
+    dtype: Annotated[str, typer.Option(help="The servers' --dtype.")] = "float32",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65534, help="First of two ports.", show_default="any free ones")
+    ] = None,
+    keep_log: Annotated[bool, typer.Option("--keep-log", help="Keep the servers' logs.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Keep the figures under benchmarks/results.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Keep what was shown as a picture.")] = None,
+) -> None:
+    """Tell facts to a small model in one request and ask for them in later ones, on stock vLLM and on vLLM with memory.
+
+    Both servers are real `vllm serve` processes on this machine, reached over HTTP. They end with the demo.
+    """
+    console = Console(record=svg is not None, width=110 if svg else None, highlight=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+    logs = Path(tempfile.mkdtemp(prefix="mem_triton-demo-"))
+    keep = keep_log
+    try:
+        require_packages()
+        require_folder(model, "config.json", "--model", "model")
+        require_folder(adapter, "delta_mem_config.json", "--adapter", "δ-mem adapter")
+        stock, memory = servers = make_servers(model, adapter, dtype, choose_ports(port), sessions, logs)
+        console.print(f"[bold]stock[/]   {escape(stock.shown_command)}")
+        console.print(f"[bold]memory[/]  the same with {escape(shlex.join(memory.flags))}\n")
+        with running(servers, console):
+            group = measure.people(sessions, facts, seed)
+            results = asyncio.run(course(console, servers, group, tokens, repeats, seed))
+        machine = report.machine_facts()
+        report.show_speed(console, results, machine)
+        if svg:
+            svg.parent.mkdir(parents=True, exist_ok=True)
+            console.save_svg(str(svg), title="make demo")
+        if save:
+            found = report.as_json(results, machine, [s.shown_command for s in servers])
+            console.print(f"\nkept in {report.save(found, RESULTS).relative_to(ROOT)}")
+    except DemoError as error:
+        keep = keep or any(logs.glob("*.log"))
+        Console(stderr=True, highlight=False).print(
+            f"\n[bold red]The demo cannot go on.[/] {escape(str(error))}", soft_wrap=True
+        )
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\nStopped; both servers are down.")
+        raise typer.Exit(130) from None
+    finally:
+        if keep:
+            console.print(f"\n[dim]the servers' logs: {logs}")
+        else:
+            for file in sorted(logs.rglob("*"), reverse=True):
+                file.rmdir() if file.is_dir() else file.unlink()
+            logs.rmdir()
+
+
+def make_servers(
+    model: Path, adapter: Path, dtype: str, ports: tuple[int, int], sessions: int, folder: Path
+) -> tuple[Server, Server]:
+    """The stock server and the one with memory; their commands differ in the flags of mem_triton alone."""
+    common = ["--served-model-name", "recall", "--host", "127.0.0.1", "--dtype", dtype, "--max-model-len", "2048"]
+    common += ["--max-num-seqs", str(max(8, sessions))]
+    common += ["--gpu-memory-utilization", "0.4"] if has_gpu() else ["--enforce-eager"]
+    section = {"mem_triton": {"delta": {"adapter": str(adapter)}, "session_dir": str(folder / "sessions")}}
+    flags = ["--load-format", "mem_triton", "--additional-config", json.dumps(section)]
+    serve = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *common]
+    return (
+        Server("stock", serve, [], ports[0], folder / "stock.log"),
+        Server("memory", serve, flags, ports[1], folder / "memory.log"),
+    )
+
+
+@contextmanager
+def running(servers: tuple[Server, ...], console: Console) -> Iterator[None]:
+    """Both servers up, and down at the end. On a GPU one starts after the other, because each measures free memory."""
+    begin, started = time.monotonic(), []
+
+    def show(status: Status, server: Server, line: str) -> None:
+        for one in started:
+            one.check()
+        status.update(f"starting the {server.name} server, {time.monotonic() - begin:.0f} s  [dim]{escape(line[:70])}")
+
+    try:
+        for server in servers:
+            for one in [server] if has_gpu() else servers:
+                if one not in started:
+                    one.start()
+                    started.append(one)
+            with console.status(f"starting the {server.name} server") as status:
+                server.wait(functools.partial(show, status, server))
+            console.print(f"[green]✓[/] the {server.name} server is up after {time.monotonic() - begin:.0f} s")
+        yield
+    finally:
+        with deaf():
+            for server in servers:
+                server.ask_to_stop()
+            for server in servers:
+                server.stop()
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """No signal ends the clean-up: an impatient second Ctrl-C must not leave a server behind."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+async def course(
+    console: Console, servers: tuple[Server, Server], group: list[measure.Person], tokens: int, repeats: int, seed: int
+) -> report.Results:
+    """Everything that is asked of the running servers. Raises DemoError if one of them dies."""
+    plain, memory = clients = tuple(Client(server.url, len(group)) for server in servers)
+    results = report.Results(group, speed={"stock": [], "memory": []}, speed_tokens=tokens)
+    try:
+        with console.status("warming up") as status:
+            warm = [measure.Person(f"warm-{i}", p.told, p.message) for i, p in enumerate(group)]
+            for client, with_memory in ((plain, False), (memory, True)):
+                await measure.speed(client, warm, tokens, with_memory)
+            status.update(
+                "telling facts to the stock server, asking for them with the facts in the prompt, and without"
+            )
+            heard = await measure.tell(plain, group, with_memory=False)
+            told = [
+                [*measure.user(p.message), {"role": "assistant", "content": a.text}]
+                for p, a in zip(group, heard, strict=True)
+            ]
+            in_prompt, _ = await measure.ask(plain, group, history=told)
+            nowhere, stock_answers = await measure.ask(plain, group)
+            status.update("telling facts to the memory server, one request a session, then asking without them")
+            heard = await measure.tell(memory, group, with_memory=True)
+            remembered, memory_answers = await measure.ask(memory, group, with_memory=True)
+            no_session, _ = await measure.ask(memory, group)
+            results.recall = {
+                report.NOWHERE: nowhere,
+                report.IN_PROMPT: in_prompt,
+                report.STATE_ALONE: remembered,
+                report.NO_SESSION: no_session,
+            }
+        report.show_dialogue(
+            console, group[first_talk(group)], *(x[first_talk(group)] for x in (heard, stock_answers, memory_answers))
+        )
+        report.show_recall(console, results)
+        with console.status("measuring speed") as status:
+            for repeat in range(repeats):
+                status.update(f"measuring speed in turns, repeat {repeat + 1} of {repeats}")
+                again = measure.people(len(group), max(len(p.told) for p in group), seed + 10_000 * (repeat + 1))
+                turns = [("stock", plain), ("memory", memory)]
+                for name, client in turns[:: 1 if repeat % 2 == 0 else -1]:
+                    results.speed[name].append(await measure.speed(client, again, tokens, name == "memory"))
+    except DemoError:
+        for server in servers:
+            server.check()  # a dead server explains the failure better than its client can
+        raise
+    finally:
+        for client in clients:
+            await client.close()
+    return results
+
+
+def first_talk(group: list[measure.Person]) -> int:
+    """The first session with two facts, or the first at all: chosen before any answer is known."""
+    return next((i for i, person in enumerate(group) if len(person.told) == 2), 0)
+
+
+def main() -> None:
+    """Entry point of ``python -m benchmarks.demo``."""
+    app(prog_name="python -m benchmarks.demo")

