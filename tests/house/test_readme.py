@@ -1,0 +1,89 @@
+"""The README says nothing that is not there: commands, tests, keys, words and files."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mem_triton.config import DeltaSection, MemTritonConfig, parse_config
+from mem_triton.runtime.request import WORDS, parse_request
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def first_column(header: str) -> list[str]:
+    """The code words in the first column of the table whose header starts so."""
+    rows = README.split(f"| {header} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    return [re.match(r"\| `([^`]+)`", row).group(1) for row in rows]
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE))
+    assert named and named <= targets, named - targets
+
+
+def test_named_tests_exist():
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", README)
+    assert len(named) > 10
+    for path, name in named:
+        functions = {n.name for n in ast.walk(ast.parse((ROOT / "tests" / path).read_text())) if hasattr(n, "name")}
+        assert name in functions, f"README names {path}::{name}"
+
+
+def test_every_row_of_the_compatibility_table_names_a_test():
+    rows = README.split("| what | result | test |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    assert rows and all("::test_" in row for row in rows)
+
+
+def test_configuration_table_is_the_schema():
+    keys = [f"delta.{name}" for name in DeltaSection.model_fields]
+    keys += [name for name in MemTritonConfig.model_fields if name != "delta"]
+    assert sorted(first_column("key under `mem_triton`")) == sorted(keys)
+
+
+def test_vocabulary_table_is_the_vocabulary():
+    assert sorted(first_column("word")) == sorted(WORDS)
+
+
+def test_shell_examples_hold_valid_json():
+    documents = [json.loads(text) for block in blocks("bash") for text in re.findall(r"'(\{.*?\})'", block, re.DOTALL)]
+    sections = [d["mem_triton"] for d in documents if "mem_triton" in d]
+    requests = [d["vllm_xargs"] for d in documents if "vllm_xargs" in d]
+    assert sections and requests
+    for section in sections:
+        parse_config(section)
+    for words in requests:
+        assert parse_request(words).session == "alice"
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_examples_parse_and_import_what_exists(code):
+    import importlib
+
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("mem_triton"):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_drawn_folders_exist():
+    drawn = README.split("## The house", 1)[1].split("```")[1]
+    folders = [*re.findall(r"^(\w+)/ ", drawn, re.MULTILINE), "integrations"]
+    folders += [f"mem_triton/{name}" for name in ("ops", "delta_mem", "runtime")]
+    folders += [f"integrations/{name}" for name in ("mem_triton_vllm", "mem_triton_transformers")]
+    assert [name for name in folders if not (ROOT / name).is_dir()] == []

