@@ -94,7 +94,7 @@ def chunk_maps_kernel(
     NORMALIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, TOKENS_PER_STATE: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid as ``recurrent_kernel``. Fills maps, fp32 [T // CHUNK, H*r, RANK + 1, RANK], for all chunks but a row's last.
+    """Grid as ``recurrent_kernel``. Fills maps, fp32 [T // CHUNK, H*r, RANK + 1, RANK], but for a row's last chunk.
 
     A row's maps begin at first // CHUNK: it has at most as many as there are whole chunks up to the next row's.
 

@@ -37,6 +37,12 @@ def constants(spec: DeltaRuleSpec, block_size: int, tokens_per_state: int) -> di
     }
 
 
+def program_shape(config: DeltaRuleConfig, spec: DeltaRuleSpec, chunked: bool) -> tuple[int, int]:
+    """State rows and warps of one program."""
+    rows, warps = (config.chunk_rows, config.chunk_warps) if chunked else (config.rows, config.warps)
+    return min(rows, 1 << (spec.read_width - 1).bit_length()), warps
+
+
 def step_rows(
     projections: Tensor,
     gate_bias: Tensor,
@@ -66,12 +72,11 @@ def step_rows(
     fixed = constants(spec, block_size, tokens_per_state)
     if num_rows == 0 or tokens == 0:
         return
-    if max_query_len <= config.max_recurrent:
-        rows, warps, chunk, slots, maps = config.rows, config.warps, 0, num_rows, None
-        rows = min(rows, _power_of_two(spec.read_width))
-    else:
-        rows, warps, chunk = config.chunk_rows, config.chunk_warps, config.chunk
-        slots = tokens // chunk + num_rows
+    chunk = config.chunk if max_query_len > config.max_recurrent else 0
+    rows, warps = program_shape(config, spec, chunked=chunk > 0)
+    slots = tokens // chunk + num_rows if chunk else num_rows
+    maps = None
+    if chunk:
         maps = projections.new_empty(tokens // chunk + 1, spec.state_size, spec.rank + 1, dtype=torch.float32)
     grid = (slots, -(-spec.read_width // rows))
     # enable_fp_fusion is pinned: Triton is about to change its default, which would change the last bits.
@@ -86,7 +91,3 @@ def step_rows(
         projections.stride(0), reads.stride(0), *strides,
         **fixed, ROWS=rows, CHUNK=chunk, **options,
     )  # fmt: skip
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

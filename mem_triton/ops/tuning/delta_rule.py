@@ -28,9 +28,9 @@ class DeltaRuleConfig:
 # A chunk map is r + 1 times a state, so larger ranks take longer chunks and fewer rows per program.
 _BY_RANK = {
     4: DeltaRuleConfig(max_recurrent=64, rows=32, warps=1, chunk=64, chunk_rows=8, chunk_warps=1),
-    8: DeltaRuleConfig(max_recurrent=64, rows=32, warps=1, chunk=64, chunk_rows=8, chunk_warps=1),
-    16: DeltaRuleConfig(max_recurrent=128, rows=32, warps=1, chunk=128, chunk_rows=4, chunk_warps=1),
-    32: DeltaRuleConfig(max_recurrent=256, rows=32, warps=1, chunk=256, chunk_rows=2, chunk_warps=1),
+    8: DeltaRuleConfig(max_recurrent=64, rows=16, warps=1, chunk=64, chunk_rows=8, chunk_warps=1),
+    16: DeltaRuleConfig(max_recurrent=128, rows=8, warps=1, chunk=128, chunk_rows=4, chunk_warps=1),
+    32: DeltaRuleConfig(max_recurrent=256, rows=8, warps=1, chunk=256, chunk_rows=2, chunk_warps=1),
 }
 
 TABLE: dict[str, dict[int, DeltaRuleConfig]] = {

@@ -1,0 +1,103 @@
+"""Every kernel compiles for the GPUs we name, within its registers and without a spill."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import pytest
+
+from mem_triton.ops.delta_rule import DeltaRuleSpec
+from tests.support.aot import TARGETS, Resources, compile_for
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
+)
+
+RANKS = (4, 8, 16, 32)
+KERNELS = ("recurrent", "chunk_maps", "chunk_scan")
+VARIANTS = {  # spec fields, projection dtype, optional tensors given
+    "tsw": (dict(heads=1), "*bf16", True),
+    "msw": (dict(heads=4, rankwise_gates=False, couple_lambda=False, update_mode="lambda_outside"), "*fp32", False),
+    "odd": (dict(heads=3, update_mode="no_lambda", normalize_qk=False), "*fp16", True),
+}
+OPTIONAL = ("initial_states", "initial_slot", "write_enabled", "last_states")
+REGISTER_BUDGET = {4: 72, 8: 128, 16: 128, 32: 192}  # of 255; a program is one warp, so only spills would cost time
+SHARED_BUDGET = 48 * 1024  # what a program may use without opting in
+
+
+class Case(NamedTuple):
+    kernel: str
+    rank: int
+    variant: str
+    target: str
+
+
+# The released shape everywhere; the others on one GPU of each maker.
+CASES = [
+    case
+    for case in itertools.starmap(Case, itertools.product(KERNELS, RANKS, VARIANTS, TARGETS))
+    if case.variant == "tsw" or case.target in ("sm90", "gfx942")
+]
+
+
+def compile_case(case: Case) -> Resources | str:
+    from mem_triton.ops.delta_rule import kernels, launch
+    from mem_triton.ops.tuning.delta_rule import select
+
+    fields, projections, optional = VARIANTS[case.variant]
+    spec, config = DeltaRuleSpec(rank=case.rank, **fields), select(case.target, case.rank)
+    chunked = case.kernel != "recurrent"
+    kernel = kernels.chunk_maps_kernel if case.kernel == "chunk_maps" else kernels.recurrent_kernel
+    rows, warps = launch.program_shape(config, spec, chunked)
+    constants = launch.constants(spec, block_size=16, tokens_per_state=16)
+    constants.update(ROWS=rows, CHUNK=config.chunk if chunked else 0)
+    arguments = {"projections": projections}
+    for name in kernel.arg_names:
+        if (name in OPTIONAL and not optional) or (name == "maps" and not chunked):
+            constants[name] = None
+        elif name in ("block_table", "query_start_loc", "seq_lens", "initial_slot", "write_enabled"):
+            arguments[name] = "*i32"
+        elif name.startswith("stride_") or name == "num_rows":
+            arguments[name] = "i32"
+        elif name not in constants:
+            arguments.setdefault(name, "*fp32")
+    try:
+        return compile_for(case.target, kernel, arguments, constants, num_warps=warps, num_stages=1)
+    except Exception as error:  # carried over the process border as text: Triton's errors do not pickle
+        return f"{type(error).__name__}: {error}"
+
+
+@functools.cache
+def compiled() -> dict[Case, Resources | str]:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(CASES, pool.map(compile_case, CASES, chunksize=4), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_compiles_within_budget(case: Case):
+    result = compiled()[case]
+    assert isinstance(result, Resources), result
+    assert result.spills == 0, result
+    assert result.registers <= REGISTER_BUDGET[case.rank], result
+    assert result.shared <= SHARED_BUDGET, result
+
+
+def test_a_spill_is_seen():
+    """Negative control: 16 state rows of rank 32 as chunk maps cannot fit one warp's registers."""
+    from mem_triton.ops.delta_rule import kernels, launch
+
+    spec = DeltaRuleSpec(rank=32)
+    constants = {**launch.constants(spec, 16, 16), "ROWS": 16, "CHUNK": 64}
+    constants.update(initial_states=None, initial_slot=None, write_enabled=None)
+    integers = ("block_table", "query_start_loc", "seq_lens")
+    arguments = {
+        name: "*i32" if name in integers else "i32" if name.startswith(("stride", "num")) else "*fp32"
+        for name in kernels.chunk_maps_kernel.arg_names
+        if name not in constants
+    }
+    assert compile_for("sm90", kernels.chunk_maps_kernel, arguments, constants, num_warps=1, num_stages=1).spills > 0
