@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mem_triton.delta_mem import DeltaMemConfig, DeltaMemLayerWeights
-from mem_triton.ops.delta_rule.chunked import CHUNK_SIZE, scan
 from mem_triton.ops.delta_rule.reference import DeltaRuleInputs, activate
+from mem_triton.ops.delta_rule.stepwise import scan
 from mem_triton_transformers.call import ModelCall
 
 
@@ -96,14 +96,14 @@ class LayerMemory:
         inputs = self._activate(hidden, weights, mask)
         means = self._segment_means(hidden, mask) if self.call.write_enabled else None
         if self.call.write_enabled and means is None:
-            reads, final = scan(inputs, state, chunk_size=min(tokens, CHUNK_SIZE))
+            reads, final = scan(inputs, state)
             self.call.stage(self.name, final)
             return reads.flatten(-2).to(hidden.dtype)
         # Frozen, or one write per segment: every token reads the state from before this call.
         if means is not None:
             segments, present = means
             writes = self._activate(segments.to(hidden.dtype), weights, present)
-            _, final = scan(writes, state, chunk_size=min(segments.shape[1], CHUNK_SIZE))
+            _, final = scan(writes, state)
             self.call.stage(self.name, final)
         if state is None:
             return None
