@@ -75,6 +75,8 @@ class MemoryFrontEnd:
             return "sessions need --api-server-count 1: each API server would keep versions of its own"
         if vllm_config.speculative_config is not None:
             return "sessions do not work with speculative decoding: a rejected draft would be committed"
+        if vllm_config.model_config.enable_prompt_embeds:
+            return "sessions do not work with --enable-prompt-embeds: such prompts have no tokens to count"
         return None
 
     def open(self, prompt: Any, params: Any) -> tuple[Any, Any, Lease | None]:
