@@ -79,7 +79,7 @@ def _run(
     )  # fmt: skip
     check(*tensors, spec, block_size, tokens_per_state)
     if projections.device.type == "cpu":
-        paged_torch.step_rows(*tensors, spec, block_size, tokens_per_state)
+        paged_torch.step_rows(*tensors, spec, block_size, tokens_per_state, max_query_len)
     else:
         from mem_triton.ops.delta_rule import launch  # Triton is there on Linux only
 

@@ -35,6 +35,7 @@ def step_rows(
     spec: DeltaRuleSpec,
     block_size: int,
     tokens_per_state: int,
+    max_query_len: int,
 ) -> None:
     """Advance all rows of a batch in place; arguments as in ``op.delta_rule_paged``."""
     states = _PagedStates(
@@ -43,22 +44,21 @@ def step_rows(
     starts, lengths = query_start_loc.numpy(), seq_lens.numpy()
     slots = None if initial_slot is None else initial_slot.numpy()
     frozen = None if write_enabled is None else write_enabled.numpy() == 0
-    queries = starts[1:] - starts[:-1]
-
-    if queries.max(initial=0) > 1:
+    rows, tokens = np.arange(len(lengths)), slice(0, len(lengths))
+    if max_query_len > 1 or starts[-1] < len(rows):  # not simply one token a row
+        queries = starts[1:] - starts[:-1]
         for row in np.flatnonzero(queries > 1).tolist():
             begin, end, one = int(starts[row]), int(starts[row + 1]), np.array([row])
             inputs = activate(projections[begin:end].float(), gate_bias, spec)
             held = frozen is not None and bool(frozen[row])
             _scan_row(inputs, reads[begin:end], states, one, lengths[one], _pick(slots, one), held)
 
-    rows = np.flatnonzero(queries == 1)
+        rows = np.flatnonzero(queries == 1)
+        tokens = torch.from_numpy(starts[rows]).long()
+        lengths, slots, frozen = lengths[rows], _pick(slots, rows), _pick(frozen, rows)
     if len(rows):
-        # nothing but decode, or decode rows first: their tokens are a slice of the batch
-        leading = starts[rows[-1]] == len(rows) - 1
-        tokens = slice(0, len(rows)) if leading else torch.from_numpy(starts[rows]).long()
         inputs = activate(projections[tokens].float(), gate_bias, spec)
-        reads[tokens] = _step(inputs, states, rows, lengths[rows], _pick(slots, rows), _pick(frozen, rows))
+        reads[tokens] = _step(inputs, states, rows, lengths, slots, frozen)
 
 
 def _step(
