@@ -40,7 +40,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="Chooses people and facts.")] = 2026,
     model: Annotated[Path, typer.Option(help="The model's folder.")] = RECALL / "model",
     adapter: Annotated[Path, typer.Option(help="The δ-mem adapter's folder.")] = RECALL / "adapter",
-    dtype: Annotated[str, typer.Option(help="The servers' --dtype.")] = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="The servers' --dtype.", show_default="float32; bfloat16 on a GPU")
+    ] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65534, help="First of two ports.", show_default="any free ones")
     ] = None,
@@ -93,11 +95,11 @@ def demo(
 
 
 def make_servers(
-    model: Path, adapter: Path, dtype: str, ports: tuple[int, int], sessions: int, folder: Path
+    model: Path, adapter: Path, dtype: str | None, ports: tuple[int, int], sessions: int, folder: Path
 ) -> tuple[Server, Server]:
     """The stock server and the one with memory; their commands differ in the flags of mem_triton alone."""
-    common = ["--served-model-name", "recall", "--host", "127.0.0.1", "--dtype", dtype, "--max-model-len", "2048"]
-    common += ["--max-num-seqs", str(max(8, sessions))]
+    common = ["--served-model-name", "recall", "--host", "127.0.0.1", "--max-model-len", "2048"]
+    common += ["--max-num-seqs", str(max(8, sessions)), "--dtype", dtype or ("bfloat16" if has_gpu() else "float32")]
     common += ["--gpu-memory-utilization", "0.4"] if has_gpu() else ["--enforce-eager"]
     section = {"mem_triton": {"delta": {"adapter": str(adapter)}, "session_dir": str(folder / "sessions")}}
     flags = ["--load-format", "mem_triton", "--additional-config", json.dumps(section)]
@@ -188,6 +190,9 @@ async def course(
                 again = measure.people(len(group), max(len(p.told) for p in group), seed + 10_000 * (repeat + 1))
                 turns = [("stock", plain), ("memory", memory)]
                 for name, client in turns[:: 1 if repeat % 2 == 0 else -1]:
+                    await asyncio.sleep(
+                        1.5
+                    )  # vLLM's processes spin for a second after a step: let the other server rest
                     results.speed[name].append(await measure.speed(client, again, tokens, name == "memory"))
     except DemoError:
         for server in servers:

@@ -92,7 +92,8 @@ class Client:
     """Chat requests to one server, at most ``at_once`` at a time."""
 
     def __init__(self, url: str, at_once: int) -> None:
-        limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
+        # vLLM closes idle connections after 5 s: never reuse one that it may be closing just now.
+        limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once, keepalive_expiry=2)
         self.http = httpx.AsyncClient(base_url=url, timeout=300, limits=limits)
         self.free = asyncio.Semaphore(at_once)
 

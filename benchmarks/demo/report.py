@@ -76,9 +76,8 @@ def show_recall(console: Console, results: Results) -> None:
 
 
 def show_speed(console: Console, results: Results, machine: dict[str, Any]) -> None:
-    kind = machine["gpu"] or "on CPU: says nothing about a GPU"
-    title = f"Speed ({kind}): {len(results.people)} requests at once, {results.speed_tokens} tokens each"
-    table = _table(title)
+    kind = machine["gpu"] or "a CPU: says nothing about a GPU"
+    table = _table(f"Speed on {kind}")
     table.add_column("server")
     table.add_column("output tokens/s", justify="right", no_wrap=True)
     table.add_column("median TTFT, ms", justify="right", no_wrap=True)
@@ -91,7 +90,8 @@ def show_speed(console: Console, results: Results, machine: dict[str, Any]) -> N
     console.print(table)
     repeats = len(results.speed["stock"])
     console.print(
-        f"[dim]Median \\[smallest, largest] of {repeats} repeats; both servers stay up and are measured in turns.\n"
+        f"[dim]{len(results.people)} requests at once, {results.speed_tokens} tokens each; both servers stay up and are "
+        f"measured in turns.\nMedian \\[smallest, largest] of {repeats} repeats. "
         "Every memory request starts from its session's state, writes it at each token and commits it."
     )
 
