@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
-from vllm.model_executor.model_loader import get_model_loader, register_model_loader
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from mem_triton_vllm.refusals import LOAD_FORMAT, check_engine, check_touch_points, section_of
+from mem_triton_vllm import LOAD_FORMAT
+from mem_triton_vllm.refusals import check_engine, check_touch_points, section_of
 
 
 class MemTritonLoader(BaseModelLoader):
@@ -56,11 +57,3 @@ def _prepare(vllm_config: VllmConfig, model: nn.Module, config: Any) -> None:
         v2_runner.prepare(vllm_config, model, config.delta)
     else:
         v1_runner.prepare(vllm_config, model, config.delta)
-
-
-def register() -> None:
-    """Make the load format known to vLLM; registering twice is harmless."""
-    from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
-
-    if LOAD_FORMAT not in _LOAD_FORMAT_TO_MODEL_LOADER:
-        register_model_loader(LOAD_FORMAT)(MemTritonLoader)

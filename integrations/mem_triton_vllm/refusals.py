@@ -15,9 +15,9 @@ from vllm.model_executor.layers.attention import Attention
 
 from mem_triton.compat import TESTED_VERSIONS, UnsupportedVersionError, require
 from mem_triton.config import ConfigError, MemTritonConfig, parse_config
+from mem_triton_vllm import LOAD_FORMAT
 
 SECTION = "mem_triton"
-LOAD_FORMAT = "mem_triton"
 
 
 def section_of(vllm_config: VllmConfig) -> MemTritonConfig | None:

@@ -37,6 +37,30 @@ def test_without_the_flag_only_two_constructors_look():
     subprocess.run([sys.executable, "-c", UNPATCHED], check=True, env=environment(), cwd=ROOT)
 
 
+FOREIGN = """
+import sys
+sys.modules["vllm.v1.engine.async_llm"] = None          # a vLLM that moved it: importing it raises ImportError
+import mem_triton_vllm
+mem_triton_vllm.register()
+from vllm.v1.engine.llm_engine import LLMEngine
+assert LLMEngine.__init__.__module__ == "vllm.v1.engine.llm_engine", "the stock engine is untouched"
+from vllm.config.load import LoadConfig
+from vllm.model_executor.model_loader import get_model_loader
+try:
+    get_model_loader(LoadConfig(load_format="mem_triton"))
+except RuntimeError as error:
+    assert "lacks what mem_triton builds on" in str(error) and "vllm>=0.32.0,<0.33" in str(error), error
+else:
+    raise AssertionError("a foreign vLLM was accepted")
+"""
+
+
+def test_a_foreign_vllm_keeps_working_and_refuses_the_load_format():
+    env = environment(VLLM_PLUGINS="")
+    result = subprocess.run([sys.executable, "-c", FOREIGN], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
 @pytest.mark.engine
 def test_without_the_flag_logprobs_are_bit_identical(bench, prompts):
     rounds = [[request(p, logprobs=5) for p in prompts]]
