@@ -67,7 +67,7 @@ def compile_case(case: Case) -> Resources | str:
         elif name not in constants:
             arguments.setdefault(name, "*fp32")
     try:
-        return compile_for(case.target, kernel, arguments, constants, num_warps=warps, num_stages=1)
+        return compile_for(case.target, kernel, arguments, constants, num_warps=warps, **launch.OPTIONS)
     except Exception as error:  # carried over the process border as text: Triton's errors do not pickle
         return f"{type(error).__name__}: {error}"
 
@@ -100,4 +100,21 @@ def test_a_spill_is_seen():
         for name in kernels.chunk_maps_kernel.arg_names
         if name not in constants
     }
-    assert compile_for("sm90", kernels.chunk_maps_kernel, arguments, constants, num_warps=1, num_stages=1).spills > 0
+    assert (
+        compile_for("sm90", kernels.chunk_maps_kernel, arguments, constants, num_warps=1, **launch.OPTIONS).spills > 0
+    )
+
+
+def test_a_rank_without_kernels_is_refused():
+    from mem_triton.ops.tuning.delta_rule import select
+
+    with pytest.raises(ValueError, match="rank=5: the GPU kernels support ranks"):
+        select("sm90", 5)
+
+
+def test_a_new_batch_size_needs_no_new_kernel():
+    from mem_triton.ops.delta_rule import kernels
+
+    for kernel in (kernels.recurrent_kernel, kernels.chunk_maps_kernel):
+        sizes = [p for p in kernel.params if p.name == "num_rows"]
+        assert sizes and all(p.do_not_specialize for p in sizes)

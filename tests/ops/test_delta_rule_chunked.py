@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mem_triton.ops.delta_rule import DeltaRuleInputs, DeltaRuleSpec, activate, delta_rule, scan
-from mem_triton.ops.delta_rule.chunked import scan_with_states
+from mem_triton.ops.delta_rule import DeltaRuleInputs, DeltaRuleSpec, activate, delta_rule
+from mem_triton.ops.delta_rule.chunked import scan, scan_with_states
 from tests.ops.paged_case import relative_rms
 
 MODES = ("standard", "lambda_outside", "no_lambda")

@@ -12,6 +12,8 @@ from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
 from mem_triton.ops.tuning.delta_rule import DeltaRuleConfig, select
 
 MODES = {"standard": 0, "lambda_outside": 1, "no_lambda": 2}
+# enable_fp_fusion is pinned: Triton is about to change its default, which would change the last bits.
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
 @functools.cache
@@ -79,8 +81,7 @@ def step_rows(
     if chunk:
         maps = projections.new_empty(tokens // chunk + 1, spec.state_size, spec.rank + 1, dtype=torch.float32)
     grid = (slots, -(-spec.read_width // rows))
-    # enable_fp_fusion is pinned: Triton is about to change its default, which would change the last bits.
-    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": warps, **OPTIONS}
     if chunk:
         chunk_maps_kernel[grid](
             projections, gate_bias, state_cache, *batch, maps, num_rows, projections.stride(0), *strides,
