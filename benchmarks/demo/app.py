@@ -55,7 +55,8 @@ def demo(
     Both servers are real `vllm serve` processes on this machine, reached over HTTP. They end with the demo.
     """
     console = Console(record=svg is not None, width=110 if svg else None, highlight=False)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up like Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a kill and a closed terminal clean up like Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     logs = Path(tempfile.mkdtemp(prefix="mem_triton-demo-"))
     keep = keep_log
     try:
@@ -141,7 +142,9 @@ def running(servers: tuple[Server, ...], console: Console) -> Iterator[None]:
 @contextmanager
 def deaf() -> Iterator[None]:
     """No signal ends the clean-up: an impatient second Ctrl-C must not leave a server behind."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         yield
     finally:

@@ -69,8 +69,12 @@ class Demo:
         return sum("EngineCore" in name for name in names)
 
     def survivors(self) -> list[psutil.Process]:
-        """Processes of the demo that outlive it, after a moment of grace for the kernel."""
-        return psutil.wait_procs(self.seen, timeout=5)[1]
+        """Processes of the demo that outlive it, after a moment of grace for the kernel; killed then, so that a failed
+        test leaves none either."""
+        alive = psutil.wait_procs(self.seen, timeout=5)[1]
+        for process in alive:
+            process.kill()
+        return alive
 
 
 def run(folder: Path, *options: str) -> tuple[int, str]:
