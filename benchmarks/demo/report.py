@@ -88,11 +88,11 @@ def show_speed(console: Console, results: Results, machine: dict[str, Any]) -> N
     rate, ttft = ratios(results)
     table.add_row("memory / stock", *("×{:.2f}  [{:.2f}, {:.2f}]".format(*x) for x in (rate, ttft)), style="bold")
     console.print(table)
-    repeats = len(results.speed["stock"])
+    load = f"{len(results.people)} requests at once, {results.speed_tokens} tokens each"
     console.print(
-        f"[dim]{len(results.people)} requests at once, {results.speed_tokens} tokens each; both servers stay up and are "
-        f"measured in turns.\nMedian \\[smallest, largest] of {repeats} repeats. "
-        "Every memory request starts from its session's state, writes it at each token and commits it."
+        f"[dim]{load}; both servers stay up and are measured in turns.\n"
+        f"Median \\[smallest, largest] of {len(results.speed['stock'])} repeats. Every memory request starts from its "
+        "session's state, writes it at each token and commits it."
     )
 
 
