@@ -1,0 +1,160 @@
+"""Recall of the model and its adapter on held-out names, by where the evidence is; a table, and JSON under results/::
+
+    python -m benchmarks.recall.evaluate --save
+
+An answer counts if greedy decoding gives exactly "It is <value>.<|im_end|>". One question a session, so that questions
+are independent; a third of the facts repeat a name of the session with another attribute. Intervals: Wilson, 95 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import random
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from benchmarks.demo.measure import wilson
+from benchmarks.recall import data
+from benchmarks.recall.chat import ask, asking, tell, telling
+from mem_triton_transformers import (
+    apply_mem_triton,
+    get_memory,
+    remove_mem_triton,
+    reset_memory,
+    set_memory,
+    set_memory_write,
+)
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results"
+COUNTS = (1, 2, 4, 8, 16)
+STOCK = ("in context", "nowhere")
+MEMORY = ("state, read only", "state, writing", "state, told in 3 requests", "memory reset", "another's memory")
+SHARED = 1 / 3  # share of facts that repeat a name with another attribute
+BATCH = 64
+
+
+def load(model: Path = HERE / "model") -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """The shipped model without memory, in fp32, and its tokenizer."""
+    return Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(model)
+
+
+@torch.inference_mode()
+def right_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, where: str, n: int, sessions: int, seed: int,
+    shared: float = SHARED,
+) -> int:  # fmt: skip
+    """How many of ``sessions`` questions are answered right. where: one of STOCK (no memory on the model) or MEMORY."""
+    rng, right = random.Random(f"{seed} {n}"), 0  # all conditions see the same facts
+    for begin in range(0, sessions, BATCH):
+        rows = [data.draw(rng, n, data.HELD_OUT, shared) for _ in range(min(BATCH, sessions - begin))]
+        chosen = [rng.choice(row) for row in rows]
+        seeds = [rng.random() for _ in range(2 * len(rows))]
+        pairs = [asking(fact, s) for fact, s in zip(chosen, seeds, strict=False)]
+        told = [telling(row, s) for row, s in zip(rows, seeds[len(rows) :], strict=True)]
+        if where == "in context":
+            pairs = [
+                (f"{text}<|im_end|>\n{prompt}", answer) for text, (prompt, answer) in zip(told, pairs, strict=True)
+            ]
+        if where in MEMORY:
+            remember(model, tokenizer, where, rows, told, rng)
+        logits, answers = ask(model, tokenizer, pairs)
+        right += int((logits.argmax(-1) == answers).all(1).sum())
+    return right
+
+
+def remember(model, tokenizer, where: str, rows: list[list[data.Fact]], told: list[str], rng: random.Random) -> None:
+    """Bring the memory into the state in which the question of ``right_answers`` finds it."""
+    reset_memory(model)
+    set_memory_write(model, True)
+    if where == "state, told in 3 requests":
+        n = len(rows[0])
+        cuts = sorted({0, n // 3, 2 * n // 3, n})
+        for a, b in itertools.pairwise(cuts):
+            tell(model, tokenizer, [telling(row[a:b], rng.random()) for row in rows])
+    else:
+        tell(model, tokenizer, told)
+    if where == "memory reset":
+        reset_memory(model)
+    if where == "another's memory":
+        set_memory(model, {name: state.roll(1, 0) for name, state in get_memory(model).items()})
+    set_memory_write(model, where != "state, read only")
+
+
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: Path, sessions: int, seeds: list[int],
+    counts: tuple[int, ...] = COUNTS,
+) -> dict[str, dict[int, list[int]]]:  # fmt: skip
+    """Right answers per seed, by condition and number of facts."""
+    found: dict[str, dict[int, list[int]]] = {}
+    for where in (*STOCK, *MEMORY):
+        if where == MEMORY[0]:
+            apply_mem_triton(model, {"delta": {"adapter": str(adapter)}})
+        found[where] = {n: [right_answers(model, tokenizer, where, n, sessions, s) for s in seeds] for n in counts}
+    name = "state, one name twice"
+    found[name] = {
+        n: [right_answers(model, tokenizer, MEMORY[0], n, sessions, s, shared=1.0) for s in seeds]
+        for n in counts
+        if 1 < n <= len(data.ATTRIBUTES)
+    }
+    remove_mem_triton(model)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser.add_argument("--adapter", type=Path, default=HERE / "adapter")
+    parser.add_argument("--sessions", type=int, default=512, help="per cell and seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/recall-<date>.json")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    begin = time.time()
+    model, tokenizer = load(args.model)
+    found = evaluate(model, tokenizer, args.adapter, args.sessions, args.seeds)
+    asked = args.sessions * len(args.seeds)
+    title = f"Recall of held-out names in %, {asked} sessions per cell (95 % interval)"
+    table = Table("evidence", *(f"{n} fact{'s' * (n > 1)}" for n in COUNTS), title=title)
+    cells = {}
+    for where, by_count in found.items():
+        shown = []
+        for n in COUNTS:
+            if n not in by_count:
+                shown.append("")
+                continue
+            low, high = wilson(sum(by_count[n]), asked)
+            share = sum(by_count[n]) / asked
+            cells[f"{where} / {n}"] = {
+                "recall": share, "interval": [low, high], "right_per_seed": by_count[n], "asked_per_seed": args.sessions
+            }  # fmt: skip
+            shown.append(f"{100 * share:.1f} ({100 * low:.1f}-{100 * high:.1f})")
+        table.add_row(where, *shown)
+    Console(width=130).print(table)
+    if args.save:
+        now = datetime.now(timezone.utc)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
+        report = {
+            "date": now.isoformat(timespec="seconds"), "seeds": args.seeds, "seconds": round(time.time() - begin),
+            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+            "versions": {"python": platform.python_version(), **versions}, "shared_names": SHARED, "cells": cells,
+        }  # fmt: skip
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"recall-{now:%Y-%m-%d}.json"
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"kept in {path.relative_to(HERE.parents[1])}")
+
+
+if __name__ == "__main__":
+    main()
