@@ -75,7 +75,8 @@ def demo(
             svg.parent.mkdir(parents=True, exist_ok=True)
             console.save_svg(str(svg), title="make demo")
         if save:
-            found = report.as_json(results, machine, [s.shown_command for s in servers])
+            weights = report.digests(model, adapter)
+            found = report.as_json(results, machine, [s.shown_command for s in servers], weights)
             console.print(f"\nkept in {report.save(found, RESULTS).relative_to(ROOT)}")
     except DemoError as error:
         keep = keep or any(logs.glob("*.log"))

