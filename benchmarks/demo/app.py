@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -27,6 +28,7 @@ from benchmarks.demo.server import DemoError, Server, choose_ports, has_gpu, req
 ROOT = Path(__file__).parents[2]
 RECALL = Path("benchmarks/recall")
 RESULTS = ROOT / "benchmarks" / "results"
+REST = 1.5  # seconds; vLLM's processes spin for a second after their last step, and would slow the other server down
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -189,15 +191,15 @@ async def course(
         )
         report.show_recall(console, results)
         with console.status("measuring speed") as status:
+            before = await other_work()
             for repeat in range(repeats):
                 status.update(f"measuring speed in turns, repeat {repeat + 1} of {repeats}")
                 again = measure.people(len(group), max(len(p.told) for p in group), seed + 10_000 * (repeat + 1))
                 turns = [("stock", plain), ("memory", memory)]
                 for name, client in turns[:: 1 if repeat % 2 == 0 else -1]:
-                    await asyncio.sleep(
-                        1.5
-                    )  # vLLM's processes spin for a second after a step: let the other server rest
+                    await asyncio.sleep(REST)
                     results.speed[name].append(await measure.speed(client, again, tokens, name == "memory"))
+            results.other_work = max(before, await other_work())
     except DemoError:
         for server in servers:
             server.check()  # a dead server explains the failure better than its client can
@@ -206,6 +208,12 @@ async def course(
         for client in clients:
             await client.close()
     return results
+
+
+async def other_work() -> float:
+    """Share of all cores that is busy while both servers rest."""
+    await asyncio.sleep(REST)
+    return await asyncio.to_thread(psutil.cpu_percent, 1.0) / 100
 
 
 def first_talk(group: list[measure.Person]) -> int:

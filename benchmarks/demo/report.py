@@ -22,18 +22,24 @@ from rich.text import Text
 from benchmarks.demo.measure import Answer, Person, Recall, Speed, median_and_range, wilson
 from benchmarks.recall import data
 
+QUIET = 0.15  # share of the cores that other work may take before speeds are called noise
 NOWHERE, IN_PROMPT = "stock, facts nowhere", "stock, facts in the prompt"
 STATE_ALONE, NO_SESSION = "memory, facts in its state", "memory, no session named"
 
 
 @dataclass
 class Results:
-    """Everything that one run found out. recall: row label -> Recall; speed: server -> one Speed per repeat."""
+    """Everything that one run found out.
+
+    recall: row label -> Recall. speed: server -> one Speed per repeat. other_work: share of all cores that was busy
+    while both servers rested, before or after the speed test, whichever was more.
+    """
 
     people: list[Person]
     recall: dict[str, Recall] = field(default_factory=dict)
     speed: dict[str, list[Speed]] = field(default_factory=dict)
     speed_tokens: int = 0
+    other_work: float = 0.0
 
 
 def show_dialogue(console: Console, person: Person, heard: Answer, stock: list[Answer], memory: list[Answer]) -> None:
@@ -95,6 +101,11 @@ def show_speed(console: Console, results: Results, machine: dict[str, Any]) -> N
         f"Median \\[smallest, largest] of {len(results.speed['stock'])} repeats. Every memory request starts from its "
         "session's state, writes it at each token and commits it."
     )
+    if results.other_work > QUIET:
+        console.print(
+            f"[yellow]Other work kept {results.other_work:.0%} of this machine's cores busy: the speeds above are "
+            "mostly noise. Repeat the run on a quiet machine."
+        )
 
 
 def ratios(results: Results) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -169,6 +180,7 @@ def as_json(results: Results, machine: dict[str, Any], commands: list[str], weig
         "recall": recall,
         "speed": {
             "tokens_per_request": results.speed_tokens,
+            "other_work_share_of_cores": results.other_work,
             "repeats": {name: [vars(s) for s in repeats] for name, repeats in results.speed.items()},
             "memory_over_stock_tokens_per_second": rate,
             "memory_over_stock_ttft": ttft,
