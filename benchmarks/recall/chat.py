@@ -29,17 +29,37 @@ def asking(fact: data.Fact, seed: float) -> tuple[str, str]:
     ) + END
 
 
+def in_context(told: str, asked: tuple[str, str]) -> tuple[str, str]:
+    """The chat that goes on after ``telling`` with ``asking``."""
+    return f"{told}{END}\n{asked[0]}", asked[1]
+
+
 def tell(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: list[str], layers: int | None = None
-) -> None:
-    """Process one text a row, for what it leaves in memory. layers: run only so many, where the rest cannot matter."""
+) -> Tensor | None:
+    """Process one text a row, which writes it to memory. Returns the logits [B, R, vocab] that predict the reply.
+
+    layers: run only so many, for the memory alone, where the rest cannot matter to it; then nothing is returned.
+    """
     encoded = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     everything = model.config.num_hidden_layers
     model.config.num_hidden_layers = layers or everything
     try:
-        model.model(input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, use_cache=False)
+        hidden = model.model(
+            input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, use_cache=False
+        ).last_hidden_state
     finally:
         model.config.num_hidden_layers = everything
+    if layers:
+        return None
+    size = reply_tokens(tokenizer).numel()
+    take = encoded.attention_mask.sum(1, keepdim=True) - size + torch.arange(size)
+    return model.lm_head(hidden[torch.arange(len(texts))[:, None], take])
+
+
+def reply_tokens(tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """The tokens [R] with which the assistant acknowledges facts."""
+    return torch.tensor(tokenizer(data.REPLY + END)["input_ids"])
 
 
 def ask(

@@ -2,8 +2,9 @@
 
     python -m benchmarks.recall.evaluate --save
 
-An answer counts if greedy decoding gives exactly "It is <value>.<|im_end|>". One question a session, so that questions
-are independent; a third of the facts repeat a name of the session with another attribute. Intervals: Wilson, 95 %.
+An answer counts if greedy decoding gives exactly "It is <value>.<|im_end|>" and, in a session, said exactly "Noted." to
+what was told. One question a session, so that questions are independent; a third of the facts repeat a name of the
+session with another attribute. Intervals: Wilson, 95 %.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.demo.measure import wilson
 from benchmarks.recall import data
-from benchmarks.recall.chat import ask, asking, tell, telling
+from benchmarks.recall.chat import ask, asking, in_context, reply_tokens, tell, telling
+from mem_triton.delta_mem import load_adapter
 from mem_triton_transformers import (
     apply_mem_triton,
     get_memory,
@@ -40,7 +42,14 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results"
 COUNTS = (1, 2, 4, 8, 16)
 STOCK = ("in context", "nowhere")
-MEMORY = ("state, read only", "state, writing", "state, told in 3 requests", "memory reset", "another's memory")
+MEMORY = (
+    "in context, memory on",
+    "state, read only",
+    "state, writing",
+    "state, told in 3 requests",
+    "memory reset",
+    "another's memory",
+)
 SHARED = 1 / 3  # share of facts that repeat a name with another attribute
 BATCH = 64
 
@@ -63,33 +72,44 @@ def right_answers(
         seeds = [rng.random() for _ in range(2 * len(rows))]
         pairs = [asking(fact, s) for fact, s in zip(chosen, seeds, strict=False)]
         told = [telling(row, s) for row, s in zip(rows, seeds[len(rows) :], strict=True)]
-        if where == "in context":
-            pairs = [
-                (f"{text}<|im_end|>\n{prompt}", answer) for text, (prompt, answer) in zip(told, pairs, strict=True)
-            ]
+        if where in ("in context", "in context, memory on"):
+            pairs = [in_context(text, pair) for text, pair in zip(told, pairs, strict=True)]
+        served = torch.ones(len(rows), dtype=torch.bool)
         if where in MEMORY:
-            remember(model, tokenizer, where, rows, told, rng)
+            served = remember(model, tokenizer, where, rows, told, random.Random(f"{seed} {n} {begin}"))
         logits, answers = ask(model, tokenizer, pairs)
-        right += int((logits.argmax(-1) == answers).all(1).sum())
+        right += int(((logits.argmax(-1) == answers).all(1) & served).sum())
     return right
 
 
-def remember(model, tokenizer, where: str, rows: list[list[data.Fact]], told: list[str], rng: random.Random) -> None:
-    """Bring the memory into the state in which the question of ``right_answers`` finds it."""
+def remember(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, where: str, rows: list[list[data.Fact]],
+    told: list[str], rng: random.Random,
+) -> torch.Tensor:  # fmt: skip
+    """Bring the memory into the state in which the question of ``right_answers`` finds it.
+
+    Returns the rows [B] in which greedy decoding gives the expected reply, so that a server would write the same.
+    """
     reset_memory(model)
     set_memory_write(model, True)
+    if where == "in context, memory on":
+        return torch.ones(len(rows), dtype=torch.bool)
+    parts = [told]
     if where == "state, told in 3 requests":
         n = len(rows[0])
         cuts = sorted({0, n // 3, 2 * n // 3, n})
-        for a, b in itertools.pairwise(cuts):
-            tell(model, tokenizer, [telling(row[a:b], rng.random()) for row in rows])
-    else:
-        tell(model, tokenizer, told)
+        parts = [[telling(row[a:b], rng.random()) for row in rows] for a, b in itertools.pairwise(cuts)]
+    served = torch.ones(len(rows), dtype=torch.bool)
+    for texts in parts:
+        served &= (tell(model, tokenizer, texts).argmax(-1) == reply_tokens(tokenizer)).all(1)
     if where == "memory reset":
         reset_memory(model)
     if where == "another's memory":
         set_memory(model, {name: state.roll(1, 0) for name, state in get_memory(model).items()})
+    if where in ("memory reset", "another's memory"):
+        served[:] = True  # a control is not helped by a bad reply
     set_memory_write(model, where != "state, read only")
+    return served
 
 
 def evaluate(
@@ -104,7 +124,7 @@ def evaluate(
         found[where] = {n: [right_answers(model, tokenizer, where, n, sessions, s) for s in seeds] for n in counts}
     name = "state, one name twice"
     found[name] = {
-        n: [right_answers(model, tokenizer, MEMORY[0], n, sessions, s, shared=1.0) for s in seeds]
+        n: [right_answers(model, tokenizer, "state, read only", n, sessions, s, shared=1.0) for s in seeds]
         for n in counts
         if 1 < n <= len(data.ATTRIBUTES)
     }
@@ -148,7 +168,8 @@ def main() -> None:
         report = {
             "date": now.isoformat(timespec="seconds"), "seeds": args.seeds, "seconds": round(time.time() - begin),
             "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-            "versions": {"python": platform.python_version(), **versions}, "shared_names": SHARED, "cells": cells,
+            "versions": {"python": platform.python_version(), **versions}, "shared_names": SHARED, 
+            "adapter": load_adapter(args.adapter).fingerprint, "cells": cells,
         }  # fmt: skip
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"recall-{now:%Y-%m-%d}.json"

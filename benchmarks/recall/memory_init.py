@@ -19,8 +19,8 @@ from benchmarks.recall import data
 from benchmarks.recall.chat import asking, telling
 from mem_triton.delta_mem import DeltaMemConfig
 
-GATE_AT_FACTS, GATE_ELSEWHERE = -2.5, -7.0  # before the sigmoid: .076 and .0009
-VALUE_SIZE, SHARED_DIMS = 4.0, 48
+GATE_AT_FACTS, GATE_ELSEWHERE = -3.9, -8.0  # before the sigmoid: .02 and .0003; every write also fades the older ones
+VALUE_SIZE, SHARED_DIMS = 12.0, 48
 
 
 @torch.no_grad()
