@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--adapter", type=Path, default=HERE / "adapter")
-    parser.add_argument("--sessions", type=int, default=512, help="per cell and seed")
+    parser.add_argument("--sessions", type=int, default=128, help="per cell and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/recall-<date>.json")
     args = parser.parse_args()
