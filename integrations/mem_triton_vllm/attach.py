@@ -79,15 +79,20 @@ def attach(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection) -> 
         memory = DeltaMemory(sharded, sizes, reads, cache.layer_name, fuse)
         module.qkv_proj = QKVWithMemory(module.qkv_proj, memory)
         module.o_proj = OutputWithMemory(module.o_proj, memory)
-    splitting = vllm_config.compilation_config.splitting_ops
-    if splitting and OP_NAME not in splitting:
-        splitting.append(OP_NAME)
+    split_graphs_at_op(vllm_config.compilation_config.splitting_ops)
     logger.info(
         "δ-mem attached: %d of %d layers, rank %d, %d head(s), corrects %s, %d tokens per stored state, adapter %s",
         len(weights), len(modules), spec.rank, spec.heads, "".join(adapter.config.delta_heads) or "nothing",
         tokens_per_state, adapter.fingerprint[:12],
     )  # fmt: skip
     return slots
+
+
+def split_graphs_at_op(splitting_ops: list[str] | None) -> None:
+    """Keep the op between piecewise CUDA graphs, as attention is: it looks at the step's metadata. A list that is empty
+    or None means that there are no pieces."""
+    if splitting_ops and OP_NAME not in splitting_ops:
+        splitting_ops.append(OP_NAME)
 
 
 def _dims(vllm_config: VllmConfig, module: nn.Module) -> AttentionDims:

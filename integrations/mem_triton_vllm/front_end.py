@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import weakref
+from collections import deque
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -64,7 +65,7 @@ class MemoryFrontEnd:
         )  # fmt: skip
         self.store = SessionStore(layout, config.session_dir, config.max_sessions)
         self._session_obstacle = self._find_session_obstacle(vllm_config)
-        self._aborted: list[str] = []
+        self._aborted: deque[str] = deque(maxlen=4096)  # workers forget old states by themselves, too
 
     @staticmethod
     def _find_session_obstacle(vllm_config: VllmConfig) -> str | None:
@@ -128,7 +129,8 @@ class MemoryFrontEnd:
 
         The last sampled token was never fed to the model, so it is not part of the state.
         """
-        forget, self._aborted = self._aborted, []
+        forget = list(self._aborted)
+        self._aborted.clear()
         prompt_tokens = len(output.prompt_token_ids or ())
         return lease.id, max(prompt_tokens - 1, prompt_tokens + generated - 2), forget
 

@@ -80,3 +80,24 @@ def test_a_host_sync_would_be_seen(layer, monkeypatch):
     monkeypatch.setattr(layer.cache_type, "step", step)
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
         layer.step()
+
+
+def test_the_state_supports_every_kind_of_cuda_graph():
+    """vLLM takes the least support of all groups: one builder that says less would cost the whole model its graphs."""
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    from mem_triton_vllm.state_cache import DeltaStateMetadataBuilder
+
+    assert DeltaStateMetadataBuilder.get_cudagraph_support(None, None) is AttentionCGSupport.ALWAYS
+
+
+def test_piecewise_graphs_are_split_at_the_op():
+    from mem_triton_vllm.attach import split_graphs_at_op
+
+    ops = ["vllm::unified_attention_with_output"]
+    for _ in range(2):
+        split_graphs_at_op(ops)
+    assert ops == ["vllm::unified_attention_with_output", "mem_triton::delta_rule_layer"]
+    assert hasattr(torch.ops.mem_triton, "delta_rule_layer"), "the name is that of the registered op"
+    split_graphs_at_op(none := [])
+    assert none == []
