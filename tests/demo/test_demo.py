@@ -22,6 +22,7 @@ from mem_triton.delta_mem import save_adapter
 from tests.support.models import random_adapter, save_tiny_model, tiny_model
 
 ROOT = Path(__file__).parents[2]
+SHORT = tempfile.gettempdir()  # for vLLM's sockets, whose paths may have 107 characters: pytest's folders are longer
 SMALL = ("--sessions", "3", "--facts", "2", "--repeats", "2", "--tokens", "8")
 
 
@@ -41,8 +42,7 @@ class Demo:
         with self.log.open("w") as log:
             self.process = psutil.Popen(
                 [sys.executable, "-m", "benchmarks.demo", *options], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-                # vLLM's sockets stay out of pytest's long paths: a socket's may have 107 characters.
-                env={**os.environ, "COLUMNS": "120", "TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": tempfile.gettempdir()},
+                env={**os.environ, "COLUMNS": "120", "TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": SHORT},
             )  # fmt: skip
 
     def until(self, condition: Callable[[], bool], limit: float) -> None:
