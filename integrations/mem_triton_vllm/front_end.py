@@ -162,13 +162,20 @@ class AsyncLLMWithMemory(AsyncLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         prompt, sampling_params, lease = self.memory.open(prompt, sampling_params)
         outputs = super().generate(prompt, sampling_params, request_id, **kwargs)
-        stream = self._generate(outputs, sampling_params, lease)
-        weakref.finalize(stream, self.memory.store.close, lease)  # a stream that nobody ever reads
+        stream = self._generate(outputs, sampling_params, lease, begun := [])
+        # A stream that nobody ever reads runs no code of its own. One that was read closes its lease itself, and may be
+        # gone while its commit is still being written.
+        weakref.finalize(stream, lambda memory: begun or memory.abort(lease), self.memory)
         return stream
 
     async def _generate(
-        self, outputs: AsyncGenerator[RequestOutput, None], params: SamplingParams, lease: Lease | None
+        self,
+        outputs: AsyncGenerator[RequestOutput, None],
+        params: SamplingParams,
+        lease: Lease | None,
+        begun: list[bool],
     ) -> AsyncGenerator[RequestOutput, None]:
+        begun.append(True)
         generated, settled = 0, False  # settled: the lease is closed, or its commit is under way and will close it
         try:
             async for output in outputs:

@@ -1,0 +1,99 @@
+"""The front end's leases, without an engine: a stream that nobody reads, and one that goes while it commits."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from mem_triton.runtime.request import MemoryRequest
+from mem_triton.runtime.sessions import SessionStore, StateLayout
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """An AsyncLLM with memory whose stock part answers one token and has no engine behind it."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from mem_triton_vllm.front_end import AsyncLLMWithMemory, MemoryFrontEnd
+
+    output = SimpleNamespace(
+        outputs=[SimpleNamespace(token_ids=[5], finish_reason="stop")], finished=True, prompt_token_ids=[1, 2]
+    )
+
+    async def generate(self, *args, **kwargs):
+        yield output
+
+    async def collective_rpc(self, method, args):
+        return [{"position": 1, "states": {"0": bytes(64)}}]
+
+    monkeypatch.setattr(AsyncLLM, "generate", generate)
+    monkeypatch.setattr(AsyncLLM, "collective_rpc", collective_rpc)
+    monkeypatch.setattr(AsyncLLM, "__del__", lambda self: None)
+    memory = object.__new__(MemoryFrontEnd)
+    memory.store = SessionStore(StateLayout(("l",), heads=1, rank=4, adapter="a", model="m"))
+    memory._session_obstacle, memory._aborted = None, []
+    engine = object.__new__(AsyncLLMWithMemory)
+    engine.memory = memory
+    return engine
+
+
+def alice():
+    from vllm import SamplingParams
+
+    return SamplingParams(extra_args={"mem_session": "alice"})
+
+
+def is_free(engine) -> bool:
+    return "alice" not in engine.memory.store._sessions or engine.memory.store._sessions["alice"].writer is None
+
+
+def test_a_stream_that_is_never_read_gives_its_session_back(engine):
+    stream = engine.generate("hi", alice(), "r")
+    assert not is_free(engine)
+    del stream
+    gc.collect()
+    assert is_free(engine)
+
+
+def test_a_read_stream_commits(engine):
+    async def read() -> None:
+        async for _ in engine.generate("hi", alice(), "r"):
+            assert is_free(engine), "the session is free before the answer is out"
+
+    asyncio.run(read())
+    lease = engine.memory.store.open(MemoryRequest("alice"))
+    assert (lease.start.version, lease.start.tokens) == (1, 2)
+
+
+def test_a_client_that_leaves_during_the_commit_does_not_free_the_session_early(engine, monkeypatch):
+    entered, go = threading.Event(), threading.Event()
+    stock = engine.memory.store.commit
+
+    def commit(*args, **kwargs):
+        entered.set()
+        go.wait(10)
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(engine.memory.store, "commit", commit)
+
+    async def leave() -> None:
+        async def read() -> None:
+            async for _ in engine.generate("hi", alice(), "r"):
+                pass
+
+        task = asyncio.create_task(read())
+        await asyncio.to_thread(entered.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        del task
+        gc.collect()
+        assert not is_free(engine), "another writer now would start from the old version and undo this commit"
+        go.set()
+
+    asyncio.run(leave())
+    assert is_free(engine) and engine.memory.store.open(MemoryRequest("alice")).start.version == 1
