@@ -100,7 +100,7 @@ def test_the_demo_from_start_to_end(folders, tmp_path):
 
 @pytest.mark.engine
 def test_ctrl_c_leaves_no_server(folders, tmp_path):
-    demo = Demo(tmp_path, *folders, *SMALL)
+    demo = Demo(tmp_path, *folders, *SMALL, "--repeats", "1000")  # it cannot be over before the signal comes
     demo.until(lambda: demo.engines == 2, 120)
     demo.process.send_signal(signal.SIGINT)
     time.sleep(0.3)

@@ -34,7 +34,7 @@ class Server:
         port = free_port()
         command = [
             sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "m",
-            "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "2048",
+            "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "4096",
             "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--enforce-eager", "--block-size", "32",
             "--gpu-memory-utilization", "0.3", *flags,
         ]  # fmt: skip
@@ -156,7 +156,7 @@ def test_two_answers_of_one_session_are_refused(server, prompts):
 
 
 def slow_stream(server: Server, prompt: list[int], name: str):
-    body = {"model": "m", "prompt": prompt, "max_tokens": 1900, "temperature": 0, "ignore_eos": True, "stream": True}
+    body = {"model": "m", "prompt": prompt, "max_tokens": 3900, "temperature": 0, "ignore_eos": True, "stream": True}
     return server.http.stream("POST", "/v1/completions", json={**body, **words(name)})
 
 
@@ -172,8 +172,8 @@ def test_a_busy_session_is_400_and_an_aborted_one_commits_nothing(server, bench,
     with slow_stream(server, prompts[2], "cut") as response:
         lines = response.iter_lines()
         next(lines)
-        for stream in (False, True):
-            refused = server.complete(prompts[1], stream=stream, **words("cut"))
+        for stream in (True, False):
+            refused = server.complete(prompts[1], 1, stream=stream, **words("cut"))
             assert refused.status_code == 400 and "being written by another request" in refused.text
         assert server.tokens(prompts[1], **words("cut", mem_write=0)) == reading
         commits = server.metric("mem_triton:session_commits_total")
