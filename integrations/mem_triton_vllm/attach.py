@@ -59,8 +59,6 @@ def attach(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection) -> 
     device = next(model.parameters()).device
     dims = {name: _dims(vllm_config, module) for name, module in modules.items()}
     weights = adapter.layers_for(dims, complete=whole_model)
-    for name in weights:
-        check_attention(name, modules[name].attn)
     _check_uniform(vllm_config)
 
     order = sorted(adapter.layers, key=layer_order)

@@ -179,8 +179,7 @@ class AsyncLLMWithMemory(AsyncLLM):
         generated, settled = 0, False  # settled: the lease is closed, or its commit is under way and will close it
         try:
             async for output in outputs:
-                tokens = len(output.outputs[0].token_ids)
-                generated = generated + tokens if params.output_kind is RequestOutputKind.DELTA else tokens
+                generated = _count(output, params.output_kind, generated)
                 if self.memory.commits(lease, output):
                     arguments = self.memory.take_arguments(lease, output, generated)
                     parts = await self.collective_rpc(TAKE_STATE, args=arguments)
@@ -219,8 +218,7 @@ class LLMEngineWithMemory(LLMEngine):
             if output.request_id not in self._leases:
                 continue
             lease, kind, generated = self._leases[output.request_id]
-            tokens = len(output.outputs[0].token_ids)
-            generated = generated + tokens if kind is RequestOutputKind.DELTA else tokens
+            generated = _count(output, kind, generated)
             self._leases[output.request_id] = (lease, kind, generated)
             if not output.finished:
                 continue
@@ -250,6 +248,12 @@ class LLMEngineWithMemory(LLMEngine):
     @functools.cached_property
     def _external_ids(self) -> dict[str, str]:
         return {}  # vLLM's internal request id -> the caller's
+
+
+def _count(output: RequestOutput, kind: RequestOutputKind, before: int) -> int:
+    """Tokens generated so far: an output holds the new ones alone (DELTA), or all of them."""
+    tokens = len(output.outputs[0].token_ids)
+    return before + tokens if kind is RequestOutputKind.DELTA else tokens
 
 
 def install() -> None:

@@ -17,7 +17,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from mem_triton.config import DeltaSection
-from mem_triton.runtime.request import CARRIER
+from mem_triton.runtime.request import carried_by
 from mem_triton_vllm.attach import attach
 
 _MARK = "_mem_triton_patched"
@@ -61,8 +61,7 @@ def _track_rows(stock: Any) -> Any:
         last = []
         for request_id in rows:
             request = runner.requests[request_id]
-            params = request.sampling_params
-            slots.enter(request_id, (params.extra_args or {}).get(CARRIER) if params else None)
+            slots.enter(request_id, carried_by(request.sampling_params))
             last.append(request.num_computed_tokens + scheduler_output.num_scheduled_tokens[request_id] - 1)
         slots.set_rows(rows, last)
         return result

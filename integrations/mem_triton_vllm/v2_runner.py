@@ -14,7 +14,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from mem_triton.config import DeltaSection
-from mem_triton.runtime.request import CARRIER
+from mem_triton.runtime.request import carried_by
 from mem_triton_vllm.attach import attach
 
 
@@ -30,8 +30,7 @@ class MemoryModelState:
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        params = new_req_data.sampling_params
-        self.slots.enter(new_req_data.req_id, (params.extra_args or {}).get(CARRIER) if params else None)
+        self.slots.enter(new_req_data.req_id, carried_by(new_req_data.sampling_params))
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)

@@ -41,6 +41,11 @@ class MemoryRequest:
     reset: bool = False
 
 
+def carried_by(params: Any) -> Mapping[str, Any] | None:
+    """What the front end put into a request's sampling parameters (any object with ``extra_args``), None if nothing."""
+    return (getattr(params, "extra_args", None) or {}).get(CARRIER)
+
+
 def _flag(words: Mapping[str, Any], name: str, default: bool) -> bool:
     value = words.get(name, default)
     if value in (0, 1) and isinstance(value, (bool, int, float)):
