@@ -1,0 +1,64 @@
+"""What memory attention reads besides the queries. Plain tuples of tensors: nothing hides in them.
+
+Shapes: Hq query heads, Hkv KV heads, D head size, P tokens a memory page, N tokens a KV-cache block. A *slot* is a
+request's row in persistent device tables; a batch row points to one, or to -1 when its request has no memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+FOREVER = 2**31 - 1
+"""``end`` of a segment that every later query position sees."""
+
+
+class PagedContext(NamedTuple):
+    """The requests' own context in the engine's paged KV cache, causal.
+
+    Row n's queries are ``query_start_loc[n]:query_start_loc[n + 1]`` of the packed batch, at positions
+    ``seq_lens[n] - count ... seq_lens[n] - 1``. Rows without queries are padding and touch nothing.
+    """
+
+    keys: Tensor  # [blocks, Hkv, N, D], any strides but the last, which is 1
+    values: Tensor  # the same shape and strides as keys
+    block_table: Tensor  # int32 [rows, max_blocks]
+    query_start_loc: Tensor  # int32 [rows + 1]
+    seq_lens: Tensor  # int32 [rows], length after this step
+    max_query_len: int  # on the host: chooses the grid
+
+
+class MemoryPages(NamedTuple):
+    """One layer's pool of memory pages. Every KV head of a page may hold different tokens (Memory³ §2.2).
+
+    8-bit pages (int8, float8_e4m3fn) are worth ``data * scale``: keys by channel, values by token.
+    """
+
+    keys: Tensor  # [pages, Hkv, P, D], any strides but the last, which is 1
+    values: Tensor  # the same shape and strides as keys
+    key_scale: Tensor | None = None  # fp32 [pages, Hkv, D]
+    value_scale: Tensor | None = None  # fp32 [pages, Hkv, P]
+
+
+class MemoryTable(NamedTuple):
+    """Which pages each slot attends to, and which query positions see them. Columns past ``count`` are not read."""
+
+    page: Tensor  # int32 [slots, M]
+    tokens: Tensor  # int32 [slots, M], tokens filled in the page, 0..P
+    first: Tensor  # int32 [slots, M], first query position that sees the page
+    end: Tensor  # int32 [slots, M], first query position that no longer does
+    count: Tensor  # int32 [slots], pages in use
+    bias: Tensor | None = None  # fp32 [slots, M], added to the scaled logits
+
+
+class SharedSegment(NamedTuple):
+    """Memory that many requests attend to at once, stored once: a MemoryLLM pool, Memory³'s constant prefix."""
+
+    keys: Tensor  # [Hkv, S, D], any strides but the last, which is 1
+    values: Tensor  # the same shape and strides as keys
+    first: Tensor  # int32 [slots], first query position of a slot that sees the segment
+    end: Tensor  # int32 [slots], first that no longer does; first == end: never
+    key_scale: Tensor | None = None  # fp32 [Hkv, D], 8-bit data only
+    value_scale: Tensor | None = None  # fp32 [Hkv, S]
+    bias: float = 0.0

@@ -1,0 +1,49 @@
+"""What a request reads from explicit memory: references, and the query positions that see each of them.
+
+Engine-neutral, made by the front end, carried with the request, and obeyed by the workers::
+
+    plan = (Attachment("alice@3"), Attachment("paris@1", first=64, end=128))
+    assert from_carried(to_carried(plan)) == plan
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FOREVER = 2**31 - 1
+"""``end`` of an attachment that every later token sees."""
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """One memory entry of one request. ref: immutable "id@version".
+
+    first, end: the query positions [first, end) that attend to it. score: the retrieval's, None for an explicit id.
+    """
+
+    ref: str
+    first: int = 0
+    end: int = FOREVER
+    score: float | None = None
+
+
+def to_carried(plan: Iterable[Attachment]) -> list[list[Any]]:
+    """Plain lists, as an engine's request parameters carry them."""
+    return [[a.ref, a.first, a.end, a.score] for a in plan]
+
+
+def from_carried(data: Sequence[Sequence[Any]]) -> tuple[Attachment, ...]:
+    """The plan that ``to_carried`` wrote."""
+    return tuple(Attachment(str(ref), int(first), int(end), score) for ref, first, end, score in data)
+
+
+def seen_between(plan: Iterable[Attachment], start: int, end: int) -> tuple[str, ...]:
+    """The references that some token in [start, end) attends to, with the part of it that does: a cache key."""
+    seen = []
+    for a in plan:
+        first, last = max(a.first, start), min(a.end, end)
+        if first < last:
+            seen.append(a.ref if (first, last) == (start, end) else f"{a.ref}[{first - start}:{last - start}]")
+    return tuple(sorted(seen))

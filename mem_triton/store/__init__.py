@@ -1,0 +1,1 @@
+"""Where memory lives: banks on disk, pages on the device, and the way between them."""
