@@ -43,12 +43,12 @@ def memory_attention(
     query: [T, Hq, D] fp32, bf16 or fp16, any strides but the last; T may exceed the batch's tokens. Hq is a multiple of
     the KV heads; query heads h * Hq // Hkv ... share KV head h. context: the paged KV cache, see ``PagedContext``.
     out: [T, Hq, D] in the query's dtype, written for the tokens of every row and left alone elsewhere.
-    scale: of the logits, usually D**-0.5. row_slot: int32 [rows], each row's slot in ``table`` and ``shared``, -1 = none;
-    without it, or without pages and shared segment, this is plain causal attention.
-    pages, table: Memory³'s sparse memories or dense prefixes (arXiv 2407.01178, section 3). shared: one segment for all.
+    scale: of the logits, usually D**-0.5. row_slot: int32 [rows], each row's slot in ``table`` and ``shared``, -1 =
+    none; without it, or without pages and shared segment, this is plain causal attention.
+    pages, table: Memory³'s sparse memories (arXiv 2407.01178, section 3) or dense prefixes. shared: one for all rows.
     soft_cap: logits become soft_cap * tanh(logits / soft_cap) before bias and mask; 0 = off.
-    sinks: fp32 [Hq], one more logit per query head in the denominator. lse: fp32 [T, Hq], written: the natural log of the
-    sum over visible keys and the sink. A row that sees nothing gets 0 and -inf.
+    sinks: fp32 [Hq], one more logit per query head in the denominator. lse: fp32 [T, Hq], written: the natural log of
+    the sum over visible keys and the sink. A row that sees nothing gets 0 and -inf.
     policy: which kernels run on a GPU; None = the table in ``ops/tuning/memory_attention.py``.
 
     No host sync and no data-dependent shape on a GPU. A row with slot -1 gets the bits of a call without memory.

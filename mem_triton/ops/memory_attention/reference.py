@@ -6,11 +6,11 @@ runs in any float dtype, fp64 included, and takes the queries one by one, so it 
 A query at position p of a row with slot s attends, in one softmax, to
 
 * the shared segment, if ``shared.first[s] <= p < shared.end[s]``;
-* the first ``tokens[s, m]`` tokens of page ``page[s, m]``, for each m < ``count[s]`` with ``first[s, m] <= p < end[s, m]``
+* the first ``tokens[s, m]`` tokens of ``page[s, m]``, for each m < ``count[s]`` with ``first[s, m] <= p < end[s, m]``
   (Memory³, arXiv 2407.01178, section 3: retrieved keys stand beside those of the context);
 * the keys 0..p of its own paged context.
 
-Slot -1 leaves the context alone. The logit of a key is cap(scale * q.k) + bias, with cap(x) = soft_cap * tanh(x / soft_cap).
+Slot -1 leaves the context alone. The logit of a key is cap(scale * q.k) + bias; cap(x) = soft_cap * tanh(x / soft_cap).
 
 Example::
 
@@ -106,17 +106,14 @@ def read_memory(
         for m in range(int(table.count[slot])):
             if table.first[slot, m] <= position < table.end[slot, m]:
                 page, tokens = int(table.page[slot, m]), int(table.tokens[slot, m])
-                keys = dequantise(
-                    pages.keys[page], None if pages.key_scale is None else pages.key_scale[page], dtype, -2
-                )
-                values = dequantise(
-                    pages.values[page], None if pages.value_scale is None else pages.value_scale[page], dtype, -1
-                )
+                key_scale, value_scale = (None if x is None else x[page] for x in (pages.key_scale, pages.value_scale))
+                keys = dequantise(pages.keys[page], key_scale, dtype, axis=-2)
+                values = dequantise(pages.values[page], value_scale, dtype, axis=-1)
                 bias = 0.0 if table.bias is None else float(table.bias[slot, m])
                 parts.append((keys[:, :tokens], values[:, :tokens], bias))
     return parts
 
 
 def dequantise(data: Tensor, scale: Tensor | None, dtype: torch.dtype, axis: int) -> Tensor:
-    """``data * scale`` in ``dtype``; the scale lacks dimension ``axis`` of the data (tokens of keys, channels of values)."""
+    """``data * scale`` in ``dtype``; the scale lacks dimension ``axis``: tokens of keys, channels of values."""
     return data.to(dtype) if scale is None else data.to(dtype) * scale.to(dtype).unsqueeze(axis)
