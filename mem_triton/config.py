@@ -2,7 +2,8 @@
 
 Example::
 
-    {"delta": {"adapter": "declare-lab/delta-mem_qwen3_4b-instruct"}, "session_dir": "/var/lib/mem"}
+    {"delta": {"adapter": "declare-lab/delta-mem_qwen3_4b-instruct"}, "session_dir": "/var/lib/mem",
+     "memory": {"bank": "/var/lib/bank", "pool_gib": 2, "retrieval": {"top_k": 5, "every": 64}}}
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -43,16 +44,50 @@ class DeltaSection(_Section):
     tokens_per_state: int | None = Field(default=None, ge=1, le=1024)
 
 
+class RetrievalSection(_Section):
+    """Memory³'s reading schedule (§2.4 of its paper's inference): references by the similarity of what is being said.
+
+    top_k: references for each chunk. every: tokens of a chunk, of the prompt and of the answer alike.
+    refresh: fetch anew while generating; False keeps the last prompt chunk's references to the end.
+    min_score: references below this cosine similarity are left out.
+    """
+
+    top_k: int = Field(default=5, ge=1, le=64)
+    every: int = Field(default=64, ge=1, le=4096)
+    refresh: bool = True
+    min_score: float | None = Field(default=None, ge=-1, le=1)
+
+
+class MemorySection(_Section):
+    """Explicit memory: a bank of texts written once as keys and values.
+
+    bank: folder made by ``mem-triton write``. pool_gib: device memory for pages, taken before the KV cache is sized;
+        host_gib: host memory that keeps what had to leave the device.
+    pool_dtype: "auto" holds pages in the model's dtype; "int8" and "fp8" hold twice or four times as many.
+    page_tokens: tokens of a page; None chooses 8 for Memory³'s sparse references and 16 for prefixes.
+    default: ids attached to every request that names none. retrieval: off if absent; requests then name ids.
+    """
+
+    bank: Path
+    pool_gib: float = Field(default=1.0, gt=0)
+    host_gib: float = Field(default=1.0, ge=0)
+    pool_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    page_tokens: int | None = Field(default=None, ge=1, le=256)
+    default: tuple[str, ...] = ()
+    retrieval: RetrievalSection | None = None
+
+
 class MemTritonConfig(_Section):
     """The ``mem_triton`` section of an engine's configuration.
 
-    delta: δ-mem, off if absent.
+    delta: δ-mem, off if absent. memory: explicit memory, off if absent.
     session_dir: folder for committed session states; None keeps them in the server's memory only.
     max_sessions: sessions kept in memory. With ``session_dir`` the least recently used one leaves memory and stays
         on disk; without it a new session beyond the limit is refused, because nothing may be lost silently.
     """
 
     delta: DeltaSection | None = None
+    memory: MemorySection | None = None
     session_dir: Path | None = None
     max_sessions: int = Field(default=4096, ge=1)
 
@@ -67,7 +102,12 @@ def parse_config(data: Mapping[str, Any]) -> MemTritonConfig:
     try:
         return MemTritonConfig.model_validate(dict(data))
     except ValidationError as error:
-        sections = {(): MemTritonConfig, ("delta",): DeltaSection}
+        sections = {
+            (): MemTritonConfig,
+            ("delta",): DeltaSection,
+            ("memory",): MemorySection,
+            ("memory", "retrieval"): RetrievalSection,
+        }
         lines = []
         for item in error.errors():
             where = ".".join(("mem_triton", *map(str, item["loc"])))

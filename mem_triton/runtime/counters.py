@@ -11,3 +11,11 @@ LATE_COMMITS = Counter(
     "mem_triton:session_late_commits",
     "Commits that include tokens after a stop string, because the engine had run ahead of the front end",
 )
+POOL_HITS = Counter("mem_triton:pool_hits", "Entries that a request found where it looked for them", ["tier"])
+POOL_MISSES = Counter("mem_triton:pool_misses", "Entries that had to come from a tier below", ["tier"])
+POOL_EVICTIONS = Counter("mem_triton:pool_evictions", "Entries that made room for others", ["tier"])
+REFRESH_OFF = Counter(
+    "mem_triton:refresh_off", "Requests whose references stay as they are while they answer, and why", ["reason"]
+)
+CAPTURES = Counter("mem_triton:captures", "Prompts kept as entries of the bank")
+CAPTURE_FAILURES = Counter("mem_triton:capture_failures", "Prompts that could not be kept")

@@ -6,6 +6,10 @@ vLLM carries them in ``vllm_xargs`` (HTTP) or ``SamplingParams.extra_args`` (Pyt
     {"mem_session": "alice", "mem_write": 0}     # read alice's last committed state, leave it as it is
     {"mem_session": "alice", "mem_reset": 1}     # forget: start alice from zeros again
     {"mem_write": 0}                             # this request writes no memory (with no session: the plain model)
+    {"mem_ids": ["alice", "paris@2"]}            # attend to these entries of the bank
+    {"mem_top_k": 3}                             # three retrieved references a chunk (0: none for this request)
+    {"mem_capture": "contract"}                  # keep this prompt's keys and values as the bank's entry "contract"
+    {"mem_tenant": "acme"}                       # see acme's entries besides the public ones
 """
 
 from __future__ import annotations
@@ -17,11 +21,12 @@ from typing import Any
 
 from mem_triton.config import nearest_name_hint
 
-WORDS = ("mem_session", "mem_write", "mem_reset")
+WORDS = ("mem_session", "mem_write", "mem_reset", "mem_ids", "mem_top_k", "mem_capture", "mem_tenant")
 CARRIER = "mem_triton"
 """Key under which the front end hands the resolved request to the workers; clients may not set it."""
 
 _SESSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_ENTRY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
 
 class RequestError(ValueError):
@@ -34,11 +39,20 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class MemoryRequest:
-    """One request's memory words, checked. session: name or None. write: update the state while generating."""
+    """One request's memory words, checked. session: name or None. write: update the state while generating.
+
+    ids: entries to attend to, None if the request names none (an empty tuple: explicitly no entry).
+    top_k: references a chunk, None for the server's setting. capture: id to keep the prompt under. tenant: "" is
+    public.
+    """
 
     session: str | None = None
     write: bool = True
     reset: bool = False
+    ids: tuple[str, ...] | None = None
+    top_k: int | None = None
+    capture: str | None = None
+    tenant: str = ""
 
 
 def carried_by(params: Any) -> Mapping[str, Any] | None:
@@ -51,6 +65,45 @@ def _flag(words: Mapping[str, Any], name: str, default: bool) -> bool:
     if value in (0, 1) and isinstance(value, (bool, int, float)):
         return bool(value)
     raise RequestError(name, f"must be 0 or 1, got {value!r}")
+
+
+def _ids(words: Mapping[str, Any]) -> tuple[str, ...] | None:
+    ids = words.get("mem_ids")
+    if ids is None:
+        return None
+    ids = [ids] if isinstance(ids, str) else ids
+    if not isinstance(ids, (list, tuple)):
+        raise RequestError("mem_ids", f'must be a list of ids like "alice" or "alice@2", got {ids!r}')
+    for id in ids:
+        name, at, version = id.partition("@") if isinstance(id, str) else ("", "", "")
+        if not _ENTRY_ID.fullmatch(name) or (at and not version.isdecimal()):
+            raise RequestError("mem_ids", f'{id!r} is no id; ids look like "alice" or "alice@2"')
+    return tuple(dict.fromkeys(ids))  # an entry named twice is one memory
+
+
+def _top_k(words: Mapping[str, Any]) -> int | None:
+    value = words.get("mem_top_k")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or not 0 <= value <= 64:
+        raise RequestError("mem_top_k", f"must be a whole number from 0 to 64, got {value!r}")
+    return int(value)
+
+
+def _capture(words: Mapping[str, Any]) -> str | None:
+    value = words.get("mem_capture")
+    if value is not None and not (isinstance(value, str) and _ENTRY_ID.fullmatch(value)):
+        raise RequestError(
+            "mem_capture", f"must be 1 to 128 letters, digits, '.', '_', ':', '/' or '-' (no '@'), got {value!r}"
+        )
+    return value
+
+
+def _tenant(words: Mapping[str, Any]) -> str:
+    value = words.get("mem_tenant", "")
+    if not (isinstance(value, str) and (value == "" or _SESSION_NAME.fullmatch(value))):
+        raise RequestError("mem_tenant", f"must be 1 to 128 letters, digits, '.', '_' or '-', got {value!r}")
+    return value
 
 
 def parse_request(extra_args: Mapping[str, Any] | None) -> MemoryRequest:
@@ -69,7 +122,10 @@ def parse_request(extra_args: Mapping[str, Any] | None) -> MemoryRequest:
         raise RequestError(
             "mem_session", "must be 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit"
         )
-    request = MemoryRequest(session, _flag(words, "mem_write", True), _flag(words, "mem_reset", False))
+    request = MemoryRequest(
+        session, _flag(words, "mem_write", True), _flag(words, "mem_reset", False), _ids(words), _top_k(words),
+        _capture(words), _tenant(words),
+    )  # fmt: skip
     if request.reset and session is None:
         raise RequestError("mem_reset", "needs mem_session, the session to reset")
     if request.reset and not request.write:
