@@ -1,7 +1,7 @@
 """mem_triton for vLLM: ``vllm serve MODEL --load-format mem_triton --additional-config '{"mem_triton": {...}}'``.
 
 Installed as a ``vllm.general_plugins`` entry point. Without the flags nothing changes: the plugin registers a load
-format, and two constructors look whether the configuration asks for memory.
+format, two constructors look whether the configuration asks for memory, and block hashes whether a request has any.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ def register() -> None:
     if LOAD_FORMAT in _LOAD_FORMAT_TO_MODEL_LOADER:
         return
     try:
-        from mem_triton_vllm import front_end, loader
+        from mem_triton_vllm import block_keys, front_end, loader
     except ImportError as error:
         register_model_loader(LOAD_FORMAT)(_refusal(BaseModelLoader, error))
         return
     register_model_loader(LOAD_FORMAT)(loader.MemTritonLoader)
     front_end.install()
+    block_keys.install()
 
 
 def _refusal(base: type, error: ImportError) -> type:

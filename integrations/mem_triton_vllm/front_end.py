@@ -1,21 +1,18 @@
-"""The front end's half: check a request's memory words, open its session, salt its cache key, commit its last state.
+"""The front end: a request's memory words become a session, a plan and filled pages before the scheduler hears of it.
 
 Runs in the process that holds ``AsyncLLM`` (the API server) or ``LLMEngine`` (``LLM``). Everything a worker needs
-travels with the request in ``extra_args``; everything a KV cache needs to tell memories apart travels in
-``cache_salt``, which vLLM hashes into every block, so prefix caches and KV connectors need no patch of theirs.
+travels with the request in ``extra_args``; what a KV cache needs to tell memories apart travels in vLLM's
+``cache_salt`` (sessions) and in the keys of its blocks (``block_keys``).
 """
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
-import hashlib
 import json
-import weakref
-from collections import deque
 from collections.abc import AsyncGenerator
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
@@ -27,26 +24,36 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from mem_triton.config import MemTritonConfig
-from mem_triton.delta_mem import DeltaMemAdapter, load_adapter
+from mem_triton.delta_mem import load_adapter
 from mem_triton.runtime import counters
 from mem_triton.runtime.request import CARRIER, RequestError, parse_request
-from mem_triton.runtime.sessions import Lease, SessionStore, StateLayout, layer_order
+from mem_triton.runtime.sessions import Lease
 from mem_triton_vllm.refusals import check_engine, check_touch_points, section_of
+from mem_triton_vllm.segments import Segments
+from mem_triton_vllm.session_front_end import SessionFrontEnd
+
+if TYPE_CHECKING:
+    from mem_triton_vllm.explicit_front_end import ExplicitFrontEnd, Reading
 
 logger = init_logger("vllm.mem_triton")
 
 TAKE_STATE = "mem_triton_take_state"
-"""Worker method, called by name over vLLM's collective RPC."""
-NORMAL_ENDS = ("stop", "length")
+LOAD_PAGES = "mem_triton_load_pages"
+PAGES_STATE = "mem_triton_pages_state"
+CAPTURE_STATE = "mem_triton_capture_state"
+"""Worker methods, called by name over vLLM's collective RPC; see ``worker``."""
 
 
-def model_fingerprint(vllm_config: VllmConfig) -> str:
-    """sha256 of the model's architecture and sizes: what a session state must have been made with."""
-    fields = vllm_config.model_config.hf_text_config.to_dict()
-    sizes = {k: v for k, v in fields.items() if isinstance(v, (int, float, str, list)) and not k.startswith("_")}
-    for unstable in ("transformers_version", "dtype", "torch_dtype", "name_or_path"):
-        sizes.pop(unstable, None)
-    return hashlib.sha256(json.dumps(sizes, sort_keys=True, default=str).encode()).hexdigest()
+class MemoryLoadError(RuntimeError):
+    """An entry's keys and values could not be read; the request that needs them fails, nothing else does."""
+
+
+@dataclass
+class Opened:
+    """One request's memory: its lease on a session, its reading of a bank; each None where it has none."""
+
+    lease: Lease | None = None
+    reading: Reading | None = None
 
 
 class MemoryFrontEnd:
@@ -54,206 +61,84 @@ class MemoryFrontEnd:
 
     Example::
 
-        prompt, params, lease = front_end.open(prompt, params)      # VLLMValidationError -> HTTP 400
+        opened = front_end.open(prompt, params)          # VLLMValidationError -> HTTP 400
+        prompt, params = front_end.carry(prompt, params, opened)
+        ...
+        front_end.close(opened)
     """
 
-    def __init__(self, vllm_config: VllmConfig, config: MemTritonConfig, adapter: DeltaMemAdapter) -> None:
-        names = sorted(adapter.layers, key=layer_order)
-        layout = StateLayout(
-            tuple(names), adapter.config.spec.heads, adapter.config.spec.rank, adapter.fingerprint,
-            model_fingerprint(vllm_config),
-        )  # fmt: skip
-        self.store = SessionStore(layout, config.session_dir, config.max_sessions)
-        self._session_obstacle = self._find_session_obstacle(vllm_config)
-        self._aborted: deque[str] = deque(maxlen=4096)  # workers forget old states by themselves, too
+    def __init__(self, sessions: SessionFrontEnd | None, explicit: ExplicitFrontEnd | None) -> None:
+        self.sessions, self.explicit = sessions, explicit
 
-    @staticmethod
-    def _find_session_obstacle(vllm_config: VllmConfig) -> str | None:
-        parallel = vllm_config.parallel_config
-        if parallel.data_parallel_size > 1:
-            return "sessions need --data-parallel-size 1: each data-parallel engine has a front end of its own"
-        if getattr(parallel, "_api_process_count", 1) > 1:
-            return "sessions need --api-server-count 1: each API server would keep versions of its own"
-        if vllm_config.speculative_config is not None:
-            return "sessions do not work with speculative decoding: a rejected draft would be committed"
-        if vllm_config.model_config.enable_prompt_embeds:
-            return "sessions do not work with --enable-prompt-embeds: such prompts have no tokens to count"
-        return None
-
-    def open(self, prompt: Any, params: Any) -> tuple[Any, Any, Lease | None]:
-        """Prepare one request: (salted prompt, parameters that carry its memory, its lease).
-
-        Parameters are copied, never changed. Raises VLLMValidationError, which vLLM answers with HTTP 400.
-        """
+    def open(self, prompt: Any, params: Any, lora: Any = None) -> Opened:
+        """Check a request's words. Raises VLLMValidationError, which vLLM answers with HTTP 400."""
         if not isinstance(params, SamplingParams):
-            return prompt, params, None
+            return Opened()
         try:
             request = parse_request(params.extra_args)
-            if request.session is not None:
-                self._check_session(prompt, params)
-            lease = self.store.open(request)
+            self._check_served(params.extra_args or {})
+            reading = None
+            if self.explicit is not None:
+                reading = self.explicit.open(request, params, lora, isinstance(prompt, AsyncGenerator))
+            lease = self.sessions.open(request, prompt, params) if self.sessions is not None else None
+            return Opened(lease, reading)
         except RequestError as error:
-            counters.REFUSALS.labels(error.field).inc()
-            raise VLLMValidationError(str(error), parameter=error.field) from None
-        carried: dict[str, Any] = {"write": int(request.write)}
-        if request.session is not None:
-            carried |= {"lease": lease.id, "state": lease.start.data}
-        if carried != {"write": 1}:  # a plain request carries nothing
+            raise refused(error) from None
+
+    def _check_served(self, words: Any) -> None:
+        """Words of a memory that this server does not have are refused, not ignored."""
+        delta, explicit = (
+            ("mem_session", "mem_write", "mem_reset"),
+            ("mem_ids", "mem_top_k", "mem_capture", "mem_tenant"),
+        )
+        for names, part, section in ((delta, self.sessions, "delta"), (explicit, self.explicit, "memory")):
+            said = next((name for name in names if name in words), None)
+            if part is None and said is not None:
+                raise RequestError(
+                    said, f"this server is configured without mem_triton.{section}, which serves the word"
+                )
+
+    def carry(self, prompt: Any, params: Any, opened: Opened) -> tuple[Any, Any]:
+        """The salted prompt, and a copy of the parameters with what workers and block hashes need."""
+        carried = self.sessions.carried(opened.lease) if opened.lease is not None else {}
+        if opened.reading is not None:
+            carried |= self.explicit.carried(opened.reading)
+        if carried:  # a plain request carries nothing
             params = copy.copy(params)
             params.extra_args = {**(params.extra_args or {}), CARRIER: carried}
-        return _salt(prompt, lease.key), params, lease
+        return (_salt(prompt, opened.lease.key) if opened.lease is not None else prompt), params
 
-    def _check_session(self, prompt: Any, params: SamplingParams) -> None:
-        if self._session_obstacle:
-            raise RequestError("mem_session", self._session_obstacle)
-        if params.n != 1:
-            raise RequestError("mem_session", f"a session takes one answer at a time: set n to 1, got {params.n}")
-        if isinstance(prompt, AsyncGenerator):
-            raise RequestError("mem_session", "streaming inputs cannot use a session")
+    def close(self, opened: Opened) -> None:
+        """End a request that commits nothing more."""
+        if opened.lease is not None:
+            self.sessions.abort(opened.lease)
+        if opened.reading is not None:
+            self.explicit.close(opened.reading)
 
-    def abort(self, lease: Lease | None) -> None:
-        """End a request that commits nothing; workers forget its state at the next commit."""
-        if lease is None:
-            return
-        if lease.request.session and lease.request.write:
-            self._aborted.append(lease.id)
-        self.store.close(lease)
-
-    def commits(self, lease: Lease | None, output: RequestOutput) -> bool:
-        """Whether this finished output ends a request that writes its session."""
-        writes = lease is not None and lease.request.session is not None and lease.request.write
-        return writes and output.finished and output.outputs[0].finish_reason in NORMAL_ENDS
-
-    def take_arguments(self, lease: Lease, output: RequestOutput, generated: int) -> tuple[str, int, list[str]]:
-        """Arguments of ``TAKE_STATE``: the lease, the position of its last processed token, and leases to forget.
-
-        The last sampled token was never fed to the model, so it is not part of the state.
-        """
-        forget = list(self._aborted)
-        self._aborted.clear()
-        prompt_tokens = len(output.prompt_token_ids or ())
-        return lease.id, max(prompt_tokens - 1, prompt_tokens + generated - 2), forget
-
-    def commit(self, lease: Lease, position: int, parts: list[dict[str, Any]]) -> None:
-        """Put the workers' layers together and commit them. parts: one answer per worker, ranks repeat layers."""
-        try:
-            layers = {i: part["states"][i] for part in parts for i in part["states"]}
-            reached = max(part["position"] for part in parts)
-            states = b"".join(layers[str(i)] for i in range(len(self.store.layout.layers)))
-            version = self.store.commit(lease, states, tokens=reached + 1)
-        except Exception:
-            counters.COMMIT_FAILURES.inc()
-            raise
-        finally:
-            self.store.close(lease)
-        counters.COMMITS.inc()
-        if reached != position:
-            counters.LATE_COMMITS.inc()
-        logger.debug("session %s: version %d, %d tokens", lease.request.session, version, reached + 1)
+    def segments(self, opened: Opened, prompt_ids: list[int], params: SamplingParams) -> Segments:
+        """How the answer is cut; without refreshes it is one piece."""
+        room = max(1, self.explicit.max_model_len - len(prompt_ids))
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        every = self.explicit.section.retrieval.every if opened.reading.refreshes else limit
+        return Segments(prompt_ids, params, every, limit)
 
 
-class AsyncLLMWithMemory(AsyncLLM):
-    """``AsyncLLM`` whose requests may have a session. Bad words raise at the call, before any response has begun."""
-
-    memory: MemoryFrontEnd
-
-    def generate(
-        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
-    ) -> AsyncGenerator[RequestOutput, None]:
-        prompt, sampling_params, lease = self.memory.open(prompt, sampling_params)
-        outputs = super().generate(prompt, sampling_params, request_id, **kwargs)
-        stream = self._generate(outputs, sampling_params, lease, begun := [])
-        # A stream that nobody ever reads runs no code of its own. One that was read closes its lease itself, and may be
-        # gone while its commit is still being written.
-        weakref.finalize(stream, lambda memory: begun or memory.abort(lease), self.memory)
-        return stream
-
-    async def _generate(
-        self,
-        outputs: AsyncGenerator[RequestOutput, None],
-        params: SamplingParams,
-        lease: Lease | None,
-        begun: list[bool],
-    ) -> AsyncGenerator[RequestOutput, None]:
-        begun.append(True)
-        generated, settled = 0, False  # settled: the lease is closed, or its commit is under way and will close it
-        try:
-            async for output in outputs:
-                generated = _count(output, params.output_kind, generated)
-                if self.memory.commits(lease, output):
-                    arguments = self.memory.take_arguments(lease, output, generated)
-                    parts = await self.collective_rpc(TAKE_STATE, args=arguments)
-                    settled = True
-                    await asyncio.to_thread(self.memory.commit, lease, arguments[1], parts)
-                elif output.finished:
-                    settled = True
-                    self.memory.abort(lease)
-                yield output  # the last one only after the commit, so that the next request finds the session free
-        finally:
-            if not settled:
-                self.memory.abort(lease)
-            await outputs.aclose()
+def refused(error: RequestError) -> VLLMValidationError:
+    counters.REFUSALS.labels(error.field).inc()
+    return VLLMValidationError(str(error), parameter=error.field)
 
 
-class LLMEngineWithMemory(LLMEngine):
-    """``LLMEngine`` (the engine behind ``LLM``) whose requests may have a session."""
-
-    memory: MemoryFrontEnd
-
-    def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
-        prompt, params, lease = self.memory.open(prompt, params)
-        try:
-            internal_id = super().add_request(request_id, prompt, params, *args, **kwargs)
-        except BaseException:
-            self.memory.abort(lease)
-            raise
-        if lease is not None and lease.request.session is not None:
-            self._leases[request_id] = (lease, params.output_kind, 0)
-            self._external_ids[internal_id] = request_id
-        return internal_id
-
-    def step(self) -> list[Any]:
-        outputs = super().step()
-        for output in outputs:
-            if output.request_id not in self._leases:
-                continue
-            lease, kind, generated = self._leases[output.request_id]
-            generated = _count(output, kind, generated)
-            self._leases[output.request_id] = (lease, kind, generated)
-            if not output.finished:
-                continue
-            self._forget(output.request_id)
-            if self.memory.commits(lease, output):
-                arguments = self.memory.take_arguments(lease, output, generated)
-                self.memory.commit(lease, arguments[1], self.collective_rpc(TAKE_STATE, args=arguments))
-            else:
-                self.memory.abort(lease)
-        return outputs
-
-    def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
-        super().abort_request(request_ids, internal)
-        for request_id in request_ids:
-            request_id = self._external_ids.get(request_id, request_id)
-            if request_id in self._leases:
-                self.memory.abort(self._forget(request_id))
-
-    def _forget(self, request_id: str) -> Lease:
-        self._external_ids = {i: e for i, e in self._external_ids.items() if e != request_id}
-        return self._leases.pop(request_id)[0]
-
-    @functools.cached_property
-    def _leases(self) -> dict[str, tuple[Lease, RequestOutputKind, int]]:
-        return {}  # request id -> its lease, how its output comes, tokens so far
-
-    @functools.cached_property
-    def _external_ids(self) -> dict[str, str]:
-        return {}  # vLLM's internal request id -> the caller's
-
-
-def _count(output: RequestOutput, kind: RequestOutputKind, before: int) -> int:
+def count_tokens(output: RequestOutput, kind: RequestOutputKind, before: int) -> int:
     """Tokens generated so far: an output holds the new ones alone (DELTA), or all of them."""
     tokens = len(output.outputs[0].token_ids)
     return before + tokens if kind is RequestOutputKind.DELTA else tokens
+
+
+def add_report(output: RequestOutput, reading: Reading | None) -> None:
+    """What the request saw, in the response's field for KV-related extras; OpenAI's protocol has no other."""
+    if reading is not None:
+        extras = dict(output.kv_transfer_params or {})
+        output.kv_transfer_params = {**extras, "mem_triton": reading.report()}
 
 
 def install() -> None:
@@ -261,6 +146,9 @@ def install() -> None:
 
     Only the two constructors are wrapped; an engine without the section is the stock class, untouched.
     """
+    from mem_triton_vllm.async_engine import AsyncLLMWithMemory
+    from mem_triton_vllm.sync_engine import LLMEngineWithMemory
+
     for stock, with_memory in ((AsyncLLM, AsyncLLMWithMemory), (LLMEngine, LLMEngineWithMemory)):
         if not getattr(stock.__init__, "_mem_triton", False):
             stock.__init__ = _checking_init(stock.__init__, with_memory)
@@ -274,13 +162,49 @@ def _checking_init(stock_init: Any, with_memory: type) -> Any:
             return stock_init(self, vllm_config, *args, **kwargs)
         check_touch_points()
         check_engine(vllm_config)
-        adapter = load_adapter(config.delta.adapter, config.delta.revision)
-        memory = MemoryFrontEnd(vllm_config, config, adapter)
+        memory = _front_end(vllm_config, config, lambda ids: self.renderer.get_tokenizer().decode(ids))
         stock_init(self, vllm_config, *args, **kwargs)
         self.memory, self.__class__ = memory, with_memory
+        self.start_memory()
 
     __init__._mem_triton = True
     return __init__
+
+
+def _front_end(vllm_config: VllmConfig, config: MemTritonConfig, decode: Any) -> MemoryFrontEnd:
+    """Both halves, as configured, before the engine starts: what cannot work is said at once."""
+    sessions = explicit = None
+    if config.delta is not None:
+        adapter = load_adapter(config.delta.adapter, config.delta.revision)
+        sessions = SessionFrontEnd(vllm_config, config, adapter)
+    if config.memory is not None:
+        from mem_triton_vllm.explicit_front_end import ExplicitFrontEnd
+
+        skips = vllm_config.model_config.skip_tokenizer_init
+        explicit = ExplicitFrontEnd(vllm_config, config.memory, None if skips else decode)
+    return MemoryFrontEnd(sessions, explicit)
+
+
+def prompt_ids_of(engine: Any, prompt: Any) -> tuple[Any, list[int]]:
+    """A prompt in the engine's rendered form, and its tokens."""
+    if isinstance(prompt, EngineCoreRequest):
+        return prompt, list(prompt.prompt_token_ids or ())
+    if not (isinstance(prompt, dict) and "prompt_token_ids" in prompt):
+        from vllm.inputs import parse_model_prompt
+
+        renderer = engine.renderer
+        parsed = parse_model_prompt(engine.model_config, prompt)
+        (prompt,) = renderer.render_cmpl([parsed], renderer.default_cmpl_tok_params)
+    return prompt, list(prompt.get("prompt_token_ids") or ())
+
+
+def with_tokens(prompt: Any, prompt_ids: list[int]) -> Any:
+    """The same prompt, continued: its tokens replaced by ``prompt_ids``."""
+    if isinstance(prompt, EngineCoreRequest):
+        prompt = copy.copy(prompt)
+        prompt.prompt_token_ids = prompt_ids
+        return prompt
+    return {**prompt, "prompt_token_ids": prompt_ids}
 
 
 def _salt(prompt: Any, key: str) -> Any:
@@ -295,7 +219,7 @@ def _salt(prompt: Any, key: str) -> Any:
         prompt = {"prompt_token_ids": prompt}
     if isinstance(prompt, dict):
         return {**prompt, "cache_salt": _join(prompt.get("cache_salt"), key)}
-    return prompt  # a stream of inputs: plain requests only, see _check_session
+    return prompt  # a stream of inputs: plain requests only, see SessionFrontEnd
 
 
 def _join(salt: str | None, key: str) -> str:

@@ -7,6 +7,7 @@ sure that δ-mem is attached after LoRA and before the KV cache is planned.
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -39,14 +40,21 @@ class MemTritonLoader(BaseModelLoader):
         self.base.load_weights(model, model_config)
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        model = self.base.load_model(vllm_config, model_config, prefix)
-        if model_config is not vllm_config.model_config:
-            return model  # a draft model: only the served model remembers
+        if model_config is not vllm_config.model_config:  # a draft model: only the served model remembers
+            return self.base.load_model(vllm_config, model_config, prefix)
         config = section_of(vllm_config)
         check_touch_points()
         check_engine(vllm_config)
+        with _attention_with_memory(vllm_config) if config.memory else nullcontext():
+            model = self.base.load_model(vllm_config, model_config, prefix)
         _prepare(vllm_config, model, config)
         return model
+
+
+def _attention_with_memory(vllm_config: VllmConfig) -> AbstractContextManager[None]:
+    from mem_triton_vllm import backend  # δ-mem alone leaves the stock backend in place
+
+    return backend.chosen_for(vllm_config)
 
 
 def _prepare(vllm_config: VllmConfig, model: nn.Module, config: Any) -> None:
@@ -54,6 +62,6 @@ def _prepare(vllm_config: VllmConfig, model: nn.Module, config: Any) -> None:
 
     worker.install()
     if vllm_config.use_v2_model_runner:
-        v2_runner.prepare(vllm_config, model, config.delta)
+        v2_runner.prepare(vllm_config, model, config)
     else:
-        v1_runner.prepare(vllm_config, model, config.delta)
+        v1_runner.prepare(vllm_config, model, config)

@@ -33,7 +33,8 @@ def section_of(vllm_config: VllmConfig) -> MemTritonConfig | None:
     if section is None:
         raise ConfigError(
             "--load-format mem_triton needs its section in --additional-config, for example "
-            '\'{"mem_triton": {"delta": {"adapter": "PATH_OR_HUGGING_FACE_ID"}}}\''
+            '\'{"mem_triton": {"delta": {"adapter": "PATH_OR_HUGGING_FACE_ID"}}}\' or '
+            '\'{"mem_triton": {"memory": {"bank": "FOLDER"}}}\''
         )
     config = parse_config(section)
     if not flagged:
@@ -42,56 +43,56 @@ def section_of(vllm_config: VllmConfig) -> MemTritonConfig | None:
             "add --load-format mem_triton (a load format of your own goes into --model-loader-extra-config "
             "'{\"base_load_format\": ...}')"
         )
-    if config.delta is None:
-        raise ConfigError("mem_triton.delta: no memory is configured; give it an adapter, or drop the flags")
+    if config.delta is None and config.memory is None:
+        raise ConfigError("mem_triton: no memory is configured; give it delta, memory or both, or drop the flags")
     return config
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
-    """Refuse engine options under which δ-mem would be wrong. Raises ConfigError that says why."""
+    """Refuse engine options under which memory would be wrong. Raises ConfigError that says why."""
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     kinds = {
-        "multi-head latent attention (MLA)": (model.use_mla, "its fused projections have no q, k, v to correct"),
+        "multi-head latent attention (MLA)": (model.use_mla, "it has no keys and values by head"),
         "hybrid or attention-free models": (
             model.is_hybrid or model.is_attention_free,
-            "their KV blocks are not uniform, so the state cannot live beside them",
+            "their KV blocks are not uniform, and their states know nothing of memory",
         ),
-        "encoder-decoder models": (model.is_encoder_decoder, "δ-mem is defined for decoders"),
+        "encoder-decoder models": (model.is_encoder_decoder, "memory is defined for decoders"),
         "pooling models": (model.runner_type != "generate", "they do not generate"),
         "decode context parallelism (--decode-context-parallel-size)": (
             parallel.decode_context_parallel_size > 1,
-            "it spreads one sequence over ranks, and the state is a running sum over the whole sequence",
+            "it spreads one sequence over ranks, and memory belongs to the whole sequence",
         ),
         "prefill context parallelism": (
             getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-            "it spreads one sequence over ranks, and the state is a running sum over the whole sequence",
+            "it spreads one sequence over ranks, and memory belongs to the whole sequence",
         ),
         "dual batch overlap (--enable-dbo)": (
             getattr(parallel, "enable_dbo", False),
-            "its two half batches would share one read buffer",
+            "its two half batches would share one set of tables",
         ),
     }
     for name, (present, why) in kinds.items():
         if present:
-            raise ConfigError(f"δ-mem does not support {name}: {why}")
+            raise ConfigError(f"mem_triton does not support {name}: {why}")
     if not vllm_config.use_v2_model_runner and vllm_config.device_config.device_type != "cpu":
-        raise ConfigError("δ-mem on a GPU needs vLLM's Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER=0")
+        raise ConfigError("mem_triton on a GPU needs vLLM's Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER=0")
 
 
-def check_attention(name: str, attention: Attention) -> None:
+def check_attention(name: str, attention: Attention, what: str = "δ-mem") -> None:
     """Refuse attention layers whose KV blocks are not plain full attention. Raises ConfigError naming the layer."""
     reason = None
     if getattr(attention, "sliding_window", None) is not None:
         reason = (
-            "has a sliding window; vLLM then stores the state in blocks of another size, which ruins prefix caching. "
-            "Serve the model with --disable-sliding-window if its quality allows"
+            "has a sliding window, beyond which a memory would have no place; "
+            "serve the model with --disable-sliding-window if its quality allows"
         )
     elif getattr(attention, "kv_sharing_target_layer_name", None):
-        reason = "shares another layer's KV cache, so it has no blocks that could carry a state"
+        reason = "shares another layer's KV cache, so it has no blocks of its own"
     elif getattr(attention, "attn_type", "decoder") != "decoder":
-        reason = f"is {attention.attn_type} attention; δ-mem is defined for causal decoders"
+        reason = f"is {attention.attn_type} attention; memory is defined for causal decoders"
     if reason:
-        raise ConfigError(f"δ-mem cannot be attached to {name}: the layer {reason}")
+        raise ConfigError(f"{what} cannot be attached to {name}: the layer {reason}")
 
 
 def _has(path: str, *attributes: str) -> bool:
@@ -133,6 +134,13 @@ TOUCH_POINTS: dict[str, Callable[[], bool]] = {
     ),
     "UniformTypeKVCacheSpecs": lambda: _has("vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs", "from_specs"),
     "splitting_ops": lambda: _has("vllm.config:CompilationConfig", "splitting_ops", "static_forward_context"),
+    "generate_block_hash_extra_keys": lambda: _takes(
+        "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys", "request", "start_token_idx", "end_token_idx"
+    ),
+    "register_backend": lambda: _takes("vllm.v1.attention.backends.registry:register_backend", "backend", "class_path"),
+    "backend selection": lambda: _has("vllm.v1.attention.selector:_cached_get_attn_backend", "cache_clear"),
+    "AttentionImpl": lambda: _has("vllm.v1.attention.backend:AttentionImpl", "forward"),
+    "RequestOutput.kv_transfer_params": lambda: _takes("vllm.outputs:RequestOutput", "kv_transfer_params"),
     "block hash of cache_salt": lambda: (
         "cache_salt" in inspect.getsource(import_module("vllm.v1.core.kv_cache_utils").generate_block_hash_extra_keys)
     ),

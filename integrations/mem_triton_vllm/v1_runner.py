@@ -9,23 +9,25 @@ look at runners of such a model.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from mem_triton.config import DeltaSection
-from mem_triton.runtime.request import carried_by
-from mem_triton_vllm.attach import attach
+from mem_triton.config import MemTritonConfig
+from mem_triton_vllm.worker_memory import WorkerMemory, attach_memory
+
+if TYPE_CHECKING:
+    from mem_triton_vllm.capture import BlockRow
 
 _MARK = "_mem_triton_patched"
 
 
-def prepare(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection) -> None:
+def prepare(vllm_config: VllmConfig, model: nn.Module, config: MemTritonConfig) -> None:
     """Mark ``model`` for memory; it is attached when vLLM asks for the KV cache specs, after LoRA has wrapped it."""
-    model.mem_triton_pending = section
+    model.mem_triton_pending = config
     if not hasattr(GPUModelRunner, _MARK):
         setattr(GPUModelRunner, _MARK, True)
         GPUModelRunner.get_kv_cache_spec = _attach_first(GPUModelRunner.get_kv_cache_spec)
@@ -36,10 +38,10 @@ def _attach_first(stock: Any) -> Any:
     @functools.wraps(stock)
     def get_kv_cache_spec(runner: GPUModelRunner) -> Any:
         model = runner.get_model()
-        section = getattr(model, "mem_triton_pending", None)
-        if section is not None and not hasattr(model, "mem_triton_slots"):
+        config = getattr(model, "mem_triton_pending", None)
+        if config is not None and not hasattr(model, "mem_triton"):
             with set_default_torch_dtype(runner.model_config.dtype):
-                model.mem_triton_slots = attach(runner.vllm_config, model, section)
+                model.mem_triton = attach_memory(runner.vllm_config, model, config, _block_rows(runner))
         return stock(runner)
 
     return get_kv_cache_spec
@@ -48,22 +50,30 @@ def _attach_first(stock: Any) -> Any:
 def _track_rows(stock: Any) -> Any:
     @functools.wraps(stock)
     def _update_states(runner: GPUModelRunner, scheduler_output: Any) -> Any:
-        slots = getattr(runner.get_model(), "mem_triton_slots", None)
-        if slots is None:
+        memory: WorkerMemory | None = getattr(runner.get_model(), "mem_triton", None)
+        if memory is None:
             return stock(runner, scheduler_output)
-        before = list(runner.input_batch.req_ids)
-        for request_id in scheduler_output.finished_req_ids:
-            slots.leave(request_id)
+        finished = scheduler_output.finished_req_ids
+        scheduled = scheduler_output.num_scheduled_tokens
+        for request_id in list(runner.input_batch.req_ids):
+            if request_id in finished or request_id not in scheduled:  # finished, preempted, or not scheduled this time
+                memory.leave(request_id)
         result = stock(runner, scheduler_output)
         rows = runner.input_batch.req_ids
-        for request_id in set(before) - set(rows):  # preempted, or not scheduled this time
-            slots.leave(request_id)
-        last = []
+        first = []
         for request_id in rows:
             request = runner.requests[request_id]
-            slots.enter(request_id, carried_by(request.sampling_params))
-            last.append(request.num_computed_tokens + scheduler_output.num_scheduled_tokens[request_id] - 1)
-        slots.set_rows(rows, last)
+            memory.enter(request_id, request.sampling_params)
+            first.append(request.num_computed_tokens)
+        memory.set_rows(rows, first, [n + scheduled[r] - 1 for n, r in zip(first, rows, strict=True)])
         return result
 
     return _update_states
+
+
+def _block_rows(runner: GPUModelRunner) -> BlockRow:
+    def block_row(request_id: str) -> Tensor:
+        batch = runner.input_batch
+        return batch.block_table[0].block_table.cpu[batch.req_id_to_index[request_id]]
+
+    return block_row

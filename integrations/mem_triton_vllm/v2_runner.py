@@ -8,42 +8,52 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
-from mem_triton.config import DeltaSection
-from mem_triton.runtime.request import carried_by
-from mem_triton_vllm.attach import attach
+from mem_triton.config import MemTritonConfig
+from mem_triton_vllm.worker_memory import attach_memory
 
 
 class MemoryModelState:
-    """Mixin: tells the state tables who enters, who leaves, and in which order a step's rows stand."""
+    """Mixin: tells the memory who enters, who leaves, and in which order a step's rows stand."""
 
-    memory_section: DeltaSection
+    memory_config: MemTritonConfig
 
     def __init__(self, vllm_config: VllmConfig, model: nn.Module, *args: Any) -> None:
         super().__init__(vllm_config, model, *args)
         with set_default_torch_dtype(vllm_config.model_config.dtype):  # attached here: LoRA has wrapped the layers
-            self.slots = model.mem_triton_slots = attach(vllm_config, model, self.memory_section)
+            self.memory = attach_memory(vllm_config, model, self.memory_config, self._block_row)
+        model.mem_triton = self.memory
+        self._row_of: dict[str, int] = {}  # request id -> its row in vLLM's block tables
+
+    def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        self._block_tables = block_tables
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        self.slots.enter(new_req_data.req_id, carried_by(new_req_data.sampling_params))
+        self._row_of[new_req_data.req_id] = req_index
+        self.memory.enter(new_req_data.req_id, new_req_data.sampling_params)
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
-        self.slots.leave(req_id)
+        self.memory.leave(req_id)
+        self._row_of.pop(req_id, None)
 
     def prepare_attn(self, input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        last = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens - 1
-        self.slots.set_rows(input_batch.req_ids, last)
+        first = input_batch.num_computed_tokens_np
+        self.memory.set_rows(input_batch.req_ids, first, first + input_batch.num_scheduled_tokens - 1)
         return super().prepare_attn(input_batch, *args, **kwargs)
 
+    def _block_row(self, req_id: str) -> Tensor:
+        return self._block_tables.block_tables[0].gpu[self._row_of[req_id]]
 
-def prepare(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection) -> None:
+
+def prepare(vllm_config: VllmConfig, model: nn.Module, config: MemTritonConfig) -> None:
     """Have vLLM build its ModelState for ``model`` with the mixin in front."""
     stock = resolve_model_state_cls(vllm_config, model)
     name = f"Memory{stock.__name__}"
-    model.get_model_state_cls = lambda: type(name, (MemoryModelState, stock), {"memory_section": section})
+    model.get_model_state_cls = lambda: type(name, (MemoryModelState, stock), {"memory_config": config})

@@ -1,7 +1,7 @@
-"""The worker method that hands a finished request's state to the front end.
+"""The worker methods that the front end calls: a finished request's state, pages to fill, prompts that were kept.
 
 vLLM calls worker methods by name over its collective RPC; its plugin guide has plugins add theirs to ``WorkerBase``.
-The method exists only in processes that loaded a model with memory.
+The methods exist only in processes that loaded a model with memory. None of them waits: vLLM's engine waits for them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from typing import Any
 
 from vllm.v1.worker.worker_base import WorkerBase
 
-from mem_triton.runtime.slots import StateSlots
-from mem_triton_vllm.front_end import TAKE_STATE
+from mem_triton.runtime.courier import Order
+from mem_triton_vllm import front_end
+from mem_triton_vllm.worker_memory import WorkerMemory
+
+
+def _memory(worker: WorkerBase) -> WorkerMemory:
+    return worker.get_model().mem_triton
 
 
 def take_state(self: WorkerBase, lease: str, position: int, forget: list[str]) -> dict[str, Any]:
     """This worker's layers of a lease's state after ``position``: {"position": int, "states": {index: fp32 bytes}}."""
-    slots: StateSlots = self.get_model().mem_triton_slots
+    slots = _memory(self).slots
     slots.drop(forget)
     reached, data = slots.take(lease, position)
     size = 4 * slots.state_size
@@ -24,6 +29,32 @@ def take_state(self: WorkerBase, lease: str, position: int, forget: list[str]) -
     return {"position": reached, "states": parts}
 
 
+def load_pages(self: WorkerBase, orders: list[Order]) -> None:
+    """Start to fill pages in the background."""
+    for ref, pages, _ in orders:
+        _memory(self).explicit.loader.load(ref, pages)
+
+
+def pages_state(self: WorkerBase) -> dict[str, str | None]:
+    """What has been filled since the last call: reference -> None, or why it could not be."""
+    return _memory(self).explicit.loader.finished()
+
+
+def capture_state(self: WorkerBase, lease: str) -> dict[str, Any]:
+    """{"file": path} of this worker's layers and heads of a kept prompt, {"error": reason}, {} while it is written."""
+    try:
+        return _memory(self).explicit.captures.state(lease)
+    except KeyError as error:
+        return {"error": str(error)}
+
+
 def install() -> None:
-    """Add the method to vLLM's workers in this process."""
-    setattr(WorkerBase, TAKE_STATE, take_state)
+    """Add the methods to vLLM's workers in this process."""
+    methods = {
+        front_end.TAKE_STATE: take_state,
+        front_end.LOAD_PAGES: load_pages,
+        front_end.PAGES_STATE: pages_state,
+        front_end.CAPTURE_STATE: capture_state,
+    }
+    for name, method in methods.items():
+        setattr(WorkerBase, name, method)

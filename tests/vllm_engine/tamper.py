@@ -33,10 +33,10 @@ def _take_newest(self, lease: str, position: int):
 
 def attach_before_lora() -> None:
     from mem_triton_vllm import v1_runner
-    from mem_triton_vllm.attach import attach
+    from mem_triton_vllm.worker_memory import attach_memory
 
-    def prepare(vllm_config, model, section) -> None:
-        model.mem_triton_slots = attach(vllm_config, model, section)
+    def prepare(vllm_config, model, config) -> None:
+        model.mem_triton = attach_memory(vllm_config, model, config, block_row=None)
 
     v1_runner.prepare = prepare
 

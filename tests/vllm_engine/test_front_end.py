@@ -18,7 +18,9 @@ def engine(monkeypatch):
     """An AsyncLLM with memory whose stock part answers one token and has no engine behind it."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from mem_triton_vllm.front_end import AsyncLLMWithMemory, MemoryFrontEnd
+    from mem_triton_vllm.async_engine import AsyncLLMWithMemory
+    from mem_triton_vllm.front_end import MemoryFrontEnd
+    from mem_triton_vllm.session_front_end import SessionFrontEnd
 
     output = SimpleNamespace(
         outputs=[SimpleNamespace(token_ids=[5], finish_reason="stop")], finished=True, prompt_token_ids=[1, 2]
@@ -33,11 +35,11 @@ def engine(monkeypatch):
     monkeypatch.setattr(AsyncLLM, "generate", generate)
     monkeypatch.setattr(AsyncLLM, "collective_rpc", collective_rpc)
     monkeypatch.setattr(AsyncLLM, "__del__", lambda self: None)
-    memory = object.__new__(MemoryFrontEnd)
-    memory.store = SessionStore(StateLayout(("l",), heads=1, rank=4, adapter="a", model="m"))
-    memory._session_obstacle, memory._aborted = None, []
+    sessions = object.__new__(SessionFrontEnd)
+    sessions.store = SessionStore(StateLayout(("l",), heads=1, rank=4, adapter="a", model="m"))
+    sessions._session_obstacle, sessions._aborted = None, []
     engine = object.__new__(AsyncLLMWithMemory)
-    engine.memory = memory
+    engine.memory = MemoryFrontEnd(sessions, explicit=None)
     return engine
 
 
@@ -48,7 +50,10 @@ def alice():
 
 
 def is_free(engine) -> bool:
-    return "alice" not in engine.memory.store._sessions or engine.memory.store._sessions["alice"].writer is None
+    return (
+        "alice" not in engine.memory.sessions.store._sessions
+        or engine.memory.sessions.store._sessions["alice"].writer is None
+    )
 
 
 def test_a_stream_that_is_never_read_gives_its_session_back(engine):
@@ -65,20 +70,20 @@ def test_a_read_stream_commits(engine):
             assert is_free(engine), "the session is free before the answer is out"
 
     asyncio.run(read())
-    lease = engine.memory.store.open(MemoryRequest("alice"))
+    lease = engine.memory.sessions.store.open(MemoryRequest("alice"))
     assert (lease.start.version, lease.start.tokens) == (1, 2)
 
 
 def test_a_client_that_leaves_during_the_commit_does_not_free_the_session_early(engine, monkeypatch):
     entered, go = threading.Event(), threading.Event()
-    stock = engine.memory.store.commit
+    stock = engine.memory.sessions.store.commit
 
     def commit(*args, **kwargs):
         entered.set()
         go.wait(10)
         return stock(*args, **kwargs)
 
-    monkeypatch.setattr(engine.memory.store, "commit", commit)
+    monkeypatch.setattr(engine.memory.sessions.store, "commit", commit)
 
     async def leave() -> None:
         async def read() -> None:
@@ -96,4 +101,4 @@ def test_a_client_that_leaves_during_the_commit_does_not_free_the_session_early(
         go.set()
 
     asyncio.run(leave())
-    assert is_free(engine) and engine.memory.store.open(MemoryRequest("alice")).start.version == 1
+    assert is_free(engine) and engine.memory.sessions.store.open(MemoryRequest("alice")).start.version == 1

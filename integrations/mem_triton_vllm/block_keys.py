@@ -1,0 +1,45 @@
+"""Memory identity in vLLM's block hashes: KV after the first layer depends on the memory that its tokens saw.
+
+Why a patch: references may change every 64 tokens, so two requests share the blocks before their references part.
+vLLM's ``cache_salt`` covers whole requests (sessions use it), and its extra keys per block come from a function that no
+plugin can extend. Upstream would need a per-block field at the request; remove this file then.
+What is patched: one function, in the engine-core process; it changes nothing for requests without memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.v1.core import kv_cache_utils
+
+from mem_triton.runtime.plan import from_carried, seen_between
+from mem_triton.runtime.request import carried_by
+
+_MARK = "_mem_triton"
+
+
+def install() -> None:
+    """Wrap vLLM's function; calling it again is harmless."""
+    if not hasattr(kv_cache_utils.generate_block_hash_extra_keys, _MARK):
+        kv_cache_utils.generate_block_hash_extra_keys = _with_memory(kv_cache_utils.generate_block_hash_extra_keys)
+
+
+def _with_memory(stock: Any) -> Any:
+    @functools.wraps(stock)
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> Any:
+        keys, next_mm_idx = stock(request, start_token_idx, end_token_idx, start_mm_idx)
+        memory = (carried_by(request.sampling_params) or {}).get("memory")
+        if memory:
+            keys = (keys or ()) + (memory_key(memory, start_token_idx, end_token_idx),)
+        return keys, next_mm_idx
+
+    setattr(generate_block_hash_extra_keys, _MARK, True)
+    return generate_block_hash_extra_keys
+
+
+def memory_key(memory: dict[str, Any], start: int, end: int) -> tuple[str, Any]:
+    """What the tokens at positions start..end-1 saw: the bank as it is served, and its references with their parts."""
+    return ("mem_triton", (memory["bank"], *seen_between(from_carried(memory["plan"]), start, end)))

@@ -1,0 +1,191 @@
+"""``LLMEngine``, the engine behind ``LLM``, with memory.
+
+It is stepped by its caller, so nothing here waits: a request that reads a bank is put off until its pages are filled,
+and a step submits those that are ready.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from mem_triton.runtime.courier import PageCourier
+from mem_triton.runtime.request import RequestError
+from mem_triton_vllm import front_end
+from mem_triton_vllm.front_end import MemoryFrontEnd, Opened
+from mem_triton_vllm.segments import Segments
+
+POLL_SECONDS = 0.001
+
+
+@dataclass
+class _Running:
+    """A request with memory, from its submission to its last output."""
+
+    opened: Opened
+    prompt: Any
+    params: Any
+    rest: tuple[tuple[Any, ...], dict[str, Any]]  # the other arguments of add_request
+    prompt_tokens: int = 0
+    segments: Segments | None = None  # None: no bank is read
+    generated: int = 0
+
+
+class LLMEngineWithMemory(LLMEngine):
+    """Requests may have a session and read a bank."""
+
+    memory: MemoryFrontEnd
+
+    def start_memory(self) -> None:
+        """Tables of the requests with memory."""
+        explicit = self.memory.explicit
+        self._courier = PageCourier(explicit.residency) if explicit is not None else None
+        self._running: dict[str, _Running] = {}
+        self._put_off: list[str] = []  # waiting for their pages, in order
+        self._external_ids: dict[str, str] = {}  # vLLM's internal request id -> the caller's
+
+    def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
+        opened = self.memory.open(prompt, params, kwargs.get("lora_request", args[1] if len(args) > 1 else None))
+        running = _Running(opened, prompt, params, (args, kwargs))
+        try:
+            if opened.reading is None:
+                return self._submit(request_id, running)
+            running.prompt, ids = front_end.prompt_ids_of(self, prompt)
+            running.prompt_tokens = len(ids)
+            self.memory.explicit.retrieve(opened.reading, ids)
+            running.segments = self.memory.segments(opened, ids, params)
+            self._claim(opened)
+        except BaseException:
+            self.memory.close(opened)
+            raise
+        self._running[request_id] = running
+        self._put_off.append(request_id)
+        return request_id
+
+    def _claim(self, opened: Opened) -> None:
+        try:
+            self.memory.explicit.claim(opened.reading)
+        except RequestError as error:
+            raise front_end.refused(error) from None
+
+    def _submit(self, request_id: str, running: _Running) -> str:
+        prompt, params = running.prompt, running.params
+        if running.segments is not None:
+            prompt, params = front_end.with_tokens(prompt, running.segments.prompt_ids), running.segments.params()
+        args, kwargs = running.rest
+        carried = self.memory.carry(prompt, params, running.opened)
+        internal_id = super().add_request(request_id, *carried, *args, **kwargs)
+        if running.segments is not None or _has_session(running.opened):
+            self._running[request_id] = running
+            self._external_ids[internal_id] = request_id
+        return internal_id
+
+    def step(self) -> list[Any]:
+        outputs = self._submit_ready()
+        if not super().has_unfinished_requests():
+            if self._put_off:
+                time.sleep(POLL_SECONDS)
+            return outputs
+        for output in super().step():
+            running = self._running.get(output.request_id)
+            outputs += [output] if running is None else self._advance(output, running)
+        return outputs
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._put_off) or super().has_unfinished_requests()
+
+    def get_num_unfinished_requests(self) -> int:
+        return len(self._put_off) + super().get_num_unfinished_requests()
+
+    def abort_request(self, request_ids: list[str], internal: bool = False) -> None:
+        super().abort_request(request_ids, internal)
+        for request_id in request_ids:
+            request_id = self._external_ids.get(request_id, request_id)
+            if request_id in self._running:
+                self.memory.close(self._forget(request_id).opened)
+
+    def _submit_ready(self) -> list[RequestOutput]:
+        """Carry pages one round further and submit what they have made ready; outputs of requests that failed."""
+        if self._courier is None:
+            return []
+        if orders := self._courier.orders():
+            self.collective_rpc(front_end.LOAD_PAGES, args=(orders,))
+        if self._courier.busy:
+            self._courier.settle(self.collective_rpc(front_end.PAGES_STATE))
+        failed = []
+        for request_id in list(self._put_off):
+            running = self._running[request_id]
+            pending = running.opened.reading.pending
+            failure = next((t.state for t in pending if t.state.startswith("failed")), None)
+            if failure is not None:
+                failed.append(self._fail(request_id, failure))
+            elif not pending:
+                self._put_off.remove(request_id)
+                self._submit(request_id, running)
+        return failed
+
+    def _fail(self, request_id: str, reason: str) -> RequestOutput:
+        """A request whose memory could not be read ends alone, with the reason in its report."""
+        running = self._forget(request_id)
+        reading = running.opened.reading
+        reading.note = reason
+        self.memory.close(running.opened)
+        answer = CompletionOutput(0, "", [], None, None, finish_reason="error")
+        output = RequestOutput(request_id, None, running.segments.prompt_ids, None, [answer], finished=True)
+        front_end.add_report(output, reading)
+        return output
+
+    def _advance(self, output: RequestOutput, running: _Running) -> list[RequestOutput]:
+        """What the caller sees of one engine output of a request with memory."""
+        reading = running.opened.reading
+        seen = running.segments.take(output) if running.segments is not None else [output]
+        for merged in seen:
+            running.generated = front_end.count_tokens(merged, running.params.output_kind, running.generated)
+        if not output.finished:
+            return seen
+        if running.segments is not None and not running.segments.done:
+            self.memory.explicit.extend(reading, running.prompt_tokens, running.segments.generated)
+            self._claim(running.opened)
+            self._put_off.append(output.request_id)
+            return seen
+        self._forget(output.request_id)
+        self._finish(seen[-1], running)
+        return seen
+
+    def _finish(self, output: RequestOutput, running: _Running) -> None:
+        reading, lease, sessions = running.opened.reading, running.opened.lease, self.memory.sessions
+        if reading is not None:
+            if reading.capture is not None and output.outputs[0].finish_reason in ("stop", "length"):
+                self.memory.explicit.keep(reading, self._captured(reading))
+            self.memory.explicit.close(reading)
+            front_end.add_report(output, reading)
+        if lease is None:
+            return
+        if sessions.commits(lease, output):
+            arguments = sessions.take_arguments(lease, output, running.generated)
+            sessions.commit(lease, arguments[1], self.collective_rpc(front_end.TAKE_STATE, args=arguments))
+        else:
+            sessions.abort(lease)
+
+    def _captured(self, reading: Any) -> list[dict[str, Any]]:
+        files: dict[int, dict[str, Any]] = {}
+        while True:
+            answers = self.collective_rpc(front_end.CAPTURE_STATE, args=(reading.capture["lease"],))
+            files |= {rank: answer for rank, answer in enumerate(answers) if answer}
+            if len(files) == len(answers):
+                return list(files.values())
+            time.sleep(POLL_SECONDS)
+
+    def _forget(self, request_id: str) -> _Running:
+        self._external_ids = {i: e for i, e in self._external_ids.items() if e != request_id}
+        if request_id in self._put_off:
+            self._put_off.remove(request_id)
+        return self._running.pop(request_id)
+
+
+def _has_session(opened: Opened) -> bool:
+    return opened.lease is not None and opened.lease.request.session is not None
