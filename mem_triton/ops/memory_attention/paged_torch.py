@@ -103,8 +103,8 @@ def _attend_context(
     picked = torch.from_numpy(context.block_table.numpy()[rows.row[:, None], column].ravel())
     alike = bool((lengths == longest).all())
     keys, values = (
-        x.transpose(0, 1).index_select(1, picked).view(len(q), len(blocks), -1, x.shape[3])[:, :, :longest].float()
-        for x in (context.keys, context.values)
+        x[picked].transpose(0, 1).reshape(len(q), len(blocks), -1, x.shape[3])[:, :, :longest].float()
+        for x in (context.keys, context.values)  # not index_select: it would copy a strided cache as a whole
     )  # [Hkv, n, L, D]
     mask = None
     if not alike:
@@ -174,7 +174,7 @@ def _read_pages(pages: MemoryPages, picked: Tensor, rows: int) -> tuple[Tensor, 
     """Keys and values [Hkv, n, C * P, D] in fp32."""
     raw = torch.int8 if pages.keys.element_size() == 1 else pages.keys.dtype
     keys, values, key_scale, value_scale = (
-        None if x is None else x.view(x.dtype if x.dtype.itemsize > 1 else raw).transpose(0, 1).index_select(1, picked)
+        None if x is None else x.view(x.dtype if x.dtype.itemsize > 1 else raw)[picked].transpose(0, 1).contiguous()
         for x in pages
     )
     keys, values = dequantise(keys.view(pages.keys.dtype), values.view(pages.keys.dtype), key_scale, value_scale)
