@@ -14,7 +14,8 @@ loaded from memory, 3.9 a mask that combines a block with a scalar.
 ``sanitize`` reports, per launch:
 
     oob     an active lane reads or writes outside every tensor that the launch was given
-    race    two programs touch the same byte, at least one of them writing, not both atomically
+    race    two programs touch the same byte, at least one of them writing, not both atomically; but a program that
+            acquires what another released (atomics of the same address) may touch what that one wrote before
     dup     one store writes different values to one address
     poison  (no finding) lanes masked off without ``other=`` read NaN or a huge integer instead of 0, so that a kernel
             which uses them shows it in its output
@@ -248,6 +249,12 @@ class _Sanitizer:
         self.base = np.concatenate([[0], np.cumsum([high - low for low, high in merged])]).astype(np.int64)
         # per byte: the program that wrote it, read it, used it atomically; -1 = none, -2 = several readers
         self.writer, self.reader, self.atomic = (np.full(int(self.base[-1]), -1, np.int32) for _ in range(3))
+        # happens-before through atomics: how often a program released, after how many releases a byte was written,
+        # what was released through an address, and up to which release a program knows each other one
+        self.releases: dict[int, int] = {}
+        self.written_at = np.zeros(int(self.base[-1]), np.int32)
+        self.released: dict[int, dict[int, int]] = {}
+        self.known: dict[int, dict[int, int]] = {}
 
     def access(self, kind: str, pointers, mask, size: int, value=None) -> np.ndarray:
         """Record one load, store or atomic; returns the mask without the lanes that are out of bounds."""
@@ -282,6 +289,8 @@ class _Sanitizer:
     def _check_race(self, kind: str, addresses: np.ndarray, at: np.ndarray) -> None:
         me = self._program()[1]
         writer, reader, atomic = self.writer[at], self.reader[at], self.atomic[at]
+        for other, releases in self.known.get(me, {}).items():
+            writer = np.where((writer == other) & (self.written_at[at] < releases), me, writer)  # ordered before
 
         def conflict(where: np.ndarray, text: str) -> None:
             if where.any():
@@ -296,9 +305,22 @@ class _Sanitizer:
         conflict(others_read, f"{kind} to what another program of this launch read")
         if kind == "store":
             conflict((atomic >= 0) & (atomic != me), "plain store over another program's atomic")
-            self.writer[at] = me
+            self.writer[at], self.written_at[at] = me, self.releases.get(me, 0)
         else:
             self.atomic[at] = me
+
+    def synchronise(self, pointers, mask, semantics: str) -> None:
+        """Order this program behind those that released through the same addresses, and later ones behind it."""
+        me = self._program()[1]
+        known = self.known.setdefault(me, {})
+        releasing = "RELEASE" in semantics
+        self.releases[me] = self.releases.get(me, 0) + releasing
+        for address in np.unique(np.asarray(pointers)[np.broadcast_to(mask, np.shape(pointers))]).tolist():
+            released = self.released.setdefault(address, {})
+            if "ACQUIRE" in semantics:
+                known.update({p: max(n, known.get(p, 0)) for p, n in released.items() if p != me})
+            if releasing:
+                released.update({p: max(n, released.get(p, 0)) for p, n in {**known, me: self.releases[me]}.items()})
 
     def _program(self) -> tuple[tuple[int, ...], int]:
         builder = interpreter.interpreter_builder
@@ -365,6 +387,7 @@ class _WatchedMemory:
 
     def atomic_rmw(self, operation, pointers, value, mask, semantics):
         allowed = self._sanitizer.access("atomic", pointers, mask, value.dtype.itemsize)
+        self._sanitizer.synchronise(pointers, allowed, getattr(semantics, "name", str(semantics)))
         return self._native.atomic_rmw(operation, pointers, value, allowed, semantics)
 
 

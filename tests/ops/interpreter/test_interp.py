@@ -49,6 +49,17 @@ def order_kernel(out, counter):
 
 
 @triton.jit
+def last_sums_kernel(x, partial, counter, out, SEMANTICS: tl.constexpr):
+    me, all_programs = tl.program_id(0), tl.num_programs(0)
+    tl.store(partial + me, tl.load(x + me) * 2)
+    if tl.atomic_add(counter, 1, sem=SEMANTICS) == all_programs - 1:
+        total = 0.0
+        for i in range(all_programs):
+            total += tl.load(partial + i)
+        tl.store(out, total)
+
+
+@triton.jit
 def dot_kernel(a, b, out, K: tl.constexpr):
     i, k = tl.arange(0, 16), tl.arange(0, K)
     product = tl.dot(tl.load(a + i[:, None] * K + k[None, :]), tl.load(b + k[:, None] * 16 + i[None, :]))
@@ -88,6 +99,15 @@ def test_finds_two_writers_and_a_reader_of_a_written_cell(order: str):
     with sanitize(order) as findings:
         neighbour_kernel[(3,)](torch.arange(64.0), BLOCK=16)
     assert findings and all("[race]" in line for line in findings), findings
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "shuffle"])
+def test_an_atomic_orders_what_was_stored_before_it_if_it_releases_and_acquires(order: str):
+    x, out = torch.arange(5.0), torch.zeros(1)
+    for semantics, ordered in (("acq_rel", True), ("relaxed", False), ("release", False), ("acquire", False)):
+        with sanitize(order) as findings:
+            last_sums_kernel[(5,)](x, torch.zeros(5), torch.zeros(1, dtype=torch.int32), out, SEMANTICS=semantics)
+        assert out.item() == 20 and bool(findings) != ordered, (semantics, findings)
 
 
 def test_finds_lanes_that_disagree_about_one_address():
