@@ -1,4 +1,4 @@
-"""mem_triton in transformers: δ-mem on a model that transformers runs.
+"""mem_triton in transformers: δ-mem and explicit memory on a model that transformers runs.
 
 Example::
 
@@ -8,11 +8,23 @@ Example::
     model.generate(**asked)                       # a new context, the same memory
     save_memory(model, "alice.safetensors")
     reset_memory(model)
+
+    encoder = TransformersEncoder(model)          # explicit memory: texts to keys and values for a bank
+    with read_plans(model, bank, [[Attachment("paris@1")]]):
+        model.generate(**asked)                   # attends to the bank's entry
 """
 
 from __future__ import annotations
 
 from mem_triton_transformers.attach import apply_mem_triton, attention_dims, remove_mem_triton
+from mem_triton_transformers.encode import TransformersEncoder, UnsupportedModelError
+from mem_triton_transformers.explicit import (
+    MemorySegment,
+    generate_with_retrieval,
+    read_memory,
+    read_plans,
+    segments_of,
+)
 from mem_triton_transformers.memory import (
     get_memory,
     load_memory,
@@ -25,14 +37,21 @@ from mem_triton_transformers.memory import (
 from mem_triton_transformers.training import adapter_from, trainable_adapter
 
 __all__ = [
+    "MemorySegment",
+    "TransformersEncoder",
+    "UnsupportedModelError",
     "adapter_from",
     "apply_mem_triton",
     "attention_dims",
+    "generate_with_retrieval",
     "get_memory",
     "load_memory",
+    "read_memory",
+    "read_plans",
     "remove_mem_triton",
     "reset_memory",
     "save_memory",
+    "segments_of",
     "set_memory",
     "set_memory_write",
     "set_write_segments",
