@@ -1,0 +1,143 @@
+"""The fused kernel of memory attention: one softmax over [shared segment | memory pages | context] in one launch.
+
+A program takes one block of a row's queries, one KV head and one split of the tiles that these queries may see,
+memory's first. The tiles are dealt out by the row's own lengths, so a row without memory is computed as if nobody had
+any. The last split to finish merges all of them.
+"""
+
+import triton
+import triton.language as tl
+
+from mem_triton.ops.memory_attention.kernel_output import is_last, merge_splits, store_outputs, store_partial
+from mem_triton.ops.memory_attention.kernel_parts import LOG2E, attend_tile, find_row, load_part
+
+
+@triton.jit(do_not_specialize=["num_rows"])  # no new variant for a new batch size while serving
+def attention_kernel(
+    query, out, lse, keys, values, block_table, query_start_loc, seq_lens, row_slot,
+    page_keys, page_values, page_key_scale, page_value_scale,
+    table_page, table_tokens, table_first, table_end, table_count, table_bias,
+    shared_keys, shared_values, shared_key_scale, shared_value_scale, shared_first, shared_end,
+    sinks, partial, counter, num_rows, scale, soft_cap, shared_bias, shared_tokens,
+    stride_query, stride_query_head, stride_out, stride_out_head, stride_lse,
+    stride_block, stride_head, stride_token, stride_block_table,
+    stride_page, stride_page_head, stride_page_token, stride_table, stride_shared_head, stride_shared_token,
+    GROUP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, SOFT_CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, ONE_BLOCK: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
+):  # fmt: skip
+    """Grid (query blocks, KV heads, splits). ONE_BLOCK: every row's queries fit one block, block n is row n's.
+
+    partial: fp32 [blocks * heads * splits, BLOCK_M, WIDTH + REST + 2]; counter: int32 [blocks * heads], left 0.
+    """
+    TOKENS: tl.constexpr = BLOCK_M // GROUP  # query tokens of a block
+    row, block, head = tl.program_id(0), 0, tl.program_id(1).to(tl.int64)
+    if not ONE_BLOCK:
+        row, block = find_row(query_start_loc, num_rows, row, TOKENS)
+    begin, stop = tl.load(query_start_loc + row), tl.load(query_start_loc + row + 1)
+    queries = stop - begin - block * TOKENS
+    if queries <= 0:
+        return
+    m, lane = tl.arange(0, BLOCK_M), tl.arange(0, TILE)
+    first_position = tl.load(seq_lens + row) - queries
+    position = first_position + m // GROUP
+    last_position = first_position + tl.minimum(queries, TOKENS) - 1
+    real = (m // GROUP < queries) & (m < TOKENS * GROUP)
+    token, query_head = (begin + block * TOKENS + m // GROUP).to(tl.int64), head * GROUP + m % GROUP
+
+    shared_tiles, page_tiles, slot = 0, 0, -1
+    if row_slot is not None:
+        slot = tl.load(row_slot + row)
+    if shared_keys is not None:
+        seen_from, seen_to = tl.load(shared_first + tl.maximum(slot, 0)), tl.load(shared_end + tl.maximum(slot, 0))
+        sees_any = (slot >= 0) & (seen_from <= last_position) & (seen_to > first_position)
+        shared_tiles = tl.where(sees_any, tl.cdiv(shared_tokens, TILE), 0)
+    if page_keys is not None:
+        used_pages = tl.where(slot >= 0, tl.load(table_count + tl.maximum(slot, 0)), 0)
+        page_tiles = tl.cdiv(used_pages * PAGE_SIZE, TILE)
+    before = shared_tiles + page_tiles
+    tiles = before + tl.cdiv(last_position + 1, TILE)
+    low, high, splits = 0, tiles, 1
+    if SPLIT:
+        share = tl.maximum(tl.cdiv(tiles, tl.num_programs(2)), MIN_TILES)
+        splits = tl.cdiv(tiles, share)
+        if tl.program_id(2) >= splits:
+            return
+        low = tl.program_id(2) * share
+        high = tl.minimum(low + share, tiles)
+
+    q_row = token * stride_query + query_head * stride_query_head
+    q0 = load_part(query, q_row, real, 0, WIDTH, SIZE, False)
+    q1 = q0
+    if REST:
+        q1 = load_part(query, q_row, real, WIDTH, REST, SIZE, False)
+    top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    acc0 = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    acc1 = tl.zeros([BLOCK_M, REST if REST else 1], tl.float32)
+
+    if shared_keys is not None:
+        sees = ((position >= seen_from) & (position < seen_to))[:, None]
+        for tile in range(low, tl.minimum(high, shared_tiles)):
+            j = tile * TILE + lane
+            live = j < shared_tokens
+            value_scale = None
+            if SHARED_FORMAT:
+                value_scale = tl.load(shared_value_scale + head * shared_tokens + j, mask=live, other=0.0)
+            top, total, acc0, acc1 = attend_tile(
+                q0, q1, top, total, acc0, acc1, shared_keys + head * stride_shared_head,
+                shared_values + head * stride_shared_head, j.to(tl.int64) * stride_shared_token, live,
+                sees & live[None, :], shared_key_scale, tl.zeros([TILE], tl.int64) + head * SIZE, value_scale,
+                shared_bias * LOG2E, scale, soft_cap, SIZE, WIDTH, REST, SHARED_FORMAT, SOFT_CAP,
+            )  # fmt: skip
+
+    if page_keys is not None:
+        for tile in range(tl.maximum(low, shared_tiles), tl.minimum(high, before)):
+            j = (tile - shared_tiles) * TILE + lane
+            entry = slot.to(tl.int64) * stride_table + j // PAGE_SIZE
+            used = j // PAGE_SIZE < used_pages
+            seen_from = tl.load(table_first + entry, mask=used, other=0)
+            seen_to = tl.load(table_end + entry, mask=used, other=0)
+            live = (seen_from <= last_position) & (seen_to > first_position)
+            live = live & (j % PAGE_SIZE < tl.load(table_tokens + entry, mask=used, other=0))
+            if tl.max(live.to(tl.int32), 0) > 0:  # else no query of this block sees any of these pages
+                page = tl.load(table_page + entry, mask=live, other=0).to(tl.int64)
+                page_head = page * tl.num_programs(1) + head  # row of the scales
+                value_scale, bias = None, None
+                if FORMAT:
+                    value_scale = tl.load(
+                        page_value_scale + page_head * PAGE_SIZE + j % PAGE_SIZE, mask=live, other=0.0
+                    )
+                if table_bias is not None:
+                    bias = (tl.load(table_bias + entry, mask=live, other=0.0) * LOG2E)[None, :]
+                visible = (position[:, None] >= seen_from[None, :]) & (position[:, None] < seen_to[None, :])
+                top, total, acc0, acc1 = attend_tile(
+                    q0, q1, top, total, acc0, acc1, page_keys + head * stride_page_head,
+                    page_values + head * stride_page_head, page * stride_page + j % PAGE_SIZE * stride_page_token,
+                    live, visible & live[None, :], page_key_scale, page_head * SIZE, value_scale, bias,
+                    scale, soft_cap, SIZE, WIDTH, REST, FORMAT, SOFT_CAP,
+                )  # fmt: skip
+
+    for tile in range(tl.maximum(low, before), high):
+        j = (tile - before) * TILE + lane
+        live = j <= last_position
+        place = tl.load(block_table + tl.cast(row, tl.int64) * stride_block_table + j // BLOCK_SIZE, mask=live, other=0)
+        top, total, acc0, acc1 = attend_tile(
+            q0, q1, top, total, acc0, acc1, keys + head * stride_head, values + head * stride_head,
+            place.to(tl.int64) * stride_block + j % BLOCK_SIZE * stride_token, live, j[None, :] <= position[:, None],
+            None, None, None, None, scale, soft_cap, SIZE, WIDTH, REST, 0, SOFT_CAP,
+        )  # fmt: skip
+
+    finished = splits == 1
+    if SPLIT:  # noqa: SIM102 (one is known when compiling, the other is not)
+        if splits > 1:
+            group = tl.program_id(0) * tl.num_programs(1) + head
+            cell = group * tl.num_programs(2)
+            store_partial(partial, cell + tl.program_id(2), top, total, acc0, acc1, BLOCK_M, WIDTH, REST)
+            finished = is_last(counter + group, splits)
+            if finished:
+                top, total, acc0, acc1 = merge_splits(partial, cell, splits, BLOCK_M, WIDTH, REST)
+    if finished:
+        store_outputs(
+            out, lse, sinks, top, total, acc0, acc1, token * stride_out + query_head * stride_out_head,
+            token * stride_lse + query_head, query_head, real, SIZE, WIDTH, REST,
+        )  # fmt: skip

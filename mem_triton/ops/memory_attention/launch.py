@@ -1,0 +1,169 @@
+"""Launches the fused attention kernel: grid, splits, workspace. Works on whatever the tensors lie on."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mem_triton.ops.memory_attention.kernels import attention_kernel
+from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.tuning.memory_attention_fused import FusedConfig, select
+
+FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}
+# enable_fp_fusion is pinned: Triton is about to change its default, which would change the last bits.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+class Workspace(NamedTuple):
+    """What splits of a block of queries leave for the last of them. One launch at a time may use it."""
+
+    partial: Tensor  # fp32 [cells * BLOCK_M * (padded D + 2)]
+    counter: Tensor  # int32 [blocks * heads], zeros before and after every launch
+
+
+class Grid(NamedTuple):
+    """Programs of a launch; a function of shapes alone."""
+
+    blocks: int
+    heads: int
+    splits: int
+    one_block: bool  # block n holds all queries of row n
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The tuning table's key of a device: "sm90", "gfx942", ..."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+def channel_parts(size: int) -> tuple[int, int]:
+    """A head's channels as a power of two and the rest, at least 16: 80 = 64 + 16, 128 = 128 + 0."""
+    width = 1 << (size.bit_length() - 1)
+    rest = size - width
+    return width, max(16, 1 << (rest - 1).bit_length()) if rest else 0
+
+
+def choose_grid(tokens: int, rows: int, heads: int, group: int, context: PagedContext, config: FusedConfig) -> Grid:
+    """Blocks for any batch of these shapes, and splits where they are few. Memory has no say: it may not move bits."""
+    per_block = config.block_m // group
+    one_block = context.max_query_len <= per_block
+    blocks = rows if one_block else tokens // per_block + rows
+    longest = context.block_table.shape[1] * context.keys.shape[2]
+    splits = min(
+        config.programs // max(1, blocks * heads), config.max_splits, -(-longest // (config.tile * config.min_tiles))
+    )
+    return Grid(blocks, heads, max(1, splits), one_block)
+
+
+@functools.cache
+def _kept_workspace(device: torch.device, stream: int, cells: int, counters: int, floats: int) -> Workspace:
+    return _new_workspace(device, cells, counters, floats)
+
+
+def _new_workspace(device: torch.device, cells: int, counters: int, floats: int) -> Workspace:
+    partial = torch.empty(cells * floats, dtype=torch.float32, device=device)
+    return Workspace(partial, torch.zeros(counters, dtype=torch.int32, device=device))
+
+
+def workspace_for(device: torch.device, config: FusedConfig, size: int) -> Workspace:
+    """The workspace of launches with this configuration on the current stream, which run one after the other.
+
+    It holds the largest grid that splits. A graph being captured gets its own, whose zeros are part of the graph.
+    """
+    floats = config.block_m * (sum(channel_parts(size)) + 2)
+    if device.type != "cuda":
+        return _new_workspace(device, config.programs, config.programs, floats)
+    if torch.cuda.is_current_stream_capturing():
+        return _new_workspace(device, config.programs, config.programs, floats)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return _kept_workspace(device, stream, config.programs, config.programs, floats)
+
+
+def attend(
+    query: Tensor,
+    context: PagedContext,
+    out: Tensor,
+    *,
+    scale: float,
+    row_slot: Tensor | None = None,
+    pages: MemoryPages | None = None,
+    table: MemoryTable | None = None,
+    shared: SharedSegment | None = None,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+    lse: Tensor | None = None,
+    config: FusedConfig | None = None,
+    workspace: Workspace | None = None,
+) -> None:
+    """The whole batch in one launch. Arguments as in ``op.memory_attention``, already checked."""
+    tokens, query_heads, size = query.shape
+    rows, heads = context.seq_lens.shape[0], context.keys.shape[1]
+    if tokens == 0 or rows == 0:
+        return
+    group = query_heads // heads
+    config = config or select(
+        architecture(query.device), size, query.element_size(), group * context.max_query_len
+    )  # fmt: skip
+    if config.block_m < group:
+        config = replace(config, block_m=1 << (group - 1).bit_length())
+    grid = choose_grid(tokens, rows, heads, group, context, config)
+    if grid.splits > 1:
+        workspace = workspace or workspace_for(query.device, config, size)
+    arguments, constants = kernel_arguments(
+        query, context, out, scale=scale, row_slot=row_slot, pages=pages, table=table, shared=shared,
+        soft_cap=soft_cap, sinks=sinks, lse=lse, config=config, grid=grid, workspace=workspace,
+    )  # fmt: skip
+    attention_kernel[grid[:3]](
+        **arguments, **constants, num_warps=config.warps, num_stages=config.stages, **OPTIONS
+    )  # fmt: skip
+
+
+def kernel_arguments(
+    query: Tensor, context: PagedContext, out: Tensor, *, scale: float, row_slot: Tensor | None,
+    pages: MemoryPages | None, table: MemoryTable | None, shared: SharedSegment | None, soft_cap: float,
+    sinks: Tensor | None, lse: Tensor | None, config: FusedConfig, grid: Grid, workspace: Workspace | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """The kernel's runtime and compile-time arguments by name."""
+    page_keys, page_values, page_key_scale, page_value_scale = pages or (None,) * 4
+    page, page_tokens, first, end, count, bias = table or (None,) * 6
+    segment = shared or (None,) * 7
+    raw = lambda x: x.view(torch.uint8) if x is not None and x.dtype == torch.float8_e4m3fn else x  # noqa: E731
+    strides = lambda x, n: x.stride()[:n] if x is not None else (0,) * n  # noqa: E731
+    width, rest = channel_parts(query.shape[2])
+    arguments = {
+        "query": query, "out": out, "lse": lse, "keys": context.keys, "values": context.values,
+        "block_table": context.block_table, "query_start_loc": context.query_start_loc, "seq_lens": context.seq_lens,
+        "row_slot": row_slot, "page_keys": raw(page_keys), "page_values": raw(page_values),
+        "page_key_scale": page_key_scale, "page_value_scale": page_value_scale,
+        "table_page": page, "table_tokens": page_tokens, "table_first": first, "table_end": end,
+        "table_count": count, "table_bias": bias, "shared_keys": raw(segment[0]), "shared_values": raw(segment[1]),
+        "shared_first": segment[2], "shared_end": segment[3], "shared_key_scale": segment[4],
+        "shared_value_scale": segment[5], "sinks": sinks,
+        "partial": workspace.partial if workspace else None, "counter": workspace.counter if workspace else None,
+        "num_rows": context.seq_lens.shape[0], "scale": scale, "soft_cap": soft_cap,
+        "shared_bias": float(segment[6] or 0.0), "shared_tokens": segment[0].shape[1] if shared else 0,
+        **dict(zip(("stride_query", "stride_query_head"), query.stride(), strict=False)),
+        **dict(zip(("stride_out", "stride_out_head"), out.stride(), strict=False)),
+        "stride_lse": lse.stride(0) if lse is not None else 0,
+        **dict(zip(("stride_block", "stride_head", "stride_token"), context.keys.stride(), strict=False)),
+        "stride_block_table": context.block_table.stride(0),
+        **dict(zip(("stride_page", "stride_page_head", "stride_page_token"), strides(page_keys, 3), strict=True)),
+        "stride_table": strides(page, 1)[0],
+        **dict(zip(("stride_shared_head", "stride_shared_token"), strides(segment[0], 2), strict=True)),
+    }  # fmt: skip
+    constants = {
+        "GROUP": query.shape[1] // context.keys.shape[1], "SIZE": query.shape[2], "WIDTH": width, "REST": rest,
+        "BLOCK_SIZE": context.keys.shape[2], "PAGE_SIZE": page_keys.shape[2] if pages else 1,
+        "FORMAT": FORMATS.get(page_keys.dtype, 0) if pages else 0,
+        "SHARED_FORMAT": FORMATS.get(segment[0].dtype, 0) if shared else 0, "SOFT_CAP": soft_cap > 0,
+        "BLOCK_M": config.block_m, "TILE": config.tile, "ONE_BLOCK": grid.one_block, "SPLIT": grid.splits > 1,
+        "MIN_TILES": config.min_tiles,
+    }  # fmt: skip
+    return arguments, constants

@@ -1,0 +1,45 @@
+"""Launch configurations of the fused attention kernel (``ops/memory_attention/kernels.py``).
+
+Chosen from registers, shared memory and occupancy (see the ahead-of-time tests); not measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """How one batch shape runs on one architecture.
+
+    block_m: rows of a program, query tokens x query heads of a KV head; at least 16. tile: keys a step.
+    warps, stages: of a program. programs: a launch with fewer programs splits the keys until it has about so many.
+    min_tiles: a split has at least so many tiles. max_splits: most splits of one block of queries.
+    """
+
+    block_m: int
+    tile: int
+    warps: int
+    stages: int
+    programs: int = 264
+    min_tiles: int = 4
+    max_splits: int = 32
+
+
+_PROGRAMS = {"sm80": 216, "sm90": 264, "sm100": 296, "gfx942": 304}  # twice the multiprocessors, once on AMD
+GENERIC_PROGRAMS = 216
+
+
+def select(architecture: str, size: int, item_bytes: int, rows: int) -> FusedConfig:
+    """Configuration for heads of ``size`` channels in elements of ``item_bytes``, ``rows`` = longest query x group.
+
+    Everything here is known on the host before a step, so that a captured graph and an eager call run the same.
+    """
+    programs = _PROGRAMS.get(architecture, GENERIC_PROGRAMS)
+    amd = architecture.startswith("gfx")
+    block_m = min(max(16, 1 << (rows - 1).bit_length()), 64)
+    if item_bytes == 4:  # fp32 dots have no tensor cores to feed: small tiles, for the registers
+        block_m = min(block_m, 32)
+        return FusedConfig(block_m, 16 if size > 128 else 32, 4, 1, programs)
+    tile = 32 if size > 128 else 64
+    return FusedConfig(block_m, tile, 4, 1 if amd else 2, programs)
