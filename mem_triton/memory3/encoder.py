@@ -33,7 +33,8 @@ class EncodedText:
 class Encoder(Protocol):
     """A model that encodes texts, each alone: ``mem_triton_transformers.TransformersEncoder`` is one.
 
-    num_layers: layers of the model. scale: factor of its logits, D**-0.5 as a rule. max_tokens: longest text with its prefix, None if there is no limit.
+    num_layers: layers of the model. scale: factor of its logits, D**-0.5 as a rule. max_tokens: longest text with its
+    prefix, None if there is no limit.
     """
 
     num_layers: int
