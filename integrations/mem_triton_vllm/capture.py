@@ -22,6 +22,9 @@ from mem_triton.ops.reposition import RotaryEmbedding, unrotate
 BlockRow = Callable[[str], Tensor]
 """A request id's row of the engine's block table."""
 
+KEPT_ANSWERS = 256
+"""Captures that a worker can still answer for; a path each."""
+
 
 @dataclass
 class _Resident:
@@ -71,10 +74,9 @@ class Captures:
             if request_id is None:
                 raise KeyError(f"no prompt is held for lease {lease}")
             self._copy(request_id, self._residents.pop(request_id))
-        future = self._files[lease]
+        future = self._files[lease]  # stays: the front end asks again while another rank is still writing
         if not future.done():
             return {}
-        del self._files[lease]
         return {"error": str(future.exception())} if future.exception() else {"file": future.result()}
 
     def _copy(self, request_id: str, resident: _Resident) -> None:
@@ -87,6 +89,8 @@ class Captures:
             kept = cache[blocks].transpose(0, 1).flatten(1, 2)[:, :tokens]  # [Hkv, tokens, 2D]
             copies.append((index, kept.clone(), rope))
         self._files[resident.lease] = self._writer.submit(_write, resident.file, copies, self.first_head)
+        while len(self._files) > KEPT_ANSWERS:
+            self._files.pop(next(iter(self._files)))
 
 
 def _write(file: Path, copies: list[tuple[int, Tensor, RotaryEmbedding]], first_head: int) -> str:

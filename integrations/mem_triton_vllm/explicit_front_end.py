@@ -8,7 +8,7 @@ worker can serve it at any time, and its block hashes say what its KV depends on
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ class ExplicitFrontEnd:
     def _resolve(self, request: MemoryRequest) -> tuple[str, ...]:
         if request.ids is None:
             return self._default
-        refs = []
+        refs, pages = [], 0
         for id in request.ids:
             try:
                 info = self.bank.resolve(id, tenant=request.tenant)
@@ -147,15 +147,12 @@ class ExplicitFrontEnd:
             if not info.has_block:
                 raise RequestError("mem_ids", f'"{id}" has text but no keys and values yet; run mem-triton write again')
             refs.append(info.ref)
-        self._check_size("mem_ids", refs)
-        return tuple(refs)
-
-    def _check_size(self, word: str, refs: Iterable[str]) -> None:
-        pages = sum(self.residency.pages_for(self.bank.resolve(ref).tokens) for ref in refs)
+            pages += self.residency.pages_for(info.tokens)
         if pages > self.layout.max_pages:
             raise RequestError(
-                word, f"needs {pages} memory pages, a request may use {self.layout.max_pages}; name fewer entries"
+                "mem_ids", f"need {pages} memory pages, a request may use {self.layout.max_pages}; name fewer entries"
             )
+        return tuple(dict.fromkeys(refs))
 
     def _check_capture(self, request: MemoryRequest, params: SamplingParams, lora: Any) -> dict[str, Any]:
         spec = self.bank.spec
@@ -190,7 +187,11 @@ class ExplicitFrontEnd:
     def claim(self, reading: Reading) -> None:
         """Pin the pages of what the plan names and no earlier claim does. Raises RequestError if it never fits."""
         held = {ref for ticket in reading.tickets for ref in ticket.tokens}
-        tokens = {a.ref: self.bank.resolve(a.ref, any_tenant=True).tokens for a in reading.plan if a.ref not in held}
+        tokens = {
+            a.ref: self.bank.resolve(a.ref, tenant=reading.request.tenant).tokens
+            for a in reading.plan
+            if a.ref not in held
+        }
         if not tokens:
             return
         try:

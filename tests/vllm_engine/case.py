@@ -48,6 +48,8 @@ def main() -> None:
                     "tokens": list(o.outputs[0].token_ids),
                     "cached": o.num_cached_tokens,
                     "logprobs": _plain(o.outputs[0].logprobs),
+                    "finish": o.outputs[0].finish_reason,
+                    "memory": (o.kv_transfer_params or {}).get("mem_triton"),
                 }
                 for o in outputs
             ]
