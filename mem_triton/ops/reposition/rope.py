@@ -97,7 +97,7 @@ def _turns(config: Mapping[str, Any], layer_index: int | None) -> bool:
 
 
 def _fields(config: Mapping[str, Any], layer_index: int | None) -> dict[str, Any]:
-    """The layer's rope fields, wherever this generation of config files keeps them; ``rope_theta`` always among them."""
+    """The layer's rope fields, wherever this generation of config files keeps them; always with ``rope_theta``."""
     fields = config.get("rope_parameters") or config.get("rope_scaling") or {}
     types = config.get("layer_types")
     kind = types[layer_index] if types and layer_index is not None else None

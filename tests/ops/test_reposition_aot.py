@@ -1,0 +1,72 @@
+"""The reposition kernel compiles for the GPUs we name, within its registers and without a spill."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import pytest
+
+from tests.support.aot import TARGETS, Resources, compile_for
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
+)
+
+REGISTER_BUDGET = (
+    128  # at 128 threads a program: half of a multiprocessor's registers hold two programs' worth and more
+)
+
+
+class Case(NamedTuple):
+    head_dim: int
+    rotary_dim: int
+    variant: str
+    target: str
+
+
+SHAPES = [(80, 80), (128, 128), (96, 24), (256, 256), (64, 0)]  # head_dim, rotary_dim
+CASES = [Case(*shape, "load", target) for shape, target in itertools.product(SHAPES, TARGETS)]
+CASES += [Case(128, 128, "move", target) for target in ("sm90", "gfx942")]
+
+
+def compile_case(case: Case) -> Resources | str:
+    from mem_triton.ops.reposition import kernels, launch
+
+    kernel, loading = kernels.reposition_kernel, case.variant == "load"
+    constants = launch.constants(128, case.head_dim, case.rotary_dim, interleaved=not loading)
+    if loading:
+        constants["old_positions"] = None
+    arguments = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            continue
+        if name in ("pool", "source"):
+            arguments[name] = "*bf16"
+        elif name.startswith("stride_"):
+            arguments[name] = "i32:16"
+        else:
+            arguments[name] = {"quarter_turns": "*fp64", "factor": "fp32"}.get(name, "*i32")
+    try:
+        return compile_for(case.target, kernel, arguments, constants, **launch.OPTIONS)
+    except Exception as error:  # carried over the process border as text: Triton's errors do not pickle
+        return f"{type(error).__name__}: {error}"
+
+
+@functools.cache
+def compiled() -> dict[Case, Resources | str]:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(CASES, pool.map(compile_case, CASES, chunksize=4), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_compiles_within_budget(case: Case):
+    result = compiled()[case]
+    assert isinstance(result, Resources), result
+    assert result.spills == 0, result
+    assert result.registers <= REGISTER_BUDGET, result
+    assert result.shared <= SHARED_BUDGET, result
