@@ -207,10 +207,11 @@ def segments_of(model: PreTrainedModel, bank: Bank, plan: Sequence[Attachment]) 
         placed = place_sink(sink, model_ropes(model, everywhere), spec.reference_tokens)
         segments.append(MemorySegment(_on(model, placed), everywhere))
     ropes = model_ropes(model, spec.layers)
-    for a in plan:
-        placed = place(bank.load(a.ref), ropes, spec.kind, spec.reference_tokens)
-        segments.append(MemorySegment(_on(model, placed), tuple(spec.layers), a.first, a.end))
-    return segments
+    placed = {
+        ref: _on(model, place(bank.load(ref), ropes, spec.kind, spec.reference_tokens))
+        for ref in dict.fromkeys(a.ref for a in plan)
+    }
+    return segments + [MemorySegment(placed[a.ref], tuple(spec.layers), a.first, a.end) for a in plan]
 
 
 def _on(model: PreTrainedModel, block: MemoryBlock) -> MemoryBlock:

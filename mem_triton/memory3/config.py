@@ -19,8 +19,9 @@ class WriteConfig(BaseModel):
     layers: "first_half", "all", or a list. keep_tokens: tokens kept a KV head, None for all of them.
     reference_tokens: longest reference. selection: how tokens are chosen, see ``ops.memory_selection``.
     prefix_text: constant text before every reference, stored once for all layers; None for the tokenizer's BOS token
-    alone, which is not stored. context: "reference" encodes each reference alone; "document" encodes whole documents and
-    then cuts their keys and values, so that a reference knows what came before it.
+    alone, which is not stored. context: "reference" encodes each reference alone; "document" encodes whole documents,
+    in windows of ``window_tokens`` that overlap by half, and then cuts their keys and values, so that a reference knows
+    what came before it (the paper's remark 3).
 
     Example::
 
@@ -36,6 +37,7 @@ class WriteConfig(BaseModel):
     selection: Literal["softmax", "exp_sum"] = "softmax"
     prefix_text: str | None = PREFIX_TEXT
     context: Literal["reference", "document"] = "reference"
+    window_tokens: int = Field(default=4096, ge=16)
 
     @model_validator(mode="after")
     def _check(self) -> WriteConfig:
@@ -43,6 +45,8 @@ class WriteConfig(BaseModel):
             raise ValueError(f"layers must ascend and not be empty, got {list(self.layers)}")
         if self.keep_tokens is not None and self.keep_tokens > self.reference_tokens:
             raise ValueError(f"keep_tokens={self.keep_tokens} exceeds reference_tokens={self.reference_tokens}")
+        if self.kind == "prefix" and self.context == "document":
+            raise ValueError('context="document" is for references; a prefix is its whole document')
         return self
 
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
