@@ -38,6 +38,7 @@ import numpy as np
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
+from triton.language.semantic import TritonSemantic
 
 _TORCH_DTYPES = {
     "bf16": torch.bfloat16,
@@ -396,7 +397,7 @@ def sanitize(order: str = "forward", poison: bool = True, seed: int = 0) -> Iter
     """Watch the launches inside the block; yields the list of findings, which fills as they happen."""
     state = _Sanitizer(poison, order, random.Random(seed))
     native, builder, executor = interpreter._interpreter, interpreter.InterpreterBuilder, interpreter.GridExecutor
-    launch, masked_load, set_grid_index = executor.__call__, builder.create_masked_load, builder.set_grid_idx
+    launch, load, set_grid_index = executor.__call__, TritonSemantic.load, builder.set_grid_idx
 
     def watched_launch(self, *args, **kwargs):
         state.begin(getattr(self.fn, "__name__", "?"), [*zip(self.arg_names, args, strict=False), *kwargs.items()])
@@ -406,19 +407,19 @@ def sanitize(order: str = "forward", poison: bool = True, seed: int = 0) -> Iter
         finally:
             interpreter._interpreter = native
 
-    def watched_masked_load(self, pointers, mask, other, *rest):
-        state.without_other = other is None
+    def watched_load(self, pointers, mask, other, *rest):  # below here, a scalar other=0 looks as if there were none
+        state.without_other = mask is not None and other is None
         try:
-            return masked_load(self, pointers, mask, other, *rest)
+            return load(self, pointers, mask, other, *rest)
         finally:
             state.without_other = False
 
     def reordered(self, x, y, z):
         return set_grid_index(self, *state.next_index((x, y, z), self.grid_dim))
 
-    executor.__call__, builder.create_masked_load, builder.set_grid_idx = watched_launch, watched_masked_load, reordered
+    executor.__call__, TritonSemantic.load, builder.set_grid_idx = watched_launch, watched_load, reordered
     try:
         yield state.findings
     finally:
-        executor.__call__, builder.create_masked_load, builder.set_grid_idx = launch, masked_load, set_grid_index
+        executor.__call__, TritonSemantic.load, builder.set_grid_idx = launch, load, set_grid_index
         interpreter._interpreter = native

@@ -44,6 +44,12 @@ def unmasked_sum_kernel(x, out, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def masked_scalar_kernel(x, out, there):
+    tl.store(out, tl.load(x, mask=there != 0, other=0.0))
+    tl.store(out + 1, tl.load(x, mask=there != 0))
+
+
+@triton.jit
 def order_kernel(out, counter):
     tl.store(out + tl.atomic_add(counter, 1), tl.program_id(0))
 
@@ -121,6 +127,13 @@ def test_poison_shows_the_use_of_masked_lanes():
     with sanitize() as findings:
         unmasked_sum_kernel[(1,)](torch.ones(16), out, 10, BLOCK=16)
     assert not findings and out.isnan().all()
+
+
+def test_poison_spares_a_scalar_that_has_a_zero_for_its_mask():
+    out = torch.zeros(2)
+    with sanitize() as findings:
+        masked_scalar_kernel[(1,)](torch.ones(1), out, 0)
+    assert not findings and out[0] == 0 and out[1].isnan()
 
 
 def test_order_of_programs():
