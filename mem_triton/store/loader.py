@@ -17,7 +17,7 @@ import torch
 
 from mem_triton.runtime import counters
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.pool import PagePool
+from mem_triton.store.pool import Packed, PagePool
 
 
 class PageLoader:
@@ -36,7 +36,7 @@ class PageLoader:
         self, pool: PagePool, read: Callable[[str], MemoryBlock], host_bytes: int = 0, workers: int = 2
     ) -> None:
         self._pool, self._read, self._host_bytes = pool, read, host_bytes
-        self._host: OrderedDict[str, Any] = OrderedDict()  # least recently used first
+        self._host: OrderedDict[str, Packed] = OrderedDict()  # least recently used first
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="mem_triton-load")
         self._finished: dict[str, str | None] = {}
         self._lock = threading.Lock()
@@ -76,7 +76,7 @@ class PageLoader:
         with self._lock:
             self._finished[ref] = error
 
-    def _packed(self, ref: str) -> Any:
+    def _packed(self, ref: str) -> Packed:
         """The entry in the pool's own form, from the host's cache if it is there."""
         with self._lock:
             if ref in self._host:
@@ -87,9 +87,9 @@ class PageLoader:
         packed = self._pool.pack(self._read(ref))
         with self._lock:
             self._host[ref] = packed
-            held = sum(self._pool.packed_bytes(p) for p in self._host.values())
+            held = sum(p.nbytes for p in self._host.values())
             while held > self._host_bytes:
                 _, evicted = self._host.popitem(last=False)
-                held -= self._pool.packed_bytes(evicted)
+                held -= evicted.nbytes
                 counters.POOL_EVICTIONS.labels("host").inc()
         return packed
