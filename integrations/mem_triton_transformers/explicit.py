@@ -115,14 +115,14 @@ def read_memory(model: PreTrainedModel, rows: Sequence[Sequence[MemorySegment]])
     """
     require("transformers")
     attentions = attention_layers(model.get_decoder() if hasattr(model, "get_decoder") else model)
+    if any(READING in attention.__dict__ for attention in attentions):
+        raise ValueError("this model reads memory already; exchange it with reading.set(rows)")
     implementation = model.config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         raise ValueError(
             f"attn_implementation={implementation!r}: memory is added to eager and sdpa attention; "
             'call model.set_attn_implementation("sdpa") first'
         )
-    if any(READING in attention.__dict__ for attention in attentions):
-        raise ValueError("this model reads memory already; exchange it with reading.set(rows)")
     reading = Reading(_stock_attention(attentions[0], implementation))
     reading.set(rows)
     AttentionInterface.register(NAME + implementation, attend)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mem_triton.memory3.encoder import EncodedText
+from mem_triton.ops.memory_selection import select_tokens
 from mem_triton.store.block import MemoryBlock
 
 
@@ -47,8 +48,6 @@ def sparsify(
 
 def _selected(text: EncodedText, keep: int, scale: float, selection: str, usable: torch.Tensor) -> torch.Tensor:
     """Token indices [L, Hkv, min(keep, usable tokens)]: the layers are the selection's batch."""
-    from mem_triton.ops.memory_selection import select_tokens
-
     keys = text.keys.transpose(1, 2)  # [L, T, Hkv, D]
     flags = usable.to(keys.device).expand(keys.shape[:2])
     indices, _ = select_tokens(text.queries, keys, keep=keep, valid=flags, mode=selection, scale=scale)
