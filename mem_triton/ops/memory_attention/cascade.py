@@ -1,0 +1,42 @@
+"""The cascade: fused attention over each row's own keys, then the shared segment for all rows at once (route
+``shared_batched``). FlashInfer's cascade and Hydragen (arXiv 2402.05099), with the merge inside the second kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mem_triton.ops.memory_attention import cascade_launch, launch
+from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+
+
+def attend(
+    query: Tensor,
+    context: PagedContext,
+    out: Tensor,
+    *,
+    scale: float,
+    row_slot: Tensor,
+    shared: SharedSegment,
+    pages: MemoryPages | None = None,
+    table: MemoryTable | None = None,
+    soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> None:
+    """``memory_attention`` in two launches, of which the second reads the shared segment once for the whole batch.
+
+    Arguments as in ``op.memory_attention``, already checked, on a GPU. The sinks enter with the context. A row that
+    does not see the shared segment has the bits of the first launch: those of a call without it. Other rows are rounded
+    to the output's dtype twice. Without ``lse`` one is allocated, by shape.
+    """
+    if lse is None:
+        lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+    launch.attend(
+        query, context, out, scale=scale, row_slot=row_slot, pages=pages, table=table, soft_cap=soft_cap, sinks=sinks,
+        lse=lse,
+    )  # fmt: skip
+    cascade_launch.attend_shared(
+        query, context.query_start_loc, context.seq_lens, out, lse,
+        scale=scale, row_slot=row_slot, shared=shared, soft_cap=soft_cap,
+    )  # fmt: skip

@@ -1,0 +1,68 @@
+"""Device functions of the kernels that merge their softmax into what another kernel left in ``out`` and ``lse``.
+
+As in ``kernel_parts``, a program holds BLOCK_M rows and a head's channels come in two parts, WIDTH and REST.
+"""
+
+import triton
+import triton.language as tl
+
+from mem_triton.ops.memory_attention.kernel_parts import LOG2E, load_part
+
+
+@triton.jit
+def merge_shares(lse_a, lse_b):
+    """Weights of two partial softmaxes and the log-sum-exp of both; 0, 0 and -inf where neither saw a key."""
+    top = tl.maximum(lse_a, lse_b)
+    none = top == float("-inf")
+    anchor = tl.where(none, 0.0, top)
+    a, b = tl.exp(lse_a - anchor), tl.exp(lse_b - anchor)
+    both = tl.where(none, 1.0, a + b)
+    return a / both, b / both, tl.where(none, float("-inf"), anchor + tl.log(both))
+
+
+@triton.jit
+def clean(lse):
+    """+inf is FlashAttention 2's word for a row that saw no key."""
+    return tl.where(lse == float("inf"), float("-inf"), lse)
+
+
+@triton.jit
+def store_part(base, row, live, x, BEGIN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    channel = BEGIN + tl.arange(0, WIDTH)
+    mask = live[:, None]
+    if BEGIN + WIDTH > SIZE:
+        mask = mask & (channel < SIZE)[None, :]
+    tl.store(base + row[:, None] + channel[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_merged(
+    out, lse, out_row, lse_row, real, top, total, acc0, acc1,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    """Store the running softmax of the rows that are ``real``; top and total are in base 2.
+
+    MERGE: into the softmax that is there. Then a row that saw no key keeps its bits, and is not even read.
+    """
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    log_sum = tl.where(seen, (top + tl.log2(total)) / LOG2E, float("-inf"))
+    share = 1.0 / total
+    if MERGE:
+        real = real & seen
+        before = clean(tl.load(lse + lse_row, mask=real, other=float("-inf")))
+        kept = real & (before > float("-inf"))  # what is there is worth something
+        old_share, new_share, log_sum = merge_shares(before, log_sum)
+        share *= new_share
+        old = load_part(out, out_row, kept, 0, WIDTH, SIZE, False).to(tl.float32)
+        acc0 = acc0 * share[:, None] + old * old_share[:, None]
+        if REST:
+            old = load_part(out, out_row, kept, WIDTH, REST, SIZE, False).to(tl.float32)
+            acc1 = acc1 * share[:, None] + old * old_share[:, None]
+    else:
+        acc0 *= share[:, None]
+        acc1 *= share[:, None]
+    store_part(out, out_row, real, acc0, 0, WIDTH, SIZE)
+    if REST:
+        store_part(out, out_row, real, acc1, WIDTH, REST, SIZE)
+    tl.store(lse + lse_row, log_sum, mask=real)
