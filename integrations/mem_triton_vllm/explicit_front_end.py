@@ -174,7 +174,8 @@ class ExplicitFrontEnd:
             reading.capture["prompt_ids"] = list(prompt_ids)
         if reading.top_k:
             found = self.retriever.plan(
-                list(prompt_ids), top_k=reading.top_k, tenant=reading.request.tenant, refreshes=reading.refreshes
+                list(prompt_ids), top_k=reading.top_k, tenant=reading.request.tenant, refreshes=reading.refreshes,
+                attached=reading.plan,
             )
             reading.plan += tuple(found)
 

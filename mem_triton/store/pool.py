@@ -1,7 +1,7 @@
 """A pool of memory pages: a fixed piece of device memory beside the engine's KV cache.
 
-It is allocated before the engine measures how much memory is left, so the KV cache gets what remains. Which entry lies in
-which pages is decided elsewhere (``runtime.residency``); filling them in the background is ``loader``'s.
+It is allocated before the engine measures how much memory is left, so the KV cache gets what remains. Which entry lies
+in which pages is decided elsewhere (``runtime.residency``); filling them in the background is ``loader``'s.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class PagePool:
         return MemoryPages(keys, values, self._key_scale[index], self._value_scale[index])
 
     def pack(self, block: MemoryBlock) -> Packed:
-        """A block [L, Hkv, T, D] in pages, in the pool's dtype; on a GPU's host in pinned memory. Rounds, if it must."""
+        """A block [L, Hkv, T, D] in pages, in the pool's dtype; for a GPU in pinned memory."""
         pages = -(-block.tokens // self.page_tokens)
         empty = pages * self.page_tokens - block.tokens
         keys, values = (
@@ -110,4 +110,5 @@ class PagePool:
             index = index.pin_memory().to(self.device, non_blocking=True)
         for pool, part in zip((self._data, self._key_scale, self._value_scale), packed, strict=True):
             if pool is not None:
-                pool.index_copy_(1, index, part.to(self.device, non_blocking=True))
+                raw = torch.int8 if pool.dtype in EIGHT_BIT else pool.dtype  # fp8 has no index_copy
+                pool.view(raw).index_copy_(1, index, part.view(raw).to(self.device, non_blocking=True))

@@ -28,6 +28,7 @@ def main() -> None:
         return SamplingParams(
             max_tokens=request["max_tokens"], temperature=0, ignore_eos=True, logprobs=request.get("logprobs"),
             extra_args=request.get("extra_args"), stop_token_ids=request.get("stop_token_ids"),
+            stop=request.get("stop"),
         )  # fmt: skip
 
     llm = LLM(**case["llm"])

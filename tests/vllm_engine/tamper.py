@@ -96,3 +96,34 @@ def triton_kernels_on_cpu() -> None:
     import atexit
 
     atexit.register(lambda: print("KERNELS", sorted(set(calls)), flush=True))
+
+
+def no_memory_in_block_keys() -> None:
+    from mem_triton_vllm import block_keys
+
+    block_keys.memory_key = lambda memory, start, end: ("mem_triton", ())
+
+
+def no_pins() -> None:
+    from mem_triton.runtime.residency import Residency
+
+    Residency._is_pinned = staticmethod(lambda entry: False)
+
+
+def memory_attention_kernels_on_cpu() -> None:
+    """Not a control: run the fused attention kernel, interpreted, where the CPU worker would run torch."""
+    import atexit
+
+    from mem_triton.ops.memory_attention import launch, paged_torch
+    from tests.support import interp
+
+    interp.install()
+    launch.architecture = lambda device: "sm90"
+    calls: list[int] = []
+
+    def attend(*arguments, **options) -> None:
+        calls.append(1)
+        launch.attend(*arguments, **options)
+
+    paged_torch.attend = attend
+    atexit.register(lambda: print("MEMORY-KERNELS", len(calls), flush=True))

@@ -3,88 +3,20 @@
 from __future__ import annotations
 
 import concurrent.futures
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
-import httpx
 import pytest
 
-from tests.vllm_engine.engine import ROOT, environment
+from tests.vllm_engine.server import Server, memory_flags
 
 pytestmark = pytest.mark.engine
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Server:
-    """A ``vllm serve`` process and a client of it."""
-
-    def __init__(self, model: str, log: str, flags: list[str]) -> None:
-        port = free_port()
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "m",
-            "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "4096",
-            "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--enforce-eager", "--block-size", "32",
-            "--gpu-memory-utilization", "0.3", *flags,
-        ]  # fmt: skip
-        self.log = open(log, "w")  # noqa: SIM115  closed in stop
-        self.process = subprocess.Popen(
-            command, env=environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"), cwd=ROOT, stdout=self.log,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
-
-    def wait(self) -> Server:
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, Path(self.log.name).read_text()[-5000:]
-            try:
-                if self.http.get("/health").status_code == 200:
-                    return self
-            except httpx.TransportError:
-                time.sleep(0.3)
-        raise AssertionError(Path(self.log.name).read_text()[-5000:])
-
-    def complete(self, prompt: list[int], max_tokens: int = 12, **fields) -> httpx.Response:
-        body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "return_token_ids": True}
-        return self.http.post("/v1/completions", json={**body, "ignore_eos": True, **fields})
-
-    def tokens(self, prompt: list[int], max_tokens: int = 12, **fields) -> list[int]:
-        response = self.complete(prompt, max_tokens, **fields)
-        assert response.status_code == 200, response.text
-        return response.json()["choices"][0]["token_ids"]
-
-    def metric(self, name: str) -> float:
-        lines = self.http.get("/metrics").text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
-
-    def stop(self) -> None:
-        self.http.close()
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-        self.log.close()
 
 
 @pytest.fixture(scope="module")
 def server(bench, tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    section = {"mem_triton": {**bench.memory, "session_dir": str(folder / "sessions")}}
-    flags = ["--load-format", "mem_triton", "--additional-config", json.dumps(section)]
+    flags = memory_flags({**bench.memory, "session_dir": str(folder / "sessions")})
     server = Server(str(bench.model), str(folder / "server.log"), flags)
     try:
         yield server.wait()
@@ -124,12 +56,7 @@ def test_many_sessions_at_once(server, bench, prompts):
 def test_streaming_commits_before_the_last_chunk(server, bench, prompts):
     bench.forget()
     expected = [bench.generate(prompts[0]), bench.generate(prompts[1])]
-    got: list[int] = []
-    body = {"model": "m", "prompt": prompts[0], "max_tokens": 12, "temperature": 0, "ignore_eos": True, "stream": True}
-    with server.http.stream("POST", "/v1/completions", json={**body, "return_token_ids": True, **words("s")}) as lines:
-        for line in lines.iter_lines():
-            if line.startswith("data: {"):
-                got += json.loads(line[6:])["choices"][0]["token_ids"] or []
+    got = [token for part in server.stream(prompts[0], 12, **words("s")) for token in part]
     assert got == expected[0]
     assert server.tokens(prompts[1], **words("s")) == expected[1]
 
