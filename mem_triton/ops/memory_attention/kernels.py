@@ -24,7 +24,8 @@ def attention_kernel(
     stride_page, stride_page_head, stride_page_token, stride_table, stride_shared_head, stride_shared_token,
     GROUP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, SOFT_CAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, TILE: tl.constexpr, ONE_BLOCK: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, TILE: tl.constexpr, MEMORY_TILE: tl.constexpr, ONE_BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+    MIN_TILES: tl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, KV heads, splits). ONE_BLOCK: every row's queries fit one block, block n is row n's.
 
@@ -38,7 +39,7 @@ def attention_kernel(
     queries = stop - begin - block * TOKENS
     if queries <= 0:
         return
-    m, lane = tl.arange(0, BLOCK_M), tl.arange(0, TILE)
+    m = tl.arange(0, BLOCK_M)
     first_position = tl.load(seq_lens + row) - queries
     position = first_position + m // GROUP
     last_position = first_position + tl.minimum(queries, TOKENS) - 1
@@ -49,12 +50,12 @@ def attention_kernel(
     if row_slot is not None:
         slot = tl.load(row_slot + row)
     if shared_keys is not None:
-        seen_from, seen_to = tl.load(shared_first + tl.maximum(slot, 0)), tl.load(shared_end + tl.maximum(slot, 0))
-        sees_any = (slot >= 0) & (seen_from <= last_position) & (seen_to > first_position)
-        shared_tiles = tl.where(sees_any, tl.cdiv(shared_tokens, TILE), 0)
+        shared_from, shared_to = tl.load(shared_first + tl.maximum(slot, 0)), tl.load(shared_end + tl.maximum(slot, 0))
+        sees_any = (slot >= 0) & (shared_from <= last_position) & (shared_to > first_position)
+        shared_tiles = tl.where(sees_any, tl.cdiv(shared_tokens, MEMORY_TILE), 0)
     if page_keys is not None:
         used_pages = tl.where(slot >= 0, tl.load(table_count + tl.maximum(slot, 0)), 0)
-        page_tiles = tl.cdiv(used_pages * PAGE_SIZE, TILE)
+        page_tiles = tl.cdiv(used_pages * PAGE_SIZE, MEMORY_TILE)
     before = shared_tiles + page_tiles
     tiles = before + tl.cdiv(last_position + 1, TILE)
     low, high, splits = 0, tiles, 1
@@ -76,9 +77,9 @@ def attention_kernel(
     acc1 = tl.zeros([BLOCK_M, REST if REST else 1], tl.float32)
 
     if shared_keys is not None:
-        sees = ((position >= seen_from) & (position < seen_to))[:, None]
+        sees = ((position >= shared_from) & (position < shared_to))[:, None]
         for tile in range(low, tl.minimum(high, shared_tiles)):
-            j = tile * TILE + lane
+            j = tile * MEMORY_TILE + tl.arange(0, MEMORY_TILE)
             live = j < shared_tokens
             value_scale = None
             if SHARED_FORMAT:
@@ -86,13 +87,13 @@ def attention_kernel(
             top, total, acc0, acc1 = attend_tile(
                 q0, q1, top, total, acc0, acc1, shared_keys + head * stride_shared_head,
                 shared_values + head * stride_shared_head, j.to(tl.int64) * stride_shared_token, live,
-                sees & live[None, :], shared_key_scale, tl.zeros([TILE], tl.int64) + head * SIZE, value_scale,
+                sees & live[None, :], shared_key_scale, tl.zeros([MEMORY_TILE], tl.int64) + head * SIZE, value_scale,
                 shared_bias * LOG2E, scale, soft_cap, SIZE, WIDTH, REST, SHARED_FORMAT, SOFT_CAP,
             )  # fmt: skip
 
     if page_keys is not None:
         for tile in range(tl.maximum(low, shared_tiles), tl.minimum(high, before)):
-            j = (tile - shared_tiles) * TILE + lane
+            j = (tile - shared_tiles) * MEMORY_TILE + tl.arange(0, MEMORY_TILE)
             entry = slot.to(tl.int64) * stride_table + j // PAGE_SIZE
             used = j // PAGE_SIZE < used_pages
             seen_from = tl.load(table_first + entry, mask=used, other=0)
@@ -118,7 +119,7 @@ def attention_kernel(
                 )  # fmt: skip
 
     for tile in range(tl.maximum(low, before), high):
-        j = (tile - before) * TILE + lane
+        j = (tile - before) * TILE + tl.arange(0, TILE)
         live = j <= last_position
         place = tl.load(block_table + tl.cast(row, tl.int64) * stride_block_table + j // BLOCK_SIZE, mask=live, other=0)
         top, total, acc0, acc1 = attend_tile(

@@ -158,12 +158,13 @@ def kernel_arguments(
         "stride_table": strides(page, 1)[0],
         **dict(zip(("stride_shared_head", "stride_shared_token"), strides(segment[0], 2), strict=True)),
     }  # fmt: skip
+    formats = [FORMATS.get(x.dtype, 0) if x is not None else 0 for x in (page_keys, segment[0])]
+    memory_tile = config.quantised_tile if any(formats) else config.memory_tile
     constants = {
         "GROUP": query.shape[1] // context.keys.shape[1], "SIZE": query.shape[2], "WIDTH": width, "REST": rest,
         "BLOCK_SIZE": context.keys.shape[2], "PAGE_SIZE": page_keys.shape[2] if pages else 1,
-        "FORMAT": FORMATS.get(page_keys.dtype, 0) if pages else 0,
-        "SHARED_FORMAT": FORMATS.get(segment[0].dtype, 0) if shared else 0, "SOFT_CAP": soft_cap > 0,
-        "BLOCK_M": config.block_m, "TILE": config.tile, "ONE_BLOCK": grid.one_block, "SPLIT": grid.splits > 1,
-        "MIN_TILES": config.min_tiles,
+        "FORMAT": formats[0], "SHARED_FORMAT": formats[1], "SOFT_CAP": soft_cap > 0,
+        "BLOCK_M": config.block_m, "TILE": config.tile, "MEMORY_TILE": memory_tile,
+        "ONE_BLOCK": grid.one_block, "SPLIT": grid.splits > 1, "MIN_TILES": config.min_tiles,
     }  # fmt: skip
     return arguments, constants

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 class FusedConfig:
     """How one batch shape runs on one architecture.
 
-    block_m: rows of a program, query tokens x query heads of a KV head; at least 16. tile: keys a step.
+    block_m: rows of a program, query tokens x query heads of a KV head; at least 16. tile: keys of the context a step.
     warps, stages: of a program. programs: a launch with fewer programs splits the keys until it has about so many.
     min_tiles: a split has at least so many tiles. max_splits: most splits of one block of queries.
+    memory_tile, quantised_tile: keys of memory a step, the second one if any is 8-bit. No other field may depend on
+    memory: a row without memory is computed as if there were none.
     """
 
     block_m: int
@@ -24,6 +26,8 @@ class FusedConfig:
     programs: int = 264
     min_tiles: int = 4
     max_splits: int = 32
+    memory_tile: int = 32
+    quantised_tile: int = 16
 
 
 _PROGRAMS = {"sm80": 216, "sm90": 264, "sm100": 296, "gfx942": 304}  # twice the multiprocessors, once on AMD
@@ -36,10 +40,13 @@ def select(architecture: str, size: int, item_bytes: int, rows: int) -> FusedCon
     Everything here is known on the host before a step, so that a captured graph and an eager call run the same.
     """
     programs = _PROGRAMS.get(architecture, GENERIC_PROGRAMS)
-    amd = architecture.startswith("gfx")
     block_m = min(max(16, 1 << (rows - 1).bit_length()), 64)
     if item_bytes == 4:  # fp32 dots have no tensor cores to feed: small tiles, for the registers
-        block_m = min(block_m, 32)
-        return FusedConfig(block_m, 16 if size > 128 else 32, 4, 1, programs)
-    tile = 32 if size > 128 else 64
-    return FusedConfig(block_m, tile, 4, 1 if amd else 2, programs)
+        block_m, tile = min(block_m, 32), 16
+        return FusedConfig(block_m, tile, 8 if size > 128 else 4, 1, programs, memory_tile=16)
+    wide = size > 128
+    if architecture.startswith("gfx"):  # 64 threads a warp
+        return FusedConfig(block_m, 32 if wide else 64, 4, 1, programs)
+    if block_m == 64 and architecture not in ("sm90", "sm100"):  # without wgmma the accumulator fills the registers
+        return FusedConfig(block_m, 32, 8, 2, programs, memory_tile=16 if wide else 32)
+    return FusedConfig(block_m, 32 if wide else 64, 8 if wide else 4, 2, programs)

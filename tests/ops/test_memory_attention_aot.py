@@ -1,0 +1,111 @@
+"""The fused attention kernel compiles for the GPUs we name, within registers and shared memory, without a spill."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from mem_triton.ops.tuning.memory_attention_fused import FusedConfig, select
+from tests.ops.attention_case import FP8, INT8, make_case
+from tests.support.aot import TARGETS, Resources, compile_for
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
+)
+
+BF16, FP32 = torch.bfloat16, torch.float32
+TYPES = {BF16: "*bf16", torch.float16: "*fp16", FP32: "*fp32", INT8: "*i8", torch.uint8: "*u8", torch.int32: "*i32"}
+SHARED_BUDGET = {"sm80": 163, "sm90": 227, "sm100": 227, "gfx942": 64}  # KiB that one program can have
+REGISTER_BUDGET = {"gfx942": 512}  # 255 elsewhere, and what does not fit them spills
+
+
+class Case(NamedTuple):
+    target: str
+    size: int = 128
+    dtype: torch.dtype = BF16
+    memory: torch.dtype | None = BF16  # None: the variant for steps without any memory
+    queries: int = 1
+    full: bool = False  # bias, soft-cap, sinks, LSE
+
+
+CASES = [
+    *(Case(target, 128, queries=q) for target in TARGETS for q in (1, 200)),
+    *(Case(target, 80, memory=INT8, queries=200) for target in ("sm80", "sm90")),
+    *(Case(target, 80, memory=FP8, full=True) for target in TARGETS),
+    *(Case("sm90", size, queries=200) for size in (64, 96, 256)),
+    Case("sm80", 256, memory=FP8, full=True),
+    Case("gfx942", 256, memory=INT8, queries=200),
+    *(Case("sm90", 128, memory=None, queries=q) for q in (1, 200)),
+    *(Case("sm90", 128, FP32, FP32, q) for q in (1, 200)),
+    Case("sm90", 32, torch.float16, torch.float16, full=True),
+]
+
+
+def compile_case(case: Case, config: FusedConfig | None = None) -> Resources | str:
+    """Compile with the very arguments of a launch, whose tensors become pointers and whose numbers stay numbers."""
+    from mem_triton.ops.memory_attention import kernels, launch
+
+    memory = {}
+    if case.memory is not None:
+        memory = {"memories": [[(8, 0, 9)]], "page_dtype": case.memory, "shared": 16, "page_size": 16}
+    batch = make_case(
+        [(case.queries, 4000)], heads=(4, 1), size=case.size, dtype=case.dtype, bias=case.full and bool(memory),
+        soft_cap=5.0 * case.full, sinks=case.full, **memory,
+    )  # fmt: skip
+    config = config or select(case.target, case.size, case.dtype.itemsize, 4 * case.queries)
+    grid = launch.choose_grid(case.queries, 1, 1, 4, batch.context, config)
+    workspace = launch.workspace_for(torch.device("cpu"), config, case.size) if grid.splits > 1 else None
+    arguments, constants = launch.kernel_arguments(
+        batch.query, batch.context, batch.out, **batch.reads(), lse=batch.lse if case.full else None,
+        config=config, grid=grid, workspace=workspace,
+    )  # fmt: skip
+    types = {}
+    for name, value in arguments.items():
+        if value is None:
+            constants[name] = None
+        elif isinstance(value, torch.Tensor):
+            types[name] = TYPES[value.dtype]
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        else:
+            aligned = name.startswith("stride") and name not in ("stride_table", "stride_block_table", "stride_lse")
+            types[name] = "i32:16" if aligned else "i32"
+    options = {"num_warps": config.warps, "num_stages": config.stages, **launch.OPTIONS}
+    try:
+        return compile_for(case.target, kernels.attention_kernel, types, constants, **options)
+    except Exception as error:  # carried over the process border as text: Triton's errors do not pickle
+        return f"{type(error).__name__}: {error}"
+
+
+@functools.cache
+def compiled() -> dict[Case, Resources | str]:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(CASES, pool.map(compile_case, CASES, chunksize=4), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
+def test_compiles_within_budget(case: Case):
+    result = compiled()[case]
+    assert isinstance(result, Resources), result
+    assert result.spills == 0, result
+    assert result.registers <= REGISTER_BUDGET.get(case.target, 255), result
+    assert result.shared <= SHARED_BUDGET[case.target] * 1024, result
+
+
+def test_a_new_batch_size_needs_no_new_kernel():
+    from mem_triton.ops.memory_attention import kernels
+
+    sizes = [p for p in kernels.attention_kernel.params if p.name == "num_rows"]
+    assert sizes and all(p.do_not_specialize for p in sizes)
+
+
+def test_a_spill_is_seen():
+    """Negative control: 128 rows of 256 channels cannot fit four warps' registers."""
+    result = compile_case(Case("sm80", 256, queries=200), FusedConfig(128, 64, 4, 2))
+    assert isinstance(result, Resources) and result.spills > 0, result
