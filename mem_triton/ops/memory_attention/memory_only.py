@@ -137,14 +137,14 @@ def _attend_in_torch(
     heads = (shared if pages is None else pages).keys.shape[-3]
     out, lse = torch.zeros(query.shape), torch.full(query.shape[:2], -torch.inf)
     slots = row_slot.numpy()
-    for rows in paged_torch._split(query_start_loc.numpy(), seq_lens.numpy(), heads * size):
+    for rows in paged_torch.split(query_start_loc.numpy(), seq_lens.numpy(), heads * size):
         picked, slot = rows.tokens(), slots[rows.row]
         q = query[picked].float().view(len(rows.row), rows.queries, heads, -1, size).permute(2, 0, 3, 1, 4)
         state = (torch.zeros(q.shape), torch.full(q.shape[:-1], NOTHING))
         if shared is not None:
-            paged_torch._add_shared(state, q, shared, slot, rows.positions(), scale, soft_cap)
+            paged_torch.add_shared(state, q, shared, slot, rows.positions(), scale, soft_cap)
         if pages is not None:
-            paged_torch._add_pages(state, q, pages, table, slot, rows.positions(), scale, soft_cap)
+            paged_torch.add_pages(state, q, pages, table, slot, rows.positions(), scale, soft_cap)
         value, log_sum = state
         log_sum = log_sum.masked_fill(log_sum == NOTHING, -torch.inf)
         out[picked] = value.permute(1, 3, 0, 2, 4).reshape(-1, query_heads, size)

@@ -1,21 +1,20 @@
 """``mem_triton::memory_attention``: one softmax over memory and paged context, as one torch.library op.
 
-The op checks its tensors, then runs torch on the CPU (``paged_torch``) or Triton kernels on a GPU (``launch``).
+The op checks its tensors, then runs torch on the CPU (``paged_torch``) or, on a GPU, the Triton kernels that ``policy``
+names: the fused one (``launch``), or that and the batched shared segment (``cascade``).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mem_triton.ops.memory_attention import paged_torch
 from mem_triton.ops.memory_attention.checks import check
+from mem_triton.ops.memory_attention.policy import Policy, choose
 from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
-
-if TYPE_CHECKING:
-    from mem_triton.ops.memory_attention.policy import Policy
 
 _SCHEMA = """memory_attention(
     Tensor query, Tensor[] context, Tensor(a!) out, *, int max_query_len, float scale, Tensor? row_slot,
@@ -84,12 +83,22 @@ def _run(
     if options["row_slot"] is None or (pages is None and shared is None):
         options["row_slot"] = pages = table = shared = None
     check(query, context, out, pages=pages, table=table, shared=shared, **options)
+    memory = {"row_slot": options.pop("row_slot"), "pages": pages, "table": table, "shared": shared}
     if query.device.type == "cpu":
-        paged_torch.attend(query, context, out, pages=pages, table=table, shared=shared, **options)
-    else:
-        from mem_triton.ops.memory_attention import launch  # Triton is there on Linux only
+        paged_torch.attend(query, context, out, **memory, **options)
+        return
+    from mem_triton.ops.memory_attention import cascade, launch  # Triton is there on Linux only
 
-        launch.attend(query, context, out, pages=pages, table=table, shared=shared, policy=policy, **options)
+    policy = policy or choose(
+        launch.architecture(query.device), rows=len(context.seq_lens), max_query_len=context.max_query_len,
+        shared_tokens=0 if shared is None else shared.keys.shape[1], head_dim=query.shape[2],
+    )  # fmt: skip
+    if policy.route == "stock_context":
+        raise ValueError(
+            'policy: with the route "stock_context" the caller does the context; see memory_only.add_memory'
+        )
+    batched = policy.route == "shared_batched" and shared is not None
+    (cascade if batched else launch).attend(query, context, out, **memory, **options)
 
 
 def _run_flat(query, context, out, *, max_query_len, pages, table, shared, shared_bias, **options) -> None:

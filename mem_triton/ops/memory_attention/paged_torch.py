@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention.torch_parts import buckets, clear, dequantise, merge, softmax
+from mem_triton.ops.memory_attention.torch_parts import buckets, clear, dequantise, gather, merge, softmax
 from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
 
 QUERY_CHUNK = 512  # a chunk of queries skips the keys behind it
@@ -56,16 +56,16 @@ def attend(
     """Arguments as in ``op.memory_attention``, already checked."""
     _, kv_heads, _, size = context.keys.shape
     slots = None if row_slot is None else row_slot.numpy()
-    for rows in _split(context.query_start_loc.numpy(), context.seq_lens.numpy(), kv_heads * size):
+    for rows in split(context.query_start_loc.numpy(), context.seq_lens.numpy(), kv_heads * size):
         tokens, count = rows.tokens(), rows.queries
         q = query[tokens].float().view(len(rows.row), count, kv_heads, -1, size).permute(2, 0, 3, 1, 4)  # [Hkv,n,G,T,D]
         state = _attend_context(q, context, rows, scale, soft_cap)
         if slots is not None:
             slot = slots[rows.row]
             if shared is not None:
-                _add_shared(state, q, shared, slot, rows.positions(), scale, soft_cap)
+                add_shared(state, q, shared, slot, rows.positions(), scale, soft_cap)
             if pages is not None:
-                _add_pages(state, q, pages, table, slot, rows.positions(), scale, soft_cap)
+                add_pages(state, q, pages, table, slot, rows.positions(), scale, soft_cap)
         value, log_sum = state
         if sinks is not None:
             total = torch.logaddexp(log_sum, sinks.view(kv_heads, 1, -1, 1))
@@ -75,7 +75,7 @@ def attend(
             lse[tokens] = log_sum.permute(1, 3, 0, 2).reshape(-1, lse.shape[1])
 
 
-def _split(starts: np.ndarray, lengths: np.ndarray, width: int) -> Iterator[Rows]:
+def split(starts: np.ndarray, lengths: np.ndarray, width: int) -> Iterator[Rows]:
     """Groups of rows that go together; padding rows, which have no queries, are in none."""
     counts = starts[1:] - starts[:-1]
     row, begin, length = np.arange(len(counts)), starts[:-1], lengths
@@ -103,8 +103,8 @@ def _attend_context(
     picked = torch.from_numpy(context.block_table.numpy()[rows.row[:, None], column].ravel())
     alike = bool((lengths == longest).all())
     keys, values = (
-        x[picked].transpose(0, 1).reshape(len(q), len(blocks), -1, x.shape[3])[:, :, :longest].float()
-        for x in (context.keys, context.values)  # not index_select: it would copy a strided cache as a whole
+        gather(x, picked).view(len(q), len(blocks), -1, x.shape[3])[:, :, :longest]
+        for x in (context.keys, context.values)
     )  # [Hkv, n, L, D]
     mask = None
     if not alike:
@@ -116,7 +116,7 @@ def _attend_context(
     return softmax(q, keys, values, mask, scale, soft_cap, causal)
 
 
-def _add_shared(
+def add_shared(
     state: tuple[Tensor, Tensor], q: Tensor, shared: SharedSegment, slot: np.ndarray, positions: np.ndarray,
     scale: float, soft_cap: float,
 ) -> None:  # fmt: skip
@@ -136,7 +136,7 @@ def _add_shared(
     merge(state, pick, value.view(some.shape), log_sum)
 
 
-def _add_pages(
+def add_pages(
     state: tuple[Tensor, Tensor], q: Tensor, pages: MemoryPages, table: MemoryTable, slot: np.ndarray,
     positions: np.ndarray, scale: float, soft_cap: float,
 ) -> None:  # fmt: skip
@@ -172,10 +172,7 @@ def _add_pages(
 
 def _read_pages(pages: MemoryPages, picked: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Keys and values [Hkv, n, C * P, D] in fp32."""
-    raw = torch.int8 if pages.keys.element_size() == 1 else pages.keys.dtype
-    keys, values, key_scale, value_scale = (
-        None if x is None else x.view(x.dtype if x.dtype.itemsize > 1 else raw)[picked].transpose(0, 1).contiguous()
-        for x in pages
-    )
-    keys, values = dequantise(keys.view(pages.keys.dtype), values.view(pages.keys.dtype), key_scale, value_scale)
+    keys, values, key_scale, value_scale = (None if x is None else gather(x, picked) for x in pages)
+    if key_scale is not None:
+        keys.mul_(key_scale.unsqueeze(-2)), values.mul_(value_scale.unsqueeze(-1))
     return keys.view(len(keys), rows, -1, keys.shape[-1]), values.view(len(keys), rows, -1, keys.shape[-1])

@@ -29,6 +29,15 @@ def buckets(sizes: np.ndarray, width: int) -> list[np.ndarray]:
     return np.split(order, cuts)
 
 
+def gather(cache: Tensor, picked: Tensor) -> Tensor:
+    """Blocks ``picked`` of [blocks, Hkv, ...] as [Hkv, picked, ...] in fp32, contiguous.
+
+    By indexing: index_select would first copy a cache with strides as a whole.
+    """
+    blocks = cache[picked].transpose(0, 1)
+    return torch.empty(blocks.shape).copy_(blocks)
+
+
 def dequantise(
     keys: Tensor, values: Tensor, key_scale: Tensor | None, value_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
