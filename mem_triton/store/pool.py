@@ -1,43 +1,34 @@
 """A pool of memory pages: a fixed piece of device memory beside the engine's KV cache.
 
 It is allocated before the engine measures how much memory is left, so the KV cache gets what remains. Which entry lies
-in which pages is decided elsewhere (``runtime.residency``); filling them in the background is ``loader``'s.
+in which pages is decided elsewhere (``runtime.residency``, ``store.tiers``).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from mem_triton.ops.memory_attention.types import MemoryPages
 from mem_triton.store.block import MemoryBlock
+from mem_triton.store.pages import Packed, PageLayout
 
-EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
-
-
-class Packed(NamedTuple):
-    """An entry in a pool's own form, page after page; scales for 8-bit pools alone."""
-
-    data: Tensor  # [L, n, Hkv, P, 2D], keys then values
-    key_scale: Tensor | None  # fp32 [L, n, Hkv, D]
-    value_scale: Tensor | None  # fp32 [L, n, Hkv, P]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self if tensor is not None)
+__all__ = ["Packed", "PagePool"]
 
 
 class PagePool:
     """``num_pages`` pages of ``page_tokens`` tokens in each of ``num_layers`` layers.
 
-    dtype: the model's, or int8 or float8_e4m3fn with fp32 scales, keys by channel and values by token of a page.
+    dtype: fp32, fp16, bf16, or int8 and float8_e4m3fn with fp32 scales, keys by channel and values by token of a page.
+    The layers of a page lie together (``store.pages``), so that a fetch is one copy for each run of neighbouring pages,
+    with no kernel and no staging memory. Raises ValueError naming the argument that cannot be.
 
     Example::
 
-        pool = PagePool(18, 8, 128, page_tokens=8, num_pages=5000, dtype=torch.bfloat16, device=torch.device("cuda"))
+        pages = PagePool.pages_for_bytes(2 << 30, num_layers=18, kv_heads=8, head_dim=128, page_tokens=8,
+                                         dtype=torch.bfloat16)
+        pool = PagePool(18, 8, 128, 8, pages, torch.bfloat16, torch.device("cuda"))
         pool.write([17, 4], pool.pack(block))
         pages = pool.layer(0)                     # what ``memory_attention`` reads in the first memory layer
     """
@@ -50,65 +41,90 @@ class PagePool:
         page_tokens: int,
         num_pages: int,
         dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device | str,
     ) -> None:
-        self.page_tokens, self.head_dim, self.dtype, self.device = page_tokens, head_dim, dtype, device
-        shape = (num_layers, num_pages, kv_heads)
-        self._data = torch.zeros(*shape, page_tokens, 2 * head_dim, dtype=dtype, device=device)
+        if num_pages < 1:
+            raise ValueError(f"num_pages: {num_pages} must be at least 1; give mem_triton.memory.pool_gib more")
+        self.layout = PageLayout(num_layers, kv_heads, head_dim, page_tokens, dtype)
+        self.num_pages, self.page_tokens, self.head_dim, self.dtype = num_pages, page_tokens, head_dim, dtype
+        self._records = torch.zeros(num_pages, self.layout.data_bytes, dtype=torch.uint8, device=device)
+        self.device = self._records.device
+        self._data = self.layout.view_data(self._records)  # [L, pages, Hkv, P, 2D]
         self._key_scale = self._value_scale = None
-        if dtype in EIGHT_BIT:
-            self._key_scale = torch.ones(*shape, head_dim, device=device)
-            self._value_scale = torch.ones(*shape, page_tokens, device=device)
+        if self.layout.has_scales:  # by layer and contiguous, as kernels read them
+            shape = num_layers, num_pages, kv_heads
+            self._key_scale = torch.ones(*shape, head_dim, dtype=torch.float32, device=device)
+            self._value_scale = torch.ones(*shape, page_tokens, dtype=torch.float32, device=device)
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return Packed(self._data, self._key_scale, self._value_scale).nbytes
+        return self.num_pages * self.layout.page_bytes
 
     @staticmethod
     def bytes_for(
         num_pages: int, *, num_layers: int, kv_heads: int, head_dim: int, page_tokens: int, dtype: torch.dtype
     ) -> int:
         """Bytes that a pool of so many pages takes."""
-        scales = 4 * (head_dim + page_tokens) if dtype in EIGHT_BIT else 0
-        return num_pages * num_layers * kv_heads * (page_tokens * 2 * head_dim * dtype.itemsize + scales)
+        return num_pages * PageLayout(num_layers, kv_heads, head_dim, page_tokens, dtype).page_bytes
 
     @classmethod
-    def pages_for_bytes(cls, nbytes: int, **shape: int | torch.dtype) -> int:
-        """The most pages that fit; arguments as in ``bytes_for``. A model stage without memory layers needs none."""
-        return nbytes // max(1, cls.bytes_for(1, **shape))
+    def pages_for_bytes(
+        cls, nbytes: int, *, num_layers: int, kv_heads: int, head_dim: int, page_tokens: int, dtype: torch.dtype
+    ) -> int:
+        """The most pages that fit, 0 if not one does. Pages without layers (a model stage has none) take nothing."""
+        return nbytes // max(1, PageLayout(num_layers, kv_heads, head_dim, page_tokens, dtype).page_bytes)
 
     def layer(self, index: int) -> MemoryPages:
-        """Views of one layer's pages."""
+        """Views of one layer's pages; they show what is written later, too."""
         keys, values = self._data[index].split(self.head_dim, dim=-1)
         if self._key_scale is None:
             return MemoryPages(keys, values)
         return MemoryPages(keys, values, self._key_scale[index], self._value_scale[index])
 
     def pack(self, block: MemoryBlock) -> Packed:
-        """A block [L, Hkv, T, D] in pages, in the pool's dtype; for a GPU in pinned memory."""
-        pages = -(-block.tokens // self.page_tokens)
-        empty = pages * self.page_tokens - block.tokens
-        keys, values = (
-            torch.nn.functional.pad(x, (0, 0, 0, empty)).unflatten(2, (pages, self.page_tokens)).transpose(1, 2)
-            for x in (block.keys, block.values)
-        )  # [L, n, Hkv, P, D]
-        key_scale = value_scale = None
-        if self.dtype in EIGHT_BIT:
-            from mem_triton.ops.block_codec import quantise_pages
+        """A placed block [L, Hkv, T, D] as records on the host, in page-locked memory if the pool is on a GPU."""
+        pages = self.layout.pages_for(block.tokens)
+        return self.layout.pack(block, self.layout.empty(pages, pinned=self.device.type == "cuda"))
 
-            keys, values, key_scale, value_scale = quantise_pages(keys, values, self.dtype)
-        packed = Packed(torch.cat([keys.to(self.dtype), values.to(self.dtype)], dim=-1), key_scale, value_scale)
-        if self.device.type != "cuda":
-            return packed
-        return Packed(*(None if tensor is None else tensor.pin_memory() for tensor in packed))
+    def write(self, pages: Sequence[int], packed: Packed, rows: Sequence[int] | None = None) -> None:
+        """Copy records into ``pages``. rows: which of ``packed``, one a page; None = all in order.
 
-    def write(self, pages: list[int], packed: Packed) -> None:
-        """Put a packed entry into ``pages``, in order; on a GPU on the current stream, without waiting."""
-        index = torch.tensor(pages, device="cpu")
-        if self.device.type == "cuda":
-            index = index.pin_memory().to(self.device, non_blocking=True)
-        for pool, part in zip((self._data, self._key_scale, self._value_scale), packed, strict=True):
-            if pool is not None:
-                raw = torch.int8 if pool.dtype in EIGHT_BIT else pool.dtype  # fp8 has no index_copy
-                pool.view(raw).index_copy_(1, index, part.view(raw).to(self.device, non_blocking=True))
+        On a GPU asynchronous, on the current stream: until that has done it the pages may not be read, nor ``packed``
+        be changed. Raises ValueError if numbers, pages or the records' form do not fit, and has written nothing then.
+        """
+        rows = range(len(packed.data)) if rows is None else rows
+        if len(rows) != len(pages):
+            raise ValueError(f"pages: {len(pages)} pages for {len(rows)} records")
+        if (packed.data.shape[1], packed.scales.shape[1]) != (self.layout.data_bytes, self.layout.scale_bytes):
+            raise ValueError(f"packed: made for pages of another shape or precision than {self.layout}")
+        outside = [page for page in pages if not 0 <= page < self.num_pages]
+        if outside:
+            raise ValueError(f"pages: {outside[0]} is not one of the pool's {self.num_pages}")
+        for page, row, count in _runs(pages, rows):
+            here, there = slice(page, page + count), slice(row, row + count)
+            self._records[here].copy_(packed.data[there], non_blocking=True)
+            if self.layout.has_scales:
+                scales = self.layout.view_scales(packed.scales[there].to(self.device, non_blocking=True))
+                for target, scale in zip((self._key_scale, self._value_scale), scales, strict=True):
+                    target[:, here].copy_(scale)
+
+    def read(self, pages: Sequence[int]) -> Packed:
+        """The records that lie in ``pages``, on the host. Waits for the GPU: for tests and inspection."""
+        index = torch.tensor(list(pages), dtype=torch.long, device=self.device)
+        out = self.layout.empty(len(index))
+        out.data.copy_(self._records[index])
+        if self.layout.has_scales:
+            scales = self._key_scale[:, index], self._value_scale[:, index]
+            for target, scale in zip(self.layout.view_scales(out.scales), scales, strict=True):
+                target.copy_(scale)
+        return out
+
+
+def _runs(pages: Sequence[int], rows: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(page, row, count) of the longest stretches in which pages and rows both go up by one."""
+    start = 0
+    for i in range(1, len(pages) + 1):
+        if i == len(pages) or pages[i] != pages[i - 1] + 1 or rows[i] != rows[i - 1] + 1:
+            yield pages[start], rows[start], i - start
+            start = i
