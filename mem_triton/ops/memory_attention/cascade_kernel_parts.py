@@ -17,7 +17,8 @@ def merge_shares(lse_a, lse_b):
     anchor = tl.where(none, 0.0, top)
     a, b = tl.exp(lse_a - anchor), tl.exp(lse_b - anchor)
     both = tl.where(none, 1.0, a + b)
-    return a / both, b / both, tl.where(none, float("-inf"), anchor + tl.log(both))
+    log_sum = tl.where(lse_a == float("-inf"), lse_b, anchor + tl.log(both))
+    return a / both, b / both, tl.where(lse_b == float("-inf"), lse_a, log_sum)
 
 
 @triton.jit

@@ -54,10 +54,13 @@ def _merge_in_torch(
     anchor = top.masked_fill(none, 0)
     weights = [torch.exp(x - anchor) for x in (a, b)]
     total = (weights[0] + weights[1]).masked_fill(none, 1)
-    parts = (
-        o.to(exact).masked_fill((x == -torch.inf).unsqueeze(-1), 0) * (w / total).unsqueeze(-1)
-        for o, x, w in ((out_a, a, weights[0]), (out_b, b, weights[1]))
-    )
-    out.copy_(sum(parts))
+    shares = [(w / total).unsqueeze(-1) for w in weights]
+    blind_a, blind_b = ((x == -torch.inf) for x in (a, b))
+    x, y = (o.to(exact).masked_fill(blind.unsqueeze(-1), 0) for o, blind in ((out_a, blind_a), (out_b, blind_b)))
+    out.copy_(_pick(blind_a.unsqueeze(-1), blind_b.unsqueeze(-1), x, y, x * shares[0] + y * shares[1]))
     if lse is not None:
-        lse.copy_((anchor + torch.log(total)).masked_fill(none, -torch.inf))
+        lse.copy_(_pick(blind_a, blind_b, a, b, anchor + torch.log(total)))
+
+
+def _pick(blind_a: Tensor, blind_b: Tensor, a: Tensor, b: Tensor, both: Tensor) -> Tensor:
+    return torch.where(blind_b, a, torch.where(blind_a, b, both))

@@ -9,6 +9,13 @@ from mem_triton.ops.memory_attention.kernel_parts import load_part
 ROWS, WARPS = 16, 4
 
 
+@triton.jit
+def mix(x, y, share_x, share_y, live_x, live_y):
+    """Rows with one live side are that side bit by bit, the sign of a zero included."""
+    both = x * share_x[:, None] + y * share_y[:, None]
+    return tl.where(live_y[:, None], tl.where(live_x[:, None], both, y), x)
+
+
 @triton.jit(
     do_not_specialize=[
         "num_rows", "stride_lse_a", "stride_lse_a_head", "stride_lse_b", "stride_lse_b_head", "stride_lse",
@@ -31,12 +38,12 @@ def merge_kernel(
     live_a, live_b = real & (a > float("-inf")), real & (b > float("-inf"))  # the other outputs may be anything
     at_a, at_b = token * stride_a + head * stride_a_head, token * stride_b + head * stride_b_head
     at = token * stride_out + head * stride_out_head
-    x = load_part(out_a, at_a, live_a, 0, WIDTH, SIZE, False).to(tl.float32) * share_a[:, None]
-    x += load_part(out_b, at_b, live_b, 0, WIDTH, SIZE, False).to(tl.float32) * share_b[:, None]
-    store_part(out, at, real, x, 0, WIDTH, SIZE)
+    x = load_part(out_a, at_a, live_a, 0, WIDTH, SIZE, False).to(tl.float32)
+    y = load_part(out_b, at_b, live_b, 0, WIDTH, SIZE, False).to(tl.float32)
+    store_part(out, at, real, mix(x, y, share_a, share_b, live_a, live_b), 0, WIDTH, SIZE)
     if REST:
-        x = load_part(out_a, at_a, live_a, WIDTH, REST, SIZE, False).to(tl.float32) * share_a[:, None]
-        x += load_part(out_b, at_b, live_b, WIDTH, REST, SIZE, False).to(tl.float32) * share_b[:, None]
-        store_part(out, at, real, x, WIDTH, REST, SIZE)
+        x = load_part(out_a, at_a, live_a, WIDTH, REST, SIZE, False).to(tl.float32)
+        y = load_part(out_b, at_b, live_b, WIDTH, REST, SIZE, False).to(tl.float32)
+        store_part(out, at, real, mix(x, y, share_a, share_b, live_a, live_b), WIDTH, REST, SIZE)
     if lse is not None:
         tl.store(lse + token * stride_lse + head * stride_lse_head, log_sum, mask=real)
