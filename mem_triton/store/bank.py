@@ -1,8 +1,8 @@
 """The memory bank: a directory of entries, each a text with the keys and values that a model made of it.
 
 Entries are immutable and versioned. One process writes, any number read at the same time and see each commit at once.
-Nothing that was acknowledged is lost and nothing half-written is seen, whenever a process dies: docs/bank-format.md says
-why.
+Nothing that was acknowledged is lost and nothing half-written is seen, whenever a process dies: docs/bank-format.md
+says why.
 
 Example::
 
@@ -15,15 +15,23 @@ Example::
 
 from __future__ import annotations
 
+import hashlib
+import json
+import threading
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mem_triton.store import maintenance, transfer, writing
 from mem_triton.store.block import MemoryBlock
+from mem_triton.store.catalogue import Catalogue
+from mem_triton.store.files import WriterLock, write_durably
 from mem_triton.store.fingerprint import Fingerprint
-from mem_triton.store.index import Embedder
+from mem_triton.store.index import Embedder, embedder_from
+from mem_triton.store.shards import Shards, codec_of, runs
 from mem_triton.store.spec import (
     BankError,
     BankLockedError,
@@ -36,6 +44,7 @@ from mem_triton.store.spec import (
     UnknownEntryError,
     content_hash,
 )
+from mem_triton.store.vectors import VectorIndex
 
 __all__ = [
     "Bank",
@@ -58,13 +67,39 @@ class Bank:
     path: its directory. spec: its ``bank.json``.
     """
 
-    path: Path
-    spec: BankSpec
+    def __init__(
+        self, path: Path, spec: BankSpec, catalogue: Catalogue, lock: WriterLock | None, embedder: Embedder | None
+    ) -> None:
+        self.path, self.spec, self.catalogue = path, spec, catalogue
+        self.shards = Shards(path / "shards", spec, codec_of(spec, catalogue.meta("codec_state")))
+        self.vectors = VectorIndex(path / "index", catalogue)
+        self.writing = threading.RLock()  # one thread at a time
+        self._lock, self._embedder = lock, embedder
 
     @classmethod
     def create(cls, path: str | Path, spec: BankSpec, codec_state: bytes | None = None) -> Bank:
-        """A new, empty bank, open for writing. codec_state: of a trained codec ("pq"). Raises BankError if there is one."""
-        raise NotImplementedError
+        """A new, empty bank, open for writing. codec_state: of a codec that is trained ("pq").
+
+        Raises BankError if there is a bank or a foreign file, or if the codec is not trained.
+        """
+        path = Path(path)
+        if (path / "bank.json").exists():
+            raise BankError(f"{path} is a bank already; open it, or choose another path")
+        for folder in ("", "shards", "index"):
+            (path / folder).mkdir(parents=True, exist_ok=True)
+        lock = WriterLock(path / "writer.lock")
+        try:
+            codec_of(spec, codec_state)
+            for leftover in path.glob("catalogue.sqlite*"):  # of a creation that did not get as far as bank.json
+                leftover.unlink()
+            meta = {"bank": uuid.uuid4().hex, "codec_state": codec_state}
+            catalogue = Catalogue.create(path / "catalogue.sqlite", meta)
+            text = spec.model_dump_json(indent=1) + "\n"
+            write_durably(path / "bank.json", lambda temporary: temporary.write_text(text))  # last: now it is a bank
+            return cls(path, spec, catalogue, lock, None)
+        except BaseException:
+            lock.release()
+            raise
 
     @classmethod
     def open(
@@ -74,9 +109,27 @@ class Bank:
 
         Raises BankError for what is no bank or a newer one, BankLockedError naming the process that writes it.
         """
-        raise NotImplementedError
+        path = Path(path)
+        spec = read_spec(path)
+        lock = WriterLock(path / "writer.lock", wait) if writable else None
+        try:
+            bank = cls(path, spec, Catalogue(path / "catalogue.sqlite", writable), lock, embedder)
+            if writable:
+                bank.vectors.repair()
+            return bank
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of its files, and let the next writer in."""
+        self.catalogue.close()
+        self.shards.close()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
     def __enter__(self) -> Bank:
         return self
 
@@ -84,50 +137,103 @@ class Bank:
         self.close()
 
     @property
+    def writable(self) -> bool:
+        """Whether this is the writer."""
+        return self._lock is not None
+
+    @property
     def revision(self) -> int:
         """Grows with every committed change, whoever made it."""
-        raise NotImplementedError
+        return self.catalogue.meta("revision")
 
     @property
     def identity(self) -> str:
-        """Hash of what every entry's effect depends on besides its reference: this bank, its specification, its sink."""
-        raise NotImplementedError
+        """Hash of what an entry's effect depends on besides its reference: this bank, its specification, its sink."""
+        parts = (self.catalogue.meta("bank"), self.spec.model_dump_json(), self.catalogue.meta("sink") or "")
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()[:32]
+
+    @property
+    def embedder(self) -> Embedder:
+        """The embedder of its specification, made when first needed. Raises EmbedderError, BankError."""
+        if self._embedder is None:
+            self._embedder = embedder_from(self.spec.embedder)
+        dim = self.catalogue.meta("dim")
+        if dim not in (None, self._embedder.dim):
+            raise BankError(
+                f"embedder {self._embedder.name} gives {self._embedder.dim} numbers, {self.path} has vectors of {dim}; "
+                f"use the embedder that wrote it ({self.spec.embedder})"
+            )
+        return self._embedder
 
     def check_model(self, fingerprint: Fingerprint) -> None:
         """Raises BankModelError listing the fields in which the model differs from the bank's."""
-        raise NotImplementedError
+        if differences := self.spec.fingerprint.differences(fingerprint):
+            raise BankModelError(self.path, differences)
+
+    # Writing.
 
     def add(self, entries: Sequence[NewEntry]) -> list[str]:
-        """Write new entries in one transaction and return their references; all of them, or none."""
-        raise NotImplementedError
+        """Write new entries in one transaction and return their references; all of them, or none.
+
+        Raises BankError naming the entry and the field that is wrong, and for an id that exists.
+        """
+        return writing.add(self, entries, update=False)
 
     def update(self, id: str, entry: NewEntry) -> str:
-        """Write an entry's next version and return its reference; earlier ones stay loadable until ``compact``."""
-        raise NotImplementedError
+        """Write an entry's next version and return its reference; earlier ones stay loadable until ``compact``.
+
+        Raises UnknownEntryError if there is none to update, ForeignTenantError if it is another tenant's.
+        """
+        if entry.id != id:
+            raise BankError(f'update of "{id}": the entry\'s id is "{entry.id}"; give the same', id)
+        return writing.add(self, [entry], update=True)[0]
 
     def fill(self, ref: str, block: MemoryBlock) -> None:
-        """Give a cold entry its block, once."""
-        raise NotImplementedError
+        """Give a cold entry its block, once. Raises UnknownEntryError, and BankError if it has one."""
+        writing.fill(self, {ref: block})
 
     def fill_all(self, blocks: Mapping[str, MemoryBlock]) -> None:
         """``fill`` for many references in one transaction."""
-        raise NotImplementedError
+        writing.fill(self, blocks)
 
-    def delete(self, id_or_ref: str) -> None:
-        """Hide an entry with all its versions, or one version; its versions' numbers are never given again."""
-        raise NotImplementedError
+    def delete(self, id_or_ref: str, tenant: str | None = None) -> None:
+        """Hide an entry with all its versions, or one version alone. Numbers of versions are never given twice.
+
+        If the one version was the newest, the id names nothing any more until ``add`` makes the next; earlier ones
+        stay loadable. tenant: refuse what is not this tenant's own.
+        """
+        writing.delete(self, id_or_ref, tenant)
+
+    def set_sink(self, block: MemoryBlock) -> None:
+        """Store the constant prefix, in all layers of the model. Only before there are entries, or the same again."""
+        writing.set_sink(self, block)
+
+    # Reading.
 
     def knows(self, id_or_ref: str, tenant: str = "") -> bool:
         """Whether ``resolve`` would find it."""
-        raise NotImplementedError
+        try:
+            self.resolve(id_or_ref, tenant)
+            return True
+        except UnknownEntryError:
+            return False
 
     def resolve(self, id_or_ref: str, tenant: str = "", any_tenant: bool = False) -> EntryInfo:
-        """An entry that ``tenant`` may see; an id means its newest version. Raises Unknown- and ForeignTenantError."""
-        raise NotImplementedError
+        """An entry that ``tenant`` may see: its own and everybody's (""). An id means its newest version.
+
+        Raises UnknownEntryError, ForeignTenantError with the same message.
+        """
+        info = self.catalogue.info(id_or_ref)
+        if not any_tenant and info.tenant not in ("", tenant):
+            raise ForeignTenantError(id_or_ref)
+        return info
 
     def token_ids(self, ref: str) -> list[int] | None:
-        """The tokens that an entry was written with."""
-        raise NotImplementedError
+        """The tokens that an entry was written with, if they were given."""
+        row = self.catalogue.find(ref, "token_ids")
+        if row is None:
+            raise UnknownEntryError(ref)
+        return None if row[0] is None else writing.unpack_ids(row[0])
 
     def load(
         self,
@@ -136,49 +242,133 @@ class Bank:
         heads: slice | None = None,
         dtype: torch.dtype | None = None,
     ) -> MemoryBlock:
-        """An entry's block, or the part of it in some layers (indices of the model) and KV heads; no more is read."""
-        raise NotImplementedError
+        """An entry's block, or the part of it in some layers and KV heads; no more is read than that.
 
-    def set_sink(self, block: MemoryBlock) -> None:
-        """Store the constant prefix, in all layers of the model. Only in a bank without entries, or the same again."""
-        raise NotImplementedError
+        layers: indices of the model's layers, in any order. dtype: None for the bank's.
+        Raises UnknownEntryError, and BankError for a cold entry, a layer that the bank has not, or a damaged shard.
+        """
+        stored = self._stored_layers(layers)
+        for attempt in range(3):
+            row = self.catalogue.find(ref, "shard, row, (SELECT name FROM shards s WHERE s.shard = entries.shard)")
+            if row is None:
+                raise UnknownEntryError(ref)
+            if row[0] is None:
+                raise BankError(f'"{ref}" has text but no keys and values yet; fill it first', ref)
+            shape = (len(self.spec.layers), self.spec.kv_heads)
+            try:
+                return self.shards.read(
+                    row[2], row[1], stored, self._heads(heads), shape, dtype or self.spec.torch_dtype
+                )
+            except FileNotFoundError as error:  # compact may have moved it since the catalogue was read
+                if attempt == 2:
+                    raise BankError(f'"{ref}": {error} is missing; restore it from a backup', ref) from None
+        raise AssertionError("unreachable")
 
-    def sink(self) -> MemoryBlock | None:
+    def sink(self, dtype: torch.dtype | None = None) -> MemoryBlock | None:
         """The constant prefix, [num_layers, Hkv, p, D], if the bank has one."""
-        raise NotImplementedError
+        sink = self.catalogue.meta("sink")
+        if sink is None:
+            return None
+        shape = (self.spec.fingerprint.num_layers, self.spec.kv_heads)
+        return self.shards.read(json.loads(sink)["name"], 0, None, slice(None), shape, dtype or self.spec.torch_dtype)
 
     def list(
         self, tenant: str | None = None, after: str | None = None, limit: int = 100, only_cold: bool = False
     ) -> list[EntryInfo]:
-        """Entries by id, those behind the id ``after``. tenant: None for all, else its own and everybody's."""
-        raise NotImplementedError
+        """Current entries by id, those behind the id ``after``. tenant: None for all, else its own and everybody's.
+
+        Example::
+
+            page = bank.list()
+            while page:
+                page = bank.list(after=page[-1].id)
+        """
+        if limit < 1:
+            raise BankError(f"limit: {limit}, expected at least 1")
+        return self.catalogue.page(tenant, after or "", limit, only_cold)
 
     def search(
         self, text: str, top_k: int, tenant: str = "", source: str | None = None, only_filled: bool = False
     ) -> list[Hit]:
         """The entries nearest in meaning that ``tenant`` may see, best first. only_filled: none that are cold."""
-        raise NotImplementedError
+        if top_k < 1:
+            raise BankError(f"top_k: {top_k}, expected at least 1")
+        if self.catalogue.meta("dim") is None:  # nothing was ever written
+            return []
+        query = self.embedder.embed([text])[0]
+        tenants = ("",) if tenant == "" else ("", tenant)
+        return self.vectors.search(query, top_k, tenants, source, only_filled)
 
     def find_hash(self, content_hash: str, tenant: str = "") -> str | None:
-        """Newest version with this content: the tenant's own, else everybody's."""
-        raise NotImplementedError
+        """The current version with this content: the tenant's own, else everybody's."""
+        try:
+            digest = bytes.fromhex(content_hash)
+        except ValueError:
+            return None
+        rows = self.catalogue.read(
+            "SELECT id || '@' || version FROM entries WHERE state = 0 AND content_hash = ? AND tenant IN ('', ?) "
+            "ORDER BY tenant = ? DESC, seq DESC LIMIT 1",
+            digest, tenant, tenant,
+        )  # fmt: skip
+        return rows[0][0] if rows else None
+
+    # Keeping it in order.
 
     def verify(self) -> list[str]:
         """Problems found in shards, catalogue and index, each naming its file or reference; empty if all is well."""
-        raise NotImplementedError
+        return maintenance.verify(self)
 
     def compact(self) -> dict[str, int]:
-        """Drop deleted and superseded versions and orphaned files. Readers go on with what they hold."""
-        raise NotImplementedError
+        """Drop deleted and superseded versions and orphaned files; how many. Readers go on with what they hold."""
+        return maintenance.compact(self)
 
     def export(self, destination: str | Path, ids: Sequence[str] | None = None, tenant: str | None = None) -> list[str]:
-        """Write entries with their versions to a new directory, or to a tar if its name ends so. ids: None for all."""
-        raise NotImplementedError
+        """Write entries with their versions to a new bank, or to a tar of one if the name ends in .tar; references.
+
+        ids: None for all. tenant: None for all, else what it may see. Raises UnknownEntryError, ForeignTenantError.
+        """
+        return transfer.export(self, Path(destination), ids, tenant)
 
     def import_from(self, source: str | Path) -> list[str]:
-        """Add what ``export`` wrote, under the same references. Raises BankError on another model, or a taken id."""
-        raise NotImplementedError
+        """Add what ``export`` wrote, under the same references; what is here already is skipped.
+
+        Raises BankError for a bank of another model or form, and for a reference that means something else here.
+        """
+        return transfer.import_from(self, Path(source))
 
     def stats(self) -> dict[str, Any]:
-        """Numbers of entries, versions, tenants, shards and bytes."""
-        raise NotImplementedError
+        """Numbers of entries, versions, tenants and shards, and bytes on the disk."""
+        return maintenance.stats(self)
+
+    def _stored_layers(self, layers: Sequence[int] | None) -> list[int] | None:
+        if layers is None:
+            return None
+        for layer in layers:
+            if layer not in self.spec.layers:
+                raise BankError(f"layer {layer} is not in {self.path}, which has {_short(self.spec.layers)}")
+        return [self.spec.layers.index(layer) for layer in layers]
+
+    def _heads(self, heads: slice | None) -> slice:
+        heads = heads or slice(None)
+        first, end, step = heads.indices(self.spec.kv_heads)
+        if step != 1 or first >= end or (heads.stop or 0) > self.spec.kv_heads:
+            raise BankError(
+                f"heads {heads}: {self.path} has KV heads 0 to {self.spec.kv_heads - 1}; give a plain slice"
+            )
+        return slice(first, end)
+
+
+def read_spec(path: Path) -> BankSpec:
+    """The specification of a bank. Raises BankError."""
+    try:
+        data = json.loads((path / "bank.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BankError(f"{path} is no memory bank: {error}; make one with `mem-triton write`") from None
+    if not isinstance(data, dict):
+        raise BankError(f"{path}/bank.json holds no object")
+    return BankSpec.from_dict(data, f"{path}/bank.json")
+
+
+def _short(layers: Sequence[int]) -> str:
+    spans = [(first, end) for first, end in runs(layers)]
+    return "layers " + ", ".join(str(a) if b == a + 1 else f"{a} to {b - 1}" for a, b in spans)

@@ -8,6 +8,8 @@ Example::
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import zlib
 from collections import Counter
@@ -16,6 +18,13 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
+
+from mem_triton.config import nearest_name_hint
+
+LEXICAL_DIM = 512
+WORD = re.compile(r"\w+")
+GRAMS = (3, 4)
+"""Lengths of character n-grams: forms of a word share most of them."""
 
 
 class EmbedderError(ValueError):
@@ -41,4 +50,123 @@ def embedder_from(spec: str) -> Embedder:
     "openai:<base url>#<model>": an endpoint that speaks OpenAI's embeddings API; OPENAI_API_KEY is its key.
     Raises EmbedderError naming what is wrong and what to do.
     """
-    raise NotImplementedError
+    kind, _, rest = spec.partition(":")
+    if kind == "lexical":
+        if rest and not (rest.isdigit() and 16 <= int(rest) <= 65536):
+            raise EmbedderError(f'embedder "{spec}": the length {rest!r} must be a number from 16 to 65536')
+        return LexicalEmbedder(int(rest or LEXICAL_DIM))
+    if kind == "sentence-transformers":
+        if not rest:
+            raise EmbedderError(f'embedder "{spec}": name the model, as in "sentence-transformers:all-MiniLM-L6-v2"')
+        return SentenceTransformersEmbedder(rest)
+    if kind == "openai":
+        url, _, model = rest.rpartition("#")
+        if not re.match(r"https?://", url) or not model:
+            raise EmbedderError(
+                f'embedder "{spec}": write "openai:<base url>#<model>", the URL with http:// or https://'
+            )
+        return OpenAIEmbedder(url, model)
+    hint = nearest_name_hint(kind, ("lexical", "sentence-transformers", "openai"))
+    raise EmbedderError(f'embedder "{spec}" is unknown.{hint}')
+
+
+class LexicalEmbedder:
+    """Hashed bag of words and character n-grams: dim signed sums, sublinear in a word's count, of unit length.
+
+    A word weighs more the longer it is, which in most languages tells names and nouns from "of" and "the"; half of its
+    weight lies on the word itself and half on its n-grams. Texts without a letter or digit hash as a whole.
+    """
+
+    def __init__(self, dim: int = LEXICAL_DIM) -> None:
+        self.dim = dim
+        self.name = "lexical" if dim == LEXICAL_DIM else f"lexical:{dim}"
+        self._word = lru_cache(1 << 16)(self._features)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """See Embedder."""
+        places, weights = [], []
+        for i, text in enumerate(texts):
+            for word, count in Counter(WORD.findall(text.casefold()) or [text]).items():
+                place, weight = self._word(word)
+                places.append(place + i * self.dim)
+                weights.append(weight * (1 + math.log(count)))
+        size = len(texts) * self.dim
+        if not places:
+            return np.zeros((0, self.dim), np.float32)
+        sums = np.bincount(np.concatenate(places), np.concatenate(weights), size).reshape(-1, self.dim)
+        norms = np.linalg.norm(sums, axis=1, keepdims=True)
+        sums[norms[:, 0] == 0, 0] = 1  # every feature cancelled: still a unit vector
+        return (sums / np.where(norms == 0, 1, norms)).astype(np.float32)
+
+    def _features(self, word: str) -> tuple[np.ndarray, np.ndarray]:
+        """(places in a vector, signed weights) of a word and its n-grams."""
+        edged = f"<{word}>"
+        grams = [edged[i : i + n] for n in GRAMS for i in range(len(edged) - n + 1)]
+        hashes = np.array([zlib.crc32(f.encode()) for f in (word, *grams)], np.uint64)
+        hashes = (hashes * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)  # crc32 alone is linear: mix its bits
+        signs = np.where(hashes & np.uint64(1), 1.0, -1.0)
+        each = np.array([1.0] + [1 / math.sqrt(max(len(grams), 1))] * len(grams))
+        return (hashes >> np.uint64(1)).astype(np.int64) % self.dim, signs * each * min(len(word), 8) / 8
+
+
+class SentenceTransformersEmbedder:
+    """Any sentence-transformers model, on the CPU: the GPU belongs to the served model."""
+
+    def __init__(self, model: str) -> None:
+        self.name = f"sentence-transformers:{model}"
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise EmbedderError(f'{self.name}: {error}; pip install "mem-triton[embed]"') from None
+        try:
+            self._model = SentenceTransformer(model, device="cpu")
+            self.dim = len(self.embed(["length of a vector"])[0])
+        except Exception as error:  # the library raises whatever its parts raise
+            raise EmbedderError(f"{self.name}: cannot load it: {type(error).__name__}: {error}") from None
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """See Embedder."""
+        vectors = self._model.encode(list(texts), show_progress_bar=False, convert_to_numpy=True)
+        return unit(vectors, len(texts), self.name)
+
+
+class OpenAIEmbedder:
+    """An endpoint with OpenAI's embeddings API, such as ``vllm serve <an embedding model>``."""
+
+    BATCH = 256
+
+    def __init__(self, url: str, model: str) -> None:
+        self.name, self._url, self._name_of_model = f"openai:{url}#{model}", url, model
+        try:
+            from openai import OpenAI
+        except ImportError as error:
+            raise EmbedderError(f'{self.name}: {error}; pip install "mem-triton[embed]"') from None
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # servers of one's own want some key
+        self._client: Any = OpenAI(base_url=url, api_key=key, timeout=60, max_retries=2)
+        self.dim = self.embed(["length of a vector"]).shape[1]
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """See Embedder."""
+        vectors: list[list[float]] = []
+        for first in range(0, len(texts), self.BATCH):
+            part = list(texts[first : first + self.BATCH])
+            try:
+                answer = self._client.embeddings.create(model=self._name_of_model, input=part, encoding_format="float")
+                vectors += [item.embedding for item in sorted(answer.data, key=lambda item: item.index)]
+            except Exception as error:  # whatever goes wrong at the other end
+                raise EmbedderError(f"{self.name}: {type(error).__name__}: {error}; is {self._url} up?") from None
+        return unit(vectors, len(texts), self.name)
+
+
+def unit(vectors: Any, count: int, name: str) -> np.ndarray:
+    """float32 [count, dim] with rows of length 1. Raises EmbedderError if an embedder gave something else."""
+    try:
+        array = np.asarray(vectors, np.float32)
+    except (TypeError, ValueError):
+        raise EmbedderError(f"{name}: gave vectors of different lengths") from None
+    if array.ndim != 2 or len(array) != count or not array.shape[1]:
+        raise EmbedderError(f"{name}: gave an array {array.shape} for {count} texts, expected one vector each")
+    norms = np.linalg.norm(array, axis=1, keepdims=True)
+    if not np.all(np.isfinite(norms) & (norms > 0)):
+        raise EmbedderError(f"{name}: gave a vector that is zero or not finite")
+    return array / norms

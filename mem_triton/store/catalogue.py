@@ -1,0 +1,231 @@
+"""The catalogue of a bank, in SQLite. It alone decides what exists; docs/bank-format.md describes the tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mem_triton.store.spec import BankError, EntryInfo, UnknownEntryError, split_ref
+
+CURRENT, SUPERSEDED, DELETED = 0, 1, 2
+
+TABLES = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE ids (
+    id TEXT PRIMARY KEY, tenant TEXT NOT NULL, last_version INTEGER NOT NULL, current INTEGER
+) WITHOUT ROWID;
+CREATE TABLE shards (shard INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT UNIQUE, bytes INTEGER, sha256 TEXT);
+CREATE TABLE entries (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, version INTEGER NOT NULL, tenant TEXT NOT NULL,
+    state INTEGER NOT NULL, tokens INTEGER NOT NULL, shard INTEGER, row INTEGER, created REAL NOT NULL,
+    content_hash BLOB NOT NULL, source TEXT NOT NULL, metadata TEXT NOT NULL, text TEXT NOT NULL, token_ids BLOB,
+    UNIQUE (id, version)
+);
+CREATE TABLE vectors (seq INTEGER PRIMARY KEY, vector BLOB NOT NULL);
+CREATE TABLE index_files (tenant TEXT PRIMARY KEY, name TEXT, digest TEXT, through INTEGER, count INTEGER);
+CREATE INDEX current_by_tenant ON entries (tenant, id) WHERE state = 0;
+CREATE INDEX current_by_age ON entries (tenant) WHERE state = 0;
+CREATE INDEX current_by_source ON entries (source, tenant) WHERE state = 0;
+CREATE INDEX current_by_hash ON entries (content_hash) WHERE state = 0;
+CREATE INDEX cold ON entries (id) WHERE state = 0 AND shard IS NULL;
+CREATE INDEX by_shard ON entries (shard) WHERE shard IS NOT NULL;
+"""
+INFO = "id, version, tokens, shard IS NOT NULL, text, source, metadata, tenant, created, content_hash"
+
+
+class Catalogue:
+    """One SQLite connection, shared by the threads of a process; a forked child gets its own. Raises BankError."""
+
+    def __init__(self, path: Path, writable: bool) -> None:
+        self.path, self.writable = path, writable
+        self._lock = threading.RLock()
+        self._db: sqlite3.Connection | None = None
+        self._pid = 0
+        self.read("SELECT value FROM meta WHERE key = 'revision'")
+
+    @classmethod
+    def create(cls, path: Path, meta: dict[str, Any]) -> Catalogue:
+        """An empty catalogue. meta: facts about the bank."""
+        db = sqlite3.connect(path, isolation_level=None)
+        db.executescript(f"PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; BEGIN; {TABLES}")
+        db.executemany("INSERT INTO meta VALUES (?, ?)", [("revision", 0), *meta.items()])
+        db.execute("COMMIT")
+        db.close()
+        return cls(path, writable=True)
+
+    @property
+    def db(self) -> sqlite3.Connection:
+        """This process's connection."""
+        if self._db is None or self._pid != os.getpid():
+            self._db, self._pid = self._connect(), os.getpid()
+        return self._db
+
+    def _connect(self) -> sqlite3.Connection:
+        if not self.path.exists():
+            raise BankError(f"{self.path} is missing; restore it, a bank is nothing without its catalogue")
+        try:
+            db = sqlite3.connect(f"file:{self.path}?mode=rw", uri=True, isolation_level=None, check_same_thread=False)
+            db.execute("PRAGMA busy_timeout = 20000")
+            if self.writable:
+                db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
+                db.execute("PRAGMA cache_size = -131072")
+            else:
+                db.execute("PRAGMA query_only = ON")
+            db.execute("SELECT 1 FROM meta")
+            return db
+        except sqlite3.Error as error:
+            raise BankError(f"{self.path}: {error}; is it a bank's catalogue, and may you read its folder?") from None
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            if self._db is not None and self._pid == os.getpid():
+                self._db.close()
+            self._db = None
+
+    def read(self, sql: str, *parameters: Any) -> list[tuple]:
+        """Rows of a query, as of the last commit."""
+        with self._lock:
+            try:
+                return self.db.execute(sql, parameters).fetchall()
+            except sqlite3.Error as error:
+                raise BankError(f"{self.path}: {error}") from None
+
+    @contextmanager
+    def write(self, revise: bool = True) -> Iterator[sqlite3.Connection]:
+        """A transaction: committed when the block ends, undone when it raises. revise: it is a new revision."""
+        with self._lock:
+            db = self.db
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                    if revise:
+                        db.execute("UPDATE meta SET value = value + 1 WHERE key = 'revision'")
+                    db.execute("COMMIT")
+                except BaseException:
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise BankError(f"{self.path}: {error}; nothing was changed") from None
+
+    def meta(self, key: str) -> Any:
+        """A fact about the bank, None if it is not known."""
+        rows = self.read("SELECT value FROM meta WHERE key = ?", key)
+        return rows[0][0] if rows else None
+
+    def find(self, id_or_ref: str, columns: str = "seq") -> tuple | None:
+        """``columns`` of an entry that is not deleted; the newest version for an id."""
+        id, version = split_ref(id_or_ref)
+        if version is None:
+            rows = self.read(f"SELECT {columns} FROM entries WHERE seq = (SELECT current FROM ids WHERE id = ?)", id)
+        else:
+            rows = self.read(f"SELECT {columns} FROM entries WHERE id = ? AND version = ? AND state < 2", id, version)
+        return rows[0] if rows else None
+
+    def info(self, id_or_ref: str) -> EntryInfo:
+        """Raises UnknownEntryError."""
+        row = self.find(id_or_ref, INFO)
+        if row is None:
+            raise UnknownEntryError(id_or_ref)
+        return entry_info(row)
+
+    def page(self, tenant: str | None, after: str, limit: int, only_cold: bool) -> list[EntryInfo]:
+        """Current entries by id behind ``after``."""
+        cold = "AND shard IS NULL" if only_cold else ""
+        one = f"SELECT {INFO} FROM entries WHERE state = 0 {cold} AND tenant = ? AND id > ? ORDER BY id LIMIT ?"
+        if tenant is None:
+            if only_cold:
+                sql = f"SELECT {INFO} FROM entries WHERE state = 0 {cold} AND id > ? ORDER BY id LIMIT ?"
+            else:
+                columns = ", ".join(f"e.{c}" for c in INFO.split(", "))
+                join = "ids i JOIN entries e ON e.seq = i.current"
+                sql = f"SELECT {columns} FROM {join} WHERE i.id > ? ORDER BY i.id LIMIT ?"
+            rows = self.read(sql, after, limit)
+        elif tenant == "":
+            rows = self.read(one, "", after, limit)
+        else:  # two ordered lists, so that a page costs a page, however many entries others have
+            sql = f"SELECT * FROM (SELECT * FROM ({one}) UNION ALL SELECT * FROM ({one})) ORDER BY id LIMIT ?"
+            rows = self.read(sql, "", after, limit, tenant, after, limit, limit)
+        return [entry_info(row) for row in rows]
+
+    def accepted(
+        self, seqs: Sequence[int], tenants: Sequence[str], source: str | None, only_filled: bool
+    ) -> list[tuple[str, bytes]]:
+        """(reference, vector) of those among ``seqs`` that are current, and that the tenants and filters allow."""
+        rows: list[tuple] = []
+        marks = ",".join("?" * len(tenants))
+        filters = ("AND e.source = ?" if source is not None else "") + (
+            " AND e.shard IS NOT NULL" if only_filled else ""
+        )
+        extra = [source] if source is not None else []
+        for first in range(0, len(seqs), 500):
+            part = [int(s) for s in seqs[first : first + 500]]
+            rows += self.read(
+                f"SELECT e.id || '@' || e.version, v.vector FROM entries e JOIN vectors v USING (seq) "
+                f"WHERE e.seq IN ({','.join(map(str, part))}) AND e.state = 0 AND e.tenant IN ({marks}) {filters}",
+                *tenants, *extra,
+            )  # fmt: skip
+        return rows
+
+    def matching(
+        self, tenants: Sequence[str], source: str | None, only_filled: bool, size: int = 8192
+    ) -> Iterator[list[tuple[str, bytes]]]:
+        """Every current entry that the tenants and filters allow, in parts: (reference, vector)."""
+        filled = "AND e.shard IS NOT NULL" if only_filled else ""
+        by_source = "AND e.source = ?" if source is not None else ""
+        extra = [source] if source is not None else []
+        for tenant in tenants:
+            last = 0
+            while True:
+                rows = self.read(
+                    f"SELECT e.seq, e.id || '@' || e.version, v.vector FROM entries e JOIN vectors v USING (seq) WHERE "
+                    f"e.state = 0 AND e.tenant = ? {by_source} {filled} AND e.seq > ? ORDER BY e.seq LIMIT ?",
+                    tenant, *extra, last, size,
+                )  # fmt: skip
+                if not rows:
+                    break
+                last = rows[-1][0]
+                yield [row[1:] for row in rows]
+
+    def vectors(self, tenant: str, behind: int, size: int = 8192) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(int64 seqs [n], float32 vectors [n, dim]) of a tenant's current entries behind ``behind``, in parts."""
+        while True:
+            rows = self.read(
+                "SELECT e.seq, v.vector FROM entries e JOIN vectors v USING (seq) "
+                "WHERE e.state = 0 AND e.tenant = ? AND e.seq > ? ORDER BY e.seq LIMIT ?",
+                tenant, behind, size,
+            )  # fmt: skip
+            if not rows:
+                return
+            behind = rows[-1][0]
+            yield np.array([row[0] for row in rows], np.int64), unpack(row[1] for row in rows)
+
+
+def pack(vectors: np.ndarray) -> list[bytes]:
+    """Vectors as the catalogue stores them: float16, little endian."""
+    return [vector.tobytes() for vector in np.asarray(vectors, "<f2")]
+
+
+def unpack(blobs: Iterable[bytes]) -> np.ndarray:
+    """float32 [n, dim] of packed vectors."""
+    blobs = list(blobs)
+    return np.frombuffer(b"".join(blobs), "<f2").reshape(len(blobs), -1).astype(np.float32)
+
+
+def entry_info(row: Sequence[Any]) -> EntryInfo:
+    """Of a row with the columns INFO."""
+    id, version, tokens, has_block, text, source, metadata, tenant, created, digest = row
+    return EntryInfo(
+        f"{id}@{version}", id, version, tokens, bool(has_block), text, source, json.loads(metadata), tenant, created,
+        digest.hex(),
+    )  # fmt: skip

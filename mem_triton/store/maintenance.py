@@ -1,0 +1,146 @@
+"""Verify, compact and count: what keeps a bank in order. docs/bank-format.md says why compact may die at any point."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mem_triton.store.catalogue import CURRENT, DELETED, SUPERSEDED
+from mem_triton.store.files import WRITING
+from mem_triton.store.shards import MAX_ROWS, file_sha256
+from mem_triton.store.spec import BankError
+from mem_triton.store.writing import register, writer
+
+if TYPE_CHECKING:
+    from mem_triton.store.bank import Bank
+
+SMALL_BYTES = 32 << 20
+"""Shards below this are joined when there are several."""
+
+
+def verify(bank: Bank) -> list[str]:
+    """``Bank.verify``."""
+    return [*_check_shards(bank), *_check_catalogue(bank), *bank.vectors.problems()]
+
+
+def _check_shards(bank: Bank) -> Iterator[str]:
+    read = bank.catalogue.read
+    for shard, name, size, digest in read("SELECT shard, name, bytes, sha256 FROM shards ORDER BY shard"):
+        path = bank.shards.folder / name
+        affected = [row[0] for row in read("SELECT id || '@' || version FROM entries WHERE shard = ?", shard)]
+        whose = f" ({len(affected)} entries: {', '.join(affected[:3])}{', ...' if len(affected) > 3 else ''})"
+        if not path.exists():
+            yield f"{path} is missing{whose}"
+        elif path.stat().st_size != size:
+            yield f"{path} has {path.stat().st_size} bytes, expected {size}{whose}"
+        elif file_sha256(path) != digest:
+            yield f"{path} has changed since it was written{whose}"
+        else:
+            (last,) = read("SELECT max(row) FROM entries WHERE shard = ?", shard)[0]
+            try:
+                if last is not None:
+                    bank.shards.raw(name, last)
+            except BankError as error:
+                yield str(error)
+
+
+def _check_catalogue(bank: Bank) -> Iterator[str]:
+    read = bank.catalogue.read
+    for (problem,) in read("PRAGMA quick_check"):
+        if problem != "ok":
+            yield f"{bank.catalogue.path}: {problem}"
+    dim = bank.catalogue.meta("dim") or 0
+    for what, sql in (
+        ("lies in a shard that the catalogue does not know", "shard NOT IN (SELECT shard FROM shards)"),
+        ("has no vector", f"seq NOT IN (SELECT seq FROM vectors WHERE length(vector) = {2 * dim})"),
+        ("is not what its id names", "state = 0 AND seq NOT IN (SELECT current FROM ids WHERE ids.id = entries.id)"),
+        ("is newer than its id's last version", "version > (SELECT last_version FROM ids WHERE ids.id = entries.id)"),
+        ("has another tenant than its id", "tenant != (SELECT tenant FROM ids WHERE ids.id = entries.id)"),
+    ):  # fmt: skip
+        for (ref,) in read(f"SELECT id || '@' || version FROM entries WHERE {sql} LIMIT 100"):
+            yield f'{bank.catalogue.path}: "{ref}" {what}'
+    for (id,) in read(
+        f"SELECT id FROM ids WHERE current NOT IN (SELECT seq FROM entries WHERE state = {CURRENT}) LIMIT 100"
+    ):
+        yield f'{bank.catalogue.path}: "{id}" names a version that is not there'
+
+
+@writer
+def compact(bank: Bank) -> dict[str, int]:
+    """``Bank.compact``."""
+    read = bank.catalogue.read
+    stale, small = [], []
+    for shard, size, current, rows in read(
+        "SELECT s.shard, s.bytes, coalesce(sum(e.state = 0), 0), count(e.seq) FROM shards s "
+        "LEFT JOIN entries e ON e.shard = s.shard GROUP BY s.shard"
+    ):
+        if rows == 0 and shard == _sink_shard(bank):
+            continue
+        if current < rows or rows == 0:
+            stale.append(shard)
+        elif size < SMALL_BYTES and rows < MAX_ROWS // 2:
+            small.append(shard)
+    rewritten = stale + (small if len(small) > 1 else [])
+    marks = ",".join(map(str, rewritten))
+    moved = read(
+        "SELECT e.seq, s.name, e.row FROM entries e JOIN shards s ON s.shard = e.shard "
+        f"WHERE e.state = 0 AND e.shard IN ({marks}) ORDER BY e.shard, e.row"
+    )
+    shards = list(bank.shards.write(bank.shards.raw(name, row) for _, name, row in moved))
+    (dropped,) = read("SELECT count(*) FROM entries WHERE state != 0")[0]
+    if rewritten or dropped:
+        with bank.catalogue.write() as db:
+            places = register(db, shards)
+            db.executemany(
+                "UPDATE entries SET shard = ?, row = ? WHERE seq = ?",
+                [(*place, seq) for place, (seq, _, _) in zip(places, moved, strict=True)],
+            )
+            db.execute("DELETE FROM vectors WHERE seq IN (SELECT seq FROM entries WHERE state != 0)")
+            db.execute("DELETE FROM entries WHERE state != 0")
+            db.execute(f"DELETE FROM shards WHERE shard IN ({marks})")
+    bank.vectors.prune()
+    orphans = find_orphans(bank)
+    for path in orphans:  # last: until the commit they were somebody's
+        path.unlink(missing_ok=True)
+    read("PRAGMA incremental_vacuum")
+    return {"versions": dropped, "shards": len(rewritten), "files": len(orphans)}
+
+
+def find_orphans(bank: Bank) -> list[Path]:
+    """Files in the bank's folders that its catalogue does not name: left by a writer that died, or by compact."""
+    read = bank.catalogue.read
+    known = {row[0] for row in read("SELECT name FROM shards UNION SELECT name FROM index_files")}
+    files = [path for folder in ("shards", "index") for path in (bank.path / folder).iterdir()]
+    return [path for path in files if path.name not in known] + list(bank.path.glob(f"{WRITING}*"))
+
+
+def stats(bank: Bank) -> dict[str, Any]:
+    """``Bank.stats``."""
+    read = bank.catalogue.read
+    by_state = dict(read("SELECT state, count(*) FROM entries GROUP BY state"))
+    cold, tokens = read("SELECT count(*) - count(shard), coalesce(sum(tokens), 0) FROM entries WHERE state = 0")[0]
+    shards, shard_bytes = read("SELECT count(*), coalesce(sum(bytes), 0) FROM shards")[0]
+    return {
+        "entries": by_state.get(CURRENT, 0),
+        "cold": cold,
+        "superseded": by_state.get(SUPERSEDED, 0),
+        "deleted": by_state.get(DELETED, 0),
+        "tokens": tokens,
+        "tenants": read("SELECT count(DISTINCT tenant) FROM ids WHERE current IS NOT NULL")[0][0],
+        "shards": shards,
+        "shard_bytes": shard_bytes,
+        "catalogue_bytes": bank.catalogue.path.stat().st_size,
+        "index_bytes": sum(path.stat().st_size for path in (bank.path / "index").iterdir()),
+        "orphans": len(find_orphans(bank)),
+        "revision": bank.revision,
+    }
+
+
+def _sink_shard(bank: Bank) -> int | None:
+    sink = bank.catalogue.meta("sink")
+    if sink is None:
+        return None
+    rows = bank.catalogue.read("SELECT shard FROM shards WHERE name = ?", json.loads(sink)["name"])
+    return rows[0][0] if rows else None

@@ -1,0 +1,203 @@
+"""Shards: immutable safetensors files with the blocks of many entries, in the bank's codec.
+
+An entry is one row of a shard; its tensors are named "<row>.<tensor>". Dense positions 0..T-1 are not stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mem_triton.store.block import MemoryBlock
+from mem_triton.store.files import write_durably
+from mem_triton.store.spec import BankError, BankSpec
+
+MAX_ROWS = 1024
+MAX_BYTES = 256 << 20
+OPEN_SHARDS = 64
+RAW = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Row = dict[str, Tensor]
+"""One entry's tensors as they lie on the disk."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard. rows: how many entries it has."""
+
+    name: str
+    bytes: int
+    sha256: str
+    rows: int
+
+
+class RawCodec:
+    """Keys and values as they are, in one dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def encode(self, keys: Tensor, values: Tensor) -> Row:
+        """Tensors to store."""
+        return {"keys": keys.to(self.dtype), "values": values.to(self.dtype)}
+
+    def decode(self, row: Row, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(keys, values)."""
+        return row["keys"].to(dtype), row["values"].to(dtype)
+
+
+def codec_of(spec: BankSpec, state: bytes | None) -> Any:
+    """The bank's codec. Raises BankError for one that must be trained and was not."""
+    if spec.codec in RAW:
+        return RawCodec(RAW[spec.codec])
+    from mem_triton.ops import block_codec
+
+    try:
+        return block_codec.get_codec(spec.codec) if state is None else block_codec.codec_from_state(spec.codec, state)
+    except ValueError as error:
+        raise BankError(f"codec {spec.codec}: {error}") from None
+
+
+class Shards:
+    """The shards of one bank. Thread-safe; files stay mapped for as long as they are in use."""
+
+    def __init__(self, folder: Path, spec: BankSpec, codec: Any) -> None:
+        self.folder, self.spec, self.codec = folder, spec, codec
+        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def encode(self, block: MemoryBlock) -> Row:
+        """A block as one row."""
+        row = dict(self.codec.encode(block.keys.detach().cpu(), block.values.detach().cpu()))
+        dense = torch.arange(block.tokens, dtype=torch.int32)
+        if not torch.equal(block.positions.cpu(), dense.expand(block.positions.shape)):
+            row["positions"] = block.positions.cpu()
+        return row
+
+    def write(self, rows: Iterable[Row]) -> Iterator[Shard]:
+        """Store rows in as many shards as they need; each is on the disk under its name when it is yielded."""
+        part: list[Row] = []
+        size = 0
+        for row in rows:
+            part.append(row)
+            size += sum(tensor.nbytes for tensor in row.values())
+            if len(part) == MAX_ROWS or size >= MAX_BYTES:
+                yield self._write(part)
+                part, size = [], 0
+        if part:
+            yield self._write(part)
+
+    def _write(self, rows: Sequence[Row]) -> Shard:
+        tensors = {  # clones, since rows may be parts of one batch
+            f"{i}.{name}": tensor.clone(memory_format=torch.contiguous_format)
+            for i, row in enumerate(rows)
+            for name, tensor in row.items()
+        }
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        header = {"format": "mem_triton.shard", "rows": str(len(rows)), "codec": self.spec.codec}
+        write_durably(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+        return Shard(path.name, path.stat().st_size, file_sha256(path), len(rows))
+
+    def raw(self, name: str, row: int) -> Row:
+        """One entry's tensors, undecoded. Raises FileNotFoundError if the shard is gone, BankError if it is damaged."""
+        return self._rows(name, row, lambda piece: piece[:])
+
+    def read(
+        self,
+        name: str,
+        row: int,
+        layers: Sequence[int] | None,
+        heads: slice,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+    ) -> MemoryBlock:
+        """Part of one entry. layers: indices into the stored layers, None for all; shape: stored (layers, heads)."""
+        parts = runs(layers if layers is not None else range(shape[0]))
+        sliced = True
+
+        def part(piece: Any) -> Tensor:
+            nonlocal sliced
+            if tuple(piece.get_shape()[:2]) != shape:  # a codec's tensor that is not laid out by layer and head
+                sliced = False
+                return piece[:]
+            found = [piece[first:end, heads] for first, end in parts]
+            return found[0] if len(found) == 1 else torch.cat(found)
+
+        tensors = self._rows(name, row, part)
+        if not sliced:
+            tensors = self._rows(name, row, lambda piece: piece[:])
+        positions = tensors.pop("positions", None)
+        keys, values = self.codec.decode(tensors, dtype)
+        if not sliced:
+            chosen = torch.tensor(list(range(shape[0]) if layers is None else layers))
+            keys, values = (t.index_select(0, chosen)[:, heads].contiguous() for t in (keys, values))
+            positions = positions.index_select(0, chosen)[:, heads] if positions is not None else None
+        if positions is None:
+            positions = torch.arange(keys.shape[2], dtype=torch.int32).expand(keys.shape[:3]).contiguous()
+        return MemoryBlock(keys, values, positions)
+
+    def _rows(self, name: str, row: int, part: Callable[[Any], Tensor]) -> Row:
+        file, names = self._file(name)
+        mine = names.get(row)
+        if mine is None:
+            raise BankError(f"{self.folder / name} has no row {row}; run verify, and restore the file")
+        return {tensor: part(file.get_slice(f"{row}.{tensor}")) for tensor in mine}
+
+    def _file(self, name: str) -> tuple[Any, dict[int, list[str]]]:
+        """An open shard, and the names of each row's tensors."""
+        with self._lock:
+            if name in self._open:
+                self._open.move_to_end(name)
+                return self._open[name]
+        path = self.folder / name
+        if not path.exists():
+            raise FileNotFoundError(path)
+        try:
+            file = safe_open(path, framework="pt")
+            names: dict[int, list[str]] = {}
+            for full in file.keys():  # noqa: SIM118
+                row, _, tensor = full.partition(".")
+                names.setdefault(int(row), []).append(tensor)
+        except (SafetensorError, ValueError) as error:
+            raise BankError(f"{path}: {error}; restore the file from a backup") from None
+        with self._lock:
+            self._open[name] = (file, names)
+            while len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return file, names
+
+    def close(self) -> None:
+        """Let go of every open shard."""
+        with self._lock:
+            self._open.clear()
+
+
+def runs(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive indices as [first, end) pairs: [0, 1, 2, 5] -> [(0, 3), (5, 6)]."""
+    found: list[tuple[int, int]] = []
+    for index in indices:
+        if found and found[-1][1] == index:
+            found[-1] = (found[-1][0], index + 1)
+        else:
+            found.append((index, index + 1))
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a whole file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

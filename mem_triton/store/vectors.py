@@ -1,0 +1,225 @@
+"""Nearest entries by cosine: a usearch graph of each tenant's older entries, exact over the newer ones.
+
+Every tenant has a graph of its own, so that a search ranks nothing that it may not see. Graphs are files, written once
+and mapped by readers, and only propose candidates. The catalogue says which of them exist, and its vectors say how near
+they are, so a graph that is old, wrong or gone costs time and never truth.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from usearch.index import Index
+
+from mem_triton.store.catalogue import Catalogue, unpack
+from mem_triton.store.files import write_durably
+from mem_triton.store.fingerprint import sampled_digest
+from mem_triton.store.spec import BankError, Hit
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_GRAPH, LARGEST_TAIL = 8192, 32768
+"""Fewer entries than the first have no graph; more than the second never wait to join one."""
+CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 12, 48, 96
+
+
+@dataclass
+class _Scope:
+    """What this process knows of one tenant. tail: float32 [n, dim] of the entries behind the graph."""
+
+    revision: int = -1
+    file: str | None = None
+    graph: Index | None = None
+    through: int = 0  # newest entry that is in graph or tail
+    seqs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    tail: np.ndarray | None = None
+
+
+class VectorIndex:
+    """Over the vectors of one bank's catalogue. folder: where its graphs lie."""
+
+    def __init__(self, folder: Path, catalogue: Catalogue) -> None:
+        self.folder, self._catalogue = folder, catalogue
+        self._scopes: dict[str, _Scope] = {}
+        self._growing: dict[str, Index] = {}  # a writer's graphs, in memory
+        self._lock = threading.Lock()
+        self._missed: set[str] = set()
+
+    def search(
+        self, query: np.ndarray, top_k: int, tenants: tuple[str, ...], source: str | None, only_filled: bool
+    ) -> list[Hit]:
+        """The ``top_k`` nearest current entries of ``tenants`` that the filters allow, best first."""
+        revision = self._catalogue.meta("revision")
+        scopes = [self._scope(tenant, revision) for tenant in tenants]
+        wanted = 4 * top_k + 16
+        while True:
+            seqs, complete = self._candidates(query, wanted, scopes)
+            rows = self._catalogue.accepted(seqs, tenants, source, only_filled)
+            if len(rows) >= top_k or complete:
+                return _best(query, rows, top_k)
+            if wanted > 4096:  # what is wanted is rare among the nearest: look at all that the filters allow
+                found: list[Hit] = []
+                for part in self._catalogue.matching(tenants, source, only_filled):
+                    found = sorted(found + _best(query, part, top_k), key=_order)[:top_k]
+                return found
+            wanted *= 4
+
+    def _candidates(self, query: np.ndarray, wanted: int, scopes: list[_Scope]) -> tuple[list[int], bool]:
+        """(entries that may be among the nearest, whether these are all there are)."""
+        seqs, complete = [], True
+        for scope in scopes:
+            if scope.graph is not None and len(scope.graph):
+                matches = scope.graph.search(query, min(wanted, len(scope.graph)), threads=1)
+                seqs += [int(key) for key in matches.keys]
+                complete &= len(matches) >= len(scope.graph)
+            if scope.tail is not None and len(scope.tail):
+                if len(scope.tail) <= wanted:
+                    seqs += scope.seqs.tolist()
+                else:
+                    nearest = np.argpartition(scope.tail @ query, -wanted)[-wanted:]
+                    seqs += scope.seqs[nearest].tolist()
+                    complete = False
+        return seqs, complete
+
+    def _scope(self, tenant: str, revision: int) -> _Scope:
+        """What there is of a tenant as of ``revision`` or later."""
+        with self._lock:
+            scope = self._scopes.get(tenant) or _Scope()
+            if scope.revision >= revision:
+                return scope
+            file = self._registered(tenant)
+            if file is not None and file[0] != scope.file:
+                graph = self._view(file)
+                if graph is None and (now := self._registered(tenant)) not in (None, file):
+                    file, graph = now, self._view(now)  # a writer put another in its place meanwhile
+                if graph is None and file[0] not in self._missed:
+                    self._missed.add(file[0])
+                    logger.warning(
+                        "%s is missing or damaged: searches are exact and slow until a writer opens the bank",
+                        self.folder / file[0],
+                    )
+                scope = _Scope(file=file[0], graph=graph, through=file[2] if graph is not None else 0)
+            parts = list(self._catalogue.vectors(tenant, scope.through))
+            seqs = np.concatenate([scope.seqs, *(part[0] for part in parts)])
+            tails = [*([scope.tail] if scope.tail is not None else []), *(part[1] for part in parts)]
+            # A new object: searches that are under way keep theirs.
+            scope = _Scope(
+                revision, scope.file, scope.graph, int(seqs[-1]) if parts else scope.through, seqs,
+                np.concatenate(tails) if tails else None,
+            )  # fmt: skip
+            self._scopes[tenant] = scope
+            return scope
+
+    def _registered(self, tenant: str) -> tuple[str, str, int] | None:
+        rows = self._catalogue.read("SELECT name, digest, through FROM index_files WHERE tenant = ?", tenant)
+        return rows[0] if rows else None
+
+    def _usable(self, file: tuple[str, str, int]) -> bool:
+        path = self.folder / file[0]
+        return path.exists() and sampled_digest(path) == file[1]
+
+    def _view(self, file: tuple[str, str, int]) -> Index | None:
+        """A registered graph, mapped; None if its file is gone or is another."""
+        if not self._usable(file):
+            return None
+        graph = Index.restore(self.folder / file[0], view=True)
+        graph.expansion_search = EXPANSION_SEARCH
+        return graph
+
+    def problems(self) -> Iterator[str]:
+        """Graphs that are gone, damaged, or of another size than the catalogue says."""
+        for tenant, name, count in self._catalogue.read("SELECT tenant, name, count FROM index_files"):
+            if not self._usable(self._registered(tenant)):
+                yield f"{self.folder / name} is missing or damaged; open the bank for writing to rebuild it"
+            elif len(Index.restore(self.folder / name, view=True)) != count:
+                yield f"{self.folder / name} has another number of entries than the catalogue says"
+
+    # For the writer.
+
+    def repair(self) -> None:
+        """Rebuild graphs whose files are gone or damaged, and bring those up to date that are far behind."""
+        for (tenant,) in self._catalogue.read("SELECT tenant FROM index_files"):
+            if not self._usable(self._registered(tenant)):
+                logger.warning("the index of tenant %r is missing or damaged: it is rebuilt", tenant)
+                self.rebuild(tenant)
+            self.grow(tenant)
+
+    def keep_up(self, tenants: Iterable[str]) -> None:
+        """``grow`` after a commit, which stands whether this works or not."""
+        for tenant in tenants:
+            try:
+                self.grow(tenant)
+            except (OSError, RuntimeError, BankError) as error:
+                logger.error("the index of tenant %r could not be extended, searches are slower: %s", tenant, error)
+
+    def grow(self, tenant: str) -> None:
+        """Take a tenant's newer entries into its graph when there are many of them."""
+        file = self._registered(tenant)
+        through = file[2] if file else 0
+        (waiting,) = self._catalogue.read(
+            "SELECT count(*) FROM entries WHERE state = 0 AND tenant = ? AND seq > ?", tenant, through
+        )[0]
+        indexed = self._catalogue.read("SELECT count FROM index_files WHERE tenant = ?", tenant)
+        if waiting >= min(max(SMALLEST_GRAPH, (indexed[0][0] if indexed else 0) // 8), LARGEST_TAIL):
+            self._extend(tenant, file)
+
+    def rebuild(self, tenant: str) -> None:
+        """Make a tenant's graph anew from the catalogue, if it still has so many entries."""
+        self._growing.pop(tenant, None)
+        with self._catalogue.write(revise=False) as db:
+            db.execute("DELETE FROM index_files WHERE tenant = ?", (tenant,))
+        self.grow(tenant)
+
+    def prune(self) -> None:
+        """Rebuild graphs in which a fifth of the entries is not current any more."""
+        for tenant, through, count in self._catalogue.read("SELECT tenant, through, count FROM index_files"):
+            (current,) = self._catalogue.read(
+                "SELECT count(*) FROM entries WHERE state = 0 AND tenant = ? AND seq <= ?", tenant, through
+            )[0]
+            if count - current > count // 5:
+                self.rebuild(tenant)
+
+    def _extend(self, tenant: str, file: tuple[str, str, int] | None) -> None:
+        graph = self._growing.get(tenant)
+        if graph is None and file is not None:
+            graph = Index.restore(self.folder / file[0], view=False)
+            graph.expansion_add = EXPANSION_ADD
+        through = file[2] if file else 0
+        for seqs, vectors in self._catalogue.vectors(tenant, through):
+            if graph is None:
+                graph = Index(
+                    ndim=vectors.shape[1], metric="cos", dtype="i8", connectivity=CONNECTIVITY,
+                    expansion_add=EXPANSION_ADD, expansion_search=EXPANSION_SEARCH,
+                )  # fmt: skip
+            graph.add(seqs, vectors, threads=torch.get_num_threads())
+            through = int(seqs[-1])
+        self._growing[tenant] = graph
+        path = self.folder / f"{uuid.uuid4().hex}.usearch"
+        write_durably(path, lambda temporary: graph.save(str(temporary)))
+        with self._catalogue.write() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO index_files VALUES (?, ?, ?, ?, ?)",
+                (tenant, path.name, sampled_digest(path), through, len(graph)),
+            )
+        if file is not None:
+            (self.folder / file[0]).unlink(missing_ok=True)  # readers that have it mapped keep it
+
+
+def _order(hit: Hit) -> tuple[float, str]:
+    return -hit.score, hit.ref
+
+
+def _best(query: np.ndarray, rows: list[tuple[str, bytes]], top_k: int) -> list[Hit]:
+    """The nearest of (reference, vector) rows by their exact cosine; equals by reference."""
+    if not rows:
+        return []
+    scores = unpack(row[1] for row in rows) @ query
+    hits = [Hit(row[0], float(score)) for row, score in zip(rows, scores, strict=True)]
+    return sorted(hits, key=_order)[:top_k]
