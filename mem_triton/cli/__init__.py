@@ -1,0 +1,5 @@
+"""The command line: ``mem-triton bank``, ``mem-triton write``, ``mem-triton doctor``."""
+
+from mem_triton.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,117 @@
+"""``mem-triton doctor``: which versions are here, what Triton can compile for, and whether a GPU answers."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mem_triton import __version__, compat
+from mem_triton.cli import output
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
+           "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
+EXTRAS = ("sglang", "usearch", "faiss-cpu", "sentence-transformers", "openai", "safetensors")
+
+
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Versions of Triton, its compilers, the engines and the GPU; exit code 1 if something will not work."""
+    report = examine()
+    if json:
+        output.print_json(report)
+    else:
+        output.print_table(["", "version", "tested with", ""], [_row(v) for v in report["versions"]])
+        print()
+        output.print_fields({**report["triton"], **report["gpu"]})
+        print()
+        print("\n".join(report["problems"]) or "all well")
+    if report["problems"]:
+        raise typer.Exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """All findings; "problems" are sentences that name what is wrong and what to do."""
+    problems: list[str] = []
+    versions: list[dict[str, Any]] = [
+        {"name": "mem_triton", "version": __version__, "tested": None, "ok": True},
+        {"name": "python", "version": platform.python_version(), "tested": ">=3.10", "ok": True},
+    ]
+    for name, tested in compat.TESTED_VERSIONS.items():
+        version = compat.installed_version(name)
+        try:
+            ok = version is None or bool(compat.require(name))
+        except compat.UnsupportedVersionError as error:
+            ok = False
+            problems.append(str(error))
+        versions.append({"name": name, "version": version and str(version), "tested": tested, "ok": ok})
+    for name in EXTRAS:
+        version = compat.installed_version(name)
+        versions.append({"name": name, "version": version and str(version), "tested": None, "ok": True})
+    return {
+        "versions": versions, "triton": _triton(problems), "gpu": _gpu(problems), "problems": problems,
+    }  # fmt: skip
+
+
+def _row(version: dict[str, Any]) -> list[str]:
+    return [
+        version["name"], version["version"] or "not installed", version["tested"] or "", "" if version["ok"] else "!",
+    ]  # fmt: skip
+
+
+def _triton(problems: list[str]) -> dict[str, str]:
+    """Version of each ptxas, and for each architecture whether a kernel compiles; needs no GPU."""
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        from mem_triton.cli.probe_kernels import scale
+    except ImportError as error:
+        problems.append(f"triton cannot be imported ({error}); GPUs are not served, CPUs are")
+        return {"triton": "not importable"}
+    found: dict[str, str] = {}
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    for tool in sorted(tools.glob("ptxas*")):
+        version = _output([str(tool), "--version"])
+        match = re.search(r"release ([\d.]+), V([\d.]+)", version or "")
+        found[tool.name] = match[2] if match else "does not run"
+    for name, target in TARGETS.items():
+        source = ASTSource(scale, {"x": "*fp32", "factor": "fp32", "BLOCK": "constexpr"}, {(2,): 64}, {})
+        try:
+            triton.compile(source, target=GPUTarget(*target))
+            found[name] = "compiles"
+        except Exception as error:  # whatever a compiler says
+            found[name] = f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return found
+
+
+def _gpu(problems: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    if shutil.which("nvidia-smi"):
+        fields = "name,driver_version,memory.total,compute_cap"
+        listed = _output(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"])
+        for i, line in enumerate((listed or "nvidia-smi does not answer").strip().splitlines()):
+            found[f"GPU {i}"] = line
+    import torch
+
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            found[f"torch cuda:{i}"] = f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}, CUDA {torch.version.cuda}"
+            if (major, minor) < (8, 0):
+                problems.append(f"cuda:{i} is sm_{major}{minor}; kernels are tested from sm_80 on")
+    elif found:
+        problems.append("there is a GPU that torch cannot use; install a CUDA build of torch for this driver")
+    return found or {"GPU": "none (kernels run on the CPU through torch)"}
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None

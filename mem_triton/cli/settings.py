@@ -1,0 +1,91 @@
+"""From words on the command line to the write path's choices, and to new banks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from mem_triton.memory3 import WriteConfig, bank_spec
+from mem_triton.store.bank import Bank
+from mem_triton.store.fingerprint import Fingerprint, model_fingerprint
+
+CODECS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+class OptionError(ValueError):
+    """An option that means nothing; the message names it."""
+
+
+def model_folder(model: str) -> Path:
+    """The model's own files: a local folder, or the Hugging Face cache's."""
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith((".", "/", "~")):
+        raise OptionError(f"MODEL: there is no folder {model}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except Exception as error:  # a dozen kinds, of several libraries
+        raise OptionError(f'MODEL: "{model}" is no folder, and Hugging Face did not give it: {error}') from None
+
+
+def layers_of(words: str) -> str | tuple[int, ...]:
+    """ "first_half", "all", or indices and spans of them: "0-17", "4,5,9"."""
+    if words in ("first_half", "all"):
+        return words
+    indices: list[int] = []
+    for part in words.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match:
+            raise OptionError(f'--layers: {words!r} is not "first_half", "all", or like "0-17" or "4,5,9"')
+        indices += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(indices)
+
+
+def keep_of(words: str) -> int | None:
+    """Tokens kept, None for "all"."""
+    if words == "all":
+        return None
+    if not words.isdecimal() or int(words) < 1:
+        raise OptionError(f'--keep: {words!r} is neither a number nor "all"')
+    return int(words)
+
+
+def write_config(base: WriteConfig | None = None, **given: Any) -> WriteConfig:
+    """``base`` with the options that were given (those not None). Raises OptionError naming the first bad one."""
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if "layers" in chosen:
+        chosen["layers"] = layers_of(chosen["layers"])
+    if "keep" in chosen:
+        chosen["keep_tokens"] = keep_of(chosen.pop("keep"))
+    if "prefix_text" in chosen:
+        chosen["prefix_text"] = chosen["prefix_text"] or None
+    try:
+        return WriteConfig(**{**(base.model_dump() if base else {}), **chosen})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else ""
+        name = {"keep-tokens": "keep"}.get(name, name)
+        message = problem["msg"].removeprefix("Value error, ")
+        raise OptionError(f"--{name}: {message}" if name else message) from None
+
+
+def new_bank(path: Path, model: str, config: WriteConfig, *, codec: str = "auto", embedder: str = "lexical") -> Bank:
+    """An empty bank for a model, open for writing. codec: "auto" is the model's own precision."""
+    return create_bank(path, model_fingerprint(model_folder(model)), config, codec=codec, embedder=embedder)
+
+
+def create_bank(path: Path, fingerprint: Fingerprint, config: WriteConfig, *, codec: str, embedder: str) -> Bank:
+    """``new_bank`` for a fingerprint that is known. Raises OptionError naming an option that does not fit."""
+    codec = CODECS.get(fingerprint.dtype, "bf16") if codec == "auto" else codec
+    try:
+        spec = bank_spec(config, fingerprint, codec=codec, embedder=embedder)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = f"--{problem['loc'][0]}: " if problem["loc"] else ""
+        raise OptionError(where + problem["msg"].removeprefix("Value error, ")) from None
+    return Bank.create(path, spec)
