@@ -30,12 +30,11 @@ def buckets(sizes: np.ndarray, width: int) -> list[np.ndarray]:
 
 
 def gather(cache: Tensor, picked: Tensor) -> Tensor:
-    """Blocks ``picked`` of [blocks, Hkv, ...] as [Hkv, picked, ...] in fp32, contiguous.
+    """Blocks ``picked`` of [blocks, Hkv, ...] as [Hkv, picked, ...] in fp32, a copy.
 
     By indexing: index_select would first copy a cache with strides as a whole.
     """
-    blocks = cache[picked].transpose(0, 1)
-    return torch.empty(blocks.shape).copy_(blocks)
+    return cache.transpose(0, 1)[:, picked].float().contiguous()
 
 
 def dequantise(
