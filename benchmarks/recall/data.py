@@ -91,6 +91,7 @@ def draw(rng: random.Random, n: int, pool: list[tuple[int, int]] = HELD_OUT, sha
         elif rng.random() < shared / 2:  # half a name in common with another person
             first, last = pairs[rng.randrange(i)]
             near = [(first, pairs[i][1]), (pairs[i][0], last)]
+            near = [p for p in near if pairs[:i].count(p) < len(ATTRIBUTES)]
             pairs[i] = next((p for p in near if is_held_out(*p) == is_held_out(*pairs[i])), pairs[i])
     taken: set[tuple[tuple[int, int], str]] = set()
     told = []
