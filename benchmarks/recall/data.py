@@ -86,12 +86,12 @@ def draw(rng: random.Random, n: int, pool: list[tuple[int, int]] = HELD_OUT, sha
     pairs = rng.sample(pool, n)
     for i in range(1, n):
         other = pairs[rng.randrange(i)]
-        if rng.random() < shared and pairs[:i].count(other) < len(ATTRIBUTES):
+        if rng.random() < shared and pairs.count(other) < len(ATTRIBUTES):
             pairs[i] = other
         elif rng.random() < shared / 2:  # half a name in common with another person
             first, last = pairs[rng.randrange(i)]
             near = [(first, pairs[i][1]), (pairs[i][0], last)]
-            near = [p for p in near if pairs[:i].count(p) < len(ATTRIBUTES)]
+            near = [p for p in near if pairs.count(p) < len(ATTRIBUTES)]
             pairs[i] = next((p for p in near if is_held_out(*p) == is_held_out(*pairs[i])), pairs[i])
     taken: set[tuple[tuple[int, int], str]] = set()
     told = []
