@@ -18,8 +18,9 @@ def log_weights(q: Tensor, k: Tensor, valid: Tensor, scale: float, normalize: bo
     kv_heads = k.shape[2]
     out = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=q.device)
     cells = max(1, SCRATCH_BYTES // max(1, heads * tokens * 8))  # queries whose logits fit, over references
-    for references in torch.arange(batch).split(max(1, cells // max(1, tokens))):
-        some = slice(int(references[0]), int(references[-1]) + 1)
+    step = max(1, cells // max(1, tokens))
+    for first in range(0, batch, step):
+        some = slice(first, first + step)
         real = valid[some]  # [b, T]
         keys = k[some].double().masked_fill(~real[:, :, None, None], 0).transpose(1, 2)  # [b, Hkv, T, D]
         total = keys.new_full((len(real), kv_heads, tokens), -torch.inf)
