@@ -6,6 +6,7 @@ outside in the unused columns of the tables.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,12 @@ import torch
 from torch import Tensor
 
 from mem_triton.ops.memory_attention import (
-    FOREVER, MemoryPages, MemoryTable, PagedContext, SharedSegment, reference,
+    FOREVER,
+    MemoryPages,
+    MemoryTable,
+    PagedContext,
+    SharedSegment,
+    reference,
 )  # fmt: skip
 
 NAN, FAR = float("nan"), 1 << 28
@@ -249,3 +255,72 @@ def assert_matches(case: AttentionCase, want: Expected | None = None) -> None:
         allowed = budget[~nobody]
         over = (error > allowed).sum()
         assert not over, f"{name}: {over} of {error.numel()} off, worst {float((error / allowed).max()):.2f} budgets"
+
+
+def random_case(pick: random.Random) -> AttentionCase:
+    """Any batch, from a seed: rows of all kinds, every layout, dtype and option."""
+    rows = [
+        (pick.choice([0, 1, 1, 1, 2, 5, 23]), pick.choice([0, 1, 7, 15, 16, 40])) for _ in range(pick.randint(1, 5))
+    ]
+    page_size = pick.choice([8, 16, 21])
+
+    def page() -> Page:
+        first = pick.choice([0, 0, 0, 3, 20])
+        return pick.randint(1, page_size), first, pick.choice([FOREVER, FOREVER, first + 5, 17])
+
+    def memory() -> list[Page] | None:
+        return None if pick.random() < 0.3 else [page() for _ in range(pick.randint(0, 5))]
+
+    dtype = pick.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
+    group = pick.choice([1, 2, 3, 8])
+    case = make_case(
+        rows,
+        heads=(2 * group, 2),
+        size=pick.choice([32, 48, 64, 80]),
+        block_size=pick.choice([8, 16, 24]),
+        memories=None if pick.random() < 0.1 else [memory() for _ in rows],
+        page_size=page_size,
+        page_dtype=pick.choice([None, None, torch.float32, INT8, FP8]),
+        bias=pick.random() < 0.3,
+        shared=pick.choice([0, 0, 1, 30]),
+        shared_range=[pick.choice([(0, FOREVER), (0, 0), (4, 18)]) for _ in rows],
+        shared_bias=pick.choice([0.0, -1.5]),
+        soft_cap=pick.choice([0.0, 0.0, 2.0]),
+        sinks=pick.random() < 0.3,
+        dtype=dtype,
+        layout=pick.choice(["packed", "tokens_first", "heads_first"]),
+        padding_tokens=pick.choice([0, 3]),
+        seed=pick.randint(0, 1000),
+    )
+    if case.shared is not None and pick.random() < 0.3:  # a layer without pages
+        return replace(case, pages=None, table=None)
+    return case
+
+
+def in_order(
+    case: AttentionCase, order: list[int | None], padding: int
+) -> tuple[AttentionCase, list[tuple[slice, slice]]]:
+    """The rows of ``case`` in another order, None = a padding row; and which tokens of it are which of ``case``."""
+    starts = case.context.query_start_loc.tolist()
+    lengths = [0 if n is None else starts[n + 1] - starts[n] for n in order]
+    tokens = [torch.arange(starts[n], starts[n + 1]) for n in order if n is not None]
+    tail = case.query.new_full((padding, *case.query.shape[1:]), NAN)
+    rows = [-1 if n is None else n for n in order]
+    query = torch.cat([case.query[torch.cat(tokens)], tail])
+    begins = torch.tensor([0, *lengths]).cumsum(0)
+    other = replace(
+        case,
+        query=query,
+        out=torch.full(query.shape, NAN, dtype=query.dtype),
+        lse=torch.full(query.shape[:2], NAN),
+        row_slot=None if case.row_slot is None else case.row_slot[rows],
+        context=case.context._replace(
+            block_table=case.context.block_table[rows],
+            seq_lens=case.context.seq_lens[rows],
+            query_start_loc=begins.int(),
+        ),
+    )
+    places = [
+        (slice(begins[i], begins[i + 1]), slice(starts[n], starts[n + 1])) for i, n in enumerate(order) if n is not None
+    ]
+    return other, places

@@ -1,0 +1,330 @@
+"""``memory_attention`` on the CPU against the fp64 oracle: values, invariances, what stays untouched, checks."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mem_triton.ops.memory_attention import FOREVER, Policy, memory_attention, paged_torch, reference, torch_parts
+from tests.ops.attention_case import (
+    FP8,
+    INT8,
+    AttentionCase,
+    assert_matches,
+    expected,
+    in_order,
+    make_case,
+    random_case,
+)
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def run(case: AttentionCase) -> AttentionCase:
+    after = case.fresh()
+    memory_attention(after.query, after.context, after.out, lse=after.lse, **after.reads())
+    return after
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> bool:
+    return float((a.double() - b.double()).abs().max()) <= tolerance
+
+
+# --- the specification ------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_a_softmax_over_the_concatenation():
+    """Against PyTorch's own attention: B5, memory that holds a prefix is that prefix in the context."""
+    case = make_case([(9, 4)], memories=[[(8, 0, FOREVER), (5, 0, FOREVER)]], dtype=torch.float64)
+    out, lse = reference.memory_attention(case.query, case.context, **case.reads())
+    keys, values = reference.read_context(case.context, 0, 13, torch.float64)
+    slot = int(case.row_slot[0])
+    memory = reference.read_memory(slot, 0, case.pages, case.table, None, torch.float64)
+    keys, values = (torch.cat([*(part[i] for part in memory), x], 1) for i, x in enumerate((keys, values)))
+    mask = torch.ones(9, 26, dtype=torch.bool).tril(26 - 9)
+    want = F.scaled_dot_product_attention(
+        case.query.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, enable_gqa=True
+    )
+    torch.testing.assert_close(out, want[0].transpose(0, 1), rtol=1e-12, atol=1e-12)
+    logits = torch.einsum("thd,hld->thl", case.query, keys.repeat_interleave(2, 0)) * 32**-0.5
+    torch.testing.assert_close(
+        lse, logits.masked_fill(~mask[:, None], -torch.inf).logsumexp(-1), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_the_oracle_sees_a_wrong_output():
+    """Negative control: one element off by its budget, one unwritten, one written that nobody owns."""
+    case = make_case([(3, 2), (1, 7)], memories=[[(8, 0, FOREVER)], None], padding_tokens=1)
+    want, after = expected(case), run(case)
+    assert_matches(after, want)
+    for spoil in (
+        lambda t: t.out[1, 2, 3].add_(2 * float(want.out_budget[1, 2, 3])),
+        lambda t: t.lse[3, 1].mul_(1.0001),
+        lambda t: t.out[3].fill_(float("nan")),
+        lambda t: t.out[4].zero_(),
+    ):
+        spoiled = run(case)
+        spoil(spoiled)
+        with pytest.raises(AssertionError):
+            assert_matches(spoiled, want)
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 100_000))
+def test_any_batch(seed):
+    case = random_case(random.Random(seed))
+    assert_matches(run(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, FP16])
+@pytest.mark.parametrize("page_dtype", [None, torch.float32, INT8, FP8])
+def test_every_dtype(dtype, page_dtype):
+    case = make_case(
+        [(5, 10), (1, 33)], memories=[[(8, 0, FOREVER), (3, 11, 13)], [(7, 0, FOREVER)]], dtype=dtype,
+        page_dtype=page_dtype, shared=9, shared_bias=-0.5, bias=True,
+    )  # fmt: skip
+    assert_matches(run(case))
+
+
+def visible_by_chunk(prompt: int, lists: list[int], every: int = 64) -> list[tuple[int, int, int]]:
+    """Pages of 8 tokens: ``lists[c]`` of them for the queries of chunk c, the last ones for everything after too."""
+    pages = []
+    for chunk, count in enumerate(lists):
+        end = FOREVER if chunk == len(lists) - 1 else (chunk + 1) * every
+        pages += [(8, chunk * every, end)] * count
+    assert prompt >= (len(lists) - 1) * every
+    return pages
+
+
+def b6_case(dtype: torch.dtype = torch.float32, **options) -> AttentionCase:
+    """Prompts with other references every 64 tokens, in one batch with decoding rows that have 0 to 5."""
+    return make_case(
+        [(150, 0), (70, 60), (1, 200), (1, 90), (1, 5), (0, 3), (4, 62)],
+        memories=[
+            visible_by_chunk(150, [5, 3, 4]), visible_by_chunk(130, [1, 0, 5]), visible_by_chunk(200, [2, 4, 0, 5]),
+            None, [(8, 0, FOREVER)] * 3, [(8, 0, FOREVER)] * 2, visible_by_chunk(66, [2, 1]),
+        ],
+        dtype=dtype, padding_tokens=3, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"soft_cap": 3.0, "sinks": True, "bias": True}, {"shared": 21}])
+def test_b6_mixed_batches_with_changes_every_64_tokens_equal_the_oracle(options):
+    assert_matches(run(b6_case(**options)))
+
+
+def test_b7_the_memories_of_one_chunk_do_not_move_the_queries_of_another():
+    case = b6_case()
+    after, slot = run(case), int(case.row_slot[0])
+    for page in case.table.page[slot, 5:8].tolist():  # those of chunk 1
+        case.pages.keys[page] *= 2
+    changed = run(case)
+    same = (changed.out[:150] == after.out[:150]).flatten(1).all(1)
+    assert same[:64].all() and same[128:].all() and not same[64:128].any()
+
+
+def test_sequences_longer_than_a_query_chunk(monkeypatch):
+    monkeypatch.setattr(paged_torch, "QUERY_CHUNK", 16)
+    case = make_case(
+        [(50, 0), (17, 40), (16, 0), (1, 3)], memories=[[(8, 0, 20), (8, 30, FOREVER)], None, [(3, 0, 9)], None]
+    )
+    assert_matches(run(case))
+
+
+def test_groups_are_bounded_in_memory(monkeypatch):
+    rows = [(1, n) for n in (3, 90, 17, 200, 45)]
+    case = make_case(rows, memories=[[(8, 0, FOREVER)] * n for n in (1, 12, 2, 0, 7)])
+    after, sizes = run(case), []
+    gather = torch_parts.gather
+    monkeypatch.setattr(torch_parts, "GATHER_LIMIT", 64 * 100)
+    monkeypatch.setattr(
+        paged_torch, "gather", lambda *a: sizes.append(gather(*a).numel()) or gather(*a)
+    )  # fmt: skip
+    again = run(case)
+    assert max(sizes) <= 64 * 208 and len(sizes) > 8  # the longest row alone goes beyond the limit
+    assert close(again.out, after.out)
+
+
+# --- invariances ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_rows_without_memory_are_bit_equal_to_a_call_without(dtype):
+    case = make_case(
+        [(40, 3), (1, 50), (1, 9), (33, 0), (1, 70), (2, 8)],
+        memories=[[(8, 0, FOREVER)] * 3, None, [(8, 0, FOREVER)], None, None, []],
+        dtype=dtype, soft_cap=0.0, sinks=True, shared=12,
+        shared_range=[(0, FOREVER), (0, 0), (0, FOREVER), (0, 0), (0, 0), (0, 0)],
+    )  # fmt: skip
+    with_memory, without = run(case), run(case.without_memory())
+    starts = case.context.query_start_loc.tolist()
+    for row, same in enumerate([False, True, False, True, True, True]):  # the last one's slot has no pages
+        tokens = slice(starts[row], starts[row + 1])
+        assert torch.equal(with_memory.out[tokens], without.out[tokens]) == same
+        assert torch.equal(with_memory.lse[tokens], without.lse[tokens]) == same
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(order=st.permutations(range(5)))
+def test_b4_the_order_of_memories_does_not_matter(order):
+    case = make_case([(6, 5), (1, 30)], memories=[[(8, 0, FOREVER), (5, 0, 8), (3, 7, 99), (8, 0, 9), (1, 0, 9)], None])
+    slot = int(case.row_slot[0])
+    columns = [x.clone() for x in case.table[:4]]
+    for mine, old in zip(columns, case.table[:4], strict=True):
+        mine[slot, :5] = old[slot, list(order)]
+    swapped = replace(case, table=case.table._replace(**dict(zip(case.table._fields[:4], columns, strict=True))))
+    assert close(run(swapped).out, run(case).out)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(cuts=st.sets(st.integers(1, 69), max_size=5))
+def test_a_prompt_split_anywhere_gives_the_same(cuts):
+    whole = make_case([(70, 0)], memories=[visible_by_chunk(70, [3, 2])], shared=9, sinks=True)
+    after, parts = run(whole), whole.fresh()
+    for begin, end in zip([0, *sorted(cuts)], [*sorted(cuts), 70], strict=True):
+        context = whole.context._replace(
+            query_start_loc=torch.tensor([0, end - begin], dtype=torch.int32),
+            seq_lens=torch.tensor([end], dtype=torch.int32),
+            max_query_len=end - begin,
+        )
+        part = replace(
+            parts, query=whole.query[begin:end], out=parts.out[begin:end], lse=parts.lse[begin:end], context=context
+        )
+        memory_attention(part.query, part.context, part.out, lse=part.lse, **part.reads())
+    assert close(parts.out, after.out) and close(parts.lse, after.lse, 2e-6)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(order=st.permutations([0, 1, 2, 3, None]), padding=st.integers(0, 3))
+def test_a_batch_in_another_order_with_padding_gives_the_same(order, padding):
+    case = make_case(
+        [(1, 9), (20, 3), (1, 40), (5, 0)], memories=[[(8, 0, FOREVER)] * 2, [(4, 7, 12)], None, []], shared=7
+    )
+    after = run(case)
+    other, places = in_order(case, order, padding)
+    other = run(other)
+    for mine, theirs in places:
+        assert close(other.out[mine], after.out[theirs]) and close(other.lse[mine], after.lse[theirs], 2e-6)
+    live = int(other.context.query_start_loc[-1])
+    assert other.out[live:].isnan().all() and other.lse[live:].isnan().all()
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 999))
+def test_pages_and_blocks_anywhere_give_the_same_bits(seed):
+    case = make_case([(6, 30), (1, 17)], memories=[[(8, 0, FOREVER)] * 3, [(5, 0, FOREVER)]], page_dtype=INT8)
+    g = torch.Generator().manual_seed(seed)
+    blocks, pages = (torch.randperm(len(x), generator=g) for x in (case.context.keys, case.pages.keys))
+    context = case.context._replace(
+        keys=case.context.keys[blocks], values=case.context.values[blocks],
+        block_table=torch.argsort(blocks).int()[case.context.block_table.clamp(max=len(blocks) - 1)],
+    )  # fmt: skip
+    moved = replace(
+        case, context=context, pages=case.pages._make(x[pages] for x in case.pages),
+        table=case.table._replace(page=torch.argsort(pages).int()[case.table.page.clamp(max=len(pages) - 1)]),
+    )  # fmt: skip
+    after, again = run(case), run(moved)
+    assert torch.equal(after.out, again.out) and torch.equal(after.lse, again.lse)
+
+
+def test_empty_batches():
+    for rows, padding in (([(0, 3)], 2), ([(0, 0), (0, 5)], 0)):
+        case = make_case(rows, memories=[[(8, 0, FOREVER)] for _ in rows], padding_tokens=padding)
+        assert run(case).out.isnan().all()
+    case = make_case([(1, 3)])
+    none = case.context._replace(
+        block_table=case.context.block_table[:0],
+        query_start_loc=case.context.query_start_loc[:1],
+        seq_lens=case.context.seq_lens[:0],
+    )
+    assert run(replace(case, context=none)).out.isnan().all()
+
+
+# --- the op -----------------------------------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    """The declared mutation, the fake implementation and the traced op agree with what runs."""
+    case = make_case([(3, 4), (1, 9)], memories=[[(8, 0, FOREVER)], None], shared=5, sinks=True, page_dtype=INT8)
+    case.out.zero_(), case.lse.zero_()  # opcheck compares runs, and NaN equals nothing
+    clean = lambda tensors: [x.nan_to_num() if x is not None and x.is_floating_point() else x for x in tensors]  # noqa: E731
+    options = {
+        "max_query_len": 3, "scale": case.scale, "soft_cap": 0.0, "sinks": case.sinks, "row_slot": case.row_slot,
+        "pages": clean(case.pages), "table": clean(case.table), "shared": list(case.shared[:-1]), "shared_bias": 0.0,
+        "lse": case.lse,
+    }  # fmt: skip
+    for chosen in (options, {**options, "row_slot": None, "pages": [], "table": [], "shared": [], "lse": None}):
+        torch.library.opcheck(
+            torch.ops.mem_triton.memory_attention, (case.query, clean(case.context[:-1]), case.out), chosen
+        )
+
+
+def test_a_compiled_caller_gets_the_same_as_an_eager_one():
+    case = make_case([(3, 4), (1, 9)], memories=[[(8, 0, FOREVER)], None], shared=5)
+    eager, traced = run(case), case.fresh()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(query, out, lse):
+        memory_attention(query, case.context, out, lse=lse, **case.reads())
+
+    step(traced.query, traced.out, traced.lse)
+    assert torch.equal(traced.out, eager.out) and torch.equal(traced.lse, eager.lse)
+
+
+def test_without_lse_and_without_slots():
+    case = make_case([(3, 4)], memories=[[(8, 0, FOREVER)]])
+    after, alone = run(case), case.fresh()
+    memory_attention(alone.query, alone.context, alone.out, **alone.reads())
+    assert torch.equal(alone.out, after.out)
+    plain, no_slots = run(case.without_memory()), run(replace(case, row_slot=None))
+    assert torch.equal(plain.out, no_slots.out) and not torch.equal(plain.out, after.out)
+
+
+@pytest.mark.parametrize(
+    "name,spoil",
+    [
+        ("query", lambda c: {"query": c.query.double()}),
+        ("query", lambda c: {"query": c.query[:, :3], "out": c.out[:, :3], "lse": c.lse[:, :3], "sinks": None}),
+        ("out", lambda c: {"out": c.out[:1]}),
+        ("out", lambda c: {"out": c.out.bfloat16()}),
+        ("lse", lambda c: {"lse": c.lse.double()}),
+        ("sinks", lambda c: {"sinks": c.sinks[:2]}),
+        ("row_slot", lambda c: {"row_slot": c.row_slot.long()}),
+        ("table", lambda c: {"table": None}),
+        ("context.keys", lambda c: {"context": c.context._replace(keys=c.context.keys.mT)}),
+        ("context.keys", lambda c: {"context": c.context._replace(keys=c.context.keys.to(torch.int8))}),
+        ("context.values", lambda c: {"context": c.context._replace(values=c.context.values.contiguous())}),
+        ("context.block_table", lambda c: {"context": c.context._replace(block_table=c.context.block_table.long())}),
+        ("context.seq_lens", lambda c: {"context": c.context._replace(seq_lens=c.context.seq_lens.long())}),
+        ("context.query_start_loc", lambda c: {"context": c.context._replace(query_start_loc=c.row_slot)}),
+        ("pages.keys", lambda c: {"pages": c.pages._replace(keys=c.pages.keys[:, :1])}),
+        ("pages.values", lambda c: {"pages": c.pages._replace(values=c.pages.values.float())}),
+        ("pages.key_scale", lambda c: {"pages": c.pages._replace(key_scale=None)}),
+        ("pages.value_scale", lambda c: {"pages": c.pages._replace(value_scale=c.pages.value_scale.mT)}),
+        ("table.tokens", lambda c: {"table": c.table._replace(tokens=c.table.tokens[:, :-1])}),
+        ("table.first", lambda c: {"table": c.table._replace(first=torch.cat([c.table.first] * 2, 1)[:, ::2])}),
+        ("table.count", lambda c: {"table": c.table._replace(count=c.table.count[:-1])}),
+        ("shared.first", lambda c: {"shared": c.shared._replace(first=c.shared.first[:-1])}),
+        ("shared.keys", lambda c: {"shared": c.shared._replace(keys=c.shared.keys[..., :-1])}),
+        ("shared.key_scale", lambda c: {"shared": c.shared._replace(key_scale=c.shared.key_scale.double())}),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(name, spoil):
+    case = make_case([(3, 1)], memories=[[(8, 0, 9)]], shared=5, sinks=True, page_dtype=INT8, bias=True)
+    case = replace(case, **spoil(case))
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        memory_attention(case.query, case.context, case.out, lse=case.lse, **case.reads())
+
+
+def test_an_unknown_route_is_refused():
+    with pytest.raises(ValueError, match="route="):
+        Policy("fastest")
