@@ -2,7 +2,7 @@
 
 Example::
 
-    told, references = library(random.Random(1), references=5, most_facts=3, pool=data.HELD_OUT)
+    told, references = library(random.Random(1), references=5, facts=(1, 3))
     references[0]        # "Note that this is the desk. The locker of Mara Stone is falcon. The team of the project ..."
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 
 from benchmarks.recall import data
+from benchmarks.recall.chat import END, START
 
 NEUTRAL = (
     "Remember this.", "Note that this is the {a}.", "The {a} of the {b} is this.", "Note that the {a} is the {b}'s.",
@@ -46,15 +47,20 @@ def reference(rng: random.Random, told: list[data.Fact], tokens: int) -> str:
 
 
 def library(
-    rng: random.Random, references: int, most_facts: int, pool: list[tuple[int, int]] = data.HELD_OUT,
+    rng: random.Random, references: int, facts: tuple[int, int], pool: list[tuple[int, int]] = data.HELD_OUT,
     shared: float = 1 / 3,
 ) -> tuple[list[list[data.Fact]], list[str]]:  # fmt: skip
-    """So many references with 1 to ``most_facts`` facts each: their facts, and their texts.
+    """So many references with ``facts[0]`` to ``facts[1]`` facts each: their facts, and their texts.
 
     No two facts have the same name and attribute. shared: share of facts that repeat another's name, be it in the same
     reference or not.
     """
-    counts = [rng.randint(1, most_facts) for _ in range(references)]
+    counts = [rng.randint(*facts) for _ in range(references)]
     drawn = iter(data.draw(rng, sum(counts), pool, shared))
     told = [[next(drawn) for _ in range(count)] for count in counts]
-    return told, [reference(rng, facts, rng.randint(*LENGTHS)) for facts in told]
+    return told, [reference(rng, own, rng.randint(*LENGTHS)) for own in told]
+
+
+def telling_texts(texts: list[str]) -> str:
+    """The chat that gives references as text, up to the last processed token: what RAG puts before a question."""
+    return f"{START}user\n{' '.join(texts)}{END}\n{START}assistant\n{data.REPLY}"

@@ -4,7 +4,8 @@
 
 Memory³ (arXiv 2407.01178, section 4): a model that never saw memory in training makes little of it. Batches: questions
 whose evidence is in one of one to five references, read sparse (with the selection in the loop, hard or as a bias with
-gradients), dense, or as dense prefixes of all layers; and the old task, with and without references that do not matter.
+gradients), dense, as dense prefixes of all layers, or as text in the context; and the old task, with and without
+references that do not matter.
 The loss covers answers only.
 """
 
@@ -21,8 +22,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from benchmarks.recall import data
-from benchmarks.recall.chat import asking, in_context, telling
-from benchmarks.recall.explicit_data import library
+from benchmarks.recall.chat import END, asking, in_context, telling
+from benchmarks.recall.explicit_data import library, telling_texts
 from benchmarks.recall.train_base import STAGES, save
 from benchmarks.recall.train_base import batch as context_batch
 from benchmarks.recall.train_base import forward as context_forward
@@ -38,7 +39,8 @@ from benchmarks.recall.train_memory_forward import (
 
 LAYERS = (0, 1)  # the first half, Memory³'s choice; layer 1's full stops hold whole facts
 PREFIX = "Reference:"
-KINDS = {"sparse": 0.32, "soft": 0.2, "dense": 0.18, "prefix": 0.12, "context": 0.18}
+KINDS = {"sparse": 0.3, "soft": 0.2, "dense": 0.15, "prefix": 0.1, "text": 0.08, "context": 0.17}
+READ = ("sparse", "dense", "prefix")
 REFERENCES, QUESTIONS, MOST = 16, 48, 5
 
 
@@ -73,7 +75,7 @@ def memory_batch(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, kind: str, count: int = REFERENCES
 ) -> tuple[Tensor, Tensor]:
     """Questions to a library of references; each request reads the one that tells, and up to four others."""
-    told, texts = library(rng, count, rng.choice([2, 4, 4, 6]), data.TRAINED, rng.choice([0.0, 1 / 3, 2 / 3]))
+    told, texts = library(rng, count, (1, rng.choice([2, 4, 4, 6])), data.TRAINED, rng.choice([0.0, 1 / 3, 2 / 3]))
     pairs, rows = [], torch.full((QUESTIONS, MOST), -1)
     inside = rng.random() < 0.12  # the facts are in the context, the references are about others
     for b in range(QUESTIONS // 3 if inside else QUESTIONS):
@@ -86,10 +88,39 @@ def memory_batch(
     return answers(model, tokenizer, pairs, memory)
 
 
-def context_loss(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tuple[Tensor, float]:
-    """The old task: facts and questions in one chat, no memory."""
-    n = rng.randint(1, 16)
-    ids, answer, values = context_batch(rng, tokenizer, len(STAGES), n, 8, max(4, 160 // (n + 16)))
+def text_batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    """References as text, then six questions, each answered: ids, answers and values [B, T]."""
+    texts, asked = [], []
+    for _ in range(size):
+        told, own = library(rng, rng.randint(1, MOST), (1, 4), data.TRAINED, rng.choice([0.0, 1 / 3, 2 / 3]))
+        asked.append([rng.choice(rng.choice(told)) for _ in range(6)])
+        texts.append(telling_texts(own) + END + "\n")
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    answer = [[False] * len(row) for row in ids]
+    for row, flags, facts in zip(ids, answer, asked, strict=True):
+        for fact in facts:
+            for text, flag in zip(asking(fact, rng.random()), (False, True), strict=True):
+                more = tokenizer(text)["input_ids"]
+                row += more
+                flags += [flag] * len(more)
+            row += tokenizer("\n")["input_ids"]
+            flags += [False] * (len(row) - len(flags))
+    longest = max(map(len, ids))
+    padded = torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in ids])
+    answered = torch.tensor([flags + [False] * (longest - len(flags)) for flags in answer])
+    words = torch.tensor(tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in data.VALUES]))
+    return padded, answered, answered & torch.isin(padded, words)
+
+
+def context_loss(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, references: bool
+) -> tuple[Tensor, float]:
+    """Facts and questions in one chat, no memory: the old task, or references as text."""
+    if references:
+        ids, answer, values = text_batch(tokenizer, rng)
+    else:
+        n = rng.randint(1, 16)
+        ids, answer, values = context_batch(rng, tokenizer, len(STAGES), n, 8, max(4, 160 // (n + 16)))
     logits, target = context_forward(model, ids, answer)
     loss = F.cross_entropy(logits, target, reduction="none")
     is_value = values[:, 1:][answer[:, 1:]]
@@ -98,13 +129,15 @@ def context_loss(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rn
 
 
 @torch.no_grad()
-def recall(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, kind: str, references: int, seed: int = 9) -> float:
+def recall(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, kind: str, references: int, seed: int = 9
+) -> float:
     """Share of 128 held-out questions, each to references of its own, whose whole greedy answer is right."""
     rng, right, size = random.Random(seed), 0, 32
     for _ in range(128 // size):
         pairs, texts = [], []
         for _ in range(size):
-            told, own = library(rng, references, 4)
+            told, own = library(rng, references, (1, 4))
             pairs.append(asking(rng.choice(rng.choice(told)), rng.random()))
             texts += own
         memory = written(model, tokenizer, kind, texts, torch.arange(len(texts)).view(size, references))
@@ -136,8 +169,8 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.rate * rate
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-        if kind == "context":
-            loss, right = context_loss(model, tokenizer, rng)
+        if kind in ("context", "text"):
+            loss, right = context_loss(model, tokenizer, rng, kind == "text")
         else:
             logits, expected = memory_batch(model, tokenizer, rng, kind)
             each = F.cross_entropy(logits.flatten(0, 1), expected.flatten(), reduction="none").view(expected.shape)
@@ -153,12 +186,11 @@ def main() -> None:
             shown = "  ".join(f"{name} {share:.3f}" for name, share in shares.items())
             print(f"{elapsed:6.0f} s  step {step}  loss {loss.item():.3f}  right: {shown}", flush=True)
         if step % 200 == 0:
-            found = {kind: recall(model, tokenizer, kind, 3) for kind in ("sparse", "dense", "prefix")}
+            found = {kind: recall(model, tokenizer, kind, 3) for kind in READ}
             print(f"{elapsed:6.0f} s  step {step}  held-out names, 3 references: {found}", flush=True)
             save(model, tokenizer, args.out)
     save(model, tokenizer, args.out)
-    found = {f"{kind} / {r}": recall(model, tokenizer, kind, r, 10) for kind in KINDS if kind not in ("soft", "context")
-             for r in (1, 3, 5)}  # fmt: skip
+    found = {f"{kind} / {r}": recall(model, tokenizer, kind, r, 10) for kind in READ for r in (1, 3, 5)}
     print(f"FINAL {time.time() - begin:.0f} s, {step} steps: {found}", flush=True)
 
 
