@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from prometheus_client import Counter
 
+from mem_triton.store.metrics import POOL_EVICTIONS as POOL_EVICTIONS  # the pool's are the store's own
+from mem_triton.store.metrics import POOL_HITS as POOL_HITS
+from mem_triton.store.metrics import POOL_MISSES as POOL_MISSES
+
 COMMITS = Counter("mem_triton:session_commits", "Session states committed")
 REFUSALS = Counter("mem_triton:refusals", "Requests refused because of their memory words", ["field"])
 COMMIT_FAILURES = Counter("mem_triton:session_commit_failures", "Session states that could not be committed")
@@ -11,9 +15,6 @@ LATE_COMMITS = Counter(
     "mem_triton:session_late_commits",
     "Commits that include tokens after a stop string, because the engine had run ahead of the front end",
 )
-POOL_HITS = Counter("mem_triton:pool_hits", "Entries that a request found where it looked for them", ["tier"])
-POOL_MISSES = Counter("mem_triton:pool_misses", "Entries that had to come from a tier below", ["tier"])
-POOL_EVICTIONS = Counter("mem_triton:pool_evictions", "Entries that made room for others", ["tier"])
 REFRESH_OFF = Counter(
     "mem_triton:refresh_off", "Requests whose references stay as they are while they answer, and why", ["reason"]
 )
