@@ -1,7 +1,7 @@
 """What a codec is: keys and values to tensors for the disk and back, and how large the error may be.
 
-A codec works on one block, keys and values [L, Hkv, T, D]. What it writes is laid out by layer and head, so that part of
-a block can be read alone. Decoding depends on those tensors and the codec's state only: always the same bits.
+A codec works on one block, keys and values [L, Hkv, T, D]. What it writes is laid out by layer and head, so that part
+of a block can be read alone. Decoding depends on those tensors and the codec's state only: always the same bits.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from mem_triton.ops.memory_selection.kernels import selection_weights_kernel
 
 MAX_TOKENS = 512
 """Longest text whose logits fit a program's registers; the references of Memory³ have 128 tokens."""
-QUERIES, CHANNELS = 16, 32  # the smallest tile a tensor core takes, and a cache line of bf16 keys
+QUERIES = 16  # the smallest tile a tensor core takes
 OPTIONS = {"num_stages": 2, "enable_fp_fusion": True}
 
 
@@ -18,15 +18,15 @@ def warps(tokens: int) -> int:
     return 4 if tokens <= 128 else 8
 
 
-def constants(tokens: int, group: int, head_dim: int, normalize: bool) -> dict[str, int]:
-    """The kernel's compile-time arguments."""
+def constants(tokens: int, group: int, head_dim: int, normalize: bool, item_bytes: int) -> dict[str, int]:
+    """The kernel's compile-time arguments. item_bytes: of an element of q and k."""
     return {
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "NORMALIZE": normalize,
         "TOKENS": max(16, 1 << (tokens - 1).bit_length()),
         "QUERIES": QUERIES,
-        "CHANNELS": CHANNELS,
+        "CHANNELS": 64 // item_bytes,  # fp32 dots run in registers, which are then full
     }
 
 
@@ -40,6 +40,6 @@ def log_weights(q: Tensor, k: Tensor, valid: Tensor | None, scale: float, normal
     flags = None if valid is None else valid.contiguous().view(torch.int8)
     selection_weights_kernel[(batch, kv_heads)](
         q, k, flags, out, scale, tokens, *q.stride()[:3], *k.stride()[:3], tokens,
-        **constants(tokens, heads // kv_heads, head_dim, normalize), num_warps=warps(tokens), **OPTIONS,
+        **constants(tokens, heads // kv_heads, head_dim, normalize, q.element_size()), num_warps=warps(tokens), **OPTIONS,
     )  # fmt: skip
     return out

@@ -1,0 +1,76 @@
+"""The selection kernel compiles for the GPUs we name, within its registers and without a spill."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import pytest
+
+from tests.support.aot import TARGETS, Resources, compile_for
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
+)
+
+REGISTER_BUDGET = 255  # a reference's program is alone on its multiprocessor more often than not; spills would hurt
+SHARED_BUDGET = 100 * 1024  # what an sm_86 has, the smallest of those in use
+
+
+class Case(NamedTuple):
+    tokens: int
+    head_dim: int
+    dtype: str
+    normalize: bool
+    target: str
+
+
+SHAPES = [
+    (128, 80, "bf16", True),
+    (128, 128, "fp16", False),
+    (128, 128, "fp32", True),
+    (512, 128, "bf16", True),
+    (512, 128, "fp32", True),
+]
+CASES = [Case(*shape, target) for shape, target in itertools.product(SHAPES, TARGETS)]
+
+
+def compile_case(case: Case) -> Resources | str:
+    from mem_triton.ops.memory_selection import kernels, launch
+
+    kernel = kernels.selection_weights_kernel
+    constants = launch.constants(case.tokens, 4, case.head_dim, case.normalize, 4 if case.dtype == "fp32" else 2)
+    types = {"q": f"*{case.dtype}", "k": f"*{case.dtype}", "valid": "*i8", "out": "*fp32", "scale": "fp32"}
+    arguments = {name: types.get(name, "i32:16") for name in kernel.arg_names if name not in constants}
+    arguments["tokens"] = arguments["stride_valid"] = "i32"
+    try:
+        warps = launch.warps(case.tokens)
+        return compile_for(case.target, kernel, arguments, constants, num_warps=warps, **launch.OPTIONS)
+    except Exception as error:  # carried over the process border as text: Triton's errors do not pickle
+        return f"{type(error).__name__}: {error}"
+
+
+@functools.cache
+def compiled() -> dict[Case, Resources | str]:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(CASES, pool.map(compile_case, CASES, chunksize=4), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_compiles_within_budget(case: Case):
+    result = compiled()[case]
+    assert isinstance(result, Resources), result
+    assert result.spills == 0, result
+    assert result.registers <= REGISTER_BUDGET, result
+    assert result.shared <= SHARED_BUDGET, result
+
+
+def test_a_new_length_needs_no_new_kernel():
+    from mem_triton.ops.memory_selection import kernels
+
+    sizes = [p for p in kernels.selection_weights_kernel.params if p.name == "tokens"]
+    assert sizes and all(p.do_not_specialize for p in sizes)
