@@ -111,6 +111,9 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple, dtypes: tuple, device
 def _check_scales(name: str, segment: MemoryPages | SharedSegment) -> None:
     quantised = segment.keys.dtype in BYTES
     for field in ("key_scale", "value_scale"):
-        if (getattr(segment, field) is not None) != quantised:
+        scale = getattr(segment, field)
+        if (scale is not None) != quantised:
             need = "8-bit data needs one" if quantised else f"{segment.keys.dtype} data takes none"
             raise ValueError(f"{name}.{field}: {need}")
+        if scale is not None and not scale.is_contiguous():
+            raise ValueError(f"{name}.{field}: must be contiguous, its strides are {scale.stride()}")
