@@ -79,7 +79,7 @@ class ExplicitFrontEnd:
         self.section = section
         self.bank = explicit_layout.open_bank(vllm_config, section)
         self.layout = explicit_layout.layout_of(vllm_config, section, self.bank.spec)
-        self.residency = Residency(self.layout.num_pages, self.layout.page_tokens)
+        self.residency = Residency(self.layout.num_pages, self.layout.page_tokens, self.layout.page_bytes)
         self.bank_key = self.layout.cache_key(self.bank)
         self.obstacle = self._find_obstacle(vllm_config)
         self.max_model_len = vllm_config.model_config.max_model_len
@@ -90,10 +90,17 @@ class ExplicitFrontEnd:
                 raise ConfigError("mem_triton.memory.retrieval needs a tokenizer; drop --skip-tokenizer-init")
             r = section.retrieval
             self.retriever = Retriever(self.bank, decode=decode, every=r.every, min_score=r.min_score)
+        self._default = self._pin_default()
+
+    def _pin_default(self) -> tuple[str, ...]:
+        """What requests read that name nothing; it stays on the device."""
         try:
-            self._default = tuple(self.bank.resolve(id).ref for id in section.default)
-        except BankError as error:
+            infos = [self.bank.resolve(id) for id in self.section.default]
+            if infos:
+                self.residency.pin({info.ref: info.tokens for info in infos})
+        except (BankError, PoolCapacityError) as error:
             raise ConfigError(f"mem_triton.memory.default: {error}") from None
+        return tuple(info.ref for info in infos)
 
     @staticmethod
     def _find_obstacle(vllm_config: VllmConfig) -> str | None:
@@ -174,7 +181,10 @@ class ExplicitFrontEnd:
             reading.capture["prompt_ids"] = list(prompt_ids)
         if reading.top_k:
             found = self.retriever.plan(
-                list(prompt_ids), top_k=reading.top_k, tenant=reading.request.tenant, refreshes=reading.refreshes,
+                list(prompt_ids),
+                top_k=reading.top_k,
+                tenant=reading.request.tenant,
+                refreshes=reading.refreshes,
                 attached=reading.plan,
             )
             reading.plan += tuple(found)

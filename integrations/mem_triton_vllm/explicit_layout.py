@@ -19,7 +19,7 @@ from mem_triton.config import ConfigError, MemorySection
 from mem_triton.store.bank import Bank, BankError, BankSpec
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.fingerprint import model_fingerprint
-from mem_triton.store.pool import PagePool
+from mem_triton.store.pages import PageLayout
 
 GIB = 1 << 30
 MOST_PAGES = 4096
@@ -30,11 +30,12 @@ MOST_PAGES = 4096
 class Layout:
     """num_pages: pages of the pool on each device. max_pages: pages that one request may see in one step.
 
-    kv_heads: on this device; layers: memory layers of the whole model, in order.
+    kv_heads: on this device; layers: memory layers of the whole model, in order. page_bytes: of one page on a device.
     """
 
     num_pages: int
     page_tokens: int
+    page_bytes: int
     max_pages: int
     layers: tuple[int, ...]
     kv_heads: int
@@ -75,14 +76,12 @@ def layout_of(vllm_config: VllmConfig, section: MemorySection, spec: BankSpec) -
     page_tokens = section.page_tokens or (8 if spec.keep_tokens else 16)
     dtype = {"auto": vllm_config.model_config.dtype, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[section.pool_dtype]
     layers = len(spec.layers) if parallel.pipeline_parallel_size == 1 else _most_layers_of_a_stage(vllm_config, spec)
-    num_pages = PagePool.pages_for_bytes(
-        int(section.pool_gib * GIB), num_layers=layers, kv_heads=kv_heads, head_dim=spec.head_dim,
-        page_tokens=page_tokens, dtype=dtype,
-    )  # fmt: skip
+    page_bytes = PageLayout(layers, kv_heads, spec.head_dim, page_tokens, dtype).page_bytes
+    num_pages = int(section.pool_gib * GIB) // page_bytes
     if num_pages < 1:
         raise ConfigError(f"mem_triton.memory.pool_gib: {section.pool_gib} does not hold one page; give it more")
     return Layout(
-        num_pages, page_tokens, _max_pages(vllm_config, section, spec, page_tokens, num_pages), spec.layers, kv_heads,
+        num_pages, page_tokens, page_bytes, _max_pages(vllm_config, section, spec, page_tokens, num_pages), spec.layers, kv_heads,
         spec.head_dim, dtype,
     )  # fmt: skip
 

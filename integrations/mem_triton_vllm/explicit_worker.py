@@ -111,6 +111,7 @@ class ExplicitMemory:
         """The coming step's batch, and the positions that it processes."""
         self.tables.set_rows(request_ids, first, last)
         self.captures.set_rows(request_ids, last)
+        self.loader.before_step()
 
 
 def _attentions(vllm_config: VllmConfig) -> dict[int, Any]:

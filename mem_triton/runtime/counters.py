@@ -1,12 +1,8 @@
-"""Prometheus counters; an engine that serves ``/metrics`` from this process's default registry shows them."""
+"""Prometheus counters, beside the pool's in ``store.metrics``; an engine that serves ``/metrics`` from this process's default registry shows them."""
 
 from __future__ import annotations
 
 from prometheus_client import Counter
-
-from mem_triton.store.metrics import POOL_EVICTIONS as POOL_EVICTIONS  # the pool's are the store's own
-from mem_triton.store.metrics import POOL_HITS as POOL_HITS
-from mem_triton.store.metrics import POOL_MISSES as POOL_MISSES
 
 COMMITS = Counter("mem_triton:session_commits", "Session states committed")
 REFUSALS = Counter("mem_triton:refusals", "Requests refused because of their memory words", ["field"])

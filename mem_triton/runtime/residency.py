@@ -16,12 +16,13 @@ Example::
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mem_triton.runtime import counters
 from mem_triton.runtime.tables import PageRun
+from mem_triton.store import metrics
+from mem_triton.store.ledger import PageLedger
 
 
 class PoolCapacityError(ValueError):
@@ -37,13 +38,6 @@ class Load:
 
 
 @dataclass
-class _Entry:
-    run: PageRun
-    ready: bool = False
-    owners: set[str] = field(default_factory=set)
-
-
-@dataclass
 class Ticket:
     """A request's claim on its entries. state: "ready", "loading", "waiting" for free pages, or "failed: reason"."""
 
@@ -56,13 +50,13 @@ class Ticket:
 class Residency:
     """Pages of one pool: reference counts pin them, the least recently used unpinned entry makes room.
 
-    num_pages: pages of the pool; page_tokens: tokens of one. Thread-safe; does no input or output of its own.
+    num_pages: pages of the pool; page_tokens: tokens of one; page_bytes: for the metrics. Thread-safe; does no input or
+    output of its own.
     """
 
-    def __init__(self, num_pages: int, page_tokens: int) -> None:
+    def __init__(self, num_pages: int, page_tokens: int, page_bytes: int = 0) -> None:
         self.num_pages, self.page_tokens = num_pages, page_tokens
-        self._free = list(range(num_pages))
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._ledger = PageLedger(num_pages, page_bytes, "device")
         self._tickets: dict[str, Ticket] = {}
         self._waiting: deque[Ticket] = deque()
         self._loads: list[Load] = []
@@ -75,19 +69,17 @@ class Residency:
     def request(self, owner: str, tokens: Mapping[str, int]) -> Ticket:
         """Claim entries (ref -> tokens) for ``owner``, who must be new. Raises PoolCapacityError if they never fit."""
         with self._lock:
-            pinned = sum(len(e.run.pages) for ref, e in self._entries.items() if _FOREVER in e.owners)
-            needed = sum(self.pages_for(n) for ref, n in tokens.items() if not self._is_pinned_for_ever(ref))
-            if needed > self.num_pages - pinned:
+            needed, kept = sum(map(self.pages_for, tokens.values())), self._pages_kept_from(tokens)
+            if needed > self.num_pages - kept:
                 raise PoolCapacityError(
-                    f"needs {needed} memory pages, the pool has {self.num_pages - pinned}; "
+                    f"needs {needed} memory pages, the pool has {self.num_pages - kept}; "
                     "name fewer entries, or serve with a larger mem_triton.memory.pool_gib"
                 )
             if owner in self._tickets:
                 raise ValueError(f"{owner} has a ticket already; release it first")
             ticket = self._tickets[owner] = Ticket(owner, dict(tokens))
             for ref in tokens:
-                hit = ref in self._entries
-                (counters.POOL_HITS if hit else counters.POOL_MISSES).labels("device").inc()
+                (metrics.POOL_HITS if ref in self._ledger.entries else metrics.POOL_MISSES).labels("device").inc()
             if not self._admit(ticket):
                 self._waiting.append(ticket)
             return ticket
@@ -105,16 +97,17 @@ class Residency:
     def loaded(self, ref: str) -> None:
         """The workers have filled this entry's pages."""
         with self._lock:
-            self._entries[ref].ready = True
-            self._refresh(ref)
+            self._ledger.fill(ref)
+            for owner in self._ledger.entries[ref].owners:
+                self._settle(self._tickets[owner])
+            self._admit_waiting()
 
     def failed(self, ref: str, reason: str) -> None:
         """The workers could not load it: its tickets fail, its pages are free, the next request tries again."""
         with self._lock:
-            entry = self._entries.pop(ref)
-            self._free.extend(entry.run.pages)
-            for owner in entry.owners:
+            for owner in self._ledger.entries[ref].owners:
                 self._tickets[owner].state = f"failed: {ref}: {reason}"
+            self._ledger.drop(ref)
             self._admit_waiting()
 
     def release(self, owner: str) -> None:
@@ -126,65 +119,39 @@ class Residency:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
             for ref in ticket.tokens:
-                if ref in self._entries:
-                    self._entries[ref].owners.discard(owner)
+                self._ledger.unpin(ref, owner)
             self._admit_waiting()
 
-    @staticmethod
-    def _is_pinned(entry: _Entry) -> bool:
-        return bool(entry.owners)
-
-    def _is_pinned_for_ever(self, ref: str) -> bool:
-        return ref in self._entries and _FOREVER in self._entries[ref].owners
+    def _pages_kept_from(self, tokens: Mapping[str, int]) -> int:
+        """Pages that stay with entries pinned for ever, which are not among ``tokens``."""
+        entries = self._ledger.entries.items()
+        return sum(len(e.pages) for ref, e in entries if _FOREVER in e.owners and ref not in tokens)
 
     def _admit(self, ticket: Ticket) -> bool:
         """Give the ticket all its pages, or none."""
-        missing = {ref: self.pages_for(n) for ref, n in ticket.tokens.items() if ref not in self._entries}
-        if missing and (self._waiting and self._waiting[0] is not ticket):
+        ledger = self._ledger
+        missing = {ref: self.pages_for(n) for ref, n in ticket.tokens.items() if ref not in ledger.entries}
+        if missing and self._waiting and self._waiting[0] is not ticket:
             return False  # first come, first served
-        if not self._make_room(sum(missing.values()), keep=ticket.tokens):
+        if ledger.room(besides=ticket.tokens.keys() - missing) < sum(missing.values()):
             return False
+        for ref in ticket.tokens.keys() - missing:  # before room is made for the others
+            ledger.pin(ref, ticket.owner)
         for ref, count in missing.items():
-            run = PageRun(tuple(self._free.pop() for _ in range(count)), ticket.tokens[ref])
-            self._entries[ref] = _Entry(run)
+            run = PageRun(ledger.reserve(ref, count, ticket.tokens[ref]), ticket.tokens[ref])
+            ledger.pin(ref, ticket.owner)
             self._loads.append(Load(ref, run))
-        for ref in ticket.tokens:
-            entry = self._entries[ref]
-            entry.owners.add(ticket.owner)
-            self._entries.move_to_end(ref)
-            ticket.runs[ref] = entry.run
+        ticket.runs = {ref: PageRun(ledger.entries[ref].pages, n) for ref, n in ticket.tokens.items()}
         self._settle(ticket)
-        return True
-
-    def _make_room(self, pages: int, keep: Mapping[str, int]) -> bool:
-        victims = []
-        room = len(self._free)
-        for ref, entry in self._entries.items():
-            if room >= pages:
-                break
-            if not self._is_pinned(entry) and entry.ready and ref not in keep:
-                victims.append(ref)
-                room += len(entry.run.pages)
-        if room < pages:
-            return False
-        for ref in victims:
-            self._free.extend(self._entries.pop(ref).run.pages)
-            counters.POOL_EVICTIONS.labels("device").inc()
         return True
 
     def _admit_waiting(self) -> None:
         while self._waiting and self._admit(self._waiting[0]):
             self._waiting.popleft()
 
-    def _refresh(self, ref: str) -> None:
-        for owner in self._entries[ref].owners:
-            self._settle(self._tickets[owner])
-        self._admit_waiting()
-
     def _settle(self, ticket: Ticket) -> None:
         if not ticket.state.startswith("failed"):
-            ready = all(ref in self._entries and self._entries[ref].ready for ref in ticket.tokens)
-            ticket.state = "ready" if ready else "loading"
+            ticket.state = "ready" if all(map(self._ledger.is_ready, ticket.tokens)) else "loading"
 
 
-_FOREVER = "pinned for ever"
+_FOREVER = "for ever"

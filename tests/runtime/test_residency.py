@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from mem_triton.runtime.courier import PageCourier
 from mem_triton.runtime.residency import PoolCapacityError, Residency
+from mem_triton.store.ledger import PageLedger
 
 
 def fill(residency: Residency) -> list[str]:
@@ -75,7 +76,7 @@ def test_pinned_pages_stay_and_the_newcomer_waits_for_them():
 
 
 def test_control_without_pins_a_running_request_loses_its_pages(monkeypatch):
-    monkeypatch.setattr(Residency, "_is_pinned", staticmethod(lambda entry: False))
+    monkeypatch.setattr(PageLedger, "_may_go", staticmethod(lambda entry: entry.ready))
     residency = Residency(2, 4)
     running = residency.request("running", {"a@1": 8})
     fill(residency)
@@ -177,22 +178,23 @@ class Pool(RuleBasedStateMachine):
 
     @invariant()
     def no_page_has_two_entries_and_none_is_lost(self) -> None:
-        runs = [page for entry in self.residency._entries.values() for page in entry.run.pages]
-        assert sorted(runs + self.residency._free) == list(range(6))
+        ledger = self.residency._ledger
+        pages = [page for entry in ledger.entries.values() for page in entry.pages]
+        assert sorted(pages + ledger._free) == list(range(6))
 
     @invariant()
     def who_holds_pages_still_has_them(self) -> None:
         for ticket in self.owners.values():
             if ticket.state in ("ready", "loading"):
                 for ref, run in ticket.runs.items():
-                    assert self.residency._entries[ref].run == run
+                    assert self.residency._ledger.entries[ref].pages == run.pages
 
     @invariant()
     def nobody_waits_while_there_is_room(self) -> None:
         waiting = [t for t in self.owners.values() if t.state == "waiting"]
         if waiting and not any(t.state == "loading" for t in self.owners.values()):
             held = {r for t in self.owners.values() if t.state == "ready" for r in t.tokens}
-            loading = [e for e in self.residency._entries.values() if not e.ready]
+            loading = [e for e in self.residency._ledger.entries.values() if not e.ready]
             if not held and not loading:
                 raise AssertionError("everything is free, and somebody waits")
 

@@ -105,9 +105,9 @@ def no_memory_in_block_keys() -> None:
 
 
 def no_pins() -> None:
-    from mem_triton.runtime.residency import Residency
+    from mem_triton.store.ledger import PageLedger
 
-    Residency._is_pinned = staticmethod(lambda entry: False)
+    PageLedger._may_go = staticmethod(lambda entry: entry.ready)
 
 
 def memory_attention_kernels_on_cpu() -> None:
