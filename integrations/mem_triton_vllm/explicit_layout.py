@@ -80,10 +80,8 @@ def layout_of(vllm_config: VllmConfig, section: MemorySection, spec: BankSpec) -
     num_pages = int(section.pool_gib * GIB) // page_bytes
     if num_pages < 1:
         raise ConfigError(f"mem_triton.memory.pool_gib: {section.pool_gib} does not hold one page; give it more")
-    return Layout(
-        num_pages, page_tokens, page_bytes, _max_pages(vllm_config, section, spec, page_tokens, num_pages), spec.layers, kv_heads,
-        spec.head_dim, dtype,
-    )  # fmt: skip
+    max_pages = _max_pages(vllm_config, section, spec, page_tokens, num_pages)
+    return Layout(num_pages, page_tokens, page_bytes, max_pages, spec.layers, kv_heads, spec.head_dim, dtype)
 
 
 def _most_layers_of_a_stage(vllm_config: VllmConfig, spec: BankSpec) -> int:

@@ -9,6 +9,7 @@ parallelism and the block hashes see ordinary requests with ordinary plans.
 from __future__ import annotations
 
 import copy
+
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 

@@ -1,4 +1,7 @@
-"""Prometheus counters, beside the pool's in ``store.metrics``; an engine that serves ``/metrics`` from this process's default registry shows them."""
+"""Prometheus counters, beside the pool's in ``store.metrics``.
+
+An engine that serves ``/metrics`` from this process's default registry shows them.
+"""
 
 from __future__ import annotations
 
