@@ -1,4 +1,4 @@
-"""The demo's course: start both servers, tell, ask, measure in turns, show. Servers end however it ends."""
+"""The demo's course: start the servers, tell, ask, measure in turns, show. Servers end however it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import typer
@@ -24,11 +24,16 @@ from rich.status import Status
 from benchmarks.demo import measure, report
 from benchmarks.demo.measure import Client
 from benchmarks.demo.server import DemoError, Server, choose_ports, has_gpu, require_folder, require_packages
+from mem_triton.memory3 import WriteConfig, bank_spec
+from mem_triton.store.bank import Bank
+from mem_triton.store.fingerprint import model_fingerprint
 
 ROOT = Path(__file__).parents[2]
 RECALL = Path("benchmarks/recall")
 RESULTS = ROOT / "benchmarks" / "results"
 REST = 1.5  # seconds; vLLM's processes spin for a second after their last step, and would slow the other server down
+
+KINDS = (measure.NONE, measure.SESSION, measure.ENTRY)  # of the servers, in order
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,7 +51,7 @@ def demo(
         str | None, typer.Option(help="The servers' --dtype.", show_default="float32; bfloat16 on a GPU")
     ] = None,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65534, help="First of two ports.", show_default="any free ones")
+        int | None, typer.Option(min=1, max=65533, help="First of three ports.", show_default="any free ones")
     ] = None,
     keep_log: Annotated[bool, typer.Option("--keep-log", help="Keep the servers' logs.")] = False,
     save: Annotated[bool, typer.Option("--save", help="Keep the figures under benchmarks/results.")] = False,
@@ -54,7 +59,8 @@ def demo(
 ) -> None:
     """Tell facts to a small model in one request and ask for them in later ones, on stock vLLM and on vLLM with memory.
 
-    Both servers are real `vllm serve` processes on this machine, reached over HTTP. They end with the demo.
+    The servers are real `vllm serve` processes on this machine, reached over HTTP: a stock one, one whose sessions have
+    a δ-mem state, and one with a bank of explicit memory. They end with the demo.
     """
     console = Console(record=svg is not None, width=110 if svg else None, highlight=False)
     for number in (signal.SIGTERM, signal.SIGHUP):  # a kill and a closed terminal clean up like Ctrl-C
@@ -65,9 +71,11 @@ def demo(
         require_packages()
         require_folder(model, "config.json", "--model", "model")
         require_folder(adapter, "delta_mem_config.json", "--adapter", "δ-mem adapter")
-        stock, memory = servers = make_servers(model, adapter, dtype, choose_ports(port), sessions, logs)
-        console.print(f"[bold]stock[/]   {escape(stock.shown_command)}")
-        console.print(f"[bold]memory[/]  the same with {escape(shlex.join(memory.flags))}\n")
+        stock, *with_memory = servers = make_servers(model, adapter, dtype, choose_ports(port), sessions, logs)
+        console.print(f"[bold]stock[/]  {escape(stock.shown_command)}")
+        for server in with_memory:
+            console.print(f"[bold]{server.name:<5}[/]  the same with {escape(shlex.join(server.flags))}")
+        console.print()
         with running(servers, console):
             group = measure.people(sessions, facts, seed)
             results = asyncio.run(course(console, servers, group, tokens, repeats, seed))
@@ -87,7 +95,7 @@ def demo(
         )
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("\nStopped; both servers are down.")
+        Console(stderr=True).print("\nStopped; all servers are down.")
         raise typer.Exit(130) from None
     finally:
         if keep:
@@ -99,24 +107,36 @@ def demo(
 
 
 def make_servers(
-    model: Path, adapter: Path, dtype: str | None, ports: tuple[int, int], sessions: int, folder: Path
-) -> tuple[Server, Server]:
-    """The stock server and the one with memory; their commands differ in the flags of mem_triton alone."""
+    model: Path, adapter: Path, dtype: str | None, ports: list[int], sessions: int, folder: Path
+) -> list[Server]:
+    """The stock server and those with memory; their commands differ in the flags of mem_triton alone."""
     common = ["--served-model-name", "recall", "--host", "127.0.0.1", "--max-model-len", "2048"]
     common += ["--max-num-seqs", str(max(8, sessions)), "--dtype", dtype or ("bfloat16" if has_gpu() else "float32")]
-    common += ["--gpu-memory-utilization", "0.4"] if has_gpu() else ["--enforce-eager"]
-    section = {"mem_triton": {"delta": {"adapter": str(adapter)}, "session_dir": str(folder / "sessions")}}
-    flags = ["--load-format", "mem_triton", "--additional-config", json.dumps(section)]
+    common += ["--gpu-memory-utilization", "0.25"] if has_gpu() else ["--enforce-eager"]
     serve = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *common]
-    return (
-        Server("stock", serve, [], ports[0], folder / "stock.log"),
-        Server("memory", serve, flags, ports[1], folder / "memory.log"),
-    )
+    bank = folder / "bank"
+    Bank.create(bank, bank_spec(WriteConfig(kind="prefix"), model_fingerprint(model))).close()
+    sections = {
+        "stock": None,
+        "δ-mem": {"delta": {"adapter": str(adapter)}, "session_dir": str(folder / "sessions")},
+        "bank": {"memory": {"bank": str(bank), "pool_gib": 0.1}},
+    }
+    return [
+        Server(name, serve, memory_flags(section), port, folder / f"{name.replace('δ', 'delta')}.log")
+        for (name, section), port in zip(sections.items(), ports, strict=True)
+    ]
+
+
+def memory_flags(section: dict[str, Any] | None) -> list[str]:
+    """The flags that give a server memory."""
+    if section is None:
+        return []
+    return ["--load-format", "mem_triton", "--additional-config", json.dumps({"mem_triton": section})]
 
 
 @contextmanager
-def running(servers: tuple[Server, ...], console: Console) -> Iterator[None]:
-    """Both servers up, and down at the end. On a GPU one starts after the other, because each measures free memory."""
+def running(servers: list[Server], console: Console) -> Iterator[None]:
+    """All servers up, and down at the end. On a GPU one starts after the other, because each measures free memory."""
     begin, started = time.monotonic(), []
 
     def show(status: Status, server: Server, line: str) -> None:
@@ -156,62 +176,68 @@ def deaf() -> Iterator[None]:
 
 
 async def course(
-    console: Console, servers: tuple[Server, Server], group: list[measure.Person], tokens: int, repeats: int, seed: int
+    console: Console, servers: list[Server], group: list[measure.Person], tokens: int, repeats: int, seed: int
 ) -> report.Results:
     """Everything that is asked of the running servers. Raises DemoError if one of them dies."""
-    plain, memory = clients = tuple(Client(server.url, len(group)) for server in servers)
-    results = report.Results(group, speed={"stock": [], "memory": []}, speed_tokens=tokens)
+    kinds = {server.name: kind for server, kind in zip(servers, KINDS, strict=True)}
+    clients = {server.name: Client(server.url, len(group)) for server in servers}
+    plain, session, bank = clients.values()
+    results = report.Results(group, speed={name: [] for name in clients}, speed_tokens=tokens)
     try:
         with console.status("warming up") as status:
             warm = [measure.Person(f"warm-{i}", p.told, p.message) for i, p in enumerate(group)]
-            for client, with_memory in ((plain, False), (memory, True)):
-                await measure.speed(client, warm, tokens, with_memory)
-            status.update(
-                "telling facts to the stock server, asking for them with the facts in the prompt, and without"
-            )
-            heard = await measure.tell(plain, group, with_memory=False)
+            for name, client in clients.items():
+                await measure.tell(client, warm, kinds[name])
+                await measure.speed(client, warm, tokens, kinds[name])
+            status.update("telling facts to the stock server, asking with the facts in the prompt, and without")
+            heard = await measure.tell(plain, group)
             told = [
                 [*measure.user(p.message), {"role": "assistant", "content": a.text}]
                 for p, a in zip(group, heard, strict=True)
             ]
             in_prompt, _ = await measure.ask(plain, group, history=told)
             nowhere, stock_answers = await measure.ask(plain, group)
-            status.update("telling facts to the memory server, one request a session, then asking without them")
-            heard = await measure.tell(memory, group, with_memory=True)
-            remembered, memory_answers = await measure.ask(memory, group, with_memory=True)
-            no_session, _ = await measure.ask(memory, group)
+            status.update("telling facts to the servers with memory, then asking without them")
+            heard = await measure.tell(session, group, measure.SESSION)
+            in_state, session_answers = await measure.ask(session, group, measure.SESSION)
+            no_session, _ = await measure.ask(session, group)
+            await measure.tell(bank, group, measure.ENTRY)
+            in_entry, bank_answers = await measure.ask(bank, group, measure.ENTRY)
+            no_entry, _ = await measure.ask(bank, group)
             results.recall = {
                 report.NOWHERE: nowhere,
                 report.IN_PROMPT: in_prompt,
-                report.STATE_ALONE: remembered,
+                report.STATE_ALONE: in_state,
                 report.NO_SESSION: no_session,
+                report.ENTRY_ALONE: in_entry,
+                report.NO_ENTRY: no_entry,
             }
-        report.show_dialogue(
-            console, group[first_talk(group)], *(x[first_talk(group)] for x in (heard, stock_answers, memory_answers))
-        )
+        talk = first_talk(group)
+        answers = dict(zip(clients, (x[talk] for x in (stock_answers, session_answers, bank_answers)), strict=True))
+        report.show_dialogue(console, group[talk], heard[talk], answers)
         report.show_recall(console, results)
         with console.status("measuring speed") as status:
             before = await other_work()
             for repeat in range(repeats):
                 status.update(f"measuring speed in turns, repeat {repeat + 1} of {repeats}")
                 again = measure.people(len(group), max(len(p.told) for p in group), seed + 10_000 * (repeat + 1))
-                turns = [("stock", plain), ("memory", memory)]
+                turns = list(clients.items())
                 for name, client in turns[:: 1 if repeat % 2 == 0 else -1]:
                     await asyncio.sleep(REST)
-                    results.speed[name].append(await measure.speed(client, again, tokens, name == "memory"))
+                    results.speed[name].append(await measure.speed(client, again, tokens, kinds[name]))
             results.other_work = max(before, await other_work())
     except DemoError:
         for server in servers:
             server.check()  # a dead server explains the failure better than its client can
         raise
     finally:
-        for client in clients:
+        for client in clients.values():
             await client.close()
     return results
 
 
 async def other_work() -> float:
-    """Share of all cores that is busy while both servers rest."""
+    """Share of all cores that is busy while the servers rest."""
     await asyncio.sleep(REST)
     return await asyncio.to_thread(psutil.cpu_percent, 1.0) / 100
 

@@ -1,4 +1,4 @@
-"""What is asked of the two servers, and what is counted: recall of told facts, output tokens per second, TTFT."""
+"""What is asked of the servers, and what is counted: recall of told facts, output tokens per second, TTFT."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,25 +128,47 @@ class Client:
         await self.http.aclose()
 
 
-def reading(person: Person) -> dict[str, Any]:
-    """A request that reads its session and leaves it as it is, so that several may run at once."""
-    return {"mem_session": person.session, "mem_write": 0}
+Words = Callable[[Person], dict[str, Any] | None]
+"""The ``vllm_xargs`` of a person's request."""
 
 
-async def tell(client: Client, group: list[Person], with_memory: bool) -> list[Answer]:
-    """Tell every person's facts, each in one request of its session."""
-    words = [{"mem_session": p.session} if with_memory else None for p in group]
-    return await asyncio.gather(*(client.chat(user(p.message), memory=w) for p, w in zip(group, words, strict=True)))
+@dataclass(frozen=True)
+class Memory:
+    """One kind of memory: what a request says to be remembered, to ask later, and in the speed test."""
+
+    tell: Words = lambda person: None
+    ask: Words = lambda person: None
+    speed: Words = lambda person: None
+
+
+NONE = Memory()
+SESSION = Memory(
+    tell=lambda p: {"mem_session": p.session},
+    ask=lambda p: {"mem_session": p.session, "mem_write": 0},  # reads alone, so several may run at once
+    speed=lambda p: {"mem_session": p.session},  # starts from the state, writes it at every token, commits it
+)
+"""δ-mem: a state of the session."""
+ENTRY = Memory(
+    tell=lambda p: {"mem_capture": p.session},
+    ask=lambda p: {"mem_ids": [p.session]},
+    speed=lambda p: {"mem_ids": [p.session]},  # attends to the entry's pages at every token
+)
+"""Explicit memory: what was told is kept as an entry of the bank."""
+
+
+async def tell(client: Client, group: list[Person], memory: Memory = NONE) -> list[Answer]:
+    """Tell every person's facts, each in one request."""
+    return await asyncio.gather(*(client.chat(user(p.message), memory=memory.tell(p)) for p in group))
 
 
 async def ask(
-    client: Client, group: list[Person], history: list[Messages] | None = None, with_memory: bool = False
+    client: Client, group: list[Person], memory: Memory = NONE, history: list[Messages] | None = None
 ) -> tuple[Recall, list[list[Answer]]]:
     """Ask for every fact, each in a request of its own. history: what stands before the question in the prompt."""
 
     async def one(i: int, fact: data.Fact) -> Answer:
         messages = [*(history[i] if history else []), *user(data.question(fact))]
-        return await client.chat(messages, memory=reading(group[i]) if with_memory else None)
+        return await client.chat(messages, memory=memory.ask(group[i]))
 
     flat = iter(await asyncio.gather(*(one(i, fact) for i, person in enumerate(group) for fact in person.told)))
     answers, recall = [[next(flat) for _ in person.told] for person in group], Recall()
@@ -156,18 +178,11 @@ async def ask(
     return recall, answers
 
 
-async def speed(client: Client, group: list[Person], tokens: int, with_memory: bool) -> Speed:
-    """All people at once, one request each, exactly ``tokens`` tokens out.
-
-    With memory every request starts from its session's state, writes it at every token and commits it: the most that
-    memory can cost.
-    """
+async def speed(client: Client, group: list[Person], tokens: int, memory: Memory = NONE) -> Speed:
+    """All people at once, one request each, exactly ``tokens`` tokens out."""
     start = time.perf_counter()
     answers = await asyncio.gather(
-        *(
-            client.chat(user(p.message), tokens, {"mem_session": p.session} if with_memory else None, ignore_eos=True)
-            for p in group
-        )
+        *(client.chat(user(p.message), tokens, memory.speed(p), ignore_eos=True) for p in group)
     )
     wall = time.perf_counter() - start
     return Speed(sum(a.tokens for a in answers) / wall, statistics.median(a.ttft for a in answers))

@@ -24,7 +24,8 @@ from benchmarks.recall import data
 
 QUIET = 0.15  # share of the cores that other work may take before speeds are called noise
 NOWHERE, IN_PROMPT = "stock, facts nowhere", "stock, facts in the prompt"
-STATE_ALONE, NO_SESSION = "memory, facts in its state", "memory, no session named"
+STATE_ALONE, NO_SESSION = "δ-mem, facts in its state", "δ-mem, no session named"
+ENTRY_ALONE, NO_ENTRY = "bank, facts in an entry", "bank, no entry named"
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Results:
     """Everything that one run found out.
 
     recall: row label -> Recall. speed: server -> one Speed per repeat. other_work: share of all cores that was busy
-    while both servers rested, before or after the speed test, whichever was more.
+    while the servers rested, before or after the speed test, whichever was more.
     """
 
     people: list[Person]
@@ -42,17 +43,21 @@ class Results:
     other_work: float = 0.0
 
 
-def show_dialogue(console: Console, person: Person, heard: Answer, stock: list[Answer], memory: list[Answer]) -> None:
-    """The first session: what it was told, then each question in a prompt of its own, answered by both servers."""
+def show_dialogue(console: Console, person: Person, heard: Answer, answers: dict[str, list[Answer]]) -> None:
+    """The first session: what it was told, then each question in a prompt of its own, answered by every server."""
     console.print()
     console.rule(f"[bold]session {person.session}: told once, asked later", align="left", style="dim")
-    console.print(f'\n[dim]request 1   vllm_xargs {{"mem_session": "{person.session}"}}')
+    console.print(
+        f'\n[dim]request 1   δ-mem: vllm_xargs {{"mem_session": "{person.session}"}}, '
+        f'bank: vllm_xargs {{"mem_capture": "{person.session}"}}'
+    )
     console.print(Text.assemble(("  user       ", "bold"), person.message))
     console.print(Text.assemble(("  assistant  ", "bold"), heard.text))
-    for i, (fact, plain, remembered) in enumerate(zip(person.told, stock, memory, strict=True)):
+    for i, fact in enumerate(person.told):
         console.print(f"\n[dim]request {i + 2}   a new prompt: the question and nothing else")
         console.print(Text.assemble(("  user       ", "bold"), data.question(fact)))
-        for name, answer in (("stock", plain), ("memory", remembered)):
+        for name, said in answers.items():
+            answer = said[i]
             good = data.is_correct(answer.text, fact)
             mark = ("  ✓ right", "green") if good else ("  ✗ wrong", "red")
             console.print(Text.assemble((f"  {name:<9}  ", "bold"), answer.text or "(nothing)", mark))
@@ -76,7 +81,7 @@ def show_recall(console: Console, results: Results) -> None:
     for n in sizes:
         table.add_column(f"{n} fact{'s' * (n > 1)}", justify="right", no_wrap=True)
     for name, recall in results.recall.items():
-        style = "bold green" if name == STATE_ALONE else None
+        style = "bold green" if name in (STATE_ALONE, ENTRY_ALONE) else None
         cells = [f"{recall.right[n] / recall.asked[n]:.0%}" for n in sizes]
         table.add_row(name, _share(*recall.total()), *cells, style=style)
     console.print(table)
@@ -92,14 +97,14 @@ def show_speed(console: Console, results: Results, machine: dict[str, Any]) -> N
         rate = median_and_range(s.tokens_per_second for s in repeats)
         ttft = median_and_range(1000 * s.ttft for s in repeats)
         table.add_row(name, *("{:,.0f}  [{:,.0f}, {:,.0f}]".format(*x) for x in (rate, ttft)))
-    rate, ttft = ratios(results)
-    table.add_row("memory / stock", *("×{:.2f}  [{:.2f}, {:.2f}]".format(*x) for x in (rate, ttft)), style="bold")
+    for name, pair in ratios(results).items():
+        table.add_row(f"{name} / stock", *("×{:.2f}  [{:.2f}, {:.2f}]".format(*x) for x in pair), style="bold")
     console.print(table)
     load = f"{len(results.people)} requests at once, {results.speed_tokens} tokens each"
     console.print(
-        f"[dim]{load}; both servers stay up and are measured in turns.\n"
-        f"Median \\[smallest, largest] of {len(results.speed['stock'])} repeats. Every memory request starts from its "
-        "session's state, writes it at each token and commits it."
+        f"[dim]{load}; all servers stay up and are measured in turns.\n"
+        f"Median \\[smallest, largest] of {len(results.speed['stock'])} repeats. Every δ-mem request starts from its "
+        "session's state, writes it at each\ntoken and commits it; every bank request attends to its entry at each."
     )
     if results.other_work > QUIET:
         console.print(
@@ -108,13 +113,21 @@ def show_speed(console: Console, results: Results, machine: dict[str, Any]) -> N
         )
 
 
-def ratios(results: Results) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """(tokens per second, TTFT) of memory over stock, paired repeat by repeat: median, smallest, largest."""
-    pairs = list(zip(results.speed["stock"], results.speed["memory"], strict=True))
-    return (
-        median_and_range(m.tokens_per_second / s.tokens_per_second for s, m in pairs),
-        median_and_range(m.ttft / s.ttft for s, m in pairs),
-    )
+Spread = tuple[float, float, float]
+"""Median, smallest, largest."""
+
+
+def ratios(results: Results) -> dict[str, tuple[Spread, Spread]]:
+    """(tokens per second, TTFT) of each server with memory over the stock one, paired repeat by repeat."""
+    stock, *others = results.speed.items()
+    found = {}
+    for name, repeats in others:
+        pairs = list(zip(stock[1], repeats, strict=True))
+        found[name] = (
+            median_and_range(m.tokens_per_second / s.tokens_per_second for s, m in pairs),
+            median_and_range(m.ttft / s.ttft for s, m in pairs),
+        )
+    return found
 
 
 def _output(*command: str) -> str:
@@ -165,7 +178,6 @@ def as_json(results: Results, machine: dict[str, Any], commands: list[str], weig
             "wilson_95": wilson(right, asked),
             "right_asked_by_facts": by_facts,
         }
-    rate, ttft = ratios(results)
     return {
         "what": "make demo: the same questions to stock vLLM and to vLLM with memory",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -182,8 +194,9 @@ def as_json(results: Results, machine: dict[str, Any], commands: list[str], weig
             "tokens_per_request": results.speed_tokens,
             "other_work_share_of_cores": results.other_work,
             "repeats": {name: [vars(s) for s in repeats] for name, repeats in results.speed.items()},
-            "memory_over_stock_tokens_per_second": rate,
-            "memory_over_stock_ttft": ttft,
+            "over_stock": {
+                name: {"tokens_per_second": rate, "ttft": ttft} for name, (rate, ttft) in ratios(results).items()
+            },
         },
     }
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
@@ -48,20 +48,23 @@ def require_folder(folder: Path, file: str, option: str, what: str) -> None:
         )
 
 
-def choose_ports(first: int | None) -> tuple[int, int]:
-    """Two free ports: ``first`` and the one after it, or any two. Raises DemoError if one is taken."""
-    with socket.socket() as a, socket.socket() as b:
-        for s, port in ((a, first or 0), (b, first + 1 if first else 0)):
+def choose_ports(first: int | None, count: int = 3) -> list[int]:
+    """Free ports: ``first`` and those after it, or any. Raises DemoError if one is taken."""
+    with ExitStack() as held:
+        ports = []
+        for i in range(count):
+            port, s = first + i if first else 0, held.enter_context(socket.socket())
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 s.bind(("127.0.0.1", port))
             except OSError:
                 raise DemoError(
-                    f"Port {port} is busy or not allowed, and the demo needs {first} and {first + 1} for its servers. "
-                    "Stop what listens there, choose others with --port, or leave --port away: the demo then finds "
-                    "free ports by itself."
+                    f"Port {port} is busy or not allowed, and the demo needs {first} to {first + count - 1} for its "
+                    "servers. Stop what listens there, choose others with --port, or leave --port away: the demo then "
+                    "finds free ports by itself."
                 ) from None
-        return a.getsockname()[1], b.getsockname()[1]
+            ports.append(s.getsockname()[1])
+        return ports
 
 
 def has_gpu() -> bool:

@@ -35,9 +35,10 @@ def load_pages(self: WorkerBase, orders: list[Order]) -> None:
         _memory(self).explicit.loader.load(ref, pages)
 
 
-def pages_state(self: WorkerBase) -> dict[str, str | None]:
-    """What has been filled since the last call: reference -> None, or why it could not be."""
-    return _memory(self).explicit.loader.finished()
+def pages_state(self: WorkerBase) -> dict[str, dict[str, Any]]:
+    """What has been filled since the last call: reference -> None, or why it could not be; and the loader's counts."""
+    loader = _memory(self).explicit.loader
+    return {"finished": loader.finished(), "stats": loader.stats()}
 
 
 def capture_state(self: WorkerBase, lease: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ An engine that serves ``/metrics`` from this process's default registry shows th
 
 from __future__ import annotations
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 
 COMMITS = Counter("mem_triton:session_commits", "Session states committed")
 REFUSALS = Counter("mem_triton:refusals", "Requests refused because of their memory words", ["field"])
@@ -16,6 +16,9 @@ LATE_COMMITS = Counter(
 )
 REFRESH_OFF = Counter(
     "mem_triton:refresh_off", "Requests whose references stay as they are while they answer, and why", ["reason"]
+)
+WORKER_POOL = Gauge(
+    "mem_triton:worker_pool", 'What each worker counted below its device pages: "hits.host", ...', ["worker", "count"]
 )
 CAPTURES = Counter("mem_triton:captures", "Prompts kept as entries of the bank")
 CAPTURE_FAILURES = Counter("mem_triton:capture_failures", "Prompts that could not be kept")

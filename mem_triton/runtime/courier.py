@@ -11,7 +11,9 @@ Engine-neutral and without input or output of its own; an engine's front end sen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from mem_triton.runtime import counters
 from mem_triton.runtime.residency import Residency
 
 Order = tuple[str, list[int], int]
@@ -36,14 +38,17 @@ class PageCourier:
         self._answers |= {load.ref: [] for load in loads}
         return [(load.ref, list(load.run.pages), load.run.tokens) for load in loads]
 
-    def settle(self, answers: Sequence[Mapping[str, str | None]]) -> None:
-        """One answer a worker: what it has finished since it was last asked, and the error of what it could not load.
+    def settle(self, answers: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
+        """One answer a worker. "finished": what it has loaded since it was last asked, each with None or its error;
+        "stats": its counts, for ``/metrics``.
 
         An entry is loaded when all workers say so. If one failed, its pages are free once all are through with it.
         """
-        for answer in answers:
-            for ref, error in answer.items():
+        for worker, answer in enumerate(answers):
+            for ref, error in answer["finished"].items():
                 self._answers[ref].append(error)
+            for what, count in answer["stats"].items():
+                counters.WORKER_POOL.labels(str(worker), what).set(count)
         for ref in [ref for ref, given in self._answers.items() if len(given) == len(answers)]:
             errors = [error for error in self._answers.pop(ref) if error]
             if errors:

@@ -82,6 +82,7 @@ class Residency:
                 (metrics.POOL_HITS if ref in self._ledger.entries else metrics.POOL_MISSES).labels("device").inc()
             if not self._admit(ticket):
                 self._waiting.append(ticket)
+            self._show()
             return ticket
 
     def pin(self, tokens: Mapping[str, int]) -> Ticket:
@@ -148,6 +149,11 @@ class Residency:
     def _admit_waiting(self) -> None:
         while self._waiting and self._admit(self._waiting[0]):
             self._waiting.popleft()
+        self._show()
+
+    def _show(self) -> None:
+        metrics.POOL_WAITING.set(len(self._waiting))
+        metrics.POOL_PINNED_PAGES.set(self._ledger.pinned_pages)
 
     def _settle(self, ticket: Ticket) -> None:
         if not ticket.state.startswith("failed"):

@@ -56,6 +56,10 @@ class PageLoader:
             finished, self._finished = self._finished, {}
             return finished
 
+    def stats(self) -> dict[str, int]:
+        """Counts since the start: "hits.host", "misses.host", "bytes.disk", "evictions.host", ..."""
+        return self._fetcher.stats()
+
     def close(self) -> None:
         """Stop; what has not begun is dropped."""
         self._fetcher.close()

@@ -91,35 +91,35 @@ def test_the_demo_from_start_to_end(folders, tmp_path):
     demo = Demo(tmp_path, *folders, *SMALL, "--svg", str(picture))
     assert demo.end() == 0, demo.output
     for expected in ("vllm serve", "--load-format mem_triton", "Recall: 4 questions to 3 people", "output tokens/s",
-                     "median TTFT", "memory / stock", "Speed on"):  # fmt: skip
+                     "median TTFT", "δ-mem / stock", "bank / stock", "facts in an entry", "Speed on"):  # fmt: skip
         assert expected in demo.output, f"{expected!r} is not in:\n{demo.output}"
     assert "<svg" in picture.read_text()
-    assert len(demo.seen) >= 4 and demo.survivors() == [], "two front ends and two engines, all gone"
+    assert len(demo.seen) >= 6 and demo.survivors() == [], "three front ends and three engines, all gone"
     assert list(tmp_path.glob("mem_triton-demo-*")) == [], "logs and sessions are cleaned up"
 
 
 @pytest.mark.engine
 def test_ctrl_c_leaves_no_server(folders, tmp_path):
     demo = Demo(tmp_path, *folders, *SMALL, "--repeats", "1000")  # it cannot be over before the signal comes
-    demo.until(lambda: demo.engines == 2, 120)
+    demo.until(lambda: demo.engines == 3, 120)
     demo.process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     if demo.process.is_running():
         demo.process.send_signal(signal.SIGINT)  # impatient
-    assert demo.end(60) == 130 and "both servers are down" in demo.output, demo.output
+    assert demo.end(60) == 130 and "all servers are down" in demo.output, demo.output
     assert demo.survivors() == []
 
 
 @pytest.mark.engine
 def test_a_dying_server_shows_its_log(folders, tmp_path):
-    """The adapter's config is there and wrong: the memory server refuses, and the stock one goes down with it."""
+    """The adapter's config is there and wrong: the δ-mem server refuses, and the others go down with it."""
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "delta_mem_config.json").write_text(json.dumps({"rnak": 8}))
     demo = Demo(tmp_path, *folders[:2], "--adapter", str(tmp_path / "adapter"), *SMALL)
     assert demo.end() == 1
-    assert "memory server stopped by itself" in demo.output and "unknown key 'rnak'" in demo.output, demo.output
+    assert "δ-mem server stopped by itself" in demo.output and "unknown key 'rnak'" in demo.output, demo.output
     assert len(demo.seen) >= 2 and demo.survivors() == []
-    assert list(tmp_path.glob("mem_triton-demo-*/memory.log")), "the logs of a failure are kept"
+    assert list(tmp_path.glob("mem_triton-demo-*/delta-mem.log")), "the logs of a failure are kept"
 
 
 def test_a_busy_port_is_one_paragraph(folders, tmp_path):

@@ -127,13 +127,17 @@ def test_a_request_that_leaves_while_loading_leaves_no_half_filled_page_to_other
     assert waiting.state == "loading"
 
 
+def said(*finished: dict) -> list[dict]:
+    return [{"finished": answer, "stats": {"hits.host": 1}} for answer in finished]
+
+
 def test_the_courier_waits_for_every_worker():
     residency = Residency(4, 4)
     ticket, courier = residency.request("r", {"a@1": 4}), PageCourier(residency)
     assert courier.orders() == [("a@1", list(ticket.runs["a@1"].pages), 4)] and courier.orders() == []
-    courier.settle([{"a@1": None}, {}])
+    courier.settle(said({"a@1": None}, {}))
     assert ticket.state == "loading" and courier.busy
-    courier.settle([{}, {"a@1": None}])
+    courier.settle(said({}, {"a@1": None}))
     assert ticket.state == "ready" and not courier.busy
 
 
@@ -141,10 +145,10 @@ def test_a_failure_of_one_worker_frees_the_pages_only_when_all_are_through():
     residency = Residency(1, 4)
     ticket, courier = residency.request("r", {"a@1": 4}), PageCourier(residency)
     courier.orders()
-    courier.settle([{"a@1": "unreadable"}, {}])
+    courier.settle(said({"a@1": "unreadable"}, {}))
     other = residency.request("other", {"b@1": 4})
     assert other.state == "waiting"
-    courier.settle([{}, {"a@1": None}])
+    courier.settle(said({}, {"a@1": None}))
     assert ticket.state == "failed: a@1: unreadable" and other.state == "loading"
 
 
