@@ -254,11 +254,8 @@ class Bank:
                 raise UnknownEntryError(ref)
             if row[0] is None:
                 raise BankError(f'"{ref}" has text but no keys and values yet; fill it first', ref)
-            shape = (len(self.spec.layers), self.spec.kv_heads)
             try:
-                return self.shards.read(
-                    row[2], row[1], stored, self._heads(heads), shape, dtype or self.spec.torch_dtype
-                )
+                return self.shards.read(row[2], row[1], dtype or self.spec.torch_dtype, stored, self._heads(heads))
             except FileNotFoundError as error:  # compact may have moved it since the catalogue was read
                 if attempt == 2:
                     raise BankError(f'"{ref}": {error} is missing; restore it from a backup', ref) from None
@@ -269,8 +266,8 @@ class Bank:
         sink = self.catalogue.meta("sink")
         if sink is None:
             return None
-        shape = (self.spec.fingerprint.num_layers, self.spec.kv_heads)
-        return self.shards.read(json.loads(sink)["name"], 0, None, slice(None), shape, dtype or self.spec.torch_dtype)
+        shards, dtype = self.shards, dtype or self.spec.torch_dtype
+        return shards.read(json.loads(sink)["name"], 0, dtype, codec=shards.lossless)
 
     def list(
         self, tenant: str | None = None, after: str | None = None, limit: int = 100, only_cold: bool = False

@@ -25,6 +25,8 @@ LEXICAL_DIM = 512
 WORD = re.compile(r"\w+")
 GRAMS = (3, 4)
 """Lengths of character n-grams: forms of a word share most of them."""
+CHUNK = 1024
+"""Texts embedded at a time."""
 
 
 class EmbedderError(ValueError):
@@ -84,16 +86,26 @@ class LexicalEmbedder:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """See Embedder."""
-        places, weights = [], []
-        for i, text in enumerate(texts):
-            for word, count in Counter(WORD.findall(text.casefold()) or [text]).items():
-                place, weight = self._word(word)
-                places.append(place + i * self.dim)
-                weights.append(weight * (1 + math.log(count)))
-        size = len(texts) * self.dim
-        if not places:
-            return np.zeros((0, self.dim), np.float32)
-        sums = np.bincount(np.concatenate(places), np.concatenate(weights), size).reshape(-1, self.dim)
+        parts = [self._embed(texts[first : first + CHUNK]) for first in range(0, len(texts), CHUNK)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.dim), np.float32)
+
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+        words: dict[str, int] = {}
+        found = [  # (text, word, how often)
+            (i, words.setdefault(word, len(words)), count)
+            for i, text in enumerate(texts)
+            for word, count in Counter(WORD.findall(text.casefold()) or [text]).items()
+        ]
+        rows, columns, counts = np.array(found).T
+        features = [self._word(word) for word in words]
+        lengths = np.array([len(places) for places, _ in features])
+        places, weights = (np.concatenate(part) for part in zip(*features, strict=True))
+        sizes = lengths[columns]
+        first = np.cumsum(lengths)[columns] - sizes  # where each word's features start
+        at = np.repeat(first - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
+        weights = weights[at] * np.repeat(1 + np.log(counts), sizes)
+        sums = np.bincount(np.repeat(rows * self.dim, sizes) + places[at], weights, len(texts) * self.dim)
+        sums = sums.reshape(-1, self.dim)
         norms = np.linalg.norm(sums, axis=1, keepdims=True)
         sums[norms[:, 0] == 0, 0] = 1  # every feature cancelled: still a unit vector
         return (sums / np.where(norms == 0, 1, norms)).astype(np.float32)

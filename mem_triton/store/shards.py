@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mem_triton.ops.block_codec import Codec, codec_from_state, get_codec
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.files import write_durably
 from mem_triton.store.spec import BankError, BankSpec
@@ -26,7 +27,8 @@ from mem_triton.store.spec import BankError, BankSpec
 MAX_ROWS = 1024
 MAX_BYTES = 256 << 20
 OPEN_SHARDS = 64
-RAW = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""The lossless codec of each dtype."""
 
 Row = dict[str, Tensor]
 """One entry's tensors as they lie on the disk."""
@@ -42,44 +44,29 @@ class Shard:
     rows: int
 
 
-class RawCodec:
-    """Keys and values as they are, in one dtype."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def encode(self, keys: Tensor, values: Tensor) -> Row:
-        """Tensors to store."""
-        return {"keys": keys.to(self.dtype), "values": values.to(self.dtype)}
-
-    def decode(self, row: Row, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(keys, values)."""
-        return row["keys"].to(dtype), row["values"].to(dtype)
-
-
-def codec_of(spec: BankSpec, state: bytes | None) -> Any:
+def codec_of(spec: BankSpec, state: bytes | None) -> Codec:
     """The bank's codec. Raises BankError for one that must be trained and was not."""
-    if spec.codec in RAW:
-        return RawCodec(RAW[spec.codec])
-    from mem_triton.ops import block_codec
-
     try:
-        return block_codec.get_codec(spec.codec) if state is None else block_codec.codec_from_state(spec.codec, state)
+        return codec_from_state(spec.codec, state)
     except ValueError as error:
-        raise BankError(f"codec {spec.codec}: {error}") from None
+        raise BankError(str(error)) from None
 
 
 class Shards:
     """The shards of one bank. Thread-safe; files stay mapped for as long as they are in use."""
 
-    def __init__(self, folder: Path, spec: BankSpec, codec: Any) -> None:
+    def __init__(self, folder: Path, spec: BankSpec, codec: Codec) -> None:
         self.folder, self.spec, self.codec = folder, spec, codec
+        self.lossless = get_codec(FLOATS[spec.dtype])  # for the sink, which every request reads
         self._open: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
 
-    def encode(self, block: MemoryBlock) -> Row:
-        """A block as one row."""
-        row = dict(self.codec.encode(block.keys.detach().cpu(), block.values.detach().cpu()))
+    def encode(self, block: MemoryBlock, codec: Codec | None = None) -> Row:
+        """A block as one row. codec: None for the bank's. Raises BankError for what the codec cannot hold."""
+        try:
+            row = dict((codec or self.codec).encode(block.keys.detach().cpu(), block.values.detach().cpu()))
+        except ValueError as error:
+            raise BankError(str(error)) from None
         dense = torch.arange(block.tokens, dtype=torch.int32)
         if not torch.equal(block.positions.cpu(), dense.expand(block.positions.shape)):
             row["positions"] = block.positions.cpu()
@@ -117,32 +104,21 @@ class Shards:
         self,
         name: str,
         row: int,
-        layers: Sequence[int] | None,
-        heads: slice,
-        shape: tuple[int, int],
         dtype: torch.dtype,
+        layers: Sequence[int] | None = None,
+        heads: slice = slice(None),
+        codec: Codec | None = None,
     ) -> MemoryBlock:
-        """Part of one entry. layers: indices into the stored layers, None for all; shape: stored (layers, heads)."""
-        parts = runs(layers if layers is not None else range(shape[0]))
-        sliced = True
+        """Part of one entry. layers: indices into the stored layers. Every tensor of a codec begins with [L, Hkv]."""
+        parts = [slice(None)] if layers is None else [slice(first, end) for first, end in runs(layers)]
 
         def part(piece: Any) -> Tensor:
-            nonlocal sliced
-            if tuple(piece.get_shape()[:2]) != shape:  # a codec's tensor that is not laid out by layer and head
-                sliced = False
-                return piece[:]
-            found = [piece[first:end, heads] for first, end in parts]
+            found = [piece[layer, heads] for layer in parts]
             return found[0] if len(found) == 1 else torch.cat(found)
 
         tensors = self._rows(name, row, part)
-        if not sliced:
-            tensors = self._rows(name, row, lambda piece: piece[:])
         positions = tensors.pop("positions", None)
-        keys, values = self.codec.decode(tensors, dtype)
-        if not sliced:
-            chosen = torch.tensor(list(range(shape[0]) if layers is None else layers))
-            keys, values = (t.index_select(0, chosen)[:, heads].contiguous() for t in (keys, values))
-            positions = positions.index_select(0, chosen)[:, heads] if positions is not None else None
+        keys, values = (codec or self.codec).decode(tensors, dtype)
         if positions is None:
             positions = torch.arange(keys.shape[2], dtype=torch.int32).expand(keys.shape[:3]).contiguous()
         return MemoryBlock(keys, values, positions)

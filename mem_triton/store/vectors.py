@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SMALLEST_GRAPH, LARGEST_TAIL = 8192, 32768
 """Fewer entries than the first have no graph; more than the second never wait to join one."""
-CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 12, 48, 96
+CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 64, 192
 
 
 @dataclass
@@ -50,6 +51,7 @@ class VectorIndex:
         self._scopes: dict[str, _Scope] = {}
         self._growing: dict[str, Index] = {}  # a writer's graphs, in memory
         self._lock = threading.Lock()
+        self.seconds = 0.0  # that a writer spent on its graphs
         self._missed: set[str] = set()
 
     def search(
@@ -168,7 +170,9 @@ class VectorIndex:
         )[0]
         indexed = self._catalogue.read("SELECT count FROM index_files WHERE tenant = ?", tenant)
         if waiting >= min(max(SMALLEST_GRAPH, (indexed[0][0] if indexed else 0) // 8), LARGEST_TAIL):
+            start = time.monotonic()
             self._extend(tenant, file)
+            self.seconds += time.monotonic() - start
 
     def rebuild(self, tenant: str) -> None:
         """Make a tenant's graph anew from the catalogue, if it still has so many entries."""

@@ -13,7 +13,7 @@ import torch
 
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.catalogue import CURRENT, DELETED, SUPERSEDED, pack
-from mem_triton.store.shards import Shard
+from mem_triton.store.shards import Row, Shard
 from mem_triton.store.spec import (
     BankError,
     ForeignTenantError,
@@ -55,7 +55,7 @@ def add(bank: Bank, entries: Sequence[NewEntry], update: bool) -> list[str]:
     embedder = bank.embedder
     vectors = pack(embedder.embed([entry.text for entry in entries]))
     blocks = [i for i, entry in enumerate(entries) if entry.block is not None]
-    shards = list(bank.shards.write(bank.shards.encode(entries[i].block) for i in blocks))
+    shards = list(bank.shards.write(encoded(bank, entries[i].id, entries[i].block) for i in blocks))
     now = time.time()
     with bank.catalogue.write() as db:
         db.execute("INSERT OR IGNORE INTO meta VALUES ('dim', ?)", (embedder.dim,))
@@ -99,7 +99,7 @@ def fill(bank: Bank, blocks: Mapping[str, MemoryBlock]) -> None:
             raise BankError(f'"{ref}" has its block already; entries do not change, update it instead', ref)
         check_block(bank, ref, block)
         seqs.append(found[0])
-    shards = list(bank.shards.write(bank.shards.encode(block) for block in blocks.values()))
+    shards = list(bank.shards.write(encoded(bank, ref, block) for ref, block in blocks.items()))
     with bank.catalogue.write() as db:
         places = register(db, shards)
         db.executemany(
@@ -135,11 +135,19 @@ def set_sink(bank: Bank, block: MemoryBlock) -> None:
         return
     if bank.catalogue.read("SELECT 1 FROM entries LIMIT 1"):
         raise BankError(f"{bank.path}: its entries were written under another prefix; make a new bank for this one")
-    (shard,) = bank.shards.write([bank.shards.encode(block)])
+    (shard,) = bank.shards.write([bank.shards.encode(block, bank.shards.lossless)])
     with bank.catalogue.write() as db:
         register(db, [shard])
         sink = json.dumps({"name": shard.name, "sha256": shard.sha256})
         db.execute("INSERT OR REPLACE INTO meta VALUES ('sink', ?)", (sink,))
+
+
+def encoded(bank: Bank, entry: str, block: MemoryBlock) -> Row:
+    """A block in the bank's codec. Raises BankError naming the entry."""
+    try:
+        return bank.shards.encode(block)
+    except BankError as error:
+        raise BankError(f'entry "{entry}": {error}', entry) from None
 
 
 def register(db: Any, shards: Iterable[Shard]) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -41,6 +42,7 @@ class Killer:
 
     def kill_one(self) -> None:
         """Start a writer, let it run for a while, kill it, and take down what it said."""
+        assert self.nursery.poll() is None, f"the process that starts writers ended with {self.nursery.returncode}"
         self.nursery.stdin.write(f"{self.next}\n")
         pid, ready = 0, self.random.random() < 0.1  # one in ten dies while it opens the bank
         while not (pid and ready):
@@ -108,7 +110,8 @@ class Killer:
             yield f"{ref}: {error}"
 
     def close(self) -> None:
-        self.nursery.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.nursery.stdin.close()
         self.nursery.wait(20)
 
 
