@@ -197,11 +197,11 @@ class Pool(RuleBasedStateMachine):
     def nobody_waits_while_there_is_room(self) -> None:
         waiting = [t for t in self.owners.values() if t.state == "waiting"]
         if waiting and not any(t.state == "loading" for t in self.owners.values()):
-            held = {r for t in self.owners.values() if t.state == "ready" for r in t.tokens}
+            held = {r for t in self.owners.values() if t.state != "waiting" for r in t.tokens}  # a failed one, too
             loading = [e for e in self.residency._ledger.entries.values() if not e.ready]
             if not held and not loading:
                 raise AssertionError("everything is free, and somebody waits")
 
 
 TestPool = Pool.TestCase
-TestPool.settings = settings(max_examples=40, stateful_step_count=30, derandomize=True, deadline=None)
+TestPool.settings = settings(max_examples=25, stateful_step_count=25, derandomize=True, deadline=None)
