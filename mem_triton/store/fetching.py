@@ -70,7 +70,7 @@ class Fetcher:
         self.copies = copies_for(pool.device)
         self.tally = metrics.Tally()
         self._pool, self._read, self._wanted, self._over = pool, read, wanted, over
-        self._host = PageLedger(host_bytes // max(pool.layout.page_bytes, 1), pool.layout.page_bytes, "host")
+        self._host = PageLedger(host_bytes // pool.layout.page_bytes, pool.layout.page_bytes, "host")
         self._on_gpu = pool.device.type == "cuda"
         self._records = pool.layout.empty(self._host.num_pages, pinned=self._on_gpu)
         self._lock, self._closed = threading.Lock(), False
@@ -119,10 +119,13 @@ class Fetcher:
 
     def _work(self, source: queue.SimpleQueue[Fetch | None]) -> None:
         while (fetch := source.get()) is not None:
-            if not self._closed and self._wanted(fetch):
-                self._bring(fetch)
-            with self._lock:
-                self._host.unpin(fetch.ref, _COPYING)
+            self._do(fetch)
+
+    def _do(self, fetch: Fetch) -> None:
+        if not self._closed and self._wanted(fetch):
+            self._bring(fetch)
+        with self._lock:
+            self._host.unpin(fetch.ref, _COPYING)
 
     def _bring(self, fetch: Fetch) -> None:
         tier = "disk" if fetch.host_pages is None else "host"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mem_triton.ops.block_codec import quantise_pages
 from mem_triton.store.block import MemoryBlock
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,20 +64,20 @@ class PageLayout:
         for name in ("kv_heads", "head_dim", "page_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
-        if self.num_layers < 0:  # a pipeline stage may hold none of the memory layers
+        if self.num_layers < 0:
             raise ValueError(f"num_layers: {self.num_layers} must not be negative")
         if self.dtype not in FLOATS + EIGHT_BIT:
             raise ValueError(f"dtype: {self.dtype} is none of {', '.join(map(str, FLOATS + EIGHT_BIT))}")
 
     @property
     def has_scales(self) -> bool:
-        """Whether data are 8 bit wide."""
-        return self.dtype in EIGHT_BIT
+        """Whether data are 8 bit wide; without layers there are none to scale."""
+        return self.dtype in EIGHT_BIT and self.num_layers > 0
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of a page's record."""
-        return -(-self._used_bytes // _ALIGNMENT) * _ALIGNMENT
+        """Bytes of a page's record; some even without layers (a model stage may hold none of the memory's)."""
+        return max(1, -(-self._used_bytes // _ALIGNMENT)) * _ALIGNMENT
 
     @property
     def scale_bytes(self) -> int:
@@ -134,8 +135,6 @@ class PageLayout:
             raise ValueError(f"out: room for {len(out.data)} pages, {block.tokens} tokens take {pages}")
         keys, values = self._paged(block.keys), self._paged(block.values)
         if self.has_scales:
-            from mem_triton.ops.block_codec import quantise_pages
-
             keys, values, key_scale, value_scale = quantise_pages(keys, values, self.dtype)
             for target, scale in zip(self.view_scales(out.scales), (key_scale, value_scale), strict=True):
                 target.copy_(scale)

@@ -68,12 +68,12 @@ class PagePool:
         """Bytes that a pool of so many pages takes."""
         return num_pages * PageLayout(num_layers, kv_heads, head_dim, page_tokens, dtype).page_bytes
 
-    @classmethod
+    @staticmethod
     def pages_for_bytes(
-        cls, nbytes: int, *, num_layers: int, kv_heads: int, head_dim: int, page_tokens: int, dtype: torch.dtype
+        nbytes: int, *, num_layers: int, kv_heads: int, head_dim: int, page_tokens: int, dtype: torch.dtype
     ) -> int:
-        """The most pages that fit, 0 if not one does. Pages without layers (a model stage has none) take nothing."""
-        return nbytes // max(1, PageLayout(num_layers, kv_heads, head_dim, page_tokens, dtype).page_bytes)
+        """The most pages that fit, 0 if not one does."""
+        return nbytes // PageLayout(num_layers, kv_heads, head_dim, page_tokens, dtype).page_bytes
 
     def layer(self, index: int) -> MemoryPages:
         """Views of one layer's pages; they show what is written later, too."""

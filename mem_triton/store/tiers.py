@@ -37,7 +37,7 @@ class Ticket:
     """An owner's claim on entries. sizes: reference -> tokens. error: the text of what made it fail.
 
     "ready": all pages are filled, and stay so until the release. "loading": they are being filled. "waiting": all pages
-    are owned by others; first come, first served. "failed": the owner may read none of them, and should release.
+    are owned by others; first come, first served. "failed": it holds none of them any more.
     """
 
     def __init__(self, owner: str, sizes: dict[str, int]) -> None:
@@ -186,9 +186,9 @@ class MemoryTiers:
     # Decisions; the lock is held.
 
     def _check_capacity(self, ticket: Ticket) -> None:
-        """Raise PoolCapacityError if the ticket cannot fit beside what its owner and the defaults hold."""
-        entries = self._device.entries.items()
-        held = {ref: len(e.pages) for ref, e in entries if e.owners & {ticket.owner, FOR_EVER}}
+        """Raise PoolCapacityError if the ticket cannot fit beside the other claims of its owner and the defaults."""
+        others = (*self._tickets.get(ticket.owner, ()), *self._tickets.get(FOR_EVER, ()))
+        held = {ref: self._layout.pages_for(n) for t in others if t is not ticket for ref, n in t.sizes.items()}
         needed = {ref: self._layout.pages_for(n) for ref, n in ticket.sizes.items() if ref not in held}
         total, available = sum(needed.values()), self._device.num_pages - sum(held.values())
         if total > available:
@@ -232,8 +232,19 @@ class MemoryTiers:
                     self._waiting.remove(ticket)
             except PoolCapacityError as error:
                 self._waiting.remove(ticket)
-                ticket._become("failed", str(error))
+                self._fail(ticket, str(error))
         self._show()
+
+    def _fail(self, ticket: Ticket, error: str) -> None:
+        """The ticket holds nothing any more; what else its owner claims stays."""
+        ticket._become("failed", error)
+        claims = self._tickets[ticket.owner]
+        claims.remove(ticket)
+        for ref in ticket.sizes:
+            if not any(ref in other.sizes for other in claims):
+                self._device.unpin(ref, ticket.owner)
+        if not claims:
+            del self._tickets[ticket.owner]
 
     def _settle(self, ticket: Ticket) -> None:
         if ticket.state() == "loading" and all(map(self._device.is_ready, ticket.sizes)):
@@ -274,5 +285,5 @@ class MemoryTiers:
                 if fetch.error is None:
                     self._settle(ticket)
                 elif ticket.state() == "loading":
-                    ticket._become("failed", f"{fetch.ref}: {fetch.error}")
+                    self._fail(ticket, f"{fetch.ref}: {fetch.error}")
             self._admit_waiting()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
 from mem_triton.store.block import MemoryBlock
+from mem_triton.store.pages import Packed, PageLayout
 from mem_triton.store.pool import PagePool
 from mem_triton.store.tiers import MemoryTiers, Ticket
 
@@ -17,6 +20,7 @@ SOON = 20.0
 """Seconds that nothing here takes; a test that waits so long has failed."""
 
 
+@lru_cache
 def block(ref: str, tokens: int) -> MemoryBlock:
     """What lies on disk under ``ref``: no two references have a value in common."""
     seed = int.from_bytes(ref.encode(), "big") % (2**63)
@@ -29,14 +33,24 @@ def placed(b: MemoryBlock) -> MemoryBlock:
     return MemoryBlock(b.keys + 1, b.values, b.positions - 8)
 
 
+@lru_cache
+def records(layout: PageLayout, ref: str, tokens: int) -> Packed:
+    """What its pages hold when it has been placed once."""
+    return layout.pack(placed(block(ref, tokens)))
+
+
 @dataclass
 class Disk:
-    """sizes: reference -> tokens. Loads of ``gated`` references wait for ``open``; those of ``broken`` ones fail."""
+    """sizes: reference -> tokens. Loads of ``gated`` references wait for ``open``; those of ``broken`` ones fail.
+
+    meanwhile: called inside every load.
+    """
 
     sizes: dict[str, int]
     gated: set[str] = field(default_factory=set)
     broken: set[str] = field(default_factory=set)
     loads: Counter = field(default_factory=Counter)
+    meanwhile: Callable[[], None] = lambda: None
     _gate: threading.Condition = field(default_factory=threading.Condition)
 
     def tokens(self, ref: str) -> int:
@@ -47,8 +61,9 @@ class Disk:
             self.loads[ref] += 1
             self._gate.notify_all()
             assert self._gate.wait_for(lambda: ref not in self.gated, SOON)
-            if ref in self.broken:
-                raise OSError("disk on fire")
+        self.meanwhile()
+        if ref in self.broken:
+            raise OSError("disk on fire")
         return block(ref, self.sizes[ref])
 
     def open(self, *refs: str) -> None:
@@ -98,6 +113,4 @@ class Bench:
         run = self.tiers.run_of(ref)
         tokens = self.disk.sizes[ref]
         assert sum(run.tokens) == tokens and len(run.pages) == len(run.tokens) == -(-tokens // PAGE)
-        true = placed(block(ref, tokens))
-        keys, values = self.pool.layout.unpack(self.pool.read(run.pages), tokens)
-        return torch.equal(keys, true.keys) and torch.equal(values, true.values)
+        return all(map(torch.equal, self.pool.read(run.pages), records(self.pool.layout, ref, tokens)))
