@@ -110,7 +110,7 @@ class Shards:
         codec: Codec | None = None,
     ) -> MemoryBlock:
         """Part of one entry. layers: indices into the stored layers. Every tensor of a codec begins with [L, Hkv]."""
-        parts = [slice(None)] if layers is None else [slice(first, end) for first, end in runs(layers)]
+        parts = [slice(None)] if layers is None else [slice(first, end) for first, end in runs(layers) or [(0, 0)]]
 
         def part(piece: Any) -> Tensor:
             found = [piece[layer, heads] for layer in parts]

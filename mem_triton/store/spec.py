@@ -119,7 +119,7 @@ class BankSpec(BaseModel):
             known = Fingerprint.model_fields if len(problem["loc"]) > 1 else cls.model_fields
             if problem["type"] == "extra_forbidden":
                 hint = nearest_name_hint(str(problem["loc"][-1]), known)
-                raise BankError(f"{where}: unknown key {place}{hint}; remove it or upgrade mem_triton") from None
+                raise BankError(f"{where}: unknown key {place}; remove it or upgrade mem_triton.{hint}") from None
             message = problem["msg"].removeprefix("Value error, ")
             raise BankError(f"{where}: {place}: {message}" if place else f"{where}: {message}") from None
 

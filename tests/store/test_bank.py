@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
-import subprocess
-import sys
+import tarfile
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,8 +28,6 @@ from mem_triton.store.bank import (
 )
 from mem_triton.store.block import MemoryBlock
 from tests.store.bank_case import LAYERS, MODEL, block, entry, equal, spec
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -88,13 +85,10 @@ def test_a_trained_codec_needs_its_state(tmp_path):
 
 
 def test_a_bank_in_product_codes(tmp_path):
-    faiss = pytest.importorskip("faiss", reason="the extra pq is not installed")
-    assert faiss.__version__
     codec = get_codec("pq")
-    codec.train([block(seed, tokens=32) for seed in range(40)], "OPQ4_16,PQ4x4")
+    codec.train([block(seed, tokens=48) for seed in range(40)], "PQ4x4")
     with Bank.create(tmp_path / "bank", spec(codec="pq"), codec_state=codec.state()) as bank:
         bank.add([entry("a", 1)])
-        bank.set_sink  # noqa: B018
         with Bank.create(tmp_path / "other", spec(codec="pq"), codec_state=codec.state()) as other:
             bank.export(tmp_path / "export")
             assert other.import_from(tmp_path / "export") == ["a@1"]
@@ -146,7 +140,6 @@ def test_deleting_one_version_leaves_the_others(bank):
     bank.update("a", entry("a", 2))
     bank.delete("a@2")
     assert not bank.knows("a") and bank.knows("a@1")
-    bank.update  # noqa: B018
 
 
 def test_a_cold_entry_is_filled_once(bank):
@@ -309,13 +302,6 @@ def test_pages_walk_through_everything_once(bank):
 # Several processes.
 
 
-def read_in_another_process(path: Path, code: str) -> str:
-    program = f"from mem_triton.store.bank import *\nbank = Bank.open({str(path)!r})\n{code}"
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
-
-
 def write_one(path: str) -> None:
     with Bank.open(path, writable=True) as bank:
         bank.add([entry("from-another-process", 7)])
@@ -364,8 +350,9 @@ def test_a_reader_goes_on_over_a_compaction(bank):
     late.catalogue.find = found_before
     assert equal(late.load("e3@1"), block(3))
     assert equal(reader.load("e2@1"), block(2)) and equal(reader.load("e1"), block(10))
-    held = reader.shards._open
-    assert len(held) == 2, "the reader holds the shard that is gone, and the new one"
+    gone = [name for name in reader.shards._open if not (bank.path / "shards" / name).exists()]
+    assert len(gone) == 1, "nothing was moved"
+    assert equal(reader.shards.read(gone[0], 2, torch.float32), block(2)), "a shard that is gone stays mapped"
 
 
 def test_threads_share_a_bank(bank):
@@ -393,9 +380,7 @@ def test_a_forked_child_reads_for_itself(bank):
     assert reader.knows("a")
 
     def child() -> None:
-        raise SystemExit(
-            0 if equal(reader.load("a@1"), block(1)) and reader.catalogue._pid == __import__("os").getpid() else 3
-        )
+        raise SystemExit(0 if equal(reader.load("a@1"), block(1)) and reader.catalogue._pid == os.getpid() else 3)
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
@@ -502,14 +487,13 @@ def test_an_import_that_contradicts_is_refused_whole(tmp_path, bank):
     with Bank.create(tmp_path / "layers", spec(layers=(0, 1, 5))) as other, pytest.raises(BankError, match="layers: "):
         other.import_from(tmp_path / "e")
     another = MODEL.model_copy(update={"weights": "ffff"})
-    with Bank.create(tmp_path / "model", spec(fingerprint=another)) as other:
-        with pytest.raises(BankModelError, match="weights: bank has ffff, the import has 0123456789abcdef"):
-            other.import_from(tmp_path / "e")
+    different = "weights: bank has ffff, the import has 0123456789abcdef"
+    other = Bank.create(tmp_path / "model", spec(fingerprint=another))
+    with pytest.raises(BankModelError, match=different):
+        other.import_from(tmp_path / "e")
 
 
 def test_a_tar_with_other_things_in_it_is_refused(tmp_path, bank):
-    import tarfile
-
     (tmp_path / "evil").write_text("x")
     with tarfile.open(tmp_path / "evil.tar", "w") as tar:
         tar.add(tmp_path / "evil", "../../evil")
@@ -603,7 +587,7 @@ def test_an_update_of_another_id_is_refused(bank):
     [
         ({"schema_version": 2}, "schema_version 2 is newer than the 1 that this mem_triton reads; upgrade"),
         ({"schema_version": None}, "schema_version is None; this is no bank"),
-        ({"keep_token": 8}, 'unknown key keep_token. Did you mean "keep_tokens"'),
+        ({"keep_token": 8}, 'unknown key keep_token; remove it or upgrade mem_triton. Did you mean "keep_tokens"'),
         ({"layers": [1, 0]}, "layers: .* ascending"),
         ({"layers": [0, 6]}, "6 is not one of the model's 6 layers"),
         ({"kind": "x"}, "kind: "),
