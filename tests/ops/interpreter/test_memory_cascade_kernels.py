@@ -117,6 +117,12 @@ def test_page_sizes(page_size):
     check_pages(mixed_case("bf16-fp8", memories=memories, page_size=page_size))
 
 
+def test_splits_that_end_inside_a_tile():
+    """Three pages of 5 tokens a split and 16 tokens a step: nobody may take keys of the next split as well."""
+    memories = [[(5, 0, FOREVER)] * 7, None, None, [(4, 0, FOREVER)] * 4, []]
+    check_pages(mixed_case(memories=memories, page_size=5), order="shuffle")
+
+
 def test_large_logits_do_not_overflow():
     case = mixed_case(spread=12.0)
     check_shared(case)

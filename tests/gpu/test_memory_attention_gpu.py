@@ -1,0 +1,211 @@
+"""Memory attention on a real GPU: all three routes against fp64, in CUDA graphs, bit-stable, without a host sync."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mem_triton.ops.memory_attention import FOREVER, Policy, add_memory, memory_attention, memory_only_attention
+from mem_triton.ops.memory_attention.merge import merge_states
+from tests.ops.attention_case import FP8, INT8, AttentionCase, assert_matches, expected, make_case
+from tests.ops.cascade_case import assert_close, assert_same_bits, memory_expected, steps, untouched_tokens
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+PAGES = [[(8, 0, FOREVER), (3, 0, 64)], None, [(5, 0, FOREVER)], [], [(8, 2, 90)] * 9, None, [(1, 0, 1)], []]
+ROWS = {  # new tokens, tokens before
+    "decode": [(1, n) for n in (5, 9, 0, 33, 80, 700, 3, 64)],
+    "mixed": [(1, 9), (40, 5), (0, 3), (1, 200), (130, 40), (2, 0), (17, 17), (1, 0)],
+}
+KINDS = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "fp16": (torch.float16, None),
+    "bf16-fp8": (torch.bfloat16, FP8),
+    "fp16-fp8": (torch.float16, FP8),
+    "bf16-int8": (torch.bfloat16, INT8),
+}
+ROUTES = ("fused", "shared_batched", "stock_context")
+
+
+def make(batch: str = "mixed", kind: str = "bf16", **changes) -> AttentionCase:
+    dtype, page_dtype = KINDS[kind]
+    windows = [(0, FOREVER), (0, 1), (0, 1), (3, 40), (0, FOREVER), (0, 1), (0, 0), (0, FOREVER)]
+    arguments = {"memories": PAGES, "shared": 700, "shared_range": windows, "padding_tokens": 3, "heads": (8, 2)}
+    return make_case(ROWS[batch], dtype=dtype, page_dtype=page_dtype, **{**arguments, **changes})
+
+
+def moved(value: Any, device: str) -> Any:
+    """Tensors, and tuples of them, on another device with their strides."""
+    if isinstance(value, Tensor):
+        place = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return place.copy_(value)
+    if isinstance(value, tuple):
+        return type(value)(*(moved(x, device) for x in value))
+    return value
+
+
+def to_device(case: AttentionCase, device: str = "cuda") -> AttentionCase:
+    names = ("query", "context", "out", "lse", "row_slot", "pages", "table", "shared", "sinks")
+    return replace(case, **{name: moved(getattr(case, name), device) for name in names})
+
+
+def attend(case: AttentionCase, route: str) -> None:
+    """Write ``case.out`` and ``case.lse`` by one of the routes; the stock context is this op without memory."""
+    if route != "stock_context":
+        memory_attention(
+            case.query, case.context, case.out, lse=case.lse, policy=Policy(route), **case.reads()
+        )  # fmt: skip
+        return
+    memory = {"row_slot": None, "pages": None, "table": None, "shared": None}
+    memory_attention(
+        case.query, case.context, case.out, lse=case.lse, policy=Policy("fused"), **{**case.reads(), **memory}
+    )  # fmt: skip
+    add_memory(
+        *steps(case), case.context.max_query_len, case.out, case.lse, scale=case.scale, row_slot=case.row_slot,
+        pages=case.pages, table=case.table, shared=case.shared, soft_cap=case.soft_cap,
+    )  # fmt: skip
+
+
+def run(case: AttentionCase, route: str) -> AttentionCase:
+    on_gpu = to_device(case)
+    attend(on_gpu, route)
+    torch.cuda.synchronize()
+    return to_device(on_gpu, "cpu")
+
+
+def check(case: AttentionCase, route: str) -> None:
+    want = expected(case)
+    if route != "fused":  # the context is rounded on its own before memory is merged into it
+        largest = case.context.values.double().nan_to_num().abs().max()
+        want = replace(want, out_budget=2 * want.out_budget + torch.finfo(case.query.dtype).eps * largest)
+        want = replace(want, lse_budget=2 * want.lse_budget)
+    assert_matches(run(case, route), want)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", ROWS)
+def test_matches_fp64(batch, kind, route):
+    check(make(batch, kind, bias=True, sinks=True, soft_cap=8.0), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("size", [32, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "bf16-fp8"])
+def test_every_head_size(size, kind, route):
+    check(make(kind=kind, size=size), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("heads", [(2, 2), (5, 1), (40, 8), (32, 2)])
+@pytest.mark.parametrize("layout", ["packed", "tokens_first", "heads_first"])
+def test_groups_and_layouts(heads, layout, route):
+    check(make(heads=heads, layout=layout, size=64), route)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", ROWS)
+def test_memory_alone_matches_fp64_and_merges(batch, kind):
+    case = make(batch, kind, bias=True)
+    on_gpu = to_device(case)
+    out, lse = memory_only_attention(
+        *steps(on_gpu), case.context.max_query_len, scale=case.scale, row_slot=on_gpu.row_slot, pages=on_gpu.pages,
+        table=on_gpu.table, shared=on_gpu.shared,
+    )  # fmt: skip
+    want = memory_expected(case)
+    twice = torch.finfo(out.dtype).eps * want.out.abs().amax()  # pages and segment are merged after a rounding
+    want = replace(want, out_budget=2 * want.out_budget + twice, lse_budget=2 * want.lse_budget)
+    assert_close(out.cpu(), lse.cpu(), want)
+    result, result_lse = torch.empty_like(out), torch.empty_like(lse)
+    merge_states(torch.full_like(out, torch.nan), torch.full_like(lse, torch.inf), out, lse, result, result_lse)
+    seen = (lse > -torch.inf).all(1)
+    assert_same_bits(result[seen].cpu(), out[seen].cpu())
+    assert (result[~seen] == 0).all() and torch.equal(result_lse, lse)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("batch", ROWS)
+def test_rows_without_memory_have_the_bits_of_a_call_without(batch, route):
+    case = make(batch)
+    plain, after = run(case.without_memory(), "fused"), run(case, route)
+    none = untouched_tokens(case, memory_expected(case))
+    live = torch.arange(len(none)) < int(case.context.query_start_loc[-1])
+    assert (none & live).any()
+    assert_same_bits(after.out[none & live], plain.out[none & live])
+    assert_same_bits(after.lse[none & live], plain.lse[none & live])
+    assert after.out[~live].isnan().all() and after.lse[~live].isnan().all()  # padding
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("kind", ["bf16", "bf16-fp8"])
+@pytest.mark.parametrize("batch", ROWS)
+def test_graph_replay_equals_eager_bit_by_bit(batch, kind, route):
+    case = make(batch, kind)
+    eager = run(case, route)
+    static = to_device(case)
+    attend(to_device(case), route)  # compiles outside of the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend(static, route)
+    live = int(case.context.query_start_loc[-1])
+    for _ in range(3):
+        static.out.fill_(torch.nan)
+        static.lse.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bits(static.out[:live].cpu(), eager.out[:live])
+        assert_same_bits(static.lse[:live].cpu(), eager.lse[:live])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_one_captured_decode_graph_serves_smaller_batches_and_other_memories(route):
+    case = make("decode")
+    static = to_device(case)
+    attend(to_device(case), route)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attend(static, route)
+    for live in (1, 5, 8):
+        smaller = replace(case, context=case.context._replace(query_start_loc=case.context.query_start_loc.clone()))
+        smaller.context.query_start_loc[live:] = live
+        smaller.row_slot = case.row_slot.roll(live)
+        static.context.query_start_loc.copy_(smaller.context.query_start_loc)
+        static.row_slot.copy_(smaller.row_slot)
+        static.out.fill_(torch.nan)
+        static.lse.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        want = run(smaller.fresh(), route)
+        for got, wanted in ((static.out, want.out), (static.lse, want.lse)):
+            assert_same_bits(got.cpu().nan_to_num(7), wanted.nan_to_num(7))
+
+
+def test_a_long_segment_is_split_and_merged_by_the_last_program():
+    for rows in (1, 3, 64):
+        case = make_case(
+            [(1, 20)] * rows, heads=(8, 2), size=128, memories=[[]] * rows, shared=5000, dtype=torch.bfloat16,
+            spread=0.5,
+        )  # fmt: skip
+        check(case, "shared_batched")
+        first, second = run(case, "shared_batched"), run(case, "shared_batched")
+        assert_same_bits(first.out, second.out)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_decode_makes_no_host_sync(route):
+    case = to_device(make("decode"))
+    attend(case, route)
+    sync_free: Callable[[str], None] = torch.cuda.set_sync_debug_mode
+    sync_free("error")
+    try:
+        attend(case, route)
+    finally:
+        sync_free("default")

@@ -1,0 +1,141 @@
+"""The cascade's kernels compile for the GPUs we name, without a spill, within registers and shared memory."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tests.support.aot import TARGETS, Resources, compile_for
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
+)
+
+POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "int8": "*i8", "fp8": "*u8"}  # fp8 travels as bits
+DATA = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
+        "fp8": torch.float8_e4m3fn}  # fmt: skip
+GROUP, PAGE_SIZE = 4, 16
+REGISTERS = 255
+SHARED_BUDGET = {"sm80": 82, "sm90": 113, "sm100": 113, "gfx942": 64}  # KiB; on NVIDIA half of what there is
+
+
+class Case(NamedTuple):
+    target: str
+    kernel: str  # shared, pages, merge
+    rows: int  # packed query rows, which choose the tile
+    size: int
+    query: str
+    data: str
+
+
+DECODE, BATCH, PREFILL = 16, 256, 8192
+SERVED = [(128, "bf16", "bf16"), (128, "bf16", "fp8")]
+ODD = [(80, "bf16", "bf16"), (128, "fp16", "int8"), (256, "bf16", "fp8"), (128, "fp32", "fp32")]
+CASES = [  # the common shapes everywhere; the others on one GPU of each maker
+    *(Case(target, "shared", BATCH, *shape) for target in TARGETS for shape in SERVED),
+    *(Case(target, "pages", BATCH, *shape) for target in TARGETS for shape in SERVED),
+    *(Case("sm90", "shared", rows, *shape) for rows in (DECODE, PREFILL) for shape in SERVED),
+    *(Case(target, "shared", BATCH, *shape) for target in ("sm90", "gfx942") for shape in ODD),
+    *(Case(target, "pages", DECODE, *shape) for target in ("sm90", "gfx942") for shape in ODD),
+    *(Case(target, "merge", 0, 80, "bf16", "bf16") for target in ("sm90", "gfx942")),
+]
+
+
+def arguments_for(kernel, constants: dict, query: str, data: str) -> dict[str, str]:
+    """Triton types of the runtime arguments; those that are absent join ``constants`` as None."""
+    found = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            continue
+        if name in ("query", "out", "out_a", "out_b"):
+            found[name] = POINTERS[query]
+        elif name in ("keys", "values", "page_keys", "page_values"):
+            found[name] = POINTERS[data]
+        elif name.startswith("stride"):
+            found[name] = "i32" if "lse" in name else "i32:16"
+        elif name in ("key_scale", "value_scale", "page_key_scale", "page_value_scale"):
+            if data in ("int8", "fp8"):
+                found[name] = "*fp32"
+            else:
+                constants[name] = None
+        elif name in ("lse", "lse_a", "lse_b", "partial", "table_bias"):
+            found[name] = "*fp32"
+        elif name in ("scale", "soft_cap", "bias"):
+            found[name] = "fp32"
+        elif name in ("num_rows", "num_tokens", "search_steps", "length", "split_length", "split_pages"):
+            found[name] = "i32"
+        else:
+            found[name] = "*i32"
+    return found
+
+
+def compile_case(case: Case, **changes) -> Resources | str:
+    from mem_triton.ops.memory_attention import cascade_launch, launch
+    from mem_triton.ops.tuning.memory_attention import select_pages, select_shared
+
+    select = select_pages if case.kernel == "pages" else select_shared
+    config = select(case.target, case.size, DATA[case.query].itemsize, case.rows)
+    options = {"num_warps": config.warps, "num_stages": config.stages, **launch.OPTIONS, **changes}
+    constants = cascade_launch.head_constants(case.size, GROUP, DATA[case.data], 0.0)
+    constants |= {"BLOCK_M": config.block_m, "TILE": config.tile, "SPLIT": True}
+    if case.kernel == "shared":
+        kernel = cascade_launch.shared_kernel
+    elif case.kernel == "pages":
+        kernel = cascade_launch.memory_only_kernel
+        constants |= {"PAGE_SIZE": PAGE_SIZE, "MERGE": case.rows == BATCH}
+    else:
+        kernel, options = cascade_launch.merge_kernel, {"num_warps": cascade_launch.WARPS, "enable_fp_fusion": False}
+        constants = {"HEADS": 40, "SIZE": case.size, "ROWS": cascade_launch.ROWS}
+        constants |= dict(zip(("WIDTH", "REST"), launch.channel_parts(case.size), strict=True))
+    try:
+        found = arguments_for(kernel, constants, case.query, case.data)
+        return compile_for(case.target, kernel, found, constants, **options)
+    except Exception as error:  # carried over the process border as text: Triton's errors do not pickle
+        return f"{type(error).__name__}: {error}"
+
+
+@functools.cache
+def compiled() -> dict[Case, Resources | str]:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(CASES, pool.map(compile_case, CASES, chunksize=4), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_compiles_within_budget(case: Case):
+    result = compiled()[case]
+    assert isinstance(result, Resources), result
+    assert result.spills == 0, result
+    assert result.registers <= (512 if case.target == "gfx942" else REGISTERS), result
+    assert result.shared <= SHARED_BUDGET[case.target] * 1024, result
+
+
+def test_a_spill_is_seen():
+    """Negative control: two warps cannot hold the sums of 64 rows of 256 channels."""
+    result = compile_case(Case("sm90", "shared", BATCH, 256, "bf16", "fp8"), num_warps=2)
+    assert isinstance(result, Resources) and result.spills > 0, result
+
+
+def test_a_head_of_80_is_not_padded():
+    """What a step keeps in shared memory grows with the head: 80 takes 80 / 128 of 128."""
+    whole = compiled()[Case("sm90", "shared", BATCH, 128, "bf16", "bf16")]
+    odd = compiled()[Case("sm90", "shared", BATCH, 80, "bf16", "bf16")]
+    assert odd.shared <= whole.shared * 80 / 128 + 4096
+
+
+def test_no_batch_needs_a_new_kernel():
+    """What changes from step to step is not specialised; nothing compiles while serving."""
+    from mem_triton.ops.memory_attention import cascade_launch
+
+    varying = {
+        cascade_launch.shared_kernel: {"num_rows", "search_steps", "length", "split_length", "stride_lse_head"},
+        cascade_launch.memory_only_kernel: {"num_tokens", "num_rows", "split_pages", "stride_lse_head"},
+        cascade_launch.merge_kernel: {"num_rows", "stride_lse_a_head", "stride_lse_head"},
+    }
+    for kernel, names in varying.items():
+        assert names <= {p.name for p in kernel.params if p.do_not_specialize}
