@@ -1,0 +1,192 @@
+"""Times the fetch of 5 references into the pool by the tier they come from, beside a plain copy of the same bytes.
+
+    python benchmarks/store/pool.py [--device cuda|cpu] [--kind memory3|prefix] [--pool-dtype auto|int8|fp8]
+                                    [--references 5] [--repeats 100] [--json FILE]
+
+A fetch is ``request`` ... "ready" ... ``before_step``, through ``MemoryTiers`` on a bank that is written for it. Shapes
+are those of a 4B model: 8 KV heads of 128; memory3: 18 layers, 8 of 128 tokens a head; prefix: 36 layers, 128 tokens.
+Every group of references that is fetched from host or disk has been pushed off the tiers above by others. "disk" reads
+with a warm page cache: it times the bank, RoPE and packing, not the drive. The copy is one contiguous piece of the same
+size, from page-locked memory on a GPU, each time another: the floor for "host". Pages that do not hold what they should
+get no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from mem_triton.ops.reposition import rope_from_config
+from mem_triton.store.bank import Bank, BankSpec, NewEntry
+from mem_triton.store.block import MemoryBlock
+from mem_triton.store.fingerprint import Fingerprint
+from mem_triton.store.placement import place
+from mem_triton.store.pool import PagePool
+from mem_triton.store.tiers import MemoryTiers
+
+HEADS, SIZE, MODEL_LAYERS, REFERENCE = 8, 128, 36, 128
+KEPT = {"memory3": (18, 8), "prefix": (36, 128)}  # layers, tokens per head
+GROUPS = 5
+DTYPES = {"auto": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+ROPE = rope_from_config({"model_type": "qwen3", "head_dim": SIZE, "rope_theta": 1_000_000.0})
+
+
+def write_bank(folder: Path, kind: str, entries: int) -> Bank:
+    """A bank of random entries "0", "1", ... in bf16."""
+    layers, tokens = KEPT[kind]
+    model = Fingerprint(
+        architecture="Qwen3ForCausalLM", num_layers=MODEL_LAYERS, hidden_size=2560, query_heads=32, kv_heads=HEADS,
+        head_dim=SIZE, rope={}, dtype="bfloat16", weights="benchmark",
+    )  # fmt: skip
+    spec = BankSpec(
+        kind=kind, fingerprint=model, layers=tuple(range(layers)), kv_heads=HEADS, head_dim=SIZE,
+        reference_tokens=REFERENCE, keep_tokens=tokens if kind == "memory3" else None,
+    )  # fmt: skip
+    bank = Bank.create(folder, spec)
+    for number in range(entries):
+        g = torch.Generator().manual_seed(number)
+        keys, values = torch.randn(2, layers, HEADS, tokens, SIZE, generator=g).bfloat16()
+        chosen = torch.rand(layers, HEADS, REFERENCE, generator=g).argsort(-1)[..., :tokens].sort(-1).values
+        bank.add([NewEntry(str(number), f"reference {number}", MemoryBlock(keys, values, chosen.int()))])
+    return bank
+
+
+class Bench:
+    """One pool with its tiers. groups: references that are fetched together."""
+
+    def __init__(
+        self, bank: Bank, kind: str, pool_dtype: str, device: str, host: bool, groups: list[list[str]]
+    ) -> None:
+        layers, tokens = KEPT[kind]
+        page_tokens = 8 if kind == "memory3" else 16
+        pages = 2 * len(groups[0]) * -(-tokens // page_tokens)  # two groups: each pushes another off
+        self.pool = PagePool(layers, HEADS, SIZE, page_tokens, pages, DTYPES[pool_dtype], device)
+        ropes, self.bank, self.kind, self.groups = [ROPE] * layers, bank, kind, groups
+        self.place = lambda block: place(block, ropes, kind, REFERENCE)
+        self.sizes = {ref: tokens for group in groups for ref in group}
+        host_bytes = GROUPS * pages * self.pool.layout.page_bytes if host else 0
+        self.tiers = MemoryTiers(
+            self.pool, bank.load, self.place, tokens=self.sizes.__getitem__, host_bytes=host_bytes,
+            workers=max(2, len(os.sched_getaffinity(0)) // 2),
+        )  # fmt: skip
+        self.bytes = sum(self.pool.layout.pages_for(self.sizes[ref]) for ref in groups[0]) * self.pool.layout.page_bytes
+
+    def fetch(self, refs: Sequence[str]) -> float:
+        """Seconds until the pages may be read."""
+        begin = time.perf_counter()
+        ticket = self.tiers.request(refs, "benchmark")
+        if ticket.wait(60) != "ready":
+            raise RuntimeError(ticket.error or ticket.state())
+        self.tiers.before_step()
+        return time.perf_counter() - begin
+
+    def is_right(self, refs: Sequence[str]) -> bool:
+        """Whether the pages hold the references."""
+        packed = {ref: self.pool.layout.pack(self.place(self.bank.load(ref))) for ref in refs}
+        return all(
+            torch.equal(self.pool.read(self.tiers.run_of(ref).pages).data, records.data)
+            for ref, records in packed.items()
+        )
+
+    def times(self, repeats: int, resident: bool) -> list[float]:
+        """Seconds a fetch: of the one group that stays resident, or of the groups in turn."""
+        groups = self.groups[:1] if resident else self.groups
+        for group in groups:  # host: now it has them all
+            self.fetch(group)
+            if not self.is_right(group):
+                raise SystemExit("WRONG: the pages do not hold the references; no time is given")
+            self.tiers.release("benchmark")
+        times = []
+        for i in range(repeats):
+            times.append(self.fetch(groups[i % len(groups)]))
+            self.tiers.release("benchmark")
+        return times
+
+
+def copy_times(size: int, device: str, repeats: int) -> list[float]:
+    """Seconds of one copy of ``size`` bytes to the device, each from and to another place, as cold as the fetches."""
+    gpu = device == "cuda"
+    count = max(2, (64 << 20) // size)
+    sources = torch.ones(count, size, dtype=torch.uint8, pin_memory=gpu)
+    targets = torch.zeros(count, size, dtype=torch.uint8, device=device)
+    times = []
+    for i in range(repeats + 2):
+        begin = time.perf_counter()
+        targets[i % count].copy_(sources[i % count], non_blocking=True)
+        if gpu:
+            torch.cuda.current_stream().synchronize()
+        times.append(time.perf_counter() - begin)
+    return times[2:]
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """What the figures depend on."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    found = {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
+    found |= {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "CPU, no GPU"}
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--kind", choices=list(KEPT), default="memory3")
+    parser.add_argument("--pool-dtype", choices=list(DTYPES), default="auto")
+    parser.add_argument("--references", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    about = machine(args.device)
+    refs = [f"{number}@1" for number in range(GROUPS * args.references)]
+    groups = [refs[i::GROUPS] for i in range(GROUPS)]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, write_bank(Path(folder) / "bank", args.kind, len(refs)) as bank:
+        make: Callable[[bool], Bench] = lambda host: Bench(  # noqa: E731
+            bank, args.kind, args.pool_dtype, args.device, host, groups
+        )
+        bench = make(True)
+        size = bench.bytes
+        floor = statistics.median(copy_times(size, args.device, args.repeats))
+        measured = {
+            "device": bench.times(args.repeats, resident=True),
+            "host": bench.times(args.repeats, resident=False),
+        }
+        bench.tiers.close()
+        bench = make(False)
+        measured["disk"] = bench.times(max(args.repeats // 5, 5), resident=False)
+        bench.tiers.close()
+    print(f"{args.references} references ({args.kind}, pool {args.pool_dtype}), {size / 1e6:.2f} MB, on {about}")
+    print(f"one copy of {size / 1e6:.2f} MB: {floor * 1e6:.0f} us, {size / floor / 1e9:.2f} GB/s")
+    print(f"{'tier':>8} {'us':>10} {'10 %':>10} {'90 %':>10} {'GB/s':>8} {'of the copy':>12}")
+    for tier, times in measured.items():
+        low, *_, high = statistics.quantiles(times, n=10)
+        median = statistics.median(times)
+        moved = tier != "device"
+        speed, ratio = (size / median / 1e9, floor / median) if moved else (None, None)
+        shown = f"{speed:8.2f} {ratio:11.0%}" if moved else f"{'-':>8} {'-':>11}"
+        print(f"{tier:>8} {median * 1e6:10.1f} {low * 1e6:10.1f} {high * 1e6:10.1f} {shown}")
+        rows.append(
+            {"tier": tier, "us": median * 1e6, "us_p10": low * 1e6, "us_p90": high * 1e6, "bytes": size,
+             "gb_per_s": speed, "of_copy": ratio, "copy_us": floor * 1e6, "kind": args.kind,
+             "pool_dtype": args.pool_dtype, "references": args.references, "repeats": len(times), **about}
+        )  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,98 @@
+"""The pool on a GPU: copies and steps keep out of each other's way, though steps run long after they were queued."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mem_triton.store.pool import PagePool
+from mem_triton.store.tiers import MemoryTiers
+from tests.store.tiers_case import DIM, HEADS, LAYERS, PAGE, SOON, Disk, placed, records
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+SIZES = {f"{name}@1": 2 * PAGE for name in "abcd"}
+LONG = 200_000_000
+"""Cycles that the GPU is busy with a step: about a tenth of a second."""
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.int8])
+def pool(request) -> PagePool:
+    return PagePool(LAYERS, HEADS, DIM, PAGE, 2, request.param, "cuda")
+
+
+@pytest.fixture
+def tiers(pool):
+    disk = Disk(dict(SIZES))
+    tiers = MemoryTiers(pool, disk.load, placed, tokens=disk.tokens, host_bytes=8 * pool.layout.page_bytes)
+    yield tiers
+    tiers.close()
+
+
+def ready(tiers: MemoryTiers, ref: str, owner: str) -> None:
+    ticket = tiers.request([ref], owner)
+    assert ticket.wait(SOON) == "ready", ticket.error
+
+
+def holds(pool: PagePool, ref: str) -> bool:
+    return all(map(torch.equal, pool.read([0, 1]), records(pool.layout, ref, SIZES[ref])))
+
+
+def test_pages_come_from_disk_and_host_bit_for_bit(pool, tiers):
+    for ref in ("a@1", "b@1", "a@1"):
+        ready(tiers, ref, "r")
+        tiers.before_step()
+        assert holds(pool, ref)
+        tiers.release("r")
+    assert tiers.stats()["hits.host"] == 1
+
+
+def test_a_step_that_was_queued_before_the_release_reads_the_old_pages(pool, tiers):
+    ready(tiers, "a@1", "running")
+    tiers.before_step()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(LONG)
+        read = pool._records.clone()  # the step: queued now, run later
+        tiers.release("running")
+    ready(tiers, "b@1", "next")
+    stream.synchronize()
+    assert torch.equal(read.cpu(), records(pool.layout, "a@1", SIZES["a@1"]).data)
+    tiers.before_step()
+    assert holds(pool, "b@1")
+
+
+def test_control_without_the_mark_the_step_reads_what_came_later(pool, tiers, monkeypatch):
+    monkeypatch.setattr(tiers._fetcher.copies, "mark", lambda: None)
+    ready(tiers, "b@1", "warm")  # the next fetch comes from the host cache
+    tiers.release("warm")
+    ready(tiers, "a@1", "running")
+    tiers.before_step()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(LONG)
+        read = pool._records.clone()
+        tiers.release("running")
+    ready(tiers, "b@1", "next")
+    stream.synchronize()
+    assert torch.equal(read.cpu(), records(pool.layout, "b@1", SIZES["b@1"]).data)
+
+
+def test_before_step_waits_for_nothing_while_the_gpu_is_busy(pool, tiers):
+    ready(tiers, "a@1", "r")
+    torch.cuda._sleep(LONG)
+    busy = torch.cuda.Event()
+    busy.record()
+    tiers.before_step()
+    assert not busy.query(), "it came back before the step that runs was over"
+    torch.cuda.synchronize()
+
+
+def test_the_pool_takes_the_memory_that_it_says():
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    pool = PagePool(4, 8, 128, 16, 256, torch.int8, "cuda")
+    assert pool.nbytes <= torch.cuda.memory_allocated() - before < pool.nbytes + 4096
