@@ -53,7 +53,7 @@ def _check_catalogue(bank: Bank) -> Iterator[str]:
             yield f"{bank.catalogue.path}: {problem}"
     dim = bank.catalogue.meta("dim") or 0
     for what, sql in (
-        ("lies in a shard that the catalogue does not know", "shard NOT IN (SELECT shard FROM shards)"),
+        ("lies in an unknown shard", "shard IS NOT NULL AND shard NOT IN (SELECT shard FROM shards)"),
         ("has no vector", f"seq NOT IN (SELECT seq FROM vectors WHERE length(vector) = {2 * dim})"),
         ("is not what its id names", "state = 0 AND seq NOT IN (SELECT current FROM ids WHERE ids.id = entries.id)"),
         ("is newer than its id's last version", "version > (SELECT last_version FROM ids WHERE ids.id = entries.id)"),

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 SMALLEST_GRAPH, LARGEST_TAIL = 8192, 32768
 """Fewer entries than the first have no graph; more than the second never wait to join one."""
+WIDEST = 4096
+"""Most candidates looked at one by one before a search with a rare filter looks at all that the filter allows."""
 CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 64, 192
 
 
@@ -66,7 +68,7 @@ class VectorIndex:
             rows = self._catalogue.accepted(seqs, tenants, source, only_filled)
             if len(rows) >= top_k or complete:
                 return _best(query, rows, top_k)
-            if wanted > 4096:  # what is wanted is rare among the nearest: look at all that the filters allow
+            if wanted > WIDEST:  # what is wanted is rare among the nearest: look at all that the filters allow
                 found: list[Hit] = []
                 for part in self._catalogue.matching(tenants, source, only_filled):
                     found = sorted(found + _best(query, part, top_k), key=_order)[:top_k]
