@@ -24,6 +24,8 @@ TYPES = {BF16: "*bf16", torch.float16: "*fp16", FP32: "*fp32", INT8: "*i8", torc
 SHARED_BUDGET = {"sm80": 163, "sm90": 227, "sm100": 227, "gfx942": 64}  # KiB that one program can have
 REGISTER_BUDGET = {"gfx942": 512}  # 255 elsewhere, and what does not fit them spills
 
+SPILL_BUDGET = 8  # bytes: ptxas spills two registers of 170 where one more program then fits a multiprocessor
+
 
 class Case(NamedTuple):
     target: str
@@ -38,6 +40,7 @@ CASES = [
     *(Case(target, 128, queries=q) for target in TARGETS for q in (1, 200)),
     *(Case(target, 80, memory=INT8, queries=200) for target in ("sm80", "sm90")),
     *(Case(target, 80, memory=FP8, full=True) for target in TARGETS),
+    *(Case(target, 80, queries=8) for target in ("sm80", "sm90")),
     *(Case("sm90", size, queries=200) for size in (64, 96, 256)),
     Case("sm80", 256, memory=FP8, full=True),
     Case("gfx942", 256, memory=INT8, queries=200),
@@ -93,7 +96,7 @@ def compiled() -> dict[Case, Resources | str]:
 def test_compiles_within_budget(case: Case):
     result = compiled()[case]
     assert isinstance(result, Resources), result
-    assert result.spills == 0, result
+    assert result.spills <= SPILL_BUDGET, result
     assert result.registers <= REGISTER_BUDGET.get(case.target, 255), result
     assert result.shared <= SHARED_BUDGET[case.target] * 1024, result
 
@@ -108,4 +111,4 @@ def test_a_new_batch_size_needs_no_new_kernel():
 def test_a_spill_is_seen():
     """Negative control: 128 rows of 256 channels cannot fit four warps' registers."""
     result = compile_case(Case("sm80", 256, queries=200), FusedConfig(128, 64, 4, 2))
-    assert isinstance(result, Resources) and result.spills > 0, result
+    assert isinstance(result, Resources) and result.spills > 4 * SPILL_BUDGET, result

@@ -98,7 +98,8 @@ def check(
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple, dtypes: tuple, device: torch.device) -> None:
-    if tensor.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
+    wanted = tuple(m if n is None else n for n, m in zip(shape, tensor.shape, strict=False))
+    if tensor.shape != wanted or len(wanted) != len(shape):
         raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(shape)} (None = any)")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name}: dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from mem_triton.ops.memory_attention.kernel_output import is_last, merge_splits, store_outputs, store_partial
-from mem_triton.ops.memory_attention.kernel_parts import LOG2E, attend_tile, find_row, load_part
+from mem_triton.ops.memory_attention.kernel_parts import LOG2E, attend_tile, find_row, load_part, seen_columns
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # no new variant for a new batch size while serving
@@ -23,9 +23,9 @@ def attention_kernel(
     stride_block, stride_head, stride_token, stride_block_table,
     stride_page, stride_page_head, stride_page_token, stride_table, stride_shared_head, stride_shared_token,
     GROUP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, SOFT_CAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, TILE: tl.constexpr, MEMORY_TILE: tl.constexpr, ONE_BLOCK: tl.constexpr, SPLIT: tl.constexpr,
-    MIN_TILES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr,
+    SOFT_CAP: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, MEMORY_TILE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, KV heads, splits). ONE_BLOCK: every row's queries fit one block, block n is row n's.
 
@@ -54,8 +54,13 @@ def attention_kernel(
         sees_any = (slot >= 0) & (shared_from <= last_position) & (shared_to > first_position)
         shared_tiles = tl.where(sees_any, tl.cdiv(shared_tokens, MEMORY_TILE), 0)
     if page_keys is not None:
-        used_pages = tl.where(slot >= 0, tl.load(table_count + tl.maximum(slot, 0)), 0)
-        page_tiles = tl.cdiv(used_pages * PAGE_SIZE, MEMORY_TILE)
+        entries = tl.maximum(slot, 0).to(tl.int64) * stride_table
+        used = tl.where(slot >= 0, tl.load(table_count + tl.maximum(slot, 0)), 0)
+        column, page_count = seen_columns(
+            table_first + entries, table_end + entries, used, first_position, last_position, COLUMNS
+        )  # fmt: skip
+        entries += column
+        page_tiles = tl.cdiv(page_count * PAGE_SIZE, MEMORY_TILE)
     before = shared_tiles + page_tiles
     tiles = before + tl.cdiv(last_position + 1, TILE)
     low, high, splits = 0, tiles, 1
@@ -94,12 +99,11 @@ def attention_kernel(
     if page_keys is not None:
         for tile in range(tl.maximum(low, shared_tiles), tl.minimum(high, before)):
             j = (tile - shared_tiles) * MEMORY_TILE + tl.arange(0, MEMORY_TILE)
-            entry = slot.to(tl.int64) * stride_table + j // PAGE_SIZE
-            used = j // PAGE_SIZE < used_pages
-            seen_from = tl.load(table_first + entry, mask=used, other=0)
-            seen_to = tl.load(table_end + entry, mask=used, other=0)
+            entry, listed = entries + j // PAGE_SIZE, j // PAGE_SIZE < page_count
+            seen_from = tl.load(table_first + entry, mask=listed, other=0)
+            seen_to = tl.load(table_end + entry, mask=listed, other=0)
             live = (seen_from <= last_position) & (seen_to > first_position)
-            live = live & (j % PAGE_SIZE < tl.load(table_tokens + entry, mask=used, other=0))
+            live = live & (j % PAGE_SIZE < tl.load(table_tokens + entry, mask=listed, other=0))
             if tl.max(live.to(tl.int32), 0) > 0:  # else no query of this block sees any of these pages
                 page = tl.load(table_page + entry, mask=live, other=0).to(tl.int64)
                 page_head = page * tl.num_programs(1) + head  # row of the scales

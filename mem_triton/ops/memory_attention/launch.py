@@ -163,6 +163,7 @@ def kernel_arguments(
     constants = {
         "GROUP": query.shape[1] // context.keys.shape[1], "SIZE": query.shape[2], "WIDTH": width, "REST": rest,
         "BLOCK_SIZE": context.keys.shape[2], "PAGE_SIZE": page_keys.shape[2] if pages else 1,
+        "COLUMNS": 1 << (page.shape[1] - 1).bit_length() if table else 1,
         "FORMAT": formats[0], "SHARED_FORMAT": formats[1], "SOFT_CAP": soft_cap > 0,
         "BLOCK_M": config.block_m, "TILE": config.tile, "MEMORY_TILE": memory_tile,
         "ONE_BLOCK": grid.one_block, "SPLIT": grid.splits > 1, "MIN_TILES": config.min_tiles,

@@ -86,7 +86,7 @@ def split(starts: np.ndarray, lengths: np.ndarray, width: int) -> Iterator[Rows]
         rest = counts[row] - done
         counts = np.minimum(rest, QUERY_CHUNK)
         begin, length = begin[row] + done, lengths[row] - rest + counts
-    for queries in np.unique(counts[counts > 0]).tolist():
+    for queries in sorted(set(counts.tolist()) - {0}):
         same = np.flatnonzero(counts == queries)
         for group in buckets(length[same], width):
             pick = same[group]

@@ -49,4 +49,5 @@ def select(architecture: str, size: int, item_bytes: int, rows: int) -> FusedCon
         return FusedConfig(block_m, 32 if wide else 64, 4, 1, programs)
     if block_m == 64 and architecture not in ("sm90", "sm100"):  # without wgmma the accumulator fills the registers
         return FusedConfig(block_m, 32, 8, 2, programs, memory_tile=16 if wide else 32)
-    return FusedConfig(block_m, 32 if wide else 64, 8 if wide else 4, 2, programs)
+    small = wide or (block_m < 64 and size & (size - 1))  # few rows leave a rest of 16 channels in every warp
+    return FusedConfig(block_m, 32 if small else 64, 8 if wide else 4, 2, programs)
