@@ -50,6 +50,7 @@ class ScaledCodec:
             _finite(f"{name}s", x)
             _, scale = quantise(x, dim, self.dtype)
             scale = scale.to(torch.bfloat16)
+            scale = torch.where(scale > 0, scale, 1.0).to(torch.bfloat16)  # elements below 1e-38 become 0
             codes = to_codes(x.float() / scale.float().unsqueeze(dim), self.dtype)  # for the scale as it is stored
             encoded |= {f"{name}s": codes.contiguous(), f"{name}_scale": scale.contiguous()}
         return encoded
