@@ -25,6 +25,8 @@ from mem_triton.store.streams import copies_for
 
 logger = logging.getLogger(__name__)
 
+BATCH_BYTES = 8 << 20
+"""Host hits that wait together are copied together up to about this size; a fraction of a millisecond on a GPU."""
 _COPYING = "copying"
 """Owner of a host entry that is being filled or copied."""
 
@@ -118,31 +120,70 @@ class Fetcher:
                 self._host.drop(ref)
 
     def _work(self, source: queue.SimpleQueue[Fetch | None]) -> None:
+        if self._on_gpu:
+            torch.cuda.set_device(self._pool.device)  # a thread's own; else page-locking would touch the first GPU
         while (fetch := source.get()) is not None:
-            self._do(fetch)
+            self._do([fetch] + (self._those_behind(fetch) if source is self._host_queue else []))
 
-    def _do(self, fetch: Fetch) -> None:
-        if not self._closed and self._wanted(fetch):
-            self._bring(fetch)
+    def _those_behind(self, fetch: Fetch) -> list[Fetch]:
+        """Small host hits that wait as well: one copy order and one wait for all of them."""
+        batch, pages = [], len(fetch.pages)
+        while pages * self._pool.layout.page_bytes < BATCH_BYTES and not self._host_queue.empty():
+            more = self._host_queue.get()  # nobody else takes from this queue
+            if more is None:
+                self._host_queue.put(None)
+                break
+            batch.append(more)
+            pages += len(more.pages)
+        return batch
+
+    def _do(self, batch: Sequence[Fetch]) -> None:
+        begun = [fetch for fetch in batch if not self._closed and self._wanted(fetch)]
+        self._copy([(fetch, source) for fetch in begun if (source := self._source(fetch)) is not None])
+        for fetch in begun:
+            if fetch.error is None and self._closed:
+                continue
+            with self._lock:
+                self._count(fetch)
+            self._over(fetch)
         with self._lock:
-            self._host.unpin(fetch.ref, _COPYING)
+            for fetch in batch:
+                self._host.unpin(fetch.ref, _COPYING)
 
-    def _bring(self, fetch: Fetch) -> None:
-        tier = "disk" if fetch.host_pages is None else "host"
+    def _source(self, fetch: Fetch) -> tuple[Packed, Sequence[int] | None] | None:
+        """Records on the host, and which of them; None if they could not be had."""
+        if fetch.host_pages is not None:
+            return self._records, fetch.host_pages
         try:
-            packed, rows = self._from_disk(fetch) if tier == "disk" else (self._records, fetch.host_pages)
-            if self._closed:
-                return
-            fetch.copied = self.copies.run(lambda: self._pool.write(fetch.pages, packed, rows), fetch.after)
+            return self._from_disk(fetch)
         except Exception as problem:  # whatever it is: the thread lives on, and whoever needs the entry hears of it
             fetch.error = f"{type(problem).__name__}: {problem}"
+            return None
+
+    def _copy(self, sources: Sequence[tuple[Fetch, tuple[Packed, Sequence[int] | None]]]) -> None:
+        if self._closed or not sources:
+            return
+
+        def write() -> None:
+            for fetch, (packed, rows) in sources:
+                self._pool.write(fetch.pages, packed, rows)
+
+        marks = {id(mark): mark for fetch, _ in sources for mark in fetch.after if mark is not None}
+        try:
+            copied, error = self.copies.run(write, marks.values()), None
+        except Exception as problem:
+            copied, error = None, f"{type(problem).__name__}: {problem}"
+        for fetch, _ in sources:
+            fetch.copied, fetch.error = copied, error
+
+    def _count(self, fetch: Fetch) -> None:
+        self.tally.counts["failed" if fetch.error else "fetched"] += 1
+        if fetch.error:
             metrics.POOL_FAILURES.inc()
-        with self._lock:
-            if fetch.error is None:
-                self.tally.add(metrics.POOL_BYTES, "bytes", tier, len(fetch.pages) * self._pool.layout.page_bytes)
-                metrics.POOL_FETCH_SECONDS.labels(tier).observe(time.perf_counter() - fetch.began)
-            self.tally.counts["failed" if fetch.error else "fetched"] += 1
-        self._over(fetch)
+            return
+        tier = "disk" if fetch.host_pages is None else "host"
+        self.tally.add(metrics.POOL_BYTES, "bytes", tier, len(fetch.pages) * self._pool.layout.page_bytes)
+        metrics.POOL_FETCH_SECONDS.labels(tier).observe(time.perf_counter() - fetch.began)
 
     def _from_disk(self, fetch: Fetch) -> tuple[Packed, Sequence[int] | None]:
         """The entry's records, and which of them; in the host cache if there is room."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -143,6 +144,28 @@ def test_steps_are_ordered_behind_finished_copies_alone_and_behind_each_once():
         assert slow.wait(SOON) == "ready"
         bench.tiers.before_step()
         assert copies.joined == ["copy 1", "copy 2"]
+
+
+def test_small_host_hits_that_wait_together_are_copied_together():
+    """Behind a copy that waits for a long step."""
+    with Bench(Disk(dict(ONE_PAGE)), pages=4, host_pages=6) as bench:
+        visit(bench, *ONE_PAGE)  # all are on the host, and the last four on the device
+        copies, first, go = written_down(bench), threading.Event(), threading.Event()
+        run = copies.run
+
+        def slow(copy: Callable[[], None], after) -> str:
+            first.set()
+            assert go.wait(SOON)
+            return run(copy, after)
+
+        copies.run = slow
+        tickets = [bench.tiers.request(["a@1"], "one")]
+        assert first.wait(SOON)
+        tickets += [bench.tiers.request([ref], ref) for ref in ("b@1", "c@1", "d@1")]
+        assert [t.state() for t in tickets] == ["loading"] * 4
+        go.set()
+        assert all(t.wait(SOON) == "ready" for t in tickets)
+        assert len(copies.waited_for) == 2 and all(map(bench.holds, ("a@1", "b@1", "c@1", "d@1")))
 
 
 def test_the_counters_add_up():

@@ -36,7 +36,7 @@ class Stepped(Fetcher):
         first, second = self._host_queue, self._disk_queue
         for source in (first, second) if from_host else (second, first):
             if not source.empty():
-                self._do(source.get())
+                self._do([source.get()])
                 return True
         return False
 
