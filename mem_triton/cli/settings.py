@@ -79,7 +79,15 @@ def new_bank(path: Path, model: str, config: WriteConfig, *, codec: str = "auto"
     return create_bank(path, model_fingerprint(model_folder(model)), config, codec=codec, embedder=embedder)
 
 
-def create_bank(path: Path, fingerprint: Fingerprint, config: WriteConfig, *, codec: str, embedder: str) -> Bank:
+def create_bank(
+    path: Path,
+    fingerprint: Fingerprint,
+    config: WriteConfig,
+    *,
+    codec: str,
+    embedder: str,
+    codec_state: bytes | None = None,
+) -> Bank:
     """``new_bank`` for a fingerprint that is known. Raises OptionError naming an option that does not fit."""
     codec = CODECS.get(fingerprint.dtype, "bf16") if codec == "auto" else codec
     try:
@@ -88,4 +96,4 @@ def create_bank(path: Path, fingerprint: Fingerprint, config: WriteConfig, *, co
         problem = error.errors()[0]
         where = f"--{problem['loc'][0]}: " if problem["loc"] else ""
         raise OptionError(where + problem["msg"].removeprefix("Value error, ")) from None
-    return Bank.create(path, spec)
+    return Bank.create(path, spec, codec_state)

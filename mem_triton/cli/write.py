@@ -12,7 +12,7 @@ import typer
 from mem_triton.cli import output
 
 if TYPE_CHECKING:
-    from mem_triton.memory3 import Document, WriteReport
+    from mem_triton.memory3 import Document, WriteConfig, WriteReport
 
 SUFFIXES = (".txt", ".md", ".markdown", ".jsonl", ".ndjson")
 Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
@@ -37,7 +37,9 @@ def write(
     prefix_text: Annotated[Text, typer.Option(help='Before references; "" for BOS alone. [<s>Reference:]')] = None,
     selection: Annotated[Text, typer.Option(help='"softmax" or "exp_sum". [softmax]')] = None,
     context: Annotated[Text, typer.Option(help='Encode each "reference" alone, or the whole "document".')] = None,
-    codec: Annotated[str, typer.Option(help="A new bank's precision: fp32, bf16, fp16, fp8, int8.")] = "auto",
+    codec: Annotated[
+        str, typer.Option(help="A new bank's precision: fp32, bf16, fp16, fp8, int8, or pq, trained on FILES.")
+    ] = "auto",
     embedder: Annotated[str, typer.Option(help="A new bank's embedder.")] = "lexical",
     batch_size: Annotated[int, typer.Option(min=1, help="Texts that share a forward.")] = 1,
     commit: Annotated[int, typer.Option(min=1, help="Entries of one transaction.")] = 64,
@@ -54,7 +56,7 @@ def write(
     Without FILES, entries that have only their text (--cold) are encoded.
     """
     from mem_triton.cli.settings import OptionError, create_bank, model_folder, write_config
-    from mem_triton.memory3 import Writer, config_of
+    from mem_triton.memory3 import Writer, config_of, train_product_codec
     from mem_triton.store.bank import Bank
     from mem_triton.store.fingerprint import model_fingerprint
     from mem_triton.store.spec import check_id
@@ -71,19 +73,29 @@ def write(
         "kind": kind, "layers": layers, "keep": keep, "reference_tokens": reference_tokens,
         "prefix_text": prefix_text, "selection": selection, "context": context,
     }  # fmt: skip
+    encoder = None
+
+    def documents(config: WriteConfig) -> Iterator[Document]:
+        return _documents(sources, format, jsonl_field, jsonl_id_field, id, single=config.kind == "prefix")
+
     if (bank / "bank.json").exists():
         target = Bank.open(bank, writable=True, wait=10.0)
     else:
-        target = create_bank(bank, fingerprint, write_config(**given), codec=codec, embedder=embedder)
+        config, state = write_config(**given), None
+        if codec == "pq":
+            encoder = _encoder(str(folder), dtype, device)
+            state = train_product_codec(
+                config, fingerprint, encoder, encoder.tokenizer, documents(config), batch_size=batch_size
+            )
+        target = create_bank(bank, fingerprint, config, codec=codec, embedder=embedder, codec_state=state)
     with target:
         target.check_model(fingerprint)
         config = write_config(config_of(target.spec), **given)
-        documents = _documents(sources, format, jsonl_field, jsonl_id_field, id, single=config.kind == "prefix")
-        encoder = _encoder(str(folder), dtype, device)
+        encoder = encoder or _encoder(str(folder), dtype, device)
         writer = Writer(target, encoder, encoder.tokenizer, config, batch_size=batch_size, commit=commit)
         with _Progress(sum(path.stat().st_size for path in sources), quiet or json) as progress:
             if sources:
-                report = writer.write(documents, tenant=tenant, cold=cold, progress=progress)
+                report = writer.write(documents(config), tenant=tenant, cold=cold, progress=progress)
             else:
                 report = writer.fill_cold(progress=progress)
     _print(report, bank, json)

@@ -5,6 +5,7 @@ from mem_triton.memory3.config import PREFIX_TEXT, WriteConfig, prefix_ids
 from mem_triton.memory3.encoder import EncodedText, Encoder, Tokenizer
 from mem_triton.memory3.retrieval import Retriever
 from mem_triton.memory3.sparsify import dense, sparsify
+from mem_triton.memory3.training import train_product_codec
 from mem_triton.memory3.write import Writer, WriteReport, bank_spec, config_of
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "prefix_ids",
     "read_documents",
     "sparsify",
+    "train_product_codec",
 ]

@@ -19,8 +19,10 @@ from mem_triton.memory3 import (
     dense,
     prefix_ids,
     sparsify,
+    train_product_codec,
 )
 from mem_triton.memory3.write import _windows
+from mem_triton.ops.block_codec import CodecError, ProductCodec
 from mem_triton.store.bank import Bank, BankError
 from mem_triton.store.fingerprint import model_fingerprint
 from tests.memory3.support import RECALL, TEXT, encoder, tokenizer
@@ -254,3 +256,39 @@ def test_the_prefix_of_tokenizers_with_and_without_bos():
     assert prefix_ids(bos, "<s>Reference:") == [1, *plain.encode("Reference:")]
     assert prefix_ids(bos, "Note:") == plain.encode("Note:")
     assert prefix_ids(bos, None) == []  # it has one, and starts no text with it
+
+
+class QuickCodec(ProductCodec):
+    """Without rotation and coarse code, which take a minute to train."""
+
+    def train(self, samples, factory=None):
+        super().train(samples, "PQ16x4")
+
+
+def test_a_codec_is_trained_on_what_the_bank_will_store(tmp_path, monkeypatch):
+    monkeypatch.setattr("mem_triton.memory3.training.ProductCodec", QuickCodec)
+    config = WriteConfig(keep_tokens=None, layers="all")
+    words = [f"The {thing} of Mara Stone is {value} {i}." for i in range(20) for thing in ("desk", "team", "badge")
+             for value in ("amber", "cedar", "comet")]  # fmt: skip
+    documents = [Document(text, name=f"d{i}") for i, text in enumerate(words)]
+    asked: list[int] = []
+
+    def counted():
+        for document in documents:
+            asked.append(1)
+            yield document
+
+    fingerprint = model_fingerprint(RECALL)
+    state = train_product_codec(config, fingerprint, encoder(), tokenizer(), counted(), vectors=9984)
+    assert 9984 / 100 < len(asked) < len(documents), "it stops when it has enough"
+    spec = bank_spec(config, fingerprint, codec="pq")
+    with Bank.create(tmp_path / "bank", spec, state) as bank:
+        (ref,) = writer(bank, config).write([documents[-1]]).added
+        block = bank.load(ref)
+        ids = tokenizer().encode(words[-1], add_special_tokens=False)
+        prefix = prefix_ids(tokenizer(), config.prefix_text)
+        exact = encoder().encode([ids], prefix_ids=prefix)[0].keys
+        error = (block.keys - exact).norm() / exact.norm()
+        assert 0.001 < float(error) < 0.6, "not quantised, or not trained"
+    with pytest.raises(CodecError, match="too few"):
+        train_product_codec(config, fingerprint, encoder(), tokenizer(), documents[:3])
