@@ -92,10 +92,13 @@ def test_layer_types_have_their_own_rope():
     assert rope_from_config(config.to_dict(), 0) != rope_from_config(config.to_dict(), 1)
     with pytest.raises(UnsupportedRopeError, match=r"^layer_index: needed"):
         rope_from_config(config.to_dict())
+    want = [rope_from_config(config.to_dict(), layer) for layer in range(4)]
     old = {**config.to_dict(), "rope_parameters": None, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
-    assert [rope_from_config(old, layer) for layer in (0, 1)] == [
-        rope_from_config(config.to_dict(), layer) for layer in (0, 1)
-    ]
+    assert [rope_from_config(old, layer) for layer in range(4)] == want
+    old.update(layer_types=None, sliding_window_pattern=2)  # as the first Gemma 3 files have it
+    assert [rope_from_config(old, layer) for layer in range(4)] == want
+    with pytest.raises(UnsupportedRopeError, match=r"^layer_types: missing"):
+        rope_from_config({**old, "sliding_window_pattern": None}, 0)
 
 
 def test_a_nope_layer_turns_nothing():

@@ -99,14 +99,17 @@ def _turns(config: Mapping[str, Any], layer_index: int | None) -> bool:
 def _fields(config: Mapping[str, Any], layer_index: int | None) -> dict[str, Any]:
     """The layer's rope fields, wherever this generation of config files keeps them; always with ``rope_theta``."""
     fields = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    types = config.get("layer_types")
+    types, pattern = config.get("layer_types"), config.get("sliding_window_pattern")
     kind = types[layer_index] if types and layer_index is not None else None
+    if not types and pattern and layer_index is not None:  # Gemma 3 before transformers 5
+        kind = "sliding_attention" if (layer_index + 1) % pattern else "full_attention"
     if any(isinstance(value, Mapping) for value in fields.values()) or config.get("rope_local_base_freq"):
         if kind is None:
-            raise UnsupportedRopeError("layer_index: needed, layer types have different rope_parameters")
+            missing = "layer_index: needed" if types or pattern else "layer_types: missing"
+            raise UnsupportedRopeError(f"{missing}, layer types have different rope_parameters")
         if kind in fields:
             fields = fields[kind] or {}
-        elif kind == "sliding_attention" and config.get("rope_local_base_freq"):  # Gemma 3 before transformers 5
+        elif kind == "sliding_attention" and config.get("rope_local_base_freq"):
             fields = {"rope_theta": config["rope_local_base_freq"]}
         elif any(isinstance(value, Mapping) for value in fields.values()):
             raise UnsupportedRopeError(f"rope_parameters.{kind}: missing, layer {layer_index} is of this type")
