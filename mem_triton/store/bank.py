@@ -28,22 +28,19 @@ import torch
 from mem_triton.store import maintenance, transfer, writing
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.catalogue import Catalogue
+from mem_triton.store.errors import (
+    BankError,
+    BankLockedError,
+    BankModelError,
+    EmbedderError,
+    ForeignTenantError,
+    UnknownEntryError,
+)
 from mem_triton.store.files import WriterLock, write_durably
 from mem_triton.store.fingerprint import Fingerprint
 from mem_triton.store.index import Embedder, embedder_from
 from mem_triton.store.shards import Shards, codec_of, runs
-from mem_triton.store.spec import (
-    BankError,
-    BankLockedError,
-    BankModelError,
-    BankSpec,
-    EntryInfo,
-    ForeignTenantError,
-    Hit,
-    NewEntry,
-    UnknownEntryError,
-    content_hash,
-)
+from mem_triton.store.spec import BankSpec, EntryInfo, Hit, NewEntry, content_hash
 from mem_triton.store.vectors import VectorIndex
 
 __all__ = [
@@ -52,6 +49,7 @@ __all__ = [
     "BankLockedError",
     "BankModelError",
     "BankSpec",
+    "EmbedderError",
     "EntryInfo",
     "ForeignTenantError",
     "Hit",

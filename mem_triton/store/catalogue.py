@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mem_triton.store.spec import BankError, EntryInfo, UnknownEntryError, split_ref
+from mem_triton.store.errors import BankError, UnknownEntryError
+from mem_triton.store.spec import EntryInfo, split_ref
 
 CURRENT, SUPERSEDED, DELETED = 0, 1, 2
 

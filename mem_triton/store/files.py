@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mem_triton.store.spec import BankLockedError
+from mem_triton.store.errors import BankLockedError
 
 WRITING = ".writing-"
 """Start of the name of a file that is not finished; after a crash nobody refers to it."""

@@ -11,13 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from mem_triton.store.errors import FingerprintError
+
 SAMPLES = 4
 SAMPLE_BYTES = 256
 ROPE_DEFAULTS: dict[str, Any] = {"rope_type": "default", "partial_rotary_factor": 1.0}
-
-
-class FingerprintError(ValueError):
-    """A folder that holds no model whose fingerprint can be taken."""
 
 
 class Fingerprint(BaseModel):

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mem_triton.config import nearest_name_hint
+from mem_triton.store.errors import EmbedderError
 
 LEXICAL_DIM = 512
 WORD = re.compile(r"\w+")
@@ -27,10 +28,6 @@ GRAMS = (3, 4)
 """Lengths of character n-grams: forms of a word share most of them."""
 CHUNK = 1024
 """Texts embedded at a time."""
-
-
-class EmbedderError(ValueError):
-    """An embedder that is unknown, not installed, cannot be reached or answers nonsense."""
 
 
 class Embedder(Protocol):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mem_triton.store.catalogue import CURRENT, DELETED, SUPERSEDED
+from mem_triton.store.errors import BankError
 from mem_triton.store.files import WRITING
 from mem_triton.store.shards import MAX_ROWS, file_sha256
-from mem_triton.store.spec import BankError
 from mem_triton.store.writing import register, writer
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from mem_triton.ops.block_codec import Codec, codec_from_state, get_codec
 from mem_triton.store.block import MemoryBlock
+from mem_triton.store.errors import BankError
 from mem_triton.store.files import write_durably
-from mem_triton.store.spec import BankError, BankSpec
+from mem_triton.store.spec import BankSpec
 
 MAX_ROWS = 1024
 MAX_BYTES = 256 << 20

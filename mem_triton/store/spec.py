@@ -1,4 +1,4 @@
-"""What a bank is made of: its specification, its entries as they go in and come out, and its errors."""
+"""What a bank is made of: its specification, and its entries as they go in and come out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mem_triton.config import nearest_name_hint
 from mem_triton.store.block import MemoryBlock
+from mem_triton.store.errors import BankError, UnknownEntryError
 from mem_triton.store.fingerprint import Fingerprint
 
 SCHEMA_VERSION = 1
@@ -20,40 +21,6 @@ ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 REF = re.compile(rf"({ID.pattern})@([1-9][0-9]{{0,8}})")
 Dtype = Literal["float32", "bfloat16", "float16"]
 Codec = Literal["fp32", "bf16", "fp16", "fp8", "int8", "pq"]
-
-
-class BankError(ValueError):
-    """A bank cannot do what was asked. entry: the id or reference that it is about, if there is one."""
-
-    def __init__(self, message: str, entry: str | None = None) -> None:
-        super().__init__(message)
-        self.entry = entry
-
-
-class UnknownEntryError(BankError):
-    """No such entry, or a version that was deleted or compacted away."""
-
-    def __init__(self, entry: str) -> None:
-        super().__init__(f'entry "{entry}" is unknown, or not yours; `mem-triton list` shows what there is', entry)
-
-
-class ForeignTenantError(UnknownEntryError):
-    """The entry belongs to another tenant. Its message is that of an unknown entry, so that ids cannot be probed."""
-
-
-class BankModelError(BankError):
-    """The bank was made with another model. differences: one "field: bank has X, model has Y" each."""
-
-    def __init__(self, path: Any, differences: Sequence[str]) -> None:
-        super().__init__(
-            f"{path} was made with another model ({'; '.join(differences)}); "
-            "serve that model, or write the bank again with this one"
-        )
-        self.differences = list(differences)
-
-
-class BankLockedError(BankError):
-    """Another process writes this bank."""
 
 
 class BankSpec(BaseModel):

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mem_triton.store.catalogue import CURRENT, SUPERSEDED, pack
+from mem_triton.store.errors import BankError, BankModelError, ForeignTenantError, UnknownEntryError
 from mem_triton.store.files import write_durably
 from mem_triton.store.shards import Row
-from mem_triton.store.spec import BankError, BankModelError, ForeignTenantError, UnknownEntryError, split_ref
+from mem_triton.store.spec import split_ref
 from mem_triton.store.writing import COLUMNS, register, same_block, set_sink, writer
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ import torch
 from usearch.index import Index
 
 from mem_triton.store.catalogue import Catalogue, unpack
+from mem_triton.store.errors import BankError
 from mem_triton.store.files import write_durably
 from mem_triton.store.fingerprint import sampled_digest
-from mem_triton.store.spec import BankError, Hit
+from mem_triton.store.spec import Hit
 
 logger = logging.getLogger(__name__)
 

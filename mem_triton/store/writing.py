@@ -13,15 +13,9 @@ import torch
 
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.catalogue import CURRENT, DELETED, SUPERSEDED, pack
+from mem_triton.store.errors import BankError, ForeignTenantError, UnknownEntryError
 from mem_triton.store.shards import Row, Shard
-from mem_triton.store.spec import (
-    BankError,
-    ForeignTenantError,
-    NewEntry,
-    UnknownEntryError,
-    check_id,
-    split_ref,
-)
+from mem_triton.store.spec import NewEntry, check_id, split_ref
 
 if TYPE_CHECKING:
     from mem_triton.store.bank import Bank

@@ -1,0 +1,48 @@
+"""What a bank refuses, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class BankError(ValueError):
+    """A bank cannot do what was asked. entry: the id or reference that it is about, if there is one."""
+
+    def __init__(self, message: str, entry: str | None = None) -> None:
+        super().__init__(message)
+        self.entry = entry
+
+
+class UnknownEntryError(BankError):
+    """No such entry, or a version that was deleted or compacted away."""
+
+    def __init__(self, entry: str) -> None:
+        super().__init__(f'entry "{entry}" is unknown, or not yours; `mem-triton list` shows what there is', entry)
+
+
+class ForeignTenantError(UnknownEntryError):
+    """The entry belongs to another tenant. Its message is that of an unknown entry, so that ids cannot be probed."""
+
+
+class BankModelError(BankError):
+    """The bank was made with another model. differences: one "field: bank has X, model has Y" each."""
+
+    def __init__(self, path: Any, differences: Sequence[str]) -> None:
+        super().__init__(
+            f"{path} was made with another model ({'; '.join(differences)}); "
+            "serve that model, or write the bank again with this one"
+        )
+        self.differences = list(differences)
+
+
+class BankLockedError(BankError):
+    """Another process writes this bank."""
+
+
+class FingerprintError(BankError):
+    """A folder that holds no model whose fingerprint can be taken."""
+
+
+class EmbedderError(BankError):
+    """An embedder that is unknown, not installed, cannot be reached or answers nonsense."""
