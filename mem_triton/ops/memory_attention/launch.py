@@ -62,28 +62,25 @@ def choose_grid(tokens: int, rows: int, heads: int, group: int, context: PagedCo
     return Grid(blocks, heads, max(1, splits), one_block)
 
 
-@functools.cache
-def _kept_workspace(device: torch.device, stream: int, cells: int, counters: int, floats: int) -> Workspace:
-    return _new_workspace(device, cells, counters, floats)
-
-
-def _new_workspace(device: torch.device, cells: int, counters: int, floats: int) -> Workspace:
-    partial = torch.empty(cells * floats, dtype=torch.float32, device=device)
-    return Workspace(partial, torch.zeros(counters, dtype=torch.int32, device=device))
+_KEPT: dict[tuple, Workspace] = {}
 
 
 def workspace_for(device: torch.device, config: FusedConfig, size: int) -> Workspace:
     """The workspace of launches with this configuration on the current stream, which run one after the other.
 
-    It holds the largest grid that splits. A graph being captured gets its own, whose zeros are part of the graph.
+    It holds the largest grid that splits, and is never given back: captured graphs keep its address. A capture on a
+    stream that has none yet, as nothing ran there before, gets one of its own whose zeros are part of the graph.
     """
-    floats = config.block_m * (sum(channel_parts(size)) + 2)
-    if device.type != "cuda":
-        return _new_workspace(device, config.programs, config.programs, floats)
-    if torch.cuda.is_current_stream_capturing():
-        return _new_workspace(device, config.programs, config.programs, floats)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    return _kept_workspace(device, stream, config.programs, config.programs, floats)
+    cells, floats = config.programs, config.block_m * (sum(channel_parts(size)) + 2)
+    on_gpu = device.type == "cuda"
+    key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0, cells, floats)
+    if on_gpu and key in _KEPT:
+        return _KEPT[key]
+    partial = torch.empty(cells * floats, dtype=torch.float32, device=device)
+    workspace = Workspace(partial, torch.zeros(cells, dtype=torch.int32, device=device))
+    if on_gpu and not torch.cuda.is_current_stream_capturing():
+        _KEPT[key] = workspace
+    return workspace
 
 
 def attend(
