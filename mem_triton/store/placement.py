@@ -1,8 +1,8 @@
 """Where memory lies on the line of positions: before the context, which starts at 0 where the engine puts it.
 
-RoPE is relative, so keys rotated to negative positions are read as text that came earlier, and the engine need not know.
-Memory³'s references lie side by side in one interval (parallel positions, §2.3 of the reference); a prefix ends at -1; the
-constant prefix of a bank ("sink") lies before all references.
+RoPE is relative, so keys rotated to negative positions are read as text that came earlier, and the engine need not
+know. Memory³'s references lie side by side in one interval (parallel positions, arXiv 2407.01178 §3.1); a prefix ends
+at -1; the constant prefix of a bank ("sink") lies before all references.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Kind = Literal["memory3", "prefix"]
 def place(block: MemoryBlock, ropes: Sequence[RotaryEmbedding], kind: Kind, reference_tokens: int) -> MemoryBlock:
     """The block with its keys rotated, and its positions, where it is read.
 
-    ropes: one a layer of the block. Token j of a "memory3" reference goes to j - reference_tokens, token j of a "prefix"
-    of T tokens to j - T.
+    ropes: one a layer of the block. Token j of a "memory3" reference goes to j - reference_tokens, token j of a
+    "prefix" of T tokens to j - T.
     """
     return _moved(block, ropes, -(reference_tokens if kind == "memory3" else block.tokens))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mem_triton.config import DeltaSection, MemTritonConfig, parse_config
+from mem_triton.config import DeltaSection, MemorySection, MemTritonConfig, RetrievalSection, parse_config
 from mem_triton.runtime.request import WORDS, parse_request
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +21,9 @@ def blocks(language: str) -> list[str]:
 
 
 def first_column(header: str) -> list[str]:
-    """The code words in the first column of the table whose header starts so."""
-    rows = README.split(f"| {header} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
-    return [re.match(r"\| `([^`]+)`", row).group(1) for row in rows]
+    """The code words in the first column of every table whose header starts so."""
+    tables = [table.split("\n\n", 1)[0].splitlines()[2:] for table in README.split(f"| {header} |")[1:]]
+    return [re.match(r"\| `([^`]+)`", row).group(1) for rows in tables for row in rows]
 
 
 def test_make_targets_exist():
@@ -46,8 +46,10 @@ def test_every_row_of_the_compatibility_table_names_a_test():
 
 
 def test_configuration_table_is_the_schema():
-    keys = [f"delta.{name}" for name in DeltaSection.model_fields]
-    keys += [name for name in MemTritonConfig.model_fields if name != "delta"]
+    keys = [name for name in MemTritonConfig.model_fields if name not in ("delta", "memory")]
+    keys += [f"delta.{name}" for name in DeltaSection.model_fields]
+    keys += [f"memory.{name}" for name in MemorySection.model_fields if name != "retrieval"]
+    keys += [f"memory.retrieval.{name}" for name in RetrievalSection.model_fields]
     assert sorted(first_column("key under `mem_triton`")) == sorted(keys)
 
 
@@ -63,7 +65,8 @@ def test_shell_examples_hold_valid_json():
     for section in sections:
         parse_config(section)
     for words in requests:
-        assert parse_request(words).session == "alice"
+        request = parse_request(words)
+        assert request.session == "alice" or request.ids
 
 
 @pytest.mark.parametrize("code", blocks("python"))
@@ -84,6 +87,6 @@ def test_linked_files_exist():
 def test_drawn_folders_exist():
     drawn = README.split("## The house", 1)[1].split("```")[1]
     folders = [*re.findall(r"^(\w+)/ ", drawn, re.MULTILINE), "integrations"]
-    folders += [f"mem_triton/{name}" for name in ("ops", "delta_mem", "runtime")]
+    folders += [f"mem_triton/{name}" for name in ("ops", "delta_mem", "memory3", "store", "runtime", "cli")]
     folders += [f"integrations/{name}" for name in ("mem_triton_vllm", "mem_triton_transformers")]
     assert [name for name in folders if not (ROOT / name).is_dir()] == []

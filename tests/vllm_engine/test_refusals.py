@@ -51,7 +51,7 @@ def test_flag_and_section_must_come_together():
         ({"model": {"is_hybrid": True}}, "hybrid"),
         ({"model": {"is_encoder_decoder": True}}, "encoder-decoder"),
         ({"model": {"runner_type": "pooling"}}, "pooling"),
-        ({"parallel": {"decode_context_parallel_size": 2}}, "decode-context-parallel-size.*running sum"),
+        ({"parallel": {"decode_context_parallel_size": 2}}, "decode-context-parallel-size.*whole sequence"),
         ({"parallel": {"enable_dbo": True}}, "enable-dbo"),
         ({"v2": False, "device": "cuda"}, "Model Runner V2"),
     ],
