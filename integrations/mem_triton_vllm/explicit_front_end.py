@@ -223,7 +223,7 @@ class ExplicitFrontEnd:
             return {}
         carried: dict[str, Any] = {}
         if reading.plan:
-            runs = {ref: [list(r.pages), r.tokens] for t in reading.tickets for ref, r in t.runs.items()}
+            runs = {ref: [list(pages), t.tokens[ref]] for t in reading.tickets for ref, pages in t.pages.items()}
             carried["memory"] = {"bank": self.bank_key, "plan": to_carried(reading.plan), "runs": runs}
         if reading.capture is not None:
             carried["capture"] = {k: reading.capture[k] for k in ("lease", "folder", "tokens")}

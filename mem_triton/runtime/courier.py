@@ -36,7 +36,7 @@ class PageCourier:
         """Loads that the workers have not been told of."""
         loads = self._residency.take_loads()
         self._answers |= {load.ref: [] for load in loads}
-        return [(load.ref, list(load.run.pages), load.run.tokens) for load in loads]
+        return [(load.ref, list(load.pages), load.tokens) for load in loads]
 
     def settle(self, answers: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
         """One answer a worker. "finished": what it has loaded since it was last asked, each with None or its error;

@@ -20,13 +20,9 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mem_triton.runtime.tables import PageRun
 from mem_triton.store import metrics
 from mem_triton.store.ledger import PageLedger
-
-
-class PoolCapacityError(ValueError):
-    """A request that could never fit, whatever was evicted."""
+from mem_triton.store.tiers import PoolCapacityError
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,8 @@ class Load:
     """One entry that the workers have to bring into its pages."""
 
     ref: str
-    run: PageRun
+    pages: tuple[int, ...]
+    tokens: int
 
 
 @dataclass
@@ -44,7 +41,7 @@ class Ticket:
     owner: str
     tokens: Mapping[str, int]  # ref -> tokens
     state: str = "waiting"
-    runs: dict[str, PageRun] = field(default_factory=dict)
+    pages: dict[str, tuple[int, ...]] = field(default_factory=dict)  # ref -> its pages in order
 
 
 class Residency:
@@ -73,7 +70,9 @@ class Residency:
             if needed > self.num_pages - kept:
                 raise PoolCapacityError(
                     f"needs {needed} memory pages, the pool has {self.num_pages - kept}; "
-                    "name fewer entries, or serve with a larger mem_triton.memory.pool_gib"
+                    "name fewer entries, or serve with a larger mem_triton.memory.pool_gib",
+                    needed,
+                    self.num_pages - kept,
                 )
             if owner in self._tickets:
                 raise ValueError(f"{owner} has a ticket already; release it first")
@@ -139,10 +138,10 @@ class Residency:
         for ref in ticket.tokens.keys() - missing:  # before room is made for the others
             ledger.pin(ref, ticket.owner)
         for ref, count in missing.items():
-            run = PageRun(ledger.reserve(ref, count, ticket.tokens[ref]), ticket.tokens[ref])
+            pages = ledger.reserve(ref, count, ticket.tokens[ref])
             ledger.pin(ref, ticket.owner)
-            self._loads.append(Load(ref, run))
-        ticket.runs = {ref: PageRun(ledger.entries[ref].pages, n) for ref, n in ticket.tokens.items()}
+            self._loads.append(Load(ref, pages, ticket.tokens[ref]))
+        ticket.pages = {ref: ledger.entries[ref].pages for ref in ticket.tokens}
         self._settle(ticket)
         return True
 

@@ -19,19 +19,11 @@ from mem_triton.ops.memory_attention.types import MemoryTable
 from mem_triton.runtime.plan import FOREVER, Attachment, from_carried
 
 
-@dataclass(frozen=True)
-class PageRun:
-    """Where an entry lies in the pool: its pages in order, and the tokens it fills of them."""
-
-    pages: tuple[int, ...]
-    tokens: int
-
-
 @dataclass
 class _Resident:
     slot: int
     plan: tuple[Attachment, ...]
-    runs: Mapping[str, PageRun]
+    runs: Mapping[str, tuple[list[int], int]]  # reference -> its pages in order, and its tokens
     visible: tuple[int, ...] | None = None  # which attachments the table shows now; None: nothing written yet
 
 
@@ -68,8 +60,7 @@ class MemoryTables:
         memory = (carried or {}).get("memory")
         if not memory or request_id in self._residents:
             return
-        runs = {ref: PageRun(tuple(pages), tokens) for ref, (pages, tokens) in memory["runs"].items()}
-        self._residents[request_id] = _Resident(self._free.pop(), from_carried(memory["plan"]), runs)
+        self._residents[request_id] = _Resident(self._free.pop(), from_carried(memory["plan"]), memory["runs"])
 
     def leave(self, request_id: str) -> None:
         """Forget a request that left the batch."""
@@ -108,10 +99,10 @@ class MemoryTables:
             self._rows[:, slot, : len(columns)].copy_(self._staged(columns).T, non_blocking=True)
         self._counts[slot : slot + 1].copy_(self._staged([len(columns)]), non_blocking=True)
 
-    def _columns(self, attachment: Attachment, runs: Mapping[str, PageRun]) -> Iterable[list[int]]:
-        run = runs[attachment.ref]
-        for i, page in enumerate(run.pages):
-            yield [page, min(self.page_tokens, run.tokens - i * self.page_tokens), attachment.first, attachment.end]
+    def _columns(self, attachment: Attachment, runs: Mapping[str, tuple[list[int], int]]) -> Iterable[list[int]]:
+        pages, tokens = runs[attachment.ref]
+        for i, page in enumerate(pages):
+            yield [page, min(self.page_tokens, tokens - i * self.page_tokens), attachment.first, attachment.end]
 
     def _staged(self, values: Any) -> Tensor:
         staged = torch.tensor(values, dtype=torch.int32)

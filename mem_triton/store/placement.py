@@ -33,6 +33,15 @@ def place_sink(block: MemoryBlock, ropes: Sequence[RotaryEmbedding], reference_t
 
 
 def _moved(block: MemoryBlock, ropes: Sequence[RotaryEmbedding], offset: int) -> MemoryBlock:
+    if len(ropes) != len(block.keys):
+        raise ValueError(f"ropes: {len(ropes)} for a block of {len(block.keys)} layers")
     positions = block.positions + offset  # [L, Hkv, T]
-    keys = [rotate(k, p, rope) for k, p, rope in zip(block.keys, positions, ropes, strict=True)]
-    return MemoryBlock(torch.stack(keys) if keys else block.keys, block.values, positions)
+    dense = block.tokens > 0 and bool(
+        (positions == positions[:1, :1]).all()
+    )  # the same in all heads: one set of angles
+    keys = torch.empty_like(block.keys)
+    for rope in set(ropes):  # layers that turn alike, together
+        layers = [i for i, other in enumerate(ropes) if other == rope]
+        where = positions[0, 0] if dense else positions[layers]
+        keys[layers] = rotate(block.keys[layers], where, rope)
+    return MemoryBlock(keys, block.values, positions)

@@ -23,7 +23,7 @@ def fill(residency: Residency) -> list[str]:
 def test_a_request_is_ready_when_its_pages_are_filled():
     residency = Residency(num_pages=8, page_tokens=4)
     ticket = residency.request("r", {"a@1": 9, "b@1": 4})
-    assert ticket.state == "loading" and len(ticket.runs["a@1"].pages) == 3 and len(ticket.runs["b@1"].pages) == 1
+    assert ticket.state == "loading" and len(ticket.pages["a@1"]) == 3 and len(ticket.pages["b@1"]) == 1
     a, b = residency.take_loads()
     assert residency.take_loads() == [], "each load is ordered once"
     residency.loaded(a.ref)
@@ -44,7 +44,7 @@ def test_a_hit_is_ready_at_once_while_another_load_is_under_way():
 def test_two_requests_share_one_load_and_one_run_of_pages():
     residency = Residency(8, 4)
     one, two = residency.request("one", {"a@1": 8}), residency.request("two", {"a@1": 8})
-    assert one.runs == two.runs
+    assert one.pages == two.pages
     assert fill(residency) == ["a@1"]
     assert one.state == two.state == "ready"
 
@@ -81,7 +81,7 @@ def test_control_without_pins_a_running_request_loses_its_pages(monkeypatch):
     running = residency.request("running", {"a@1": 8})
     fill(residency)
     newcomer = residency.request("newcomer", {"b@1": 4})
-    assert newcomer.state == "loading" and set(newcomer.runs["b@1"].pages) <= set(running.runs["a@1"].pages)
+    assert newcomer.state == "loading" and set(newcomer.pages["b@1"]) <= set(running.pages["a@1"])
 
 
 def test_waiting_is_first_come_first_served():
@@ -134,7 +134,7 @@ def said(*finished: dict) -> list[dict]:
 def test_the_courier_waits_for_every_worker():
     residency = Residency(4, 4)
     ticket, courier = residency.request("r", {"a@1": 4}), PageCourier(residency)
-    assert courier.orders() == [("a@1", list(ticket.runs["a@1"].pages), 4)] and courier.orders() == []
+    assert courier.orders() == [("a@1", list(ticket.pages["a@1"]), 4)] and courier.orders() == []
     courier.settle(said({"a@1": None}, {}))
     assert ticket.state == "loading" and courier.busy
     courier.settle(said({}, {"a@1": None}))
@@ -190,8 +190,8 @@ class Pool(RuleBasedStateMachine):
     def who_holds_pages_still_has_them(self) -> None:
         for ticket in self.owners.values():
             if ticket.state in ("ready", "loading"):
-                for ref, run in ticket.runs.items():
-                    assert self.residency._ledger.entries[ref].pages == run.pages
+                for ref, pages in ticket.pages.items():
+                    assert self.residency._ledger.entries[ref].pages == pages
 
     @invariant()
     def nobody_waits_while_there_is_room(self) -> None:
