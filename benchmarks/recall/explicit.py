@@ -64,6 +64,7 @@ class Evaluation:
         self.model, self.tokenizer = load(model_folder)
         self.librarian = Librarian(model_folder, self.model, self.tokenizer)
         self.cells: Cells = {}
+        self.retrieved: float | None = None  # share of questions whose right reference is among those retrieved
 
     def asked(self, **options: Any) -> list[Question]:
         """The questions of all seeds."""
@@ -193,9 +194,9 @@ def main() -> None:
         for part in parts:
             part()
             print(f"{time.time() - begin:.0f} s: {part.__name__}", flush=True)
+            if args.save:  # after each part, so that a run that is stopped leaves what it found
+                save(evaluation, args, time.time() - begin)
     show(evaluation.cells)
-    if args.save:
-        print(f"kept in {save(evaluation, args, time.time() - begin).relative_to(HERE.parents[1])}")
 
 
 def save(evaluation: Evaluation, args: argparse.Namespace, seconds: float) -> Path:

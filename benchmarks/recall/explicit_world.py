@@ -12,9 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.recall import data
 from benchmarks.recall.chat import ask, asking, in_context
-from benchmarks.recall.explicit_data import library, telling_texts
-from mem_triton.memory3 import Document, WriteConfig, Writer, bank_spec, prefix_ids
-from mem_triton.memory3.sparsify import sparsify
+from benchmarks.recall.explicit_data import LENGTHS, library, telling_texts
+from mem_triton.memory3 import Document, WriteConfig, Writer, bank_spec, dense, prefix_ids
 from mem_triton.ops.block_codec import get_codec
 from mem_triton.runtime.plan import Attachment
 from mem_triton.store.bank import Bank
@@ -80,12 +79,15 @@ class Shelf:
 
 
 class Librarian:
-    """Writes banks with one model."""
+    """Writes banks with one model. vectors: how many the codec "pq" is trained on, keys and values each."""
 
-    def __init__(self, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, vectors: int = 20_000
+    ) -> None:
         self.encoder, self.tokenizer = TransformersEncoder(model, tokenizer), tokenizer
         self.fingerprint = model_fingerprint(folder)
-        self.trained: dict[str, bytes] = {}
+        self.vectors = vectors
+        self.trained: dict[tuple[int, ...], bytes] = {}
 
     def write(self, path: Path, kind: str, codec: str, texts: dict[str, str]) -> Shelf:
         """A bank of the texts. codec "pq" is trained on texts about other people."""
@@ -98,21 +100,23 @@ class Librarian:
             raise ValueError(f"{len(texts)} texts gave {len(added)} entries: a text was cut or is there twice")
         return Shelf(bank, refs)
 
-    def _state(self, kind: str, codec: str, samples: int = 600) -> bytes | None:
+    def _state(self, kind: str, codec: str) -> bytes | None:
+        """The trained state of "pq", one for all banks of the same layers; None for the other codecs."""
         if codec != "pq":
             return None
-        if kind not in self.trained:
-            config = KINDS[kind]
-            _, texts = library(random.Random(0), samples, (1, 4), data.TRAINED)
-            ids = [self.tokenizer(text)["input_ids"] for text in texts]
+        config, rng, texts = KINDS[kind], random.Random(0), []
+        layers = config.layer_indices(self.fingerprint.num_layers)
+        if layers not in self.trained:
+            while len(texts) * LENGTHS[0] * len(layers) * self.fingerprint.kv_heads < self.vectors:
+                texts += library(rng, 20, (1, 4), data.TRAINED)[1]
             encoded = self.encoder.encode(
-                ids, layers=config.layer_indices(self.encoder.num_layers),
+                self.tokenizer(texts)["input_ids"], layers=layers,
                 prefix_ids=prefix_ids(self.tokenizer, config.prefix_text), batch_size=BATCH,
             )  # fmt: skip
             product = get_codec("pq")
-            product.train([sparsify(text, config.keep_tokens, scale=self.encoder.scale) for text in encoded])
-            self.trained[kind] = product.state()
-        return self.trained[kind]
+            product.train([dense(text) for text in encoded])
+            self.trained[layers] = product.state()
+        return self.trained[layers]
 
 
 @torch.inference_mode()
