@@ -2,7 +2,7 @@
 
     python benchmarks/store/bank.py [--entries 1000000] [--batch 10000] [--minutes 15] [--folder DIR] [--json FILE]
 
-Entries are cold (text and vector, no keys and values): the catalogue and the index are what grows with their number.
+All but a few entries are cold (text and vector, no keys and values): the catalogue and the index are what grows.
 Texts are invented words with the frequencies of natural ones (Zipf), half of them of one of 2000 topics; a query is
 half of an entry's words in another order. Reading is timed in a process of its own, as a server has it. Search is
 checked against the exact answer before its time is believed. When the minutes are over the bank is as large as it is.
@@ -31,11 +31,12 @@ import torch
 import usearch
 
 from mem_triton.store.bank import Bank, BankSpec, NewEntry
+from mem_triton.store.block import MemoryBlock
 from mem_triton.store.fingerprint import Fingerprint
 
 WORDS, TOPICS, LENGTH = 60_000, 2000, 24
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "er", "is")]
-QUERIES, CHECKED, TOP_K = 1000, 100, 5
+QUERIES, CHECKED, TOP_K, FILLED = 1000, 100, 5, 256
 RECALL = 0.95
 
 
@@ -73,6 +74,13 @@ def spec() -> BankSpec:
         rope={}, dtype="bfloat16", weights="",
     )  # fmt: skip
     return BankSpec(kind="memory3", fingerprint=model, layers=tuple(range(18)), kv_heads=8, head_dim=128, keep_tokens=8)
+
+
+def reference(seed: int) -> MemoryBlock:
+    """A reference of Qwen3-4B as Memory³ would store it: 8 tokens a head in 18 layers, 590 KB in bf16."""
+    g = torch.Generator().manual_seed(seed)
+    keys = torch.randn(18, 8, 8, 128, generator=g).bfloat16()
+    return MemoryBlock(keys, keys.flip(0), torch.arange(3, 11, dtype=torch.int32).expand(18, 8, 8))
 
 
 def milliseconds(values: list[float]) -> dict[str, float]:
@@ -130,6 +138,9 @@ def write(path: Path, entries: int, batch: int, minutes: float) -> dict:
         _, each = timed(
             lambda i: bank.add([NewEntry(f"one{i}", " ".join(texts.of(-1 - i & 0xFFFFFF)))]), list(range(50))
         )
+        start = time.perf_counter()
+        bank.fill_all({f"e{i:07d}@1": reference(i) for i in range(min(FILLED, first))})
+        filling = time.perf_counter() - start
         stats = bank.stats()
     return {
         "entries": first + len(new),
@@ -138,6 +149,7 @@ def write(path: Path, entries: int, batch: int, minutes: float) -> dict:
         "seconds_embedding": round(embedding, 1),
         "seconds_index": round(bank.vectors.seconds, 1),
         "single_adds": milliseconds(each),
+        "filled": {"entries": stats["entries"] - stats["cold"], "seconds": round(filling, 2)},
         "writer_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         "stats": stats,
     }
@@ -175,7 +187,12 @@ def read(path: Path, entries: int) -> dict:
     _, pages = timed(lambda after: bank.list(after=after, limit=100), starts)
     _, resolves = timed(bank.resolve, starts)
     _, with_source = timed(lambda query: bank.search(query, TOP_K, source="s7"), queries[:100])
+    filled = [f"e{g.randrange(min(FILLED, entries)):07d}@1" for _ in range(200)] if bank.stats()["shards"] else []
+    _, loads = timed(bank.load, filled)
+    _, halves = timed(lambda ref: bank.load(ref, heads=slice(0, 4)), filled)
     return {
+        "load_block": milliseconds(loads or [0.0]),
+        "load_half_of_its_heads": milliseconds(halves or [0.0]),
         "open_ms": round(opening * 1e3, 2),
         "first_search_ms": round(first_search * 1e3, 2),
         "search": {**bank_alone, "queries": QUERIES, "top_k": TOP_K, f"recall_at_{TOP_K}": round(recall, 4)},

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
@@ -136,8 +137,8 @@ class Bank:
 
     @property
     def writable(self) -> bool:
-        """Whether this is the writer."""
-        return self._lock is not None
+        """Whether this is the writer; a forked child of it is not."""
+        return self._lock is not None and self._lock.pid == os.getpid()
 
     @property
     def revision(self) -> int:

@@ -49,6 +49,7 @@ class Catalogue:
         self.path, self.writable = path, writable
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
+        self._inherited: sqlite3.Connection | None = None
         self._pid = 0
         self.read("SELECT value FROM meta WHERE key = 'revision'")
 
@@ -66,6 +67,7 @@ class Catalogue:
     def db(self) -> sqlite3.Connection:
         """This process's connection."""
         if self._db is None or self._pid != os.getpid():
+            self._inherited = self._db  # a fork's: kept, since to close it here would be to close the parent's
             self._db, self._pid = self._connect(), os.getpid()
         return self._db
 
@@ -90,7 +92,7 @@ class Catalogue:
         with self._lock:
             if self._db is not None and self._pid == os.getpid():
                 self._db.close()
-            self._db = None
+                self._db = None
 
     def read(self, sql: str, *parameters: Any) -> list[tuple]:
         """Rows of a query, as of the last commit."""

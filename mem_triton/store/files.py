@@ -64,12 +64,15 @@ class WriterLock:
                 raise BankLockedError(
                     f"{path.parent} is being written by {holder}; wait for it, or open the bank for reading"
                 ) from None
+        self.pid = os.getpid()
         os.ftruncate(self._handle, 0)
-        os.pwrite(self._handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        os.pwrite(self._handle, json.dumps({"pid": self.pid, "host": socket.gethostname()}).encode(), 0)
 
     def release(self) -> None:
-        """Let the next writer in."""
-        os.ftruncate(self._handle, 0)
+        """Let the next writer in. In a forked child nothing is released but the child's own handle."""
+        if self.pid == os.getpid():
+            os.ftruncate(self._handle, 0)
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
         os.close(self._handle)
 
 

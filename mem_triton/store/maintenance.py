@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,7 @@ def compact(bank: Bank) -> dict[str, int]:
     bank.vectors.prune()
     orphans = find_orphans(bank)
     for path in orphans:  # last: until the commit they were somebody's
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     read("PRAGMA incremental_vacuum")
     return {"versions": dropped, "shards": len(rewritten), "files": len(orphans)}
 
@@ -113,7 +114,9 @@ def find_orphans(bank: Bank) -> list[Path]:
     read = bank.catalogue.read
     known = {row[0] for row in read("SELECT name FROM shards UNION SELECT name FROM index_files")}
     files = [path for folder in ("shards", "index") for path in (bank.path / folder).iterdir()]
-    return [path for path in files if path.name not in known] + list(bank.path.glob(f"{WRITING}*"))
+    return [path for path in files if path.name not in known] + [
+        path for pattern in (f"{WRITING}*", ".importing-*") for path in bank.path.glob(pattern)
+    ]
 
 
 def stats(bank: Bank) -> dict[str, Any]:
