@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,11 +94,18 @@ def write(
         config = write_config(config_of(target.spec), **given)
         encoder = encoder or _encoder(str(folder), dtype, device)
         writer = Writer(target, encoder, encoder.tokenizer, config, batch_size=batch_size, commit=commit)
-        with _Progress(sum(path.stat().st_size for path in sources), quiet or json) as progress:
-            if sources:
-                report = writer.write(documents(config), tenant=tenant, cold=cold, progress=progress)
-            else:
-                report = writer.fill_cold(progress=progress)
+        try:
+            with _Progress(sum(path.stat().st_size for path in sources), quiet or json) as progress:
+                if sources:
+                    report = writer.write(documents(config), tenant=tenant, cold=cold, progress=progress)
+                else:
+                    report = writer.fill_cold(progress=progress)
+        except KeyboardInterrupt:
+            entries = target.stats()["entries"]
+            print(
+                f"mem-triton: stopped; {entries} entries are safe, the same command goes on from there", file=sys.stderr
+            )
+            raise typer.Exit(130) from None
     _print(report, bank, json)
 
 

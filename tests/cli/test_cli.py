@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from mem_triton.cli import main
+from mem_triton.memory3 import Writer
 from mem_triton.store.bank import Bank
 from tests.memory3.support import RECALL, TEXT
 from tests.support.models import save_tiny_model
@@ -139,7 +140,7 @@ def test_a_bank_is_exported_thinned_and_restored(written, tmp_path):
 
 def test_a_killed_write_is_resumed(tmp_path):
     facts = tmp_path / "facts.jsonl"
-    lines = [f"The {t} of {n} number {i} is {v}." for i in range(30) for t in THINGS for n in NAMES for v in VALUES]
+    lines = [f"The {t} of {n} number {i} is {v}." for i in range(15) for t in THINGS for n in NAMES for v in VALUES]
     facts.write_text("\n".join(json.dumps({"fact": line, "key": f"f{i}"}) for i, line in enumerate(lines)))
     options = ["--jsonl-field", "fact", "--jsonl-id-field", "key", "--commit", 8, "--quiet"]
     bank = tmp_path / "bank"
@@ -164,6 +165,25 @@ def test_a_killed_write_is_resumed(tmp_path):
         assert refs == [entry.ref for entry in b.list(limit=len(lines) + 1)] and len(refs) == len(lines)
         assert all(torch.equal(a.load(ref).keys, b.load(ref).keys) for ref in refs[::50])
         assert torch.equal(a.sink().keys, b.sink().keys)
+
+
+def test_an_interrupted_write_says_how_to_go_on(tmp_path):
+    text, bank = tmp_path / "facts.txt", tmp_path / "bank"
+    text.write_text(TEXT)
+    options = ["--reference-tokens", 17, "--commit", 1]
+    original, texts = Writer._blocks, []
+
+    def interrupted(self, items):
+        texts.extend(items)
+        if len(texts) == 3:
+            raise KeyboardInterrupt
+        return original(self, items)
+
+    with patch.object(Writer, "_blocks", interrupted):
+        run("write", MODEL, bank, text, *options, code=130)
+    assert entries(bank) == 2
+    report = json.loads(run("write", MODEL, bank, text, *options, "--json"))
+    assert (len(report["added"]), report["skipped"]) == (1, 2)
 
 
 def entries(bank: Path) -> int:
