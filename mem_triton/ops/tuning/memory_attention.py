@@ -68,7 +68,7 @@ def select_pages(architecture: str, size: int, item_bytes: int, rows: int) -> Fu
     if item_bytes == 4:
         return _single(config)
     block_m = min(config.block_m, 32 if size > 128 else 64)
-    return replace(config, block_m=block_m, tile=16 if block_m == 16 else 32, stages=1)
+    return replace(config, block_m=block_m, tile=16 if block_m == 16 else 32, warps=4, stages=1)
 
 
 def _single(config: FusedConfig) -> FusedConfig:
