@@ -18,7 +18,7 @@ class UnknownEntryError(BankError):
     """No such entry, or a version that was deleted or compacted away."""
 
     def __init__(self, entry: str) -> None:
-        super().__init__(f'entry "{entry}" is unknown, or not yours; `mem-triton list` shows what there is', entry)
+        super().__init__(f'entry "{entry}" is unknown, or not yours; `mem-triton bank list` shows what there is', entry)
 
 
 class ForeignTenantError(UnknownEntryError):
