@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.recall import data
 from mem_triton.memory3 import Document, Retriever, WriteConfig, Writer, bank_spec, dense
 from mem_triton.runtime.plan import FOREVER, Attachment
 from mem_triton.store.bank import Bank
@@ -19,6 +20,8 @@ from mem_triton_transformers import (
     segments_of,
 )
 from mem_triton_transformers.explicit import model_ropes
+from tests.memory3.support import RECALL
+from tests.memory3.support import encoder as recall_encoder
 from tests.support.models import save_tiny_model, tiny_model, tiny_tokenizer
 
 OPTIONS = {"layers": 4, "seed": 3}
@@ -135,3 +138,25 @@ def test_what_the_bank_stores_is_what_the_encoder_gave(case, tmp_path):
         whole = dense(encoder.encode([encoder.tokenizer.encode(TEXTS[0])])[0])
         assert torch.equal(bank.load("text0@1").keys, whole.keys)
         assert torch.equal(bank.load("text0@1").values, whole.values)
+
+
+def test_the_recall_model_answers_from_a_bank_what_it_was_never_told(tmp_path):
+    model, tokenizer, config = recall_encoder().model, recall_encoder().tokenizer, WriteConfig(kind="prefix")
+
+    def render(*messages: tuple[str, str], ask: bool = False) -> str:
+        chat = [{"role": role, "content": content} for role, content in messages]
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask)
+
+    with Bank.create(tmp_path / "bank", bank_spec(config, model_fingerprint(RECALL), codec="fp32")) as bank:
+        told = [data.facts(seed=i, n=2) for i in range(8)]
+        texts = [render(("user", data.fact_message(f)), ("assistant", data.REPLY)) for f in told]
+        documents = [Document(text, name=f"told{i}") for i, text in enumerate(texts)]
+        refs = Writer(bank, recall_encoder(), tokenizer, config).write(documents).added
+        answers = {True: 0, False: 0}
+        for ref, known in zip(refs, told, strict=True):
+            question = tokenizer.encode(render(("user", data.question(known[1])), ask=True))
+            for plan in ((Attachment(ref),), ()):
+                with read_plans(model, bank, [plan]):
+                    answer = tokenizer.decode(greedy(model, question, 8), skip_special_tokens=True)
+                answers[bool(plan)] += data.is_correct(answer, known[1])
+    assert answers[True] >= 7 and answers[False] <= 1, answers
