@@ -225,7 +225,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--read", str(folder / "bank"), "--entries", str(written["entries"])]
         answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         result = {
-            "command": "python benchmarks/store/bank.py " + " ".join(sys.argv[1:]),
+            "command": f"python benchmarks/store/bank.py --entries {options.entries} --minutes {options.minutes:g}",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": {
                 "cpu": cpu_name(), "cores": os.cpu_count(), "threads_used": torch.get_num_threads(),
