@@ -104,7 +104,7 @@ def show_speed(console: Console, results: Results, machine: dict[str, Any]) -> N
     console.print(
         f"[dim]{load}; all servers stay up and are measured in turns.\n"
         f"Median \\[smallest, largest] of {len(results.speed['stock'])} repeats. Every δ-mem request starts from its "
-        "session's state, writes it at each\ntoken and commits it; every bank request attends to its entry at each."
+        "session's state, writes it at\neach token and commits it; every bank request attends to its entry."
     )
     if results.other_work > QUIET:
         console.print(

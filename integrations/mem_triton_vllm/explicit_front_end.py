@@ -7,6 +7,7 @@ worker can serve it at any time, and its block hashes say what its KV depends on
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from mem_triton_vllm import explicit_layout, segments
 
 logger = init_logger("vllm.mem_triton")
 
+WRITER_WAIT = 10.0
+"""Seconds that a capture waits for another process that writes the bank."""
 INCOMING = "incoming"
 """Folder of a bank where workers put what they captured until the front end has made an entry of it."""
 
@@ -85,6 +88,7 @@ class ExplicitFrontEnd:
         self.max_model_len = vllm_config.model_config.max_model_len
         self.prefix_caching = vllm_config.cache_config.enable_prefix_caching
         self.decode, self.retriever = decode, None
+        self._writing = threading.Lock()  # captures that end together are kept one after the other
         if section.retrieval is not None:
             if decode is None:
                 raise ConfigError("mem_triton.memory.retrieval needs a tokenizer; drop --skip-tokenizer-init")
@@ -242,7 +246,7 @@ class ExplicitFrontEnd:
                 id=request.capture, text=text, block=block, source="mem_capture",
                 tenant=request.tenant, token_ids=capture["prompt_ids"],
             )  # fmt: skip
-            with Bank.open(self.bank.path, writable=True) as bank:
+            with self._writing, Bank.open(self.bank.path, writable=True, wait=WRITER_WAIT) as bank:
                 known = bank.knows(request.capture, tenant=request.tenant)
                 ref = bank.update(request.capture, entry) if known else bank.add([entry])[0]
             reading.captured = {"id": ref}

@@ -109,6 +109,14 @@ def test_capture_over_http(server, memory_bench):
     assert server.metric("mem_triton:captures_total") == 1
 
 
+def test_captures_that_end_together_are_all_kept(server, memory_bench):
+    texts = [tokens_of(70 + i, 16 + i) for i in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: server.tokens(texts[i], 2, vllm_xargs={"mem_capture": f"together-{i}"}), range(8)))
+    for i in (0, 3, 7):
+        assert server.tokens(PROMPTS[0], **ids(f"together-{i}")) == memory_bench.generate(texts[i] + PROMPTS[0])
+
+
 def test_retrieval_over_http_streams_one_answer(memory_bench, tmp_path):
     b, prompt = memory_bench, reference(3) + reference(9)
     section = b.section(b.references, retrieval={"top_k": 2, "every": 32})
