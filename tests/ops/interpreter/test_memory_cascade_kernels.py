@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mem_triton.ops.memory_attention import FOREVER, cascade_launch, launch
+from mem_triton.ops.memory_attention import FOREVER, cascade, cascade_launch, launch
 from mem_triton.ops.memory_attention.merge import merge_states
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig
 from tests.ops.attention_case import FP8, INT8, NAN, AttentionCase, expected, make_case
@@ -67,7 +67,9 @@ def check_shared(case: AttentionCase, config: FusedConfig = SPLIT, order: str = 
     assert_same_bits(lse[blind], before_lse[blind])
 
 
-def check_pages(case: AttentionCase, config: FusedConfig = SPLIT, order: str = "forward", merge: bool = False) -> None:
+def check_pages(
+    case: AttentionCase, config: FusedConfig | None = SPLIT, order: str = "forward", merge: bool = False
+) -> None:
     want = memory_expected(case, shared=False)
     before, before_lse = some_state(case)
     out, lse = (x.clone() if merge else torch.full_like(x, NAN) for x in (before, before_lse))
@@ -199,6 +201,23 @@ def test_cascade_is_one_softmax(kind):
     whole = case.fresh()  # route (a), in one kernel
     launch.attend(whole.query, whole.context, whole.out, lse=whole.lse, config=fused, **whole.reads())
     torch.testing.assert_close(out[live].float(), whole.out[live].float(), atol=4 * torch.finfo(out.dtype).eps, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm90", "gfx942"])
+def test_cascade_with_the_tables_that_serve(architecture, monkeypatch):
+    """``cascade.attend`` as the op calls it, and the memory-only kernel, with the configurations of the tables."""
+    for module in (launch, cascade_launch):
+        monkeypatch.setattr(module, "architecture", lambda device: architecture)
+    batch = {"rows": [(1, 9), (1, 30), (1, 4)], "memories": [PAGES[0], None, []]}
+    case = mixed_case("bf16-fp8", shared=300, shared_range=[(0, FOREVER), (0, 1), (2, 9)], sinks=True, **batch)
+    with sanitize("shuffle") as findings:
+        cascade.attend(case.query, case.context, case.out, lse=case.lse, **case.reads())
+    assert not findings, "\n".join(findings)
+    want = expected(case)
+    live = ~want.lse.isnan().any(1)
+    twice = torch.finfo(torch.bfloat16).eps * case.context.values.double().nan_to_num().abs().max()
+    assert_close(case.out, case.lse, replace(want, out_budget=2 * want.out_budget + twice), live)
+    check_pages(case, config=None, merge=True)
 
 
 @pytest.mark.parametrize("size", [32, 80])
