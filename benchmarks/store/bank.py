@@ -119,7 +119,7 @@ def write(path: Path, entries: int, batch: int, minutes: float) -> dict:
             return vectors
 
         bank.embedder.embed = timed_embed
-        making = 0.0
+        making, written = 0.0, 0
         for first in range(0, entries, batch):
             if time.perf_counter() - start > minutes * 60:
                 break
@@ -131,20 +131,21 @@ def write(path: Path, entries: int, batch: int, minutes: float) -> dict:
             making += time.perf_counter() - begun
             begun = time.perf_counter()
             bank.add(new)
+            written += len(new)
             committing.append(time.perf_counter() - begun)
             if first // batch % 10 == 0:
-                print(f"{first + len(new)} entries, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+                print(f"{written} entries, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         seconds = time.perf_counter() - start - making
         _, each = timed(
             lambda i: bank.add([NewEntry(f"one{i}", " ".join(texts.of(-1 - i & 0xFFFFFF)))]), list(range(50))
         )
         start = time.perf_counter()
-        bank.fill_all({f"e{i:07d}@1": reference(i) for i in range(min(FILLED, first))})
+        bank.fill_all({f"e{i:07d}@1": reference(i) for i in range(min(FILLED, written))})
         filling = time.perf_counter() - start
         stats = bank.stats()
     return {
-        "entries": first + len(new),
-        "entries_per_second": round(entries / seconds),
+        "entries": written,
+        "entries_per_second": round(written / seconds),
         "seconds": round(seconds, 1),
         "seconds_embedding": round(embedding, 1),
         "seconds_index": round(bank.vectors.seconds, 1),

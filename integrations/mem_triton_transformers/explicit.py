@@ -19,9 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mem_triton.compat import require
 from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config
-from mem_triton.runtime.plan import FOREVER, Attachment
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.placement import place, place_sink
+from mem_triton.store.plan import FOREVER, Attachment
 from mem_triton_transformers.encode import attention_layers
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import Any
 
 from vllm.v1.core import kv_cache_utils
 
-from mem_triton.runtime.plan import from_carried, seen_between
 from mem_triton.runtime.request import carried_by
+from mem_triton.store.plan import from_carried, seen_between
 
 _MARK = "_mem_triton"
 

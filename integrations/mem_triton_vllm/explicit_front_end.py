@@ -21,10 +21,10 @@ from vllm.sampling_params import SamplingParams
 from mem_triton.config import ConfigError, MemorySection
 from mem_triton.memory3 import Retriever
 from mem_triton.runtime import counters
-from mem_triton.runtime.plan import FOREVER, Attachment, to_carried
 from mem_triton.runtime.request import MemoryRequest, RequestError
 from mem_triton.runtime.residency import PoolCapacityError, Residency, Ticket
 from mem_triton.store.bank import Bank, BankError, NewEntry
+from mem_triton.store.plan import FOREVER, Attachment, to_carried
 from mem_triton_vllm import explicit_layout, segments
 
 logger = init_logger("vllm.mem_triton")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mem_triton.runtime.plan import FOREVER, Attachment
 from mem_triton.store.bank import Bank, Hit
+from mem_triton.store.plan import FOREVER, Attachment
 
 
 class Retriever:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mem_triton.ops.memory_attention.types import MemoryTable
-from mem_triton.runtime.plan import FOREVER, Attachment, from_carried
+from mem_triton.store.plan import FOREVER, Attachment, from_carried
 
 
 @dataclass

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ENGINES = {"vllm", "sglang", "transformers", "mem_triton_vllm", "mem_triton_transformers"}
-LAYERS = ("mem_triton.ops", "mem_triton.delta_mem", "mem_triton.runtime")
+LAYERS = ("mem_triton.ops", "mem_triton.store", "mem_triton.delta_mem", "mem_triton.memory3", "mem_triton.runtime")
 """Lowest first: a layer imports from those before it, never from those after it."""
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from mem_triton.memory3 import Retriever
-from mem_triton.runtime.plan import FOREVER, Attachment
 from mem_triton.store.bank import Hit
+from mem_triton.store.plan import FOREVER, Attachment
 
 
 @dataclass

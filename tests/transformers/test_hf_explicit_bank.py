@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.recall import data
 from mem_triton.memory3 import Document, Retriever, WriteConfig, Writer, bank_spec, dense
-from mem_triton.runtime.plan import FOREVER, Attachment
 from mem_triton.store.bank import Bank
 from mem_triton.store.fingerprint import model_fingerprint
 from mem_triton.store.placement import place, place_sink
+from mem_triton.store.plan import FOREVER, Attachment
 from mem_triton_transformers import (
     MemorySegment,
     TransformersEncoder,

@@ -9,9 +9,9 @@ import torch
 
 from mem_triton.memory3 import Retriever, WriteConfig
 from mem_triton.memory3.sparsify import dense, sparsify
-from mem_triton.runtime.plan import Attachment
 from mem_triton.store.bank import Bank, BankSpec, NewEntry
 from mem_triton.store.fingerprint import model_fingerprint
+from mem_triton.store.plan import Attachment
 from mem_triton_transformers.encode import TransformersEncoder
 from mem_triton_transformers.explicit import generate_with_retrieval, read_plans
 from tests.support.models import save_tiny_model, tiny_model, tiny_tokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from mem_triton.runtime.plan import Attachment
+from mem_triton.store.plan import Attachment
 from tests.vllm_engine.engine import request, run_engine, tokens
 from tests.vllm_engine.memory_bench import SECRET, MemoryBench, make_memory_bench, tokens_of
 
