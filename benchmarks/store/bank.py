@@ -107,7 +107,7 @@ def resident() -> dict[str, int]:
 
 def write(path: Path, entries: int, batch: int, minutes: float) -> dict:
     """Add the entries."""
-    texts, start, embedding, committing = Texts(), time.perf_counter(), 0.0, []
+    texts, start, embedding = Texts(), time.perf_counter(), 0.0
     with Bank.create(path, spec()) as bank:
         embed = bank.embedder.embed
 
@@ -129,10 +129,8 @@ def write(path: Path, entries: int, batch: int, minutes: float) -> dict:
                 for i in range(first, min(first + batch, entries))
             ]
             making += time.perf_counter() - begun
-            begun = time.perf_counter()
             bank.add(new)
             written += len(new)
-            committing.append(time.perf_counter() - begun)
             if first // batch % 10 == 0:
                 print(f"{written} entries, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         seconds = time.perf_counter() - start - making
