@@ -1,4 +1,4 @@
-"""Real vLLM with a bank on a GPU: CUDA graphs against eager, and both against the entry's text in front of the prompt."""
+"""Real vLLM with a bank on a GPU: CUDA graphs against eager, and both against the text itself in the prompt."""
 
 from __future__ import annotations
 
