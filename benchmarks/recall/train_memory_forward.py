@@ -109,16 +109,17 @@ def write(
         q, k, v = (x[:, :, len(prefix) :] for x in captured[layer])
         positions = torch.arange(k.shape[2]).expand(k.shape[:3])
         bias = torch.zeros(k.shape[:3]).masked_fill(~valid[:, None], -torch.inf)
-        if keep is not None:
+        if keep is not None and sharpness is not None:
             weights = selection_weights(q, k, valid).masked_fill(~valid[:, None], 0)
-            best = weights.topk(keep, -1)
-            if sharpness is not None:
-                excess = (weights + 1e-9).log() - best.values[..., -1:].detach().log()
-                bias = bias + sharpness * excess.clamp_max(0)
-            else:
-                index = best.indices[..., None].expand(*best.indices.shape, k.shape[3])
-                k, v, positions = k.gather(2, index), v.gather(2, index), best.indices
-                bias = bias.gather(2, best.indices)
+            last = weights.detach().topk(keep, -1).values[..., -1:]
+            bias = bias + sharpness * ((weights + 1e-9).log() - last.log()).clamp_max(0)
+        elif keep is not None:
+            with torch.no_grad():  # in fp64, so that equal tokens are equal, and then the first of them is chosen
+                weights = selection_weights(q.double(), k.double(), valid).float()
+                order = weights.masked_fill(~valid[:, None], -1).sort(dim=-1, descending=True, stable=True).indices
+                positions = order[..., :keep].sort(-1).values
+            index = positions[..., None].expand(*positions.shape, k.shape[3])
+            k, v, bias = k.gather(2, index), v.gather(2, index), bias.gather(2, positions)
         memory[layer] = LayerMemory(rotate(model, k, positions - REFERENCE_TOKENS), v, bias)
     return memory
 
