@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import pytest
 
 from mem_triton.ops.delta_rule import DeltaRuleSpec
-from tests.support.aot import TARGETS, Resources, compile_for
+from tests.support.aot import TARGETS, Resources, check_budget, compile_all, compile_for
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
@@ -45,7 +43,7 @@ CASES = [
 ]
 
 
-def compile_case(case: Case) -> Resources | str:
+def compile_case(case: Case) -> Resources:
     from mem_triton.ops.delta_rule import kernels, launch
     from mem_triton.ops.tuning.delta_rule import select
 
@@ -66,25 +64,18 @@ def compile_case(case: Case) -> Resources | str:
             arguments[name] = "i32"
         elif name not in constants:
             arguments.setdefault(name, "*fp32")
-    try:
-        return compile_for(case.target, kernel, arguments, constants, num_warps=warps, **launch.OPTIONS)
-    except Exception as error:  # carried over the process border as text: Triton's errors do not pickle
-        return f"{type(error).__name__}: {error}"
+    return compile_for(case.target, kernel, arguments, constants, num_warps=warps, **launch.OPTIONS)
 
 
 @functools.cache
 def compiled() -> dict[Case, Resources | str]:
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(CASES, pool.map(compile_case, CASES, chunksize=4), strict=True))
+    return compile_all(compile_case, CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_compiles_within_budget(case: Case):
     result = compiled()[case]
-    assert isinstance(result, Resources), result
-    assert result.spills == 0, result
-    assert result.registers <= REGISTER_BUDGET[case.rank], result
-    assert result.shared <= SHARED_BUDGET, result
+    check_budget(result, REGISTER_BUDGET[case.rank], SHARED_BUDGET)
 
 
 def test_a_spill_is_seen():

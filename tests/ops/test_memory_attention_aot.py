@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import pytest
@@ -13,7 +11,7 @@ import torch
 
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig, select
 from tests.ops.attention_case import FP8, INT8, make_case
-from tests.support.aot import TARGETS, Resources, compile_for
+from tests.support.aot import TARGETS, Resources, check_budget, compile_all, compile_for
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
@@ -50,7 +48,7 @@ CASES = [
 ]
 
 
-def compile_case(case: Case, config: FusedConfig | None = None) -> Resources | str:
+def compile_case(case: Case, config: FusedConfig | None = None) -> Resources:
     """Compile with the very arguments of a launch, whose tensors become pointers and whose numbers stay numbers."""
     from mem_triton.ops.memory_attention import kernels, launch
 
@@ -80,25 +78,18 @@ def compile_case(case: Case, config: FusedConfig | None = None) -> Resources | s
             aligned = name.startswith("stride") and name not in ("stride_table", "stride_block_table", "stride_lse")
             types[name] = "i32:16" if aligned else "i32"
     options = {"num_warps": config.warps, "num_stages": config.stages, **launch.OPTIONS}
-    try:
-        return compile_for(case.target, kernels.attention_kernel, types, constants, **options)
-    except Exception as error:  # carried over the process border as text: Triton's errors do not pickle
-        return f"{type(error).__name__}: {error}"
+    return compile_for(case.target, kernels.attention_kernel, types, constants, **options)
 
 
 @functools.cache
 def compiled() -> dict[Case, Resources | str]:
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(CASES, pool.map(compile_case, CASES, chunksize=4), strict=True))
+    return compile_all(compile_case, CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
 def test_compiles_within_budget(case: Case):
     result = compiled()[case]
-    assert isinstance(result, Resources), result
-    assert result.spills <= SPILL_BUDGET, result
-    assert result.registers <= REGISTER_BUDGET.get(case.target, 255), result
-    assert result.shared <= SHARED_BUDGET[case.target] * 1024, result
+    check_budget(result, REGISTER_BUDGET.get(case.target, 255), SHARED_BUDGET[case.target] * 1024, SPILL_BUDGET)
 
 
 def test_a_new_batch_size_needs_no_new_kernel():

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import pytest
 
-from tests.support.aot import TARGETS, Resources, compile_for
+from tests.support.aot import TARGETS, Resources, check_budget, compile_all, compile_for
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
@@ -39,7 +37,7 @@ SHAPES = [
 CASES = [Case(*shape, target) for shape, target in itertools.product(SHAPES, TARGETS)]
 
 
-def compile_case(case: Case) -> Resources | str:
+def compile_case(case: Case) -> Resources:
     from mem_triton.ops.memory_selection import kernels, launch
 
     kernel = kernels.selection_weights_kernel
@@ -47,26 +45,19 @@ def compile_case(case: Case) -> Resources | str:
     types = {"q": f"*{case.dtype}", "k": f"*{case.dtype}", "valid": "*i8", "out": "*fp32", "scale": "fp32"}
     arguments = {name: types.get(name, "i32:16") for name in kernel.arg_names if name not in constants}
     arguments["tokens"] = arguments["stride_valid"] = "i32"
-    try:
-        warps = launch.warps(case.tokens)
-        return compile_for(case.target, kernel, arguments, constants, num_warps=warps, **launch.OPTIONS)
-    except Exception as error:  # carried over the process border as text: Triton's errors do not pickle
-        return f"{type(error).__name__}: {error}"
+    warps = launch.warps(case.tokens)
+    return compile_for(case.target, kernel, arguments, constants, num_warps=warps, **launch.OPTIONS)
 
 
 @functools.cache
 def compiled() -> dict[Case, Resources | str]:
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(CASES, pool.map(compile_case, CASES, chunksize=4), strict=True))
+    return compile_all(compile_case, CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_compiles_within_budget(case: Case):
     result = compiled()[case]
-    assert isinstance(result, Resources), result
-    assert result.spills == 0, result
-    assert result.registers <= REGISTER_BUDGET, result
-    assert result.shared <= SHARED_BUDGET, result
+    check_budget(result, REGISTER_BUDGET, SHARED_BUDGET)
 
 
 def test_a_new_length_needs_no_new_kernel():

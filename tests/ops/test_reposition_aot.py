@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import pytest
 
-from tests.support.aot import TARGETS, Resources, compile_for
+from tests.support.aot import TARGETS, Resources, check_budget, compile_all, compile_for
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
@@ -33,7 +31,7 @@ CASES = [Case(*shape, "load", target) for shape, target in itertools.product(SHA
 CASES += [Case(128, 128, "move", target) for target in ("sm90", "gfx942")]
 
 
-def compile_case(case: Case) -> Resources | str:
+def compile_case(case: Case) -> Resources:
     from mem_triton.ops.reposition import kernels, launch
 
     kernel, loading = kernels.reposition_kernel, case.variant == "load"
@@ -50,22 +48,15 @@ def compile_case(case: Case) -> Resources | str:
             arguments[name] = "i32:16"
         else:
             arguments[name] = {"quarter_turns": "*fp64", "factor": "fp32"}.get(name, "*i32")
-    try:
-        return compile_for(case.target, kernel, arguments, constants, **launch.OPTIONS)
-    except Exception as error:  # carried over the process border as text: Triton's errors do not pickle
-        return f"{type(error).__name__}: {error}"
+    return compile_for(case.target, kernel, arguments, constants, **launch.OPTIONS)
 
 
 @functools.cache
 def compiled() -> dict[Case, Resources | str]:
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(CASES, pool.map(compile_case, CASES, chunksize=4), strict=True))
+    return compile_all(compile_case, CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_compiles_within_budget(case: Case):
     result = compiled()[case]
-    assert isinstance(result, Resources), result
-    assert result.spills == 0, result
-    assert result.registers <= REGISTER_BUDGET, result
-    assert result.shared <= SHARED_BUDGET, result
+    check_budget(result, REGISTER_BUDGET, SHARED_BUDGET)

@@ -9,17 +9,22 @@ must not be set when the kernel's module is imported. Example::
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+Case = TypeVar("Case")
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -65,6 +70,32 @@ def compile_for(
         assembly = compiled.asm["amdgcn"]
         return Resources(_field(assembly, ".vgpr_count"), _field(assembly, ".vgpr_spill_count"), shared)
     return Resources(*_read_cubin(compiled.asm["cubin"]), shared)
+
+
+def compile_all(compile_case: Callable[[Case], Resources], cases: Sequence[Case]) -> dict[Case, Resources | str]:
+    """Compile every case in two processes. A failure is carried over the process border as text: Triton's errors do not
+    pickle."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return dict(zip(cases, pool.map(_Guarded(compile_case), cases, chunksize=4), strict=True))
+
+
+@dataclass(frozen=True)
+class _Guarded:
+    compile_case: Callable[..., Resources]
+
+    def __call__(self, case: Any) -> Resources | str:
+        try:
+            return self.compile_case(case)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+
+def check_budget(result: Resources | str, registers: int, shared: int, spills: int = 0) -> None:
+    """Fail if a kernel did not compile, or takes more registers, shared memory or spills (bytes) than it may."""
+    assert isinstance(result, Resources), result
+    assert result.spills <= spills, result
+    assert result.registers <= registers, result
+    assert result.shared <= shared, result
 
 
 def _field(assembly: str, name: str) -> int:
