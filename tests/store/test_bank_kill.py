@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,13 +45,18 @@ class Killer:
         """Start a writer, let it run for a while, kill it, and take down what it said."""
         assert self.nursery.poll() is None, f"the process that starts writers ended with {self.nursery.returncode}"
         self.nursery.stdin.write(f"{self.next}\n")
+        silence = threading.Timer(120, self.nursery.kill)  # so that a test that waits for nothing ends
+        silence.start()
         pid, ready = 0, self.random.random() < 0.1  # one in ten dies while it opens the bank
         while not (pid and ready):
+            before = pid
             pid, ready = self._hear(pid, ready)
+            assert pid or not before, f"writer {before} ended by itself after {self.kills} kills"
         time.sleep(self.random.random() * 0.12)
         os.kill(pid, signal.SIGKILL)
         while pid:
             pid, _ = self._hear(pid, True)
+        silence.cancel()
         self.next += 1
         self.kills += 1
 
