@@ -186,6 +186,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     begin = time.time()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
         evaluation = Evaluation(args.model, Path(folder), args.sessions, args.seeds)
         parts: list[Callable[[], None]] = [
@@ -195,15 +196,14 @@ def main() -> None:
             part()
             print(f"{time.time() - begin:.0f} s: {part.__name__}", flush=True)
             if args.save:  # after each part, so that a run that is stopped leaves what it found
-                save(evaluation, args, time.time() - begin)
+                save(evaluation, args, time.time() - begin, commit)
     show(evaluation.cells)
 
 
-def save(evaluation: Evaluation, args: argparse.Namespace, seconds: float) -> Path:
+def save(evaluation: Evaluation, args: argparse.Namespace, seconds: float, commit: str) -> Path:
     """The result file: every cell, and what is needed to get it again."""
     now = datetime.now(timezone.utc)
     packages = ("torch", "transformers", "tokenizers", "faiss-cpu", "safetensors")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     report = {
         "what": "recall with the evidence only in explicit memory",
         "date": now.isoformat(timespec="seconds"), "commit": commit, "seconds": round(seconds),
