@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from benchmarks.demo.report import digests, machine_facts
 from benchmarks.recall.evaluate import RESULTS, load
 from benchmarks.recall.explicit_world import (
     MOST,
+    PQ,
     Librarian,
     Question,
     Shelf,
@@ -48,7 +48,8 @@ from mem_triton.memory3 import Retriever
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model-memory"
-CODECS = ("fp32", "bf16", "fp8", "int8", "pq")
+CODECS = ("fp32", "bf16", "fp8", "int8", *PQ)
+PARTS = ("by_references", "by_codec", "by_facts", "hard")
 FACTS = (1, 2, 4, 8)
 LIBRARY = 300
 Cells = dict[str, list[bool]]
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--sessions", type=int, default=128, help="questions per cell and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[201, 202, 203])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/recall-explicit-<date>.json")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -189,12 +191,9 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     with tempfile.TemporaryDirectory() as folder:
         evaluation = Evaluation(args.model, Path(folder), args.sessions, args.seeds)
-        parts: list[Callable[[], None]] = [
-            evaluation.by_references, evaluation.by_codec, evaluation.by_facts, evaluation.hard
-        ]  # fmt: skip
-        for part in parts:
-            part()
-            print(f"{time.time() - begin:.0f} s: {part.__name__}", flush=True)
+        for part in args.parts:
+            getattr(evaluation, part)()
+            print(f"{time.time() - begin:.0f} s: {part}", flush=True)
             if args.save:  # after each part, so that a run that is stopped leaves what it found
                 save(evaluation, args, time.time() - begin, commit)
     show(evaluation.cells)
@@ -216,7 +215,8 @@ def save(evaluation: Evaluation, args: argparse.Namespace, seconds: float, commi
         "cells": summary(evaluation.cells),
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"recall-explicit-{now:%Y-%m-%d}.json"
+    some = "" if len(args.parts) == len(PARTS) else "-" + "-".join(args.parts).replace("_", "-")
+    path = RESULTS / f"recall-explicit{some}-{now:%Y-%m-%d}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path
 

@@ -78,6 +78,10 @@ class Shelf:
     refs: dict[str, str]
 
 
+PQ = {"pq": None, "pq, 11 bytes": "Residual2x10,PQ8x8", "pq, 19 bytes": "Residual2x10,PQ16x8"}
+"""Product quantisers by their column: faiss's description, None for the paper's class, of 6 bytes a vector here."""
+
+
 class Librarian:
     """Writes banks with one model. vectors: how many the codec "pq" is trained on, keys and values each."""
 
@@ -87,12 +91,13 @@ class Librarian:
         self.encoder, self.tokenizer = TransformersEncoder(model, tokenizer), tokenizer
         self.fingerprint = model_fingerprint(folder)
         self.vectors = vectors
-        self.trained: dict[tuple[int, ...], bytes] = {}
+        self.trained: dict[tuple[tuple[int, ...], str], bytes] = {}
 
     def write(self, path: Path, kind: str, codec: str, texts: dict[str, str]) -> Shelf:
-        """A bank of the texts. codec "pq" is trained on texts about other people."""
+        """A bank of the texts. A codec of ``PQ`` is trained on texts about other people."""
         config = KINDS[kind]
-        bank = Bank.create(path, bank_spec(config, self.fingerprint, codec=codec), self._state(kind, codec))
+        spec = bank_spec(config, self.fingerprint, codec="pq" if codec in PQ else codec)
+        bank = Bank.create(path, spec, self._state(kind, codec))
         documents = (Document(text, name=name) for name, text in texts.items())
         added = Writer(bank, self.encoder, self.tokenizer, config, batch_size=BATCH).write(documents).added
         refs = {ref.partition("@")[0].partition(":")[0]: ref for ref in added}
@@ -101,12 +106,12 @@ class Librarian:
         return Shelf(bank, refs)
 
     def _state(self, kind: str, codec: str) -> bytes | None:
-        """The trained state of "pq", one for all banks of the same layers; None for the other codecs."""
-        if codec != "pq":
+        """The trained state of a codec of ``PQ``, one for all banks of the same layers; None for the other codecs."""
+        if codec not in PQ:
             return None
         config, rng, texts = KINDS[kind], random.Random(0), []
         layers = config.layer_indices(self.fingerprint.num_layers)
-        if layers not in self.trained:
+        if (layers, codec) not in self.trained:
             while len(texts) * LENGTHS[0] * len(layers) * self.fingerprint.kv_heads < self.vectors:
                 texts += library(rng, 20, (1, 4), data.TRAINED)[1]
             encoded = self.encoder.encode(
@@ -114,9 +119,9 @@ class Librarian:
                 prefix_ids=prefix_ids(self.tokenizer, config.prefix_text), batch_size=BATCH,
             )  # fmt: skip
             product = get_codec("pq")
-            product.train([dense(text) for text in encoded])
-            self.trained[layers] = product.state()
-        return self.trained[layers]
+            product.train([dense(text) for text in encoded], PQ[codec])
+            self.trained[layers, codec] = product.state()
+        return self.trained[layers, codec]
 
 
 @torch.inference_mode()

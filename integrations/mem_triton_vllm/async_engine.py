@@ -88,6 +88,10 @@ class AsyncLLMWithMemory(AsyncLLM):
         prompt, prompt_ids = front_end.prompt_ids_of(self, prompt)
         await asyncio.to_thread(explicit.retrieve, reading, prompt_ids)
         segments = self.memory.segments(opened, prompt_ids, params)
+        try:
+            explicit.claim(reading)
+        except RequestError as error:
+            raise front_end.refused(error) from None
         while True:
             await self._fill(reading)
             continued = front_end.with_tokens(prompt, segments.prompt_ids)
@@ -101,14 +105,10 @@ class AsyncLLMWithMemory(AsyncLLM):
                 await outputs.aclose()
             if segments.done:
                 return
-            await asyncio.to_thread(explicit.extend, reading, len(prompt_ids), segments.generated)
+            await asyncio.to_thread(explicit.refresh, reading, len(prompt_ids), segments.generated)
 
     async def _fill(self, reading: Reading) -> None:
         """Wait until every page that the request reads is filled; others go on meanwhile."""
-        try:
-            self.memory.explicit.claim(reading)
-        except RequestError as error:
-            raise front_end.refused(error) from None
         while pending := reading.pending:
             if failure := next((t.state for t in pending if t.state.startswith("failed")), None):
                 raise MemoryLoadError(failure)

@@ -193,11 +193,32 @@ class ExplicitFrontEnd:
             )
             reading.plan += tuple(found)
 
-    def extend(self, reading: Reading, prompt_tokens: int, generated: Sequence[int]) -> None:
-        """Fetch references for the tokens just generated, seen by the next ``every`` ones."""
-        reading.plan = self.retriever.extend(
-            reading.plan, prompt_tokens, list(generated), top_k=reading.top_k, tenant=reading.request.tenant
-        )
+    def refresh(self, reading: Reading, prompt_tokens: int, generated: Sequence[int]) -> None:
+        """Fetch references for the tokens just generated, seen by the next ``every`` ones, and pin their pages.
+
+        The answer goes on in any case: without new references where the search fails or the pool has no room now.
+        A request that held pages and waited for more could wait for another one that does the same.
+        """
+        before, claims = reading.plan, len(reading.tickets)
+        try:
+            reading.plan = self.retriever.extend(
+                before, prompt_tokens, list(generated), top_k=reading.top_k, tenant=reading.request.tenant
+            )
+            self.claim(reading)
+            reason = None
+        except (BankError, RequestError, OSError) as error:
+            reason = str(error)
+        for ticket in reading.tickets[claims:]:
+            if ticket.state == "waiting":
+                reason = "the pool has no free pages"
+        if reason is None:
+            return
+        for ticket in reading.tickets[claims:]:
+            self.residency.release(ticket.owner)
+        del reading.tickets[claims:]
+        reading.plan, reading.note = before, f"after {len(generated)} tokens: {reason}"
+        counters.REFRESH_FAILURES.inc()
+        logger.warning("references are not refreshed: %s", reason)
 
     def claim(self, reading: Reading) -> None:
         """Pin the pages of what the plan names and no earlier claim does. Raises RequestError if it never fits."""

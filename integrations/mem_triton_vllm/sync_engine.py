@@ -58,19 +58,16 @@ class LLMEngineWithMemory(LLMEngine):
             running.prompt_tokens = len(ids)
             self.memory.explicit.retrieve(opened.reading, ids)
             running.segments = self.memory.segments(opened, ids, params)
-            self._claim(opened)
+            self.memory.explicit.claim(opened.reading)
+        except RequestError as error:
+            self.memory.close(opened)
+            raise front_end.refused(error) from None
         except BaseException:
             self.memory.close(opened)
             raise
         self._running[request_id] = running
         self._put_off.append(request_id)
         return request_id
-
-    def _claim(self, opened: Opened) -> None:
-        try:
-            self.memory.explicit.claim(opened.reading)
-        except RequestError as error:
-            raise front_end.refused(error) from None
 
     def _submit(self, request_id: str, running: _Running) -> str:
         prompt, params = running.prompt, running.params
@@ -148,8 +145,7 @@ class LLMEngineWithMemory(LLMEngine):
         if not output.finished:
             return seen
         if running.segments is not None and not running.segments.done:
-            self.memory.explicit.extend(reading, running.prompt_tokens, running.segments.generated)
-            self._claim(running.opened)
+            self.memory.explicit.refresh(reading, running.prompt_tokens, running.segments.generated)
             self._put_off.append(output.request_id)
             return seen
         self._forget(output.request_id)

@@ -17,6 +17,7 @@ LATE_COMMITS = Counter(
 REFRESH_OFF = Counter(
     "mem_triton:refresh_off", "Requests whose references stay as they are while they answer, and why", ["reason"]
 )
+REFRESH_FAILURES = Counter("mem_triton:refresh_failures", "Refreshes that found no references or no room for them")
 WORKER_POOL = Gauge(
     "mem_triton:worker_pool", 'What each worker counted below its device pages: "hits.host", ...', ["worker", "count"]
 )

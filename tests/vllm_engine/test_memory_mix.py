@@ -93,6 +93,17 @@ def test_without_refreshes_the_last_references_stay(memory_bench):
     assert tokens(result)[0] == m.with_plan(prompt, [Attachment(*p) for p in parts], 50)
 
 
+def test_a_full_pool_ends_the_refreshes_and_not_the_answer(memory_bench):
+    """Three pages and two requests: whoever holds some does not wait for more, or both would wait for ever."""
+    m, page = memory_bench, 2 * 8 * 2 * 32 * 4  # KV heads, tokens, K and V, head size, fp32; one layer
+    section = m.section(m.references, pool_gib=3.5 * page / 2**30, retrieval={"top_k": 2, "every": 16})
+    prompts = [reference(3)[:16], reference(9)[:16]]
+    result = run_engine(m.model, [[request(p, 60) for p in prompts]], memory=section)
+    for prompt, found in zip(prompts, result["rounds"][0], strict=True):
+        assert found["tokens"] == m.with_plan(prompt, [Attachment(*p) for p in seen(found)], 60)
+    assert any("no free pages" in found["memory"].get("refresh", "") for found in result["rounds"][0])
+
+
 def test_what_cannot_be_refreshed_is_said(memory_bench):
     m = memory_bench
     section = m.section(m.references, retrieval={"top_k": 1, "every": 8})
