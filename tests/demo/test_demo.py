@@ -106,7 +106,7 @@ def test_ctrl_c_leaves_no_server(folders, tmp_path):
     time.sleep(0.3)
     if demo.process.is_running():
         demo.process.send_signal(signal.SIGINT)  # impatient
-    assert demo.end(60) == 130 and "all servers are down" in demo.output, demo.output
+    assert demo.end(120) == 130 and "all servers are down" in demo.output, demo.output
     assert demo.survivors() == []
 
 

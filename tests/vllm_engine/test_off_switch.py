@@ -24,7 +24,8 @@ from vllm.plugins import load_general_plugins
 load_general_plugins()
 after = snapshot()
 changed = sorted(k for k in after if before.get(k) is not after[k])
-assert changed == [("AsyncLLM", "__init__"), ("LLMEngine", "__init__")], changed
+looks = [("AsyncLLM", "__init__"), ("LLMEngine", "__init__"), (hashing.__name__, "generate_block_hash_extra_keys")]
+assert changed == looks, changed
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
 assert "mem_triton" in _LOAD_FORMAT_TO_MODEL_LOADER
 load_general_plugins.__globals__["plugins_loaded"] = False
@@ -33,7 +34,7 @@ assert snapshot() == after, "registering twice changes nothing"
 """
 
 
-def test_without_the_flag_only_two_constructors_look():
+def test_without_the_flag_only_two_constructors_and_the_block_hash_look():
     subprocess.run([sys.executable, "-c", UNPATCHED], check=True, env=environment(), cwd=ROOT)
 
 
