@@ -63,7 +63,8 @@ def demo(
     a δ-mem state, and one with a bank of explicit memory. They end with the demo.
     """
     console = Console(record=svg is not None, width=110 if svg else None, highlight=False)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a kill and a closed terminal clean up like Ctrl-C
+    # A kill and a closed terminal clean up like Ctrl-C, which a shell's background jobs would not hear by themselves.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     logs = Path(tempfile.mkdtemp(prefix="mem_triton-demo-"))
     keep = keep_log
