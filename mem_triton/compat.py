@@ -9,6 +9,7 @@ from packaging.version import Version
 
 TESTED_VERSIONS = {
     "vllm": ">=0.32.0,<0.33",
+    "sglang": ">=0.5.23,<0.5.24",
     "transformers": ">=5.16.1,<5.20",
     "triton": ">=3.6,<3.10",
     "torch": ">=2.11,<2.14",

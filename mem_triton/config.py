@@ -9,10 +9,12 @@ Example::
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
@@ -117,3 +119,20 @@ def parse_config(data: Mapping[str, Any]) -> MemTritonConfig:
                 text = "unknown key." + nearest_name_hint(str(item["loc"][-1]), known)
             lines.append(f"{where}: {text}")
         raise ConfigError("bad mem_triton configuration: " + "; ".join(lines)) from None
+
+
+def load_config(path: str | os.PathLike[str]) -> MemTritonConfig:
+    """Read a YAML or JSON file that holds the section itself, or the section under the key ``mem_triton``.
+
+    Raises ConfigError naming the file and what is wrong with it.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if isinstance(data, Mapping) and set(data) == {"mem_triton"}:
+        data = data["mem_triton"]
+    try:
+        return parse_config(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -68,6 +68,10 @@ class MemoryTables:
         if resident is not None:
             self._free.append(resident.slot)
 
+    def __contains__(self, request_id: object) -> bool:
+        """Whether a request in the batch reads memory."""
+        return request_id in self._residents
+
     def set_rows(self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int]) -> None:
         """Write the batch's order, and the pages that its tokens at positions first..last see, into the tables."""
         if not self._residents and self._rows_are_plain:

@@ -1,0 +1,133 @@
+"""What the user asked for, from ``MEM_TRITON_CONFIG``, and what SGLang's own arguments have to say about it.
+
+SGLang has no channel for a plugin's options, so the configuration is a file that an environment variable names: spawned
+processes inherit it. Arguments are resolved in the main process before any other starts; there everything is checked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from mem_triton.config import ConfigError, MemTritonConfig, load_config
+from mem_triton_sglang import BACKEND, VARIABLE
+
+logger = logging.getLogger("sglang.mem_triton")
+
+PAGE_SIZE = 16
+"""Tokens of a KV page unless the user says otherwise: δ-mem keeps one state a page, 0.39 % of Qwen3-4B's KV."""
+MAX_REQUESTS = 1024
+"""Running requests unless the user says otherwise: every one has a row in memory's tables."""
+
+
+def configured() -> MemTritonConfig | None:
+    """The checked configuration, or None if memory is not asked for. Raises ConfigError."""
+    path = os.environ.get(VARIABLE)
+    if not path:
+        return None
+    config = load_config(Path(path))
+    if config.delta is None and config.memory is None:
+        raise ConfigError(f"{path}: no memory is configured; give it delta, memory or both, or unset {VARIABLE}")
+    return config
+
+
+def register_resolution() -> None:
+    """Hang our checks and defaults into the resolution of SGLang's arguments (its own extension point)."""
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    register_resolution_hook("handle_cuda_graph_config")(_before_graphs)
+    register_resolution_hook("handle_attention_backend_compatibility")(_after_backends)
+    register_resolution_hook("handle_other_validations")(_validate)
+
+
+def _before_graphs(server_args: Any, previous: Any) -> None:
+    config = _asked(server_args)
+    if config is not None and config.delta is not None:
+        _declare(
+            server_args, "cuda_graph_backend_prefill", "disabled", "δ-mem looks at each prefill's requests, which a "
+            "captured prefill cannot; decoding keeps its graphs",
+        )  # fmt: skip
+    previous(server_args)
+
+
+def _after_backends(server_args: Any, previous: Any) -> None:
+    previous(server_args)
+    if _asked(server_args) is None:
+        return
+    if _resolved(server_args).page_size is None:
+        _declare(server_args, "page_size", PAGE_SIZE, "memory works on pages of the KV cache")
+    if _resolved(server_args).max_running_requests is None:
+        _declare(server_args, "max_running_requests", MAX_REQUESTS, "every running request has a row in its tables")
+
+
+def _validate(server_args: Any, previous: Any) -> None:
+    previous(server_args)
+    if _asked(server_args) is None:
+        return
+    from mem_triton_sglang.hooks import check_hooks
+
+    check_hooks()
+    cfg = _resolved(server_args)
+    for what, (present, why) in _refusals(cfg).items():
+        if present:
+            raise ConfigError(f"mem_triton does not support {what}: {why}")
+
+
+def _refusals(cfg: Any) -> dict[str, tuple[bool, str]]:
+    """SGLang options under which memory would be wrong: what they are, whether they are on, and why."""
+    moves = "it moves keys and values without the states and the references that belong to them"
+    one_front_end = "one front end has to decide what lies in memory; leave it at 1"
+    return {
+        "--tokenizer-worker-num above 1": (cfg.tokenizer_worker_num > 1, one_front_end),
+        "--dp-size above 1": (cfg.dp_size > 1, one_front_end),
+        "--nnodes above 1": (cfg.nnodes > 1, "its front end reaches the workers of one machine"),
+        "speculative decoding": (
+            cfg.speculative_algorithm is not None,
+            "a rejected draft would stay in the state, and drafts would be checked without memory",
+        ),
+        "--enable-hierarchical-cache": (bool(cfg.enable_hierarchical_cache), moves),
+        "--enable-lmcache": (bool(getattr(cfg, "enable_lmcache", False)), moves),
+        "prefill-decode disaggregation": (cfg.disaggregation_mode not in (None, "null"), moves),
+        "--enable-two-batch-overlap": (
+            bool(cfg.enable_two_batch_overlap),
+            "its two half batches would share one set of tables",
+        ),
+        "--enable-pdmux": (bool(cfg.enable_pdmux), "its two streams would share one set of tables"),
+        "--decode-attention-backend or --prefill-attention-backend of another kind": (
+            {cfg.decode_attention_backend, cfg.prefill_attention_backend} - {None, BACKEND} != set(),
+            "both phases read memory; leave the two options out",
+        ),
+    }
+
+
+def _asked(server_args: Any) -> MemTritonConfig | None:
+    """The configuration if this engine is one with memory. Raises ConfigError if the flag is missing."""
+    config = configured()
+    if config is not None and server_args.attention_backend != BACKEND:
+        raise ConfigError(
+            f"{VARIABLE} is set, but --attention-backend is {server_args.attention_backend}: "
+            f"add --attention-backend {BACKEND}, or unset {VARIABLE}"
+        )
+    return config
+
+
+def _resolved(server_args: Any) -> Any:
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    return resolving_view(server_args)
+
+
+def _declare(server_args: Any, field: str, value: Any, why: str) -> None:
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    asked = getattr(_resolved(server_args), field)
+    if asked == value:
+        return
+    option = "--" + field.replace("_", "-")
+    if asked is not None:
+        logger.warning("%s is %s instead of %s: %s", option, value, asked, why)
+    else:
+        logger.info("%s is %s: %s", option, value, why)
+    declare_resolution(server_args, BACKEND, **{field: value})

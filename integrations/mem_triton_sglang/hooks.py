@@ -1,0 +1,48 @@
+"""Where memory meets SGLang's code: every hook in one table, and a check that all of them were applied.
+
+SGLang only logs a hook that it cannot apply, and goes on without. Memory without one of them would answer wrongly, so
+each process that starts an engine with memory looks whether they are in place.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from mem_triton.compat import TESTED_VERSIONS, UnsupportedVersionError, require
+
+HOOKS: dict[str, tuple[str, HookType]] = {
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__": (
+        "mem_triton_sglang.tokenizer_manager:after_init", HookType.AFTER),
+    "sglang.srt.managers.schedule_batch.Req.__init__": ("mem_triton_sglang.worker:after_request", HookType.AFTER),
+    "sglang.srt.mem_cache.radix_cache.RadixKey.__init__": ("mem_triton_sglang.radix_keys:after_init", HookType.AFTER),
+    "sglang.srt.model_executor.model_runner.ModelRunner.initialize": (
+        "mem_triton_sglang.worker:after_initialize", HookType.AFTER),
+    "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": (
+        "mem_triton_sglang.worker:after_cell_size", HookType.AFTER),
+    "sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool": (
+        "mem_triton_sglang.worker:after_alloc", HookType.AFTER),
+    "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": (
+        "mem_triton_sglang.worker:after_init_new", HookType.AFTER),
+    "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.free": ("mem_triton_sglang.worker:before_free", HookType.BEFORE),
+}  # fmt: skip
+"""Function of SGLang -> (ours, when it is called)."""
+
+
+def register_hooks() -> None:
+    """Hand the table to SGLang's registry, which applies it."""
+    for target, (ours, when) in HOOKS.items():
+        module, _, name = ours.partition(":")
+        HookRegistry.register(target, getattr(import_module(module), name), when)
+
+
+def check_hooks() -> None:
+    """Raise UnsupportedVersionError naming the functions of SGLang that are not hooked."""
+    version = require("sglang")
+    missing = [target for target in HOOKS if target not in HookRegistry._patched]
+    if missing:
+        raise UnsupportedVersionError(
+            f"SGLang {version} lacks what mem_triton builds on, or its plugins were not loaded: {', '.join(missing)}. "
+            f"Supported: sglang{TESTED_VERSIONS['sglang']}"
+        )

@@ -1,0 +1,194 @@
+"""Memory in a scheduler process: what hangs at its model runner, and how SGLang's requests reach it.
+
+``WorkerMemory`` hangs as ``mem_triton`` at the runner, at its model, and at the pool of requests, which says when one
+leaves. A request enters with the first batch that processes its tokens; before each forward pass the batch's rows are
+written into the device tables that kernels read, on the stream of the forward passes.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mem_triton.runtime.worker.explicit import ExplicitMemory
+
+from mem_triton.config import ConfigError, MemTritonConfig
+from mem_triton.runtime.request import CARRIER
+from mem_triton_sglang.attach import attach, attention_modules, check_attention
+from mem_triton_sglang.configuration import configured
+from mem_triton_sglang.context import ContextReader
+from mem_triton_sglang.shape import shape_of
+from mem_triton_sglang.states import DeltaStates
+
+
+@dataclass
+class WorkerMemory:
+    """delta: δ-mem's states. explicit: the pool of pages, its tables, its loader and its captures; None if not asked.
+
+    context: where requests' own keys and values lie. on_stream: the context in which work joins the forward passes'
+    stream. lock: between SGLang's thread and the channel's. reads_bank: whether a row of the coming step reads the
+    bank; without one, a prefill takes the stock path.
+    """
+
+    delta: DeltaStates | None
+    explicit: ExplicitMemory | None
+    context: ContextReader
+    on_stream: Any = contextlib.nullcontext
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    reads_bank: bool = False
+
+    def before_step(self, batch: Any) -> None:
+        """Write the coming forward pass's rows. batch: SGLang's ``ScheduleBatch``."""
+        requests = batch.reqs
+        if batch.forward_mode.is_decode():
+            last = [length - 1 for length in batch.seq_lens_cpu.tolist()]
+            first = last
+        else:
+            first = list(batch.prefix_lens or ())
+            last = [start + count - 1 for start, count in zip(first, batch.extend_lens or (), strict=True)]
+        ids = [request.rid for request in requests]
+        with self.lock:
+            for request in requests:
+                self._enter(request)
+            if self.delta is not None:
+                self.delta.slots.set_rows(ids, last)
+            if self.explicit is not None:
+                self.explicit.set_rows(ids, first, last)
+                self.reads_bank = any(id in self.explicit.tables for id in ids)
+
+    def leave(self, request: Any) -> None:
+        """A request gives its row back, finished, aborted or retracted; its KV is still where it was."""
+        with self.lock, self.on_stream():
+            if request.rid in self.context.rows:
+                for part in self._parts:
+                    part.leave(request.rid)
+                del self.context.rows[request.rid]
+
+    def _enter(self, request: Any) -> None:
+        if request.rid in self.context.rows:
+            return
+        carried = carried_of(request.sampling_params)
+        if carried is None:
+            return
+        self.context.rows[request.rid] = request.kv.req_pool_idx
+        if state := carried.get("state"):
+            carried = {**carried, "state": base64.b64decode(state)}
+        for part in self._parts:
+            part.enter(request.rid, carried)
+
+    @property
+    def _parts(self) -> list[Any]:
+        return [part for part in (self.delta and self.delta.slots, self.explicit) if part is not None]
+
+
+def carried_of(params: Any) -> Mapping[str, Any] | None:
+    """What the front end put into a request's sampling parameters, None if nothing."""
+    return (getattr(params, "custom_params", None) or {}).get(CARRIER)
+
+
+def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
+    """Give a runner's model the memory that is configured. Raises ConfigError naming what does not fit."""
+    if runner.use_mla_backend:
+        raise ConfigError("mem_triton does not support multi-head latent attention (MLA): it has no keys by head")
+    if not runner.is_generation:
+        raise ConfigError("mem_triton does not support embedding models: they do not generate")
+    shape = shape_of(runner.server_args, runner.model_config)
+    delta = explicit = None
+    context = ContextReader(runner)
+    if config.delta is not None:
+        delta = attach(runner.model, shape, config.delta, runner.page_size)
+    if config.memory is not None:
+        attentions = {module.attn.layer_id: module.attn for _, module in attention_modules(runner.model)}
+        for index, attention in attentions.items():
+            check_attention(f"layer {index}", attention, "explicit memory")
+        parallel = runner_ranks()
+        explicit = ExplicitMemory(
+            shape, config.memory, sorted(attentions), parallel.tp, parallel.world,
+            next(runner.model.parameters()).device, context,
+        )  # fmt: skip
+    return WorkerMemory(delta, explicit, context, stream_of(runner))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """tp: this process among those that split heads; world: among all that hold a part of the model."""
+
+    tp: int
+    world: int
+
+
+def runner_ranks() -> Ranks:
+    """Where this process stands."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return Ranks(parallel.attn_tp_rank, parallel.pp_rank * parallel.tp_size + parallel.tp_rank)
+
+
+def stream_of(runner: Any) -> Any:
+    """Enter it to queue work among the forward passes; nothing on a CPU, which has no streams."""
+    if torch.device(runner.device).type == "cpu":
+        return contextlib.nullcontext
+    module = torch.get_device_module(runner.device)
+    return lambda: module.stream(runner.forward_stream)
+
+
+# ---- hooks: called by SGLang's HookRegistry after or before the named functions; without a configuration they return
+
+
+def after_initialize(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
+    """``ModelRunner.initialize``: weights and LoRA are there, the KV cache is not sized yet."""
+    config = configured()
+    runner.mem_triton = runner.model.mem_triton = None
+    if config is not None and not runner.is_draft_worker:
+        runner.mem_triton = runner.model.mem_triton = attach_memory(runner, config)
+
+
+def after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -> int:
+    """``DefaultPoolConfigurator._compute_cell_size``: a token takes the bytes of its state, too."""
+    memory: WorkerMemory | None = getattr(kvc.model, "mem_triton", None)
+    return result + (memory.delta.bytes_per_token if memory is not None and memory.delta is not None else 0)
+
+
+def after_alloc(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
+    """``ModelRunner.alloc_memory_pool``: the KV cache is there."""
+    memory = runner.mem_triton
+    if memory is None:
+        return
+    if memory.delta is not None:
+        pool = runner.token_to_kv_pool
+        memory.delta.allocate(pool.size + pool.page_size, pool.device)
+    runner.req_to_token_pool.mem_triton = memory
+    from mem_triton_sglang.service import serve_memory
+
+    serve_memory(memory, runner_ranks().world)
+
+
+def after_init_new(result: Any, cls: Any, batch: Any, model_runner: Any, **kwargs: Any) -> None:
+    """``ForwardBatch.init_new``: runs before each forward pass, on its stream."""
+    memory = getattr(model_runner, "mem_triton", None)
+    if memory is not None:
+        memory.before_step(batch)
+
+
+def before_free(pool: Any, request: Any) -> None:
+    """``ReqToTokenPool.free``: a request leaves, however it ended."""
+    memory = getattr(pool, "mem_triton", None)
+    if memory is not None:
+        memory.leave(request)
+
+
+def after_request(result: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    """``Req.__init__``: memory words without the front end's answer came in by a door that it does not watch."""
+    words = getattr(request.sampling_params, "custom_params", None) or {}
+    asked = sorted(name for name in words if isinstance(name, str) and name.startswith("mem_"))
+    if asked and carried_of(request.sampling_params) is None:
+        request.set_finish_with_abort(
+            f"{asked[0]}: mem_triton is not active in the process that took this request; send it to the server's own "
+            "HTTP port, with one tokenizer worker"
+        )
