@@ -119,15 +119,14 @@ class Client:
                 socket.connect(_address(self._folder, rank))
 
     async def _ask(self, rank: int, method: str) -> Any:
-        try:
-            async with asyncio.timeout(self.timeout):
-                number = None
-                while number != self._number:  # an answer to an earlier call, given up on
-                    number, error, answer = msgspec.msgpack.decode(await self._sockets[rank].recv())
-        except TimeoutError:
-            raise ChannelError(
-                f"{method}: rank {rank} has not answered for {self.timeout:g} seconds; its process may be gone, see its log"
-            ) from None
+        socket, number = self._sockets[rank], None
+        while number != self._number:  # an answer to an earlier call, given up on
+            if not await socket.poll(1000 * self.timeout):
+                raise ChannelError(
+                    f"{method}: rank {rank} has not answered for {self.timeout:g} seconds; "
+                    "its process may be gone, look at its log"
+                )
+            number, error, answer = msgspec.msgpack.decode(await socket.recv())
         if error is not None:
             raise ChannelError(f"{method}: rank {rank}: {error}")
         return answer

@@ -1,0 +1,143 @@
+"""Calls between the front end and its workers, over real sockets and, where a process has to die, real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from mem_triton_sglang import channel
+
+
+@pytest.fixture
+def folder(monkeypatch):
+    monkeypatch.setenv(channel.VARIABLE, "")  # gone after the test
+    return channel.make_folder()
+
+
+def call(client, *message):
+    async def main():
+        try:
+            return await client.call(*message)
+        finally:
+            client.close()
+
+    return asyncio.run(main())
+
+
+def test_a_call_reaches_every_rank_and_answers_come_in_their_order(folder):
+    for rank in (1, 0):  # served in another order than asked
+        channel.serve(rank, {"add": lambda a, b, rank=rank: {"rank": rank, "sum": a + b, "bytes": bytes([rank, 255])}})
+    answers = call(channel.Client(2), "add", 3, 4)
+    assert answers == [{"rank": r, "sum": 7, "bytes": bytes([r, 255])} for r in (0, 1)]
+
+
+def test_only_this_user_may_enter_the_folder(folder):
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert os.environ[channel.VARIABLE] == str(folder)
+
+
+def test_an_error_says_method_rank_and_reason_and_the_rank_goes_on(folder):
+    def take(lease):
+        if lease == "lost":
+            raise KeyError("no state is held for lease lost")
+        return lease
+
+    channel.serve(0, {"take_state": lambda lease: lease})
+    channel.serve(1, {"take_state": take})
+
+    async def main():
+        client = channel.Client(2)
+        try:
+            with pytest.raises(channel.ChannelError, match=r"take_state: rank 1: KeyError: .*lease lost"):
+                await client.call("take_state", "lost")
+            with pytest.raises(channel.ChannelError, match=r"tak_state: rank 0: .*known are take_state"):
+                await client.call("tak_state", "x")
+            return await client.call("take_state", "held")
+        finally:
+            client.close()
+
+    assert asyncio.run(main()) == ["held", "held"]
+
+
+def test_what_msgpack_cannot_carry_is_an_error_of_that_call(folder):
+    channel.serve(0, {"odd": lambda: object()})
+    with pytest.raises(channel.ChannelError, match="odd: rank 0: "):
+        call(channel.Client(1), "odd")
+
+
+def test_calls_of_many_tasks_get_their_own_answers(folder):
+    channel.serve(0, {"echo": lambda n: n})
+    channel.serve(1, {"echo": lambda n: -n})
+
+    async def main():
+        client = channel.Client(2)
+        try:
+            return await asyncio.gather(*(client.call("echo", n) for n in range(200)))
+        finally:
+            client.close()
+
+    assert asyncio.run(main()) == [[n, -n] for n in range(200)]
+
+
+def test_an_answer_to_a_call_that_was_given_up_is_not_taken_for_the_next_one(folder):
+    """A task that is cancelled in the middle of a call, as when a client hangs up."""
+    go_on = threading.Event()
+    channel.serve(0, {"slow": lambda: go_on.wait(30) and "slow", "fast": lambda: "fast"})
+
+    async def main():
+        client = channel.Client(1)
+        try:
+            task = asyncio.create_task(client.call("slow"))
+            await asyncio.sleep(0.1)
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+            asyncio.get_running_loop().call_later(0.1, go_on.set)
+            return await client.call("fast")
+        finally:
+            client.close()
+
+    assert asyncio.run(main()) == ["fast"]
+
+
+def test_a_rank_that_is_gone_is_an_error_that_says_so(folder):
+    """A real process serves rank 1 and dies between two calls."""
+    program = "import sys; from mem_triton_sglang import channel; channel.serve(1, {'ping': int}); print(flush=True); sys.stdin.read()"  # noqa: E501
+    channel.serve(0, {"ping": int})
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+
+        async def main():
+            client = channel.Client(2)
+            try:
+                assert await client.call("ping") == [0, 0]
+                process.kill()
+                process.wait()
+                client.timeout = 1
+                with pytest.raises(channel.ChannelError, match="ping: rank 1 has not answered for 1 seconds"):
+                    await client.call("ping")
+            finally:
+                client.close()
+
+        asyncio.run(main())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_process_outside_of_an_engine_hears_why_it_cannot_call(monkeypatch):
+    monkeypatch.delenv(channel.VARIABLE, raising=False)
+    with pytest.raises(channel.ChannelError, match=channel.VARIABLE):
+        channel.Client(1)
+
+
+def test_the_folder_goes_with_the_process_that_made_it():
+    program = "from mem_triton_sglang import channel; channel.make_folder(); channel.serve(0, {}); print(channel.current_folder())"  # noqa: E501
+    folder = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+    assert folder and not os.path.exists(folder)
