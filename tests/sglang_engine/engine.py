@@ -1,0 +1,95 @@
+"""Start a case on SGLang in its own process; the transformers oracles are those that vLLM is compared with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.sglang_engine.case import MARK, TAMPER
+
+ROOT = Path(__file__).parents[2]
+DEFAULTS = {
+    "device": "cpu",
+    "dtype": "float32",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "context_length": 512,
+    "max_total_tokens": 2048,
+    "max_running_requests": 8,
+    "chunked_prefill_size": 64,  # long prompts are prefilled in chunks
+    "random_seed": 0,
+    "log_level": "info",
+}
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Environment of an engine on the test platform."""
+    env = {
+        **os.environ,
+        "SGLANG_PLATFORM": "torch_cpu",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    env.pop("TRITON_INTERPRET", None)
+    return env | extra
+
+
+def write_config(memory: dict[str, Any], folder: Path | None = None) -> Path:
+    """The section as the file that ``MEM_TRITON_CONFIG`` names."""
+    path = Path(folder or tempfile.mkdtemp(prefix="mem-triton-test-")) / "mem.yaml"
+    path.write_text(json.dumps(memory))  # JSON is YAML
+    return path
+
+
+def request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
+    """One request of a case; fields: words (mem_...), extra_key, lora, stop_token_ids."""
+    return {"prompt": prompt, "max_tokens": max_tokens, **fields}
+
+
+def run_engine(
+    model: str | Path,
+    rounds: list[list[dict[str, Any]]],
+    *,
+    memory: dict[str, Any] | None = None,
+    env: dict[str, str] | None = None,
+    tamper: str = "",
+    errors_are_results: bool = False,
+    fails: bool = False,
+    **engine: Any,
+) -> Any:
+    """Run rounds of requests on a real engine; returns rounds, facts and everything that was printed (output).
+
+    memory: the mem_triton section, None for the stock engine. tamper: "module:function" that breaks something on
+    purpose. fails: the engine must not start, or die; returns its output instead.
+    """
+    options = {"model_path": str(model), **DEFAULTS, **engine}
+    env = environment(**(env or {}))
+    if memory is not None:
+        options["attention_backend"] = "mem_triton"
+        env["MEM_TRITON_CONFIG"] = str(write_config(memory))
+    if tamper:
+        env[TAMPER] = tamper
+    case = {"engine": options, "rounds": rounds, "errors_are_results": errors_are_results}
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.sglang_engine.case"], input=json.dumps(case), capture_output=True, text=True,
+        env=env, cwd=ROOT, timeout=600,
+    )  # fmt: skip
+    result = [line for line in process.stdout.splitlines() if line.startswith(MARK)]
+    output = process.stdout + process.stderr
+    if fails:
+        assert process.returncode != 0 and not result, f"the engine started:\n{output[-3000:]}"
+        return output
+    assert process.returncode == 0 and result, output[-6000:]
+    return {**json.loads(result[-1].removeprefix(MARK)), "output": output}
+
+
+def tokens(result: Any, round_index: int = 0) -> list[list[int]]:
+    """The generated tokens of each request of a round."""
+    return [answer["tokens"] for answer in result["rounds"][round_index]]
