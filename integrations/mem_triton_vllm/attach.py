@@ -5,21 +5,22 @@ Runs in every worker, after LoRA has wrapped the projections and before vLLM ask
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from vllm.config import CompilationMode, VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
 from mem_triton.config import ConfigError, DeltaSection
-from mem_triton.delta_mem import AttentionDims, DeltaMemLayerWeights, load_adapter
+from mem_triton.delta_mem import AttentionDims, load_adapter
 from mem_triton.runtime.sessions import layer_order
 from mem_triton.runtime.slots import StateSlots
-from mem_triton_vllm.layers import DeltaMemory, OutputWithMemory, QKVWithMemory
+from mem_triton.runtime.worker.layers import DeltaMemory, shard
+from mem_triton_vllm.layers import OutputWithMemory, QKVWithMemory
 from mem_triton_vllm.refusals import check_attention
 from mem_triton_vllm.state_cache import OP_NAME, DeltaStateCache
 
@@ -67,14 +68,16 @@ def attach(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection) -> 
     reads = torch.zeros(scheduler.max_num_batched_tokens, spec.read_width, dtype=torch.float32, device=device)
     tokens_per_state = _tokens_per_state(vllm_config, section)
     fuse = vllm_config.compilation_config.mode != CompilationMode.NONE
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     for index, (name, layer) in enumerate(weights.items()):
         module = modules[name]
         cache = DeltaStateCache(
             vllm_config, f"{module.attn.layer_name}.delta_state", spec, tokens_per_state, slots, index
         )
         sizes = _local_sizes(module.attn)
-        sharded = _shard(layer, sizes).to(device, vllm_config.model_config.dtype)
-        memory = DeltaMemory(sharded, sizes, reads, cache.layer_name, fuse)
+        own = shard(layer, sizes, rank, ranks).to(device, vllm_config.model_config.dtype)
+        step = functools.partial(torch.ops.mem_triton.delta_rule_layer, layer_name=cache.layer_name)
+        memory = DeltaMemory(own, sizes, reads, step, fuse)
         module.qkv_proj = QKVWithMemory(module.qkv_proj, memory)
         module.o_proj = OutputWithMemory(module.o_proj, memory)
     split_graphs_at_op(vllm_config.compilation_config.splitting_ops)
@@ -127,17 +130,3 @@ def _tokens_per_state(vllm_config: VllmConfig, section: DeltaSection) -> int:
     if block_size % chosen:
         raise ConfigError(f"mem_triton.delta.tokens_per_state: {chosen} does not divide --block-size {block_size}")
     return chosen
-
-
-def _shard(layer: DeltaMemLayerWeights, sizes: tuple[int, int, int]) -> DeltaMemLayerWeights:
-    """This rank's rows of Δq, Δk and Δv, which follow the heads; Δo stays whole, it is added after the all-reduce."""
-    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-
-    def rows(weight: Tensor | None, size: int) -> Tensor | None:
-        if weight is None:
-            return None
-        replicas = max(1, ranks * size // weight.shape[0])  # ranks that hold the same KV heads
-        return weight[rank // replicas * size :][:size]
-
-    names = ("delta_q", "delta_k", "delta_v")
-    return replace(layer, **{n: rows(getattr(layer, n), s) for n, s in zip(names, sizes, strict=True)})

@@ -13,6 +13,7 @@ from mem_triton.delta_mem import pack_layer
 from mem_triton.ops.delta_rule import launch
 from mem_triton.ops.tuning.delta_rule import select
 from mem_triton.runtime.slots import StateSlots
+from mem_triton.runtime.worker.layers import DeltaMemory
 from tests.support.models import attention_dims, random_adapter, tiny_model
 
 
@@ -20,7 +21,6 @@ from tests.support.models import attention_dims, random_adapter, tiny_model
 def layer(monkeypatch):
     """One attached layer in the middle of a decode step of three rows, and the grids that it launches."""
     from mem_triton_vllm import state_cache
-    from mem_triton_vllm.layers import DeltaMemory
 
     grids = []
 
@@ -46,7 +46,7 @@ def layer(monkeypatch):
     forward = SimpleNamespace(attn_metadata={"l.delta_state": metadata}, no_compile_layers={"l.delta_state": cache})
     monkeypatch.setattr(state_cache, "get_forward_context", lambda: forward)
     reads = torch.empty(4, spec.read_width, device=meta)
-    memory = DeltaMemory(replace(weights, **tensors), (dims.q, dims.k, dims.v), reads, "l.delta_state", fuse=True)
+    memory = DeltaMemory(replace(weights, **tensors), (dims.q, dims.k, dims.v), reads, step=None, fuse=True)
 
     def step() -> None:
         hidden = torch.empty(3, dims.hidden, device=meta)
