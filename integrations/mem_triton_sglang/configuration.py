@@ -66,6 +66,7 @@ def _validate(server_args: Any, previous: Any) -> None:
     previous(server_args)
     if _asked(server_args) is None:
         return
+    from mem_triton_sglang.channel import make_folder
     from mem_triton_sglang.hooks import check_hooks
 
     check_hooks()
@@ -73,6 +74,7 @@ def _validate(server_args: Any, previous: Any) -> None:
     for what, (present, why) in _refusals(cfg).items():
         if present:
             raise ConfigError(f"mem_triton does not support {what}: {why}")
+    make_folder()  # the processes that are started next find it
 
 
 def _refusals(cfg: Any) -> dict[str, tuple[bool, str]]:

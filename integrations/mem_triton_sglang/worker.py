@@ -12,10 +12,9 @@ import contextlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from mem_triton.runtime.worker.explicit import ExplicitMemory
 
 from mem_triton.config import ConfigError, MemTritonConfig
 from mem_triton.runtime.request import CARRIER
@@ -24,6 +23,9 @@ from mem_triton_sglang.configuration import configured
 from mem_triton_sglang.context import ContextReader
 from mem_triton_sglang.shape import shape_of
 from mem_triton_sglang.states import DeltaStates
+
+if TYPE_CHECKING:
+    from mem_triton.runtime.worker.explicit import ExplicitMemory
 
 
 @dataclass
@@ -103,6 +105,8 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
     if config.delta is not None:
         delta = attach(runner.model, shape, config.delta, runner.page_size)
     if config.memory is not None:
+        from mem_triton.runtime.worker.explicit import ExplicitMemory
+
         attentions = {module.attn.layer_id: module.attn for _, module in attention_modules(runner.model)}
         for index, attention in attentions.items():
             check_attention(f"layer {index}", attention, "explicit memory")

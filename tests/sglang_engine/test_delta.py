@@ -1,0 +1,77 @@
+"""Real SGLang with δ-mem against transformers, token for token in fp32: every way in which the engine may batch."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sglang_engine.engine import request, run_engine, tokens
+from tests.vllm_engine.conftest import ADAPTERS, make_bench
+
+pytestmark = pytest.mark.engine
+
+WAYS = {
+    "default": {},
+    "page_of_one_token": {"page_size": 1},
+    "no_overlap": {"disable_overlap_schedule": True},
+    "no_radix_cache": {"disable_radix_cache": True},
+    "mixed_chunk": {"enable_mixed_chunk": True},
+    "tensor_parallel": {"tp_size": 2},
+}
+CACHED = {"page_of_one_token": [6, 29, 149, 64], "no_radix_cache": [0, 0, 0, 0]}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a9_tokens_equal_transformers_cold_and_from_the_radix_cache(bench, prompts, way):
+    """Mixed lengths in one batch, chunked prefill; then again, when prefixes come from the radix cache."""
+    result = run_engine(bench.model, [[request(p) for p in prompts]] * 2, memory=bench.memory, **WAYS[way])
+    expected = [bench.fresh(p) for p in prompts]
+    assert tokens(result, 0) == expected
+    assert tokens(result, 1) == expected
+    cached = [answer["cached"] for answer in result["rounds"][1]]
+    assert cached == CACHED.get(way, [0, 16, 144, 64]), "states came with their pages"
+    assert result["facts"]["overlap"] == (way != "no_overlap") and result["facts"]["backend"] == "mem_triton"
+
+
+def test_memory_changes_tokens(bench, prompts):
+    """Without this the comparison above would prove nothing."""
+    stock = run_engine(bench.model, [[request(p) for p in prompts]])
+    assert all(a != bench.fresh(p) for a, p in zip(tokens(stock), prompts, strict=True))
+    assert stock["facts"]["page_size"] == 1, "without the plugin's flag SGLang's own default stays"
+
+
+@pytest.mark.parametrize("family", [family for family in ADAPTERS if family not in ("qwen3", "smollm3")])
+def test_every_family_and_kind_of_adapter(tmp_path, prompts, family):
+    bench = make_bench(tmp_path, family)
+    result = run_engine(bench.model, [[request(p) for p in prompts]], memory=bench.memory)
+    assert tokens(result) == [bench.fresh(p) for p in prompts]
+
+
+def test_retracted_requests_resume_right(bench, prompts):
+    asked = [p * 2 if len(p) < 50 else p for p in prompts]
+    result = run_engine(
+        bench.model, [[request(p, 60) for p in asked]], memory=bench.memory, env={"SGLANG_TEST_RETRACT": "1"}
+    )
+    assert sum(answer["retractions"] for answer in result["rounds"][0]) > 0
+    assert tokens(result) == [bench.fresh(p, 60) for p in asked]
+
+
+def test_states_lost_with_a_cached_prefix_would_be_wrong(bench, prompts):
+    """Negative control of the cells: zeroed between two rounds, cached prefixes come back without their states."""
+    result = run_engine(
+        bench.model, [[request(p) for p in prompts]] * 2, memory=bench.memory,
+        tamper="tests.sglang_engine.tamper:cells_forget_prefixes",
+    )  # fmt: skip
+    expected = [bench.fresh(p) for p in prompts]
+    assert tokens(result, 0) == expected
+    cached = [answer["cached"] for answer in result["rounds"][1]]
+    assert [a == b for a, b in zip(tokens(result, 1), expected, strict=True)] == [c == 0 for c in cached]
+
+
+@pytest.mark.parametrize("way", ["correction_on_every_rank", "correction_on_no_rank"])
+def test_the_correction_of_o_belongs_on_one_rank(bench, prompts, way):
+    """Negative control of the partial sums under tensor parallelism."""
+    result = run_engine(
+        bench.model, [[request(p) for p in prompts]], memory=bench.memory, tp_size=2,
+        tamper=f"tests.sglang_engine.tamper:{way}",
+    )  # fmt: skip
+    assert tokens(result) != [bench.fresh(p) for p in prompts]
