@@ -1,49 +1,65 @@
 # Every target makes its own environment first; the second time that costs nothing. `make help` lists the targets.
 #   PYTHON=python3.12 make test     another Python (3.10 to 3.13)        VENV=/tmp/env make test    another place
 #   make demo ARGS="--sessions 8"   options of the demo (ARGS=--help)    make test TESTS=tests/ops  one part of the tests
+#   make demo ENGINE=sglang         the demo on SGLang
+# vLLM and SGLang pin different versions of the same packages: SGLang has an environment of its own, SGLANG_VENV.
 
 VENV ?= .venv
+SGLANG_VENV ?= .venv-sglang
+ENGINE ?= vllm
 PYTHON ?=
 TESTS ?= tests
 ARGS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
+SGLANG_BIN := $(SGLANG_VENV)/bin
+
+# SGLang's tests run in its environment, all others in vLLM's; TESTS may name tests of both.
+SGLANG_TESTS := $(patsubst tests,tests/sglang_engine,$(filter tests tests/sglang_engine%,$(TESTS:/=)))
+OTHER_TESTS := $(filter-out tests/sglang_engine%,$(TESTS))
 
 # Engines take most of the time, and one thread each: two test files run side by side. Two threads of torch on a busy core
 # are ten times slower than one.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n $(WORKERS) --dist loadfile
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile
+define run_tests
+$(if $(OTHER_TESTS),OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(OTHER_TESTS) --ignore=tests/sglang_engine -m "$(1)")
+$(if $(SGLANG_TESTS),OMP_NUM_THREADS=1 $(SGLANG_BIN)/python $(PYTEST) $(SGLANG_TESTS) -m "$(1)")
+endef
 
 # Tests that need a GPU run where there is one.
 FAST := $(if $(shell nvidia-smi -L 2>/dev/null),not slow,not slow and not gpu)
 ALL := $(if $(shell nvidia-smi -L 2>/dev/null),,not gpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo lint test test-all clean
+.PHONY: help env env-sglang demo lint test test-all clean
 
 help:
-	@echo "make demo      a small model with and without memory, on a real vLLM server (about two minutes)"
+	@echo "make demo      a small model with and without memory, on a real server (about two minutes); ENGINE=vllm or sglang"
 	@echo "make test      style and tests, as CI runs them"
 	@echo "make test-all  the same with the soaks"
 	@echo "make lint      style alone"
-	@echo "make env       the environment alone: $(VENV)"
-	@echo "make clean     remove the environment and every cache"
+	@echo "make env       the environment alone: $(VENV); make env-sglang: SGLang's, $(SGLANG_VENV)"
+	@echo "make clean     remove the environments and every cache"
 
 env:
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" bash scripts/environment.sh
 
-demo: env
-	@$(BIN)/python -m benchmarks.demo $(ARGS)
+env-sglang:
+	@VENV="$(SGLANG_VENV)" PYTHON="$(PYTHON)" bash scripts/environment_sglang.sh
+
+demo: $(if $(filter sglang,$(ENGINE)),env-sglang,env)
+	@$(if $(filter sglang,$(ENGINE)),$(SGLANG_BIN),$(BIN))/python -m benchmarks.demo --engine $(ENGINE) $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: lint
-	$(PYTEST) -m "$(FAST)"
+test: lint $(if $(SGLANG_TESTS),env-sglang)
+	$(call run_tests,$(FAST))
 
-test-all: lint
-	$(PYTEST) -m "$(ALL)"
+test-all: lint $(if $(SGLANG_TESTS),env-sglang)
+	$(call run_tests,$(ALL))
 
 clean:
-	rm -rf .venv .pytest_cache .hypothesis .ruff_cache .cache build dist *.egg-info
+	rm -rf .venv .venv-sglang .pytest_cache .hypothesis .ruff_cache .cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -37,7 +37,7 @@ def extra_key_of(
 @lru_cache(maxsize=1024)
 def parse(extra_key: str) -> tuple[str, tuple[tuple[int, int], ...]]:
     """The namespace of a key with ``MARK``, and (first_token, digest) of each stretch of tokens that sees the same
-    references, ascending. Digests: 63 bits, 0 for none. Raises ValueError for a key that ``extra_key_of`` never made."""
+    references, ascending; digests have 63 bits, 0 is none. Raises ValueError for what ``extra_key_of`` never made."""
     (_, *namespace, stretches), end = json.JSONDecoder().raw_decode(extra_key)
     return json.dumps([_NAMESPACE[2:], *namespace]) + extra_key[end:], tuple((f, d) for f, d in stretches)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.vllm_engine.conftest import make_bench
+from tests.support.bench import make_bench
 from tests.vllm_engine.engine import request, run_engine, tokens
 
 pytestmark = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.memory_bench import make_memory_bench
 from tests.vllm_engine.engine import request, run_engine, tokens
-from tests.vllm_engine.memory_bench import make_memory_bench
 from tests.vllm_engine.test_memory import PROMPTS, reads, three_pages
 
 pytestmark = [

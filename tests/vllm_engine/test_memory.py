@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 
 from mem_triton.store.plan import Attachment
+from tests.support.memory_bench import SECRET, MemoryBench, make_memory_bench, tokens_of
 from tests.vllm_engine.engine import request, run_engine, tokens
-from tests.vllm_engine.memory_bench import SECRET, MemoryBench, make_memory_bench, tokens_of
 
 pytestmark = pytest.mark.engine
 

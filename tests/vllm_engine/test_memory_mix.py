@@ -7,8 +7,8 @@ import pytest
 from mem_triton.store.bank import Bank
 from mem_triton.store.plan import FOREVER, Attachment
 from mem_triton_transformers.explicit import read_plans
+from tests.support.memory_bench import MemoryBench, make_memory_bench, reference, tokens_of
 from tests.vllm_engine.engine import request, run_engine, tokens
-from tests.vllm_engine.memory_bench import MemoryBench, make_memory_bench, reference, tokens_of
 from tests.vllm_engine.test_memory import PROMPTS, reads
 
 pytestmark = pytest.mark.engine

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.vllm_engine.memory_bench import SECRET, MemoryBench, make_memory_bench, reference, tokens_of
+from tests.support.memory_bench import SECRET, MemoryBench, make_memory_bench, reference, tokens_of
 from tests.vllm_engine.server import Server, memory_flags
 from tests.vllm_engine.test_memory import PROMPTS, three_pages
 

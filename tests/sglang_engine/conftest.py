@@ -1,0 +1,21 @@
+"""What SGLang's tests compare with: the same models, adapters and banks as vLLM's."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.bench import bench, lora_bench, prompts
+from tests.support.memory_bench import MemoryBench, make_memory_bench
+
+__all__ = ["bench", "lora_bench", "prompts"]
+
+
+@pytest.fixture(scope="session")
+def memory_bench(tmp_path_factory: pytest.TempPathFactory) -> MemoryBench:
+    return make_memory_bench(tmp_path_factory.mktemp("memory"))
+
+
+@pytest.fixture(scope="session")
+def plain_model(bench) -> Path:
+    """The folder of a model without any memory."""
+    return bench.model
