@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.sglang_engine.engine import request, run_engine, tokens
-from tests.vllm_engine.conftest import ADAPTERS, make_bench
+from tests.support.bench import ADAPTERS, make_bench
 
 pytestmark = pytest.mark.engine
 
