@@ -1,0 +1,65 @@
+"""A real ``sglang.launch_server`` process, and a client of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.sglang_engine.engine import DEFAULTS, ROOT, environment, write_config
+from tests.support.server import ServerProcess, free_port
+
+
+class Server(ServerProcess):
+    """Serves ``model`` under the name "m", with metrics. memory: the mem_triton section, None for the stock server."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        log: str | Path,
+        memory: dict[str, Any] | None = None,
+        flags: list[str] | None = None,
+        env: dict[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        options = {"context_length": 4096, "max_total_tokens": 8192, **options}
+        variables = environment(**(env or {}))
+        if memory is not None:
+            options.setdefault("attention_backend", "mem_triton")
+            variables["MEM_TRITON_CONFIG"] = str(write_config(memory))
+        said = [f"--{name.replace('_', '-')}={value}" for name, value in {**DEFAULTS, **options}.items()]
+        port = free_port()
+        command = [
+            sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--served-model-name", "m",
+            "--host", "127.0.0.1", "--port", str(port), "--enable-metrics", *said, *(flags or []),
+        ]  # fmt: skip
+        super().__init__(command, port, variables, ROOT, log)
+
+    def generate(self, prompt: Any, max_tokens: int = 12, words: Any = None, **fields: Any) -> httpx.Response:
+        """SGLang's own API. prompt: token ids, or a list of such. words: the memory words (``custom_params``)."""
+        params = {"max_new_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        params |= {"custom_params": words, **fields.pop("sampling_params", {})}
+        return self.http.post("/generate", json={"input_ids": prompt, "sampling_params": params, **fields})
+
+    def tokens(self, prompt: list[int], max_tokens: int = 12, words: Any = None, **fields: Any) -> list[int]:
+        response = self.generate(prompt, max_tokens, words, **fields)
+        assert response.status_code == 200, response.text
+        return response.json()["output_ids"]
+
+    def complete(self, prompt: Any, max_tokens: int = 12, words: Any = None, **fields: Any) -> httpx.Response:
+        """OpenAI's API."""
+        body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        return self.http.post("/v1/completions", json={**body, "custom_params": words, **fields})
+
+    def stream(self, prompt: list[int], max_tokens: int, words: Any = None, **fields: Any) -> Iterator[dict[str, Any]]:
+        """The answers of SGLang's own API as they come, each with all tokens so far."""
+        params = {"max_new_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "custom_params": words}
+        body = {"input_ids": prompt, "sampling_params": params, "stream": True, **fields}
+        with self.http.stream("POST", "/generate", json=body) as lines:
+            for line in lines.iter_lines():
+                if line.startswith("data: {"):
+                    yield json.loads(line[6:])
