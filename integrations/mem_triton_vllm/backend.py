@@ -28,17 +28,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from mem_triton.config import ConfigError
-from mem_triton.ops.memory_attention import MemoryPages, PagedContext, SharedSegment, memory_attention
-from mem_triton.runtime.tables import MemoryTables
-
-
-@dataclass(frozen=True)
-class LayerMemory:
-    """What one attention layer reads besides its context; hangs at vLLM's ``Attention`` as ``mem_triton_memory``."""
-
-    tables: MemoryTables
-    pages: MemoryPages | None  # None in layers that are no memory layers
-    sink: SharedSegment | None  # the bank's constant prefix, in every layer
+from mem_triton.ops.memory_attention import PagedContext, memory_attention
+from mem_triton.runtime.worker.explicit import LayerMemory
 
 
 @dataclass

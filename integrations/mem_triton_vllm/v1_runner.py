@@ -20,7 +20,7 @@ from mem_triton.config import MemTritonConfig
 from mem_triton_vllm.worker_memory import WorkerMemory, attach_memory
 
 if TYPE_CHECKING:
-    from mem_triton_vllm.capture import BlockRow
+    from mem_triton_vllm.explicit_worker import BlockRow
 
 _MARK = "_mem_triton_patched"
 

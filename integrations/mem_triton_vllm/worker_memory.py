@@ -18,8 +18,8 @@ from mem_triton.runtime.slots import StateSlots
 from mem_triton_vllm.attach import attach
 
 if TYPE_CHECKING:
-    from mem_triton_vllm.capture import BlockRow
-    from mem_triton_vllm.explicit_worker import ExplicitMemory
+    from mem_triton.runtime.worker.explicit import ExplicitMemory
+    from mem_triton_vllm.explicit_worker import BlockRow
 
 
 @dataclass
@@ -62,6 +62,6 @@ def attach_memory(
     slots = attach(vllm_config, model, config.delta) if config.delta is not None else None
     if config.memory is None:
         return WorkerMemory(slots)
-    from mem_triton_vllm.explicit_worker import ExplicitMemory
+    from mem_triton_vllm.explicit_worker import attach_explicit
 
-    return WorkerMemory(slots, ExplicitMemory(vllm_config, model, config.memory, block_row))
+    return WorkerMemory(slots, attach_explicit(vllm_config, model, config.memory, block_row))

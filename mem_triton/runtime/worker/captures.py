@@ -19,8 +19,9 @@ from torch import Tensor
 
 from mem_triton.ops.reposition import RotaryEmbedding, unrotate
 
-BlockRow = Callable[[str], Tensor]
-"""A request id's row of the engine's block table."""
+ReadContext = Callable[[str, int, int], tuple[Tensor, Tensor]]
+"""(request id, layer's index in the model, tokens) -> copies of its first tokens' keys, with their rotation, and
+values; each [Hkv, tokens, D]."""
 
 KEPT_ANSWERS = 256
 """Captures that a worker can still answer for; a path each."""
@@ -35,15 +36,15 @@ class _Resident:
 
 
 class Captures:
-    """The worker's prompts to keep. layers: (index in the model, vLLM's ``Attention``, RoPE) of this rank's layers.
+    """The worker's prompts to keep. ropes: this rank's memory layers, by their index in the model.
 
-    first_head: this rank's first KV head. block_row: where a request's KV lies.
+    first_head: this rank's first KV head. rank: among all workers, for the file's name.
     """
 
     def __init__(
-        self, layers: Sequence[tuple[int, Any, RotaryEmbedding]], first_head: int, rank: int, block_row: BlockRow
+        self, ropes: Mapping[int, RotaryEmbedding], first_head: int, rank: int, read_context: ReadContext
     ) -> None:
-        self.layers, self.first_head, self.rank, self.block_row = list(layers), first_head, rank, block_row
+        self.ropes, self.first_head, self.rank, self.read_context = ropes, first_head, rank, read_context
         self._residents: dict[str, _Resident] = {}  # request id -> what to keep of it
         self._files: dict[str, Future[str]] = {}  # lease -> file being written
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="mem_triton-capture")
@@ -80,25 +81,20 @@ class Captures:
         return {"error": str(future.exception())} if future.exception() else {"file": future.result()}
 
     def _copy(self, request_id: str, resident: _Resident) -> None:
-        tokens = resident.prompt_tokens
-        row = self.block_row(request_id)
-        copies = []
-        for index, attention, rope in self.layers:
-            cache = attention.kv_cache  # [blocks, Hkv, N, 2D]
-            blocks = row[: -(-tokens // cache.shape[2])].to(cache.device, torch.int64)
-            kept = cache[blocks].transpose(0, 1).flatten(1, 2)[:, :tokens]  # [Hkv, tokens, 2D]
-            copies.append((index, kept.clone(), rope))
+        copies = [
+            (index, *self.read_context(request_id, index, resident.prompt_tokens), rope)
+            for index, rope in self.ropes.items()
+        ]
         self._files[resident.lease] = self._writer.submit(_write, resident.file, copies, self.first_head)
         while len(self._files) > KEPT_ANSWERS:
             self._files.pop(next(iter(self._files)))
 
 
-def _write(file: Path, copies: list[tuple[int, Tensor, RotaryEmbedding]], first_head: int) -> str:
+def _write(file: Path, copies: list[tuple[int, Tensor, Tensor, RotaryEmbedding]], first_head: int) -> str:
     tensors = {}
-    for index, kept, rope in copies:
-        keys, values = kept.cpu().chunk(2, dim=-1)  # [Hkv, tokens, D]
-        keys = unrotate(keys, torch.arange(keys.shape[1]), rope)
-        tensors |= {f"{index}.keys": keys.contiguous(), f"{index}.values": values.contiguous()}
+    for index, keys, values, rope in copies:
+        keys = unrotate(keys.cpu(), torch.arange(keys.shape[1]), rope)
+        tensors |= {f"{index}.keys": keys.contiguous(), f"{index}.values": values.cpu().contiguous()}
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"first_head": str(first_head)})
     return str(file)

@@ -1,0 +1,122 @@
+"""Explicit memory in a worker: the pool of pages, the bank's constant prefix, the tables, the loader, the captures.
+
+Made before the engine sizes its KV cache, so that the pool is accounted for and the cache gets what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mem_triton.config import MemorySection
+from mem_triton.ops.memory_attention import MemoryPages, SharedSegment
+from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config
+from mem_triton.runtime.engine_shape import EngineShape
+from mem_triton.runtime.tables import MemoryTables
+from mem_triton.runtime.worker.captures import Captures, ReadContext
+from mem_triton.runtime.worker.layout import GIB, layout_of
+from mem_triton.store.bank import Bank
+from mem_triton.store.block import MemoryBlock
+from mem_triton.store.loader import PageLoader
+from mem_triton.store.placement import place, place_sink
+from mem_triton.store.pool import PagePool
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """What one attention layer reads besides its context."""
+
+    tables: MemoryTables
+    pages: MemoryPages | None  # None in layers that are no memory layers
+    sink: SharedSegment | None  # the bank's constant prefix, in every layer
+
+
+class ExplicitMemory:
+    """One rank's. tables: who sees what. pool: of the bank's layers that this rank has. loader: fills pages.
+
+    layers: this rank's attention layers, by their index in the model. tp_rank: among the ranks that split heads; rank:
+    among all. read_context: reads a running request's own keys and values, for captures.
+    """
+
+    def __init__(
+        self, shape: EngineShape, section: MemorySection, layers: Sequence[int], tp_rank: int, rank: int,
+        device: torch.device, read_context: ReadContext,
+    ) -> None:  # fmt: skip
+        self.bank = Bank.open(section.bank)
+        spec = self.bank.spec
+        self.layout = layout_of(shape, section, spec)
+        ropes = {index: rope_from_config(shape.hf_config, index) for index in layers}
+        heads = _heads(spec.kv_heads, self.layout.kv_heads, tp_rank, shape.tp_size)
+        own = {index: ropes[index] for index in spec.layers if index in ropes}  # memory layers
+
+        layout = self.layout
+        self.tables = MemoryTables(shape.max_requests, layout.max_pages, layout.page_tokens, device)
+        self.pool = PagePool(
+            len(own), layout.kv_heads, layout.head_dim, layout.page_tokens, layout.num_pages, layout.dtype, device
+        )
+
+        def read(ref: str) -> Any:
+            block = self.bank.load(ref, layers=list(own), heads=heads)
+            return place(block, list(own.values()), spec.kind, spec.reference_tokens)
+
+        self.loader = PageLoader(self.pool, read, host_bytes=int(section.host_gib * GIB))
+        self.captures = Captures(own, heads.start, rank, read_context)
+        sinks = self._sinks(ropes, heads, shape.dtype, device)
+        self._layers = {}
+        for index in layers:
+            pages = self.pool.layer(list(own).index(index)) if index in own else None
+            if pages is not None or index in sinks:
+                self._layers[index] = LayerMemory(self.tables, pages, sinks.get(index))
+
+    def _sinks(
+        self, ropes: Mapping[int, RotaryEmbedding], heads: slice, dtype: torch.dtype, device: torch.device
+    ) -> dict[int, SharedSegment]:
+        """The bank's constant prefix by layer, at its place before all references; empty if the bank has none."""
+        block = self.bank.sink()
+        if block is None:
+            return {}
+        indices = sorted(ropes)  # the sink is stored for all layers of the model
+        own = MemoryBlock(*(tensor[indices][:, heads] for tensor in (block.keys, block.values, block.positions)))
+        placed = place_sink(own, [ropes[index] for index in indices], self.bank.spec.reference_tokens)
+        first, end = self.tables.sink_first, self.tables.sink_end
+        return {
+            index: SharedSegment(placed.keys[i].to(device, dtype), placed.values[i].to(device, dtype), first, end)
+            for i, index in enumerate(indices)
+        }
+
+    def layer(self, index: int) -> LayerMemory | None:
+        """What a layer reads, by its index in the model; None if nothing."""
+        return self._layers.get(index)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        layout, spec = self.layout, self.bank.spec
+        return (
+            f"bank {self.bank.path} ({spec.kind}), {len(self.captures.ropes)} memory layer(s) here, {layout.num_pages} "
+            f"pages of {layout.page_tokens} tokens ({self.pool.nbytes / GIB:.2f} GiB), {layout.dtype}"
+        )
+
+    def enter(self, request_id: str, carried: Mapping[str, Any] | None) -> None:
+        """A request joins the batch."""
+        self.tables.enter(request_id, carried)
+        self.captures.enter(request_id, carried)
+
+    def leave(self, request_id: str) -> None:
+        """A request is about to leave the batch; its KV is still its own."""
+        self.tables.leave(request_id)
+        self.captures.leave(request_id)
+
+    def set_rows(self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int]) -> None:
+        """The coming step's batch, and the positions that it processes."""
+        self.tables.set_rows(request_ids, first, last)
+        self.captures.set_rows(request_ids, last)
+        self.loader.before_step()
+
+
+def _heads(total: int, here: int, rank: int, ranks: int) -> slice:
+    """A tensor-parallel rank's KV heads. Ranks beyond the number of heads repeat them, as engines do."""
+    first = rank * here if ranks <= total else rank * total // ranks
+    return slice(first, first + here)
