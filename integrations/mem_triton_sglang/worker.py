@@ -7,18 +7,16 @@ written into the device tables that kernels read, on the stream of the forward p
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mem_triton.config import ConfigError, MemTritonConfig
-from mem_triton.runtime.request import CARRIER
 from mem_triton_sglang.attach import attach, attention_modules, check_attention
+from mem_triton_sglang.carrier import carried_of
 from mem_triton_sglang.configuration import configured
 from mem_triton_sglang.context import ContextReader
 from mem_triton_sglang.shape import shape_of
@@ -78,19 +76,12 @@ class WorkerMemory:
         if carried is None:
             return
         self.context.rows[request.rid] = request.kv.req_pool_idx
-        if state := carried.get("state"):
-            carried = {**carried, "state": base64.b64decode(state)}
         for part in self._parts:
             part.enter(request.rid, carried)
 
     @property
     def _parts(self) -> list[Any]:
         return [part for part in (self.delta and self.delta.slots, self.explicit) if part is not None]
-
-
-def carried_of(params: Any) -> Mapping[str, Any] | None:
-    """What the front end put into a request's sampling parameters, None if nothing."""
-    return (getattr(params, "custom_params", None) or {}).get(CARRIER)
 
 
 def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:

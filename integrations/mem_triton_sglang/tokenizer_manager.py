@@ -1,0 +1,290 @@
+"""SGLang's ``TokenizerManager``, which takes every request of its HTTP server and of ``Engine``, with memory.
+
+A request's words are answered before the scheduler hears of it: its session is leased, its references are found and
+their pages filled. It travels on as an ordinary request, with what workers need among its ``custom_params`` and what
+its KV depends on in its ``extra_key``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.managers.utils import is_health_check_generate_req
+
+from mem_triton.config import ConfigError, MemTritonConfig
+from mem_triton.delta_mem import load_adapter
+from mem_triton.runtime import counters
+from mem_triton.runtime.front.asked import Asked
+from mem_triton.runtime.front.asynchronous import AsyncMemory
+from mem_triton.runtime.front.explicit import ExplicitFrontEnd
+from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLoadError, Opened
+from mem_triton.runtime.front.segments import NORMAL_ENDS
+from mem_triton.runtime.front.sessions import SessionFrontEnd
+from mem_triton.runtime.request import RequestError
+from mem_triton_sglang.answer import Answer, fixed
+from mem_triton_sglang.carrier import is_word, packed
+from mem_triton_sglang.channel import Client
+from mem_triton_sglang.configuration import configured
+from mem_triton_sglang.identity import extra_key_of
+from mem_triton_sglang.shape import shape_of
+
+LOOK_SECONDS = 0.5
+"""How often a request that waits for its pages looks whether its client is still there."""
+
+
+class Aborted(Exception):
+    """The request was aborted before SGLang's scheduler had it."""
+
+
+@dataclass
+class _Running:
+    """A request with memory, from its words to its last output."""
+
+    obj: GenerateReqInput
+    request: Any  # fastapi's, None from ``Engine``
+    opened: Opened
+    aborted: bool = False
+    looked: float = 0.0
+
+    async def look(self) -> None:
+        """Raises Aborted, or ValueError as SGLang does when the client has hung up."""
+        if self.aborted:
+            raise Aborted
+        if self.request is None or self.obj.background or time.monotonic() < self.looked + LOOK_SECONDS:
+            return
+        self.looked = time.monotonic()
+        if await self.request.is_disconnected():
+            raise ValueError(f"Request is disconnected from the client side; {self.obj.rid} waited for its memory")
+
+
+class TokenizerManagerWithMemory(TokenizerManager):
+    """Requests may have a session and read a bank. Bad words are ValueErrors, which SGLang answers with HTTP 400."""
+
+    def start_memory(self, config: MemTritonConfig) -> None:
+        """Open what is configured. Raises ConfigError naming what does not fit."""
+        shape = shape_of(self.server_args, self.model_config)
+        sessions = explicit = None
+        if config.delta is not None:
+            adapter = load_adapter(config.delta.adapter, config.delta.revision)
+            sessions = SessionFrontEnd(shape, config, adapter)
+        if config.memory is not None:
+            decode = None if self.tokenizer is None else self.tokenizer.decode
+            explicit = ExplicitFrontEnd(shape, config.memory, decode)
+        client = Client(ranks=shape.tp_size * len(shape.pp_spans))
+        self.memory = MemoryFrontEnd(sessions, explicit)
+        self._waits = AsyncMemory(self.memory, client.call)
+        self._running: dict[str, _Running] = {}
+
+    async def generate_request(self, obj: Any, request: Any = None) -> AsyncGenerator[Any, None]:
+        if not self._is_concerned(obj):
+            stock = super().generate_request(obj, request)
+        else:
+            obj.normalize_batch_and_arguments()
+            stock = self._single(obj, request) if obj.is_single else self._many(obj, request)
+        async with contextlib.aclosing(stock) as responses:
+            async for response in responses:
+                yield response
+
+    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+        for running in list(self._running.values()) if abort_all else filter(None, [self._running.get(rid)]):
+            running.aborted = True
+        super().abort_request(rid, abort_all)
+
+    def _is_concerned(self, obj: Any) -> bool:
+        """Whether memory has anything to do with this call; the others go SGLang's way, untouched."""
+        if not isinstance(obj, GenerateReqInput) or is_health_check_generate_req(obj):
+            return False
+        explicit = self.memory.explicit
+        if explicit is not None and explicit.concerns_all:
+            return True
+        keys = obj.extra_key if isinstance(obj.extra_key, list) else [obj.extra_key]
+        if any(extra_key_of(key, None, None, None) != key for key in keys if isinstance(key, str)):
+            return True  # it imitates one of ours
+        said = obj.sampling_params if isinstance(obj.sampling_params, list) else [obj.sampling_params]
+        return any(_speaks(self._with_preferred(params)) for params in said)
+
+    def _with_preferred(self, params: Any) -> dict[str, Any]:
+        """A request's sampling parameters over the server's own (``--preferred-sampling-params``)."""
+        return {**(self.preferred_sampling_params or {}), **(params if isinstance(params, dict) else {})}
+
+    async def _many(self, obj: GenerateReqInput, request: Any) -> AsyncGenerator[Any, None]:
+        """Several prompts, or several answers to each: requests of their own, put together as SGLang does it."""
+        parts = []
+        for i in range(obj.batch_size):
+            for _ in range(obj.parallel_sample_num):
+                part = copy.copy(obj[i])
+                part.sampling_params = {**part.sampling_params, "n": 1}
+                if obj.parallel_sample_num > 1:
+                    part.regenerate_rid()
+                part.normalize_batch_and_arguments()
+                parts.append(part)
+        running: list[_Running] = []
+        try:
+            for part in parts:  # all words are checked before anything runs
+                running.append(self._open(part, request, obj.parallel_sample_num))
+            generators = [self._run(one) for one in running]
+            if obj.stream:
+                streams = self._stream_batch_responses(generators, [part.rid for part in parts])
+                async with contextlib.aclosing(streams) as responses:
+                    async for response in responses:
+                        yield response
+            else:
+                yield await self._collect_batch_responses(generators)
+        finally:
+            for one in running:  # those that never began, too
+                self._close(one)
+
+    async def _single(self, obj: GenerateReqInput, request: Any) -> AsyncGenerator[Any, None]:
+        async with contextlib.aclosing(self._run(self._open(obj, request, 1))) as responses:
+            async for response in responses:
+                yield response
+
+    def _open(self, obj: GenerateReqInput, request: Any, answers: int) -> _Running:
+        """Check a request's words. Raises RequestError."""
+        obj.sampling_params = self._with_preferred(obj.sampling_params)
+        words = obj.sampling_params.get("custom_params")
+        try:
+            if words is not None and not isinstance(words, dict):
+                raise RequestError("custom_params", f"must be an object of names and values, got {words!r}")
+            asked = Asked(answers, obj.lora_path is not None, _unfit(obj), fixed(obj, obj.sampling_params))
+            opened = self.memory.open(words, asked)
+        except RequestError as error:
+            counters.REFUSALS.labels(error.field).inc()
+            raise
+        if obj.rid in self._running:
+            self.memory.close(opened)
+            raise ValueError(f"Duplicate request ID detected: {obj.rid}")
+        self._running[obj.rid] = running = _Running(obj, request, opened)
+        return running
+
+    def _close(self, running: _Running) -> None:
+        if self._running.get(running.obj.rid) is running:
+            del self._running[running.obj.rid]
+        self.memory.close(running.opened)
+
+    async def _run(self, running: _Running) -> AsyncGenerator[Any, None]:
+        """Serve one opened request; its last output comes after its commit, so that the next finds the session free."""
+        try:
+            async with contextlib.aclosing(self._outputs(running)) as outputs:
+                async for out in outputs:
+                    if out["meta_info"]["finish_reason"] is not None:
+                        await self._finish(out, running.opened)
+                        self._close(running)  # now: who reads no further may keep this generator for long
+                    yield out
+        finally:
+            self._close(running)
+
+    async def _outputs(self, running: _Running) -> AsyncGenerator[Any, None]:
+        obj, reading = running.obj, running.opened.reading
+        if reading is None:
+            async with contextlib.aclosing(self._generate(copy.copy(obj), running)) as outputs:
+                async for out in outputs:
+                    yield out
+            return
+        answer = None
+        try:
+            answer = await self._begin(running)
+            while not answer.done:
+                await self._waits.fill(reading, running.look)
+                await running.look()
+                async with contextlib.aclosing(self._generate(answer.request(), running)) as outputs:
+                    async for out in outputs:
+                        if (seen := answer.take(out)) is not None:
+                            yield seen
+                if not answer.done:
+                    await self._waits.refresh(reading, len(answer.own_prompt), answer.generated)
+        except Aborted:
+            reason = None
+        except MemoryLoadError as error:
+            reason = {"type": "abort", "message": str(error), "status_code": HTTPStatus.INTERNAL_SERVER_ERROR}
+        else:
+            return
+        async for out in self._aborted(running, reason):
+            yield out if answer is None else answer.take(out)
+
+    async def _begin(self, running: _Running) -> Answer:
+        """Find and claim what a request reads, and decide how its answer is cut. Raises ValueError before it runs."""
+        obj, reading = running.obj, running.opened.reading
+        if obj.input_ids is None:
+            obj.input_ids, _ = await self._tokenize_texts(obj.text)
+            obj.text = None
+        self._validate_one_request(obj, obj.input_ids)
+        try:
+            await self._waits.claim(reading, obj.input_ids)
+        except RequestError as error:
+            counters.REFUSALS.labels(error.field).inc()
+            raise
+        room = max(1, (self.max_req_input_len or self.context_len) - len(obj.input_ids))  # every segment is a prompt
+        wanted = obj.sampling_params.get("max_new_tokens", self.sampling_params_class().max_new_tokens)
+        limit = room if wanted is None else min(wanted, room)
+        every, limit = self.memory.explicit.cut(reading, len(obj.input_ids), limit)
+        decode = None if self.tokenizer is None else self.tokenizer.decode
+        return Answer(obj, obj.input_ids, every, limit, incremental=self.incremental_streaming_output, decode=decode)
+
+    def _generate(self, obj: GenerateReqInput, running: _Running) -> AsyncGenerator[Any, None]:
+        """One request of SGLang's, with what its workers and its KV's keys need."""
+        carried, lease = self.memory.carried(running.opened), running.opened.lease
+        memory = carried.get("memory")
+        obj.sampling_params = {
+            **obj.sampling_params, "custom_params": packed(obj.sampling_params.get("custom_params"), carried)
+        }  # fmt: skip
+        obj.extra_key = extra_key_of(
+            obj.extra_key,
+            lease.key if lease is not None and (lease.request.session or not lease.request.write) else None,
+            memory and memory["bank"],
+            memory and memory["plan"],
+        )
+        return super().generate_request(obj, running.request)
+
+    async def _aborted(self, running: _Running, reason: dict[str, Any] | None) -> AsyncGenerator[Any, None]:
+        """The output of a request that ended before the scheduler had it, made as SGLang makes it."""
+        self._init_req_state(running.obj, running.request)
+        responses = self._wait_one_response(running.obj, running.request)
+        self._handle_abort_req(AbortReq(rid=running.obj.rid, finished_reason=reason))
+        async with contextlib.aclosing(responses) as outputs:
+            async for out in outputs:
+                yield out
+
+    async def _finish(self, out: dict[str, Any], opened: Opened) -> None:
+        """Commit, keep and release what the request leaves; its last output says what it saw."""
+        meta, reading = out["meta_info"], opened.reading
+        normal = meta["finish_reason"]["type"] in NORMAL_ENDS
+        await self._waits.end(opened, meta.get("prompt_tokens", 0), meta.get("completion_tokens", 0), normal)
+        if reading is not None:
+            meta["mem_triton"] = reading.report()
+
+
+def _speaks(params: dict[str, Any]) -> bool:
+    words = params.get("custom_params")
+    return words is not None and (not isinstance(words, dict) or any(map(is_word, words)))
+
+
+def _unfit(obj: GenerateReqInput) -> str | None:
+    """The kind of request that memory does not serve, None for plain tokens."""
+    kinds = {
+        "SGLang's own sessions (session_params)": bool(obj.session_params),
+        "prompts given as embeddings": obj.input_embeds is not None or obj.positional_embed_overrides is not None,
+        "images, audio and video": obj.contains_mm_input(),
+        "beam search": (obj.sampling_params.get("beam_width") or 1) > 1,
+        "multi-item scoring": obj.multi_item_delimiter_indices is not None or obj.token_indices_to_pool is not None,
+    }
+    return next((kind for kind, present in kinds.items() if present), None)
+
+
+def after_init(result: None, manager: TokenizerManager, *args: Any, **kwargs: Any) -> None:
+    """``TokenizerManager.__init__``: with a configuration, the manager becomes one with memory."""
+    config = configured()
+    if config is None:
+        return
+    if type(manager) is not TokenizerManager:
+        raise ConfigError(f"mem_triton does not work with {type(manager).__name__}, which takes the requests here")
+    manager.__class__ = TokenizerManagerWithMemory
+    manager.start_memory(config)

@@ -1,0 +1,292 @@
+"""Explicit memory's half of a front end: ids are resolved, references retrieved, and their pages filled, all before
+the engine's scheduler hears of a request.
+
+A request reads by a plan: immutable references, and the query positions that see each. The plan travels with it, so any
+worker can serve it at any time, and the keys of its prefix say what its KV depends on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mem_triton.config import ConfigError, MemorySection
+from mem_triton.memory3 import Retriever
+from mem_triton.runtime import counters
+from mem_triton.runtime.engine_shape import EngineShape
+from mem_triton.runtime.front.asked import Asked
+from mem_triton.runtime.request import MemoryRequest, RequestError
+from mem_triton.runtime.residency import PoolCapacityError, Residency, Ticket
+from mem_triton.runtime.worker.layout import join_captured, layout_of, open_bank
+from mem_triton.store.bank import Bank, BankError, NewEntry
+from mem_triton.store.plan import FOREVER, Attachment, to_carried
+
+WRITER_WAIT = 10.0
+"""Seconds that a capture waits for another process that writes the bank."""
+INCOMING = "incoming"
+"""Folder of a bank where workers put what they captured until the front end has made an entry of it."""
+
+
+@dataclass
+class Reading:
+    """One request's explicit memory, from its words to its plan."""
+
+    request: MemoryRequest
+    plan: tuple[Attachment, ...] = ()
+    top_k: int = 0  # references a chunk, 0: no retrieval
+    refreshes: bool = False
+    note: str | None = None  # why references are not refreshed
+    capture: dict[str, Any] | None = None
+    captured: dict[str, str] | None = None
+    tickets: list[Ticket] = field(default_factory=list)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def pending(self) -> list[Ticket]:
+        """Claims whose pages are not filled yet."""
+        return [t for t in self.tickets if t.state != "ready"]
+
+    def report(self) -> dict[str, Any]:
+        """What every part of the text saw, for the person who asked: ids, positions and scores."""
+        spans: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        for a in self.plan:
+            entry = {"id": a.ref} if a.score is None else {"id": a.ref, "score": round(a.score, 4)}
+            spans.setdefault((a.first, a.end), []).append(entry)
+        report: dict[str, Any] = {
+            "references": [
+                {"first_token": first, "end_token": None if end == FOREVER else end, "entries": entries}
+                for (first, end), entries in sorted(spans.items())
+            ]
+        }
+        if self.note:
+            report["refresh"] = f"off: {self.note}"
+        if self.captured is not None:
+            report["capture"] = self.captured
+        return report
+
+
+class ExplicitFrontEnd:
+    """Resolves, retrieves and claims; one per engine front end.
+
+    decode: token ids to text, None without a tokenizer. obstacle: why this engine, as it is configured, cannot have
+    explicit memory; None if it can.
+    """
+
+    def __init__(
+        self,
+        shape: EngineShape,
+        section: MemorySection,
+        decode: Callable[[list[int]], str] | None,
+        obstacle: str | None = None,
+    ) -> None:
+        self.section, self.obstacle, self.max_model_len = section, obstacle, shape.max_model_len
+        self.bank = open_bank(shape, section)
+        self.layout = layout_of(shape, section, self.bank.spec)
+        self.residency = Residency(self.layout.num_pages, self.layout.page_tokens, self.layout.page_bytes)
+        self.bank_key = self.layout.cache_key(self.bank)
+        self.decode, self.retriever = decode, None
+        self._writing = threading.Lock()  # captures that end together are kept one after the other
+        self._logger = logging.getLogger(f"{shape.engine.lower()}.mem_triton")
+        self._said: set[str] = set()
+        if section.retrieval is not None:
+            if decode is None:
+                raise ConfigError("mem_triton.memory.retrieval needs a tokenizer; drop --skip-tokenizer-init")
+            r = section.retrieval
+            self.retriever = Retriever(self.bank, decode=decode, every=r.every, min_score=r.min_score)
+        self._default = self._pin_default()
+
+    @property
+    def concerns_all(self) -> bool:
+        """Whether requests that say nothing read memory, too."""
+        return bool(self._default) or (self.section.retrieval is not None and self.section.retrieval.top_k > 0)
+
+    def _pin_default(self) -> tuple[str, ...]:
+        """What requests read that name nothing; it stays on the device."""
+        try:
+            infos = [self.bank.resolve(id) for id in self.section.default]
+            if infos:
+                self.residency.pin({info.ref: info.tokens for info in infos})
+        except (BankError, PoolCapacityError) as error:
+            raise ConfigError(f"mem_triton.memory.default: {error}") from None
+        return tuple(info.ref for info in infos)
+
+    def open(self, request: MemoryRequest, asked: Asked) -> Reading | None:
+        """Check a request's words; None if it reads and keeps nothing. Raises RequestError, with nothing scheduled."""
+        top_k = self._top_k(request)
+        refs = self._resolve(request)
+        if not refs and not top_k and request.capture is None:
+            return None
+        word = "mem_ids" if refs else "mem_top_k" if top_k else "mem_capture"
+        if self.obstacle:
+            raise RequestError(word, self.obstacle)
+        if asked.unfit:
+            raise RequestError(word, f"{asked.unfit} cannot use explicit memory")
+        reading = Reading(request, tuple(Attachment(ref) for ref in refs), top_k)
+        if top_k and self.section.retrieval.refresh:
+            reading.note, reading.refreshes = asked.fixed, asked.fixed is None
+            if reading.note:
+                self._count_fixed(reading.note)
+        if request.capture is not None:
+            reading.capture = self._check_capture(request, asked)
+        return reading
+
+    def _count_fixed(self, reason: str) -> None:
+        counters.REFRESH_OFF.labels(reason).inc()
+        if reason not in self._said:
+            self._said.add(reason)
+            self._logger.warning("references are not refreshed while answering: %s", reason)
+
+    def _top_k(self, request: MemoryRequest) -> int:
+        if self.section.retrieval is None:
+            if request.top_k:
+                raise RequestError("mem_top_k", "this server does not retrieve; set mem_triton.memory.retrieval")
+            return 0
+        if request.top_k is not None:
+            return request.top_k
+        return 0 if request.ids is not None else self.section.retrieval.top_k  # ids of one's own: these and no others
+
+    def _resolve(self, request: MemoryRequest) -> tuple[str, ...]:
+        if request.ids is None:
+            return self._default
+        refs, pages = [], 0
+        for id in request.ids:
+            try:
+                info = self.bank.resolve(id, tenant=request.tenant)
+            except BankError as error:
+                raise RequestError("mem_ids", str(error)) from None
+            if not info.has_block:
+                raise RequestError("mem_ids", f'"{id}" has text but no keys and values yet; run mem-triton write again')
+            refs.append(info.ref)
+            pages += self.residency.pages_for(info.tokens)
+        if pages > self.layout.max_pages:
+            raise RequestError(
+                "mem_ids", f"need {pages} memory pages, a request may use {self.layout.max_pages}; name fewer entries"
+            )
+        return tuple(dict.fromkeys(refs))
+
+    def _check_capture(self, request: MemoryRequest, asked: Asked) -> dict[str, Any]:
+        spec = self.bank.spec
+        if spec.kind != "prefix":
+            raise RequestError(
+                "mem_capture",
+                f'keeps whole prompts, and this bank is of kind "{spec.kind}"; use one of kind "prefix"',
+            )
+        if asked.lora:
+            raise RequestError("mem_capture", "a prompt read through a LoRA adapter would not fit the plain model")
+        if asked.answers != 1:
+            raise RequestError("mem_capture", f"keeps one request's prompt: set n to 1, got {asked.answers}")
+        return {"lease": uuid.uuid4().hex, "folder": str(self.bank.path / INCOMING)}
+
+    def retrieve(self, reading: Reading, prompt_ids: Sequence[int]) -> None:
+        """Complete the plan of a request that retrieves: each chunk of its prompt is a query (Memory³ §2.4)."""
+        if reading.capture is not None:
+            reading.capture["tokens"] = len(prompt_ids)
+            reading.capture["prompt_ids"] = list(prompt_ids)
+        if reading.top_k:
+            found = self.retriever.plan(
+                list(prompt_ids),
+                top_k=reading.top_k,
+                tenant=reading.request.tenant,
+                refreshes=reading.refreshes,
+                attached=reading.plan,
+            )
+            reading.plan += tuple(found)
+
+    def cut(self, reading: Reading, prompt_tokens: int, max_tokens: int | None) -> tuple[int, int]:
+        """(tokens of each engine request that serves the answer, tokens of the whole answer); without refreshes it is
+        one piece. max_tokens: what the request allows, None if as many as fit."""
+        room = max(1, self.max_model_len - prompt_tokens)
+        limit = room if max_tokens is None else min(max_tokens, room)
+        return (self.section.retrieval.every if reading.refreshes else limit), limit
+
+    def refresh(self, reading: Reading, prompt_tokens: int, generated: Sequence[int]) -> None:
+        """Fetch references for the tokens just generated, seen by the next ``every`` ones, and pin their pages.
+
+        The answer goes on in any case: without new references where the search fails or the pool has no room now.
+        A request that held pages and waited for more could wait for another one that does the same.
+        """
+        before, claims = reading.plan, len(reading.tickets)
+        try:
+            reading.plan = self.retriever.extend(
+                before, prompt_tokens, list(generated), top_k=reading.top_k, tenant=reading.request.tenant
+            )
+            self.claim(reading)
+            reason = None
+        except (BankError, RequestError, OSError) as error:
+            reason = str(error)
+        for ticket in reading.tickets[claims:]:
+            if ticket.state == "waiting":
+                reason = "the pool has no free pages"
+        if reason is None:
+            return
+        for ticket in reading.tickets[claims:]:
+            self.residency.release(ticket.owner)
+        del reading.tickets[claims:]
+        reading.plan, reading.note = before, f"after {len(generated)} tokens: {reason}"
+        counters.REFRESH_FAILURES.inc()
+        self._logger.warning("references are not refreshed: %s", reason)
+
+    def claim(self, reading: Reading) -> None:
+        """Pin the pages of what the plan names and no earlier claim does. Raises RequestError if it never fits."""
+        held = {ref for ticket in reading.tickets for ref in ticket.tokens}
+        tokens = {
+            a.ref: self.bank.resolve(a.ref, tenant=reading.request.tenant).tokens
+            for a in reading.plan
+            if a.ref not in held
+        }
+        if not tokens:
+            return
+        try:
+            reading.tickets.append(self.residency.request(f"{reading.id}:{len(reading.tickets)}", tokens))
+        except PoolCapacityError as error:
+            raise RequestError("mem_ids" if reading.request.ids else "mem_top_k", str(error)) from None
+
+    def close(self, reading: Reading | None) -> None:
+        """The request is over, however it ended: its pages may go when somebody needs the room."""
+        for ticket in reading.tickets if reading is not None else ():
+            self.residency.release(ticket.owner)
+        if reading is not None:
+            reading.tickets.clear()
+
+    def carried(self, reading: Reading | None) -> dict[str, Any]:
+        """What the workers and the prefix keys need of a request whose pages are filled."""
+        if reading is None:
+            return {}
+        carried: dict[str, Any] = {}
+        if reading.plan:
+            runs = {ref: [list(pages), t.tokens[ref]] for t in reading.tickets for ref, pages in t.pages.items()}
+            carried["memory"] = {"bank": self.bank_key, "plan": to_carried(reading.plan), "runs": runs}
+        if reading.capture is not None:
+            carried["capture"] = {k: reading.capture[k] for k in ("lease", "folder", "tokens")}
+        return carried
+
+    def keep(self, reading: Reading, answers: Sequence[dict[str, Any]]) -> None:
+        """Make an entry of what the ranks captured; the answer says its reference, or why there is none."""
+        request, capture = reading.request, reading.capture
+        files = [answer["file"] for answer in answers if "file" in answer]
+        try:
+            if errors := [answer["error"] for answer in answers if "error" in answer]:
+                raise OSError(errors[0])
+            block = join_captured(self.bank.spec, files)
+            text = self.decode(capture["prompt_ids"]) if self.decode else f"({capture['tokens']} tokens)"
+            entry = NewEntry(
+                id=request.capture, text=text, block=block, source="mem_capture",
+                tenant=request.tenant, token_ids=capture["prompt_ids"],
+            )  # fmt: skip
+            with self._writing, Bank.open(self.bank.path, writable=True, wait=WRITER_WAIT) as bank:
+                known = bank.knows(request.capture, tenant=request.tenant)
+                ref = bank.update(request.capture, entry) if known else bank.add([entry])[0]
+            reading.captured = {"id": ref}
+            counters.CAPTURES.inc()
+        except (OSError, ValueError) as error:
+            reading.captured = {"error": str(error)}
+            counters.CAPTURE_FAILURES.inc()
+            self._logger.error("mem_capture %s: %s", request.capture, error)
+        finally:
+            for file in files:
+                Path(file).unlink(missing_ok=True)

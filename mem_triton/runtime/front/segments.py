@@ -1,0 +1,53 @@
+"""A request whose references change while it answers: served as several engine requests, seen as one.
+
+After every ``every`` generated tokens new references are fetched for what was just said (Memory³ §2.4). The engine gets
+the next tokens as a continuation of the text so far, with the references of every part. Its prefix cache holds all of
+that but the last block, so nothing is computed twice, no running request waits for a retrieval, and preemption, tensor
+parallelism and prefix keys see ordinary requests with ordinary plans.
+
+Which tokens belong to which engine request is decided here; how an engine's outputs are put together is its own matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+NORMAL_ENDS = ("stop", "length")
+"""How an answer ends that was neither aborted nor failed."""
+
+
+class Segments:
+    """Cuts an answer into engine requests of ``every`` tokens.
+
+    prompt_ids: the request's own prompt; limit: tokens that the answer may have in all.
+
+    Example::
+
+        while not segments.done:
+            fresh, reason = engine.run(segments.prompt_ids, max_tokens=segments.room)
+            segments.end(fresh, reason)
+            plan = extend(plan, segments.generated)
+    """
+
+    def __init__(self, prompt_ids: Sequence[int], every: int, limit: int) -> None:
+        self.own_prompt, self._every, self.limit = list(prompt_ids), every, limit
+        self.generated: list[int] = []
+        self.done = False
+        self.index = 0  # of the coming segment
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The coming segment's prompt: the text so far."""
+        return self.own_prompt + self.generated
+
+    @property
+    def room(self) -> int:
+        """Tokens that the coming segment may have."""
+        return min(self._every, self.limit - len(self.generated))
+
+    def end(self, fresh: Sequence[int], reason: str | None) -> None:
+        """A segment is over. fresh: its tokens; reason: the engine's word for the end."""
+        cut = reason == "length" and len(fresh) == self.room  # shorter: the engine itself had no more room
+        self.generated += fresh
+        self.index += 1
+        self.done = not cut or len(self.generated) >= self.limit

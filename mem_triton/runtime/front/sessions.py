@@ -1,0 +1,100 @@
+"""δ-mem's half of a front end: a request's session, its lease, and the commit of its last state.
+
+Workers keep no session: the state that a request starts from travels with it, and its last state is fetched when it has
+ended normally.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from mem_triton.config import MemTritonConfig
+from mem_triton.delta_mem import DeltaMemAdapter
+from mem_triton.runtime import counters
+from mem_triton.runtime.engine_shape import EngineShape
+from mem_triton.runtime.front.asked import Asked
+from mem_triton.runtime.request import MemoryRequest, RequestError
+from mem_triton.runtime.sessions import Lease, SessionStore, StateLayout, layer_order
+
+
+class SessionFrontEnd:
+    """Opens and closes the session of each request; one per engine front end.
+
+    obstacle: why this engine, as it is configured, cannot have sessions; None if it can.
+    """
+
+    def __init__(
+        self, shape: EngineShape, config: MemTritonConfig, adapter: DeltaMemAdapter, obstacle: str | None = None
+    ) -> None:
+        names = sorted(adapter.layers, key=layer_order)
+        layout = StateLayout(
+            tuple(names), adapter.config.spec.heads, adapter.config.spec.rank, adapter.fingerprint,
+            shape.architecture_fingerprint,
+        )  # fmt: skip
+        self.store = SessionStore(layout, config.session_dir, config.max_sessions)
+        self.obstacle = obstacle
+        self._aborted: deque[str] = deque(maxlen=4096)  # workers forget old states by themselves, too
+        self._logger = logging.getLogger(f"{shape.engine.lower()}.mem_triton")
+
+    def open(self, request: MemoryRequest, asked: Asked) -> Lease:
+        """The request's lease; plain requests get one too, of a memory that starts empty. Raises RequestError."""
+        if request.session is not None:
+            if self.obstacle:
+                raise RequestError("mem_session", self.obstacle)
+            if asked.answers != 1:
+                raise RequestError(
+                    "mem_session", f"a session takes one answer at a time: set n to 1, got {asked.answers}"
+                )
+            if asked.unfit:
+                raise RequestError("mem_session", f"{asked.unfit} cannot use a session")
+        return self.store.open(request)
+
+    def carried(self, lease: Lease) -> dict[str, Any]:
+        """What the workers need: nothing for a plain request."""
+        carried: dict[str, Any] = {} if lease.request.write else {"write": 0}
+        if lease.request.session is not None:
+            carried |= {"write": int(lease.request.write), "lease": lease.id, "state": lease.start.data}
+        return carried
+
+    def abort(self, lease: Lease | None) -> None:
+        """End a request that commits nothing; workers forget its state at the next commit."""
+        if lease is None:
+            return
+        if self.writes(lease):
+            self._aborted.append(lease.id)
+        self.store.close(lease)
+
+    def writes(self, lease: Lease | None) -> bool:
+        """Whether the request commits its session when it ends normally."""
+        return lease is not None and lease.request.session is not None and lease.request.write
+
+    def take_arguments(self, lease: Lease, prompt_tokens: int, generated: int) -> tuple[str, int, list[str]]:
+        """Arguments of the workers' ``take_state``: the lease, the position of its last processed token, and leases to
+        forget.
+
+        The last sampled token was never fed to the model, so it is not part of the state.
+        """
+        forget = list(self._aborted)
+        self._aborted.clear()
+        return lease.id, max(prompt_tokens - 1, prompt_tokens + generated - 2), forget
+
+    def commit(self, lease: Lease, position: int, parts: Sequence[dict[str, Any]]) -> None:
+        """Put the workers' layers together and commit them; closes the lease. parts: one answer per worker, ranks
+        repeat layers."""
+        try:
+            layers = {i: part["states"][i] for part in parts for i in part["states"]}
+            reached = max(part["position"] for part in parts)
+            states = b"".join(layers[str(i)] for i in range(len(self.store.layout.layers)))
+            version = self.store.commit(lease, states, tokens=reached + 1)
+        except Exception:
+            counters.COMMIT_FAILURES.inc()
+            raise
+        finally:
+            self.store.close(lease)
+        counters.COMMITS.inc()
+        if reached != position:
+            counters.LATE_COMMITS.inc()
+        self._logger.debug("session %s: version %d, %d tokens", lease.request.session, version, reached + 1)
