@@ -19,7 +19,7 @@ from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.managers.utils import is_health_check_generate_req
 
-from mem_triton.config import ConfigError, MemTritonConfig
+from mem_triton.config import MemTritonConfig
 from mem_triton.delta_mem import load_adapter
 from mem_triton.runtime import counters
 from mem_triton.runtime.front.asked import Asked
@@ -32,7 +32,6 @@ from mem_triton.runtime.request import RequestError
 from mem_triton_sglang.answer import Answer, fixed
 from mem_triton_sglang.carrier import is_word, packed
 from mem_triton_sglang.channel import Client
-from mem_triton_sglang.configuration import configured
 from mem_triton_sglang.identity import extra_key_of
 from mem_triton_sglang.shape import shape_of
 
@@ -277,14 +276,3 @@ def _unfit(obj: GenerateReqInput) -> str | None:
         "multi-item scoring": obj.multi_item_delimiter_indices is not None or obj.token_indices_to_pool is not None,
     }
     return next((kind for kind, present in kinds.items() if present), None)
-
-
-def after_init(result: None, manager: TokenizerManager, *args: Any, **kwargs: Any) -> None:
-    """``TokenizerManager.__init__``: with a configuration, the manager becomes one with memory."""
-    config = configured()
-    if config is None:
-        return
-    if type(manager) is not TokenizerManager:
-        raise ConfigError(f"mem_triton does not work with {type(manager).__name__}, which takes the requests here")
-    manager.__class__ = TokenizerManagerWithMemory
-    manager.start_memory(config)

@@ -19,7 +19,10 @@ REFRESH_OFF = Counter(
 )
 REFRESH_FAILURES = Counter("mem_triton:refresh_failures", "Refreshes that found no references or no room for them")
 WORKER_POOL = Gauge(
-    "mem_triton:worker_pool", 'What each worker counted below its device pages: "hits.host", ...', ["worker", "count"]
+    "mem_triton:worker_pool",
+    'What each worker counted below its device pages: "hits.host", ...',
+    ["worker", "count"],
+    multiprocess_mode="livesum",
 )
 CAPTURES = Counter("mem_triton:captures", "Prompts kept as entries of the bank")
 CAPTURE_FAILURES = Counter("mem_triton:capture_failures", "Prompts that could not be kept")

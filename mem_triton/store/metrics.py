@@ -12,9 +12,13 @@ POOL_MISSES = Counter("mem_triton:pool_misses", "Entries that had to come from a
 POOL_EVICTIONS = Counter("mem_triton:pool_evictions", "Entries that made room for others", ["tier"])
 POOL_BYTES = Counter("mem_triton:pool_bytes", "Bytes brought to the device, by the tier they came from", ["tier"])
 POOL_FAILURES = Counter("mem_triton:pool_failures", "Entries that could not be brought to the device")
-POOL_USED_BYTES = Gauge("mem_triton:pool_used_bytes", "Bytes that entries take", ["tier"])
-POOL_PINNED_PAGES = Gauge("mem_triton:pool_pinned_pages", "Device pages that running requests or defaults hold")
-POOL_WAITING = Gauge("mem_triton:pool_waiting_requests", "Requests that wait until pages are released")
+POOL_USED_BYTES = Gauge("mem_triton:pool_used_bytes", "Bytes that entries take", ["tier"], multiprocess_mode="livesum")
+POOL_PINNED_PAGES = Gauge(
+    "mem_triton:pool_pinned_pages", "Device pages that running requests or defaults hold", multiprocess_mode="livesum"
+)
+POOL_WAITING = Gauge(
+    "mem_triton:pool_waiting_requests", "Requests that wait until pages are released", multiprocess_mode="livesum"
+)
 POOL_FETCH_SECONDS = Histogram(
     "mem_triton:pool_fetch_seconds",
     "From the decision to fetch an entry until its pages are filled, by the tier it came from",

@@ -1,0 +1,27 @@
+"""The hook that gives SGLang's front end a memory.
+
+Its parts are imported when a server starts and not before: ``prometheus_client`` decides at its import where counts are
+kept, and SGLang, whose ``/metrics`` adds up the counts of its processes, tells it so only then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+from mem_triton.config import ConfigError
+from mem_triton_sglang.configuration import configured
+
+
+def after_init(result: None, manager: TokenizerManager, *args: Any, **kwargs: Any) -> None:
+    """``TokenizerManager.__init__``: with a configuration, the manager becomes one with memory."""
+    config = configured()
+    if config is None:
+        return
+    if type(manager) is not TokenizerManager:
+        raise ConfigError(f"mem_triton does not work with {type(manager).__name__}, which takes the requests here")
+    from mem_triton_sglang.tokenizer_manager import TokenizerManagerWithMemory
+
+    manager.__class__ = TokenizerManagerWithMemory
+    manager.start_memory(config)
