@@ -31,7 +31,6 @@ def main() -> None:
                 answers = engine.generate(
                     input_ids=[r["prompt"] for r in batch],
                     sampling_params=[_params(r) for r in batch],
-                    extra_key=[r.get("extra_key") for r in batch],
                     lora_path=[r.get("lora") for r in batch] if any(r.get("lora") for r in batch) else None,
                 )
             except ValueError as error:

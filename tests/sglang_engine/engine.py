@@ -49,7 +49,7 @@ def write_config(memory: dict[str, Any], folder: Path | None = None) -> Path:
 
 
 def request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
-    """One request of a case; fields: words (mem_...), extra_key, lora, stop_token_ids."""
+    """One request of a case; fields: words (mem_...), lora, stop_token_ids."""
     return {"prompt": prompt, "max_tokens": max_tokens, **fields}
 
 
@@ -76,6 +76,8 @@ def run_engine(
         env["MEM_TRITON_CONFIG"] = str(write_config(memory))
     if tamper:
         env[TAMPER] = tamper
+    if (ranks := options.get("tp_size", 1) * options.get("pp_size", 1)) > 1:
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % os.cpu_count()) for rank in range(ranks))
     case = {"engine": options, "rounds": rounds, "errors_are_results": errors_are_results}
     process = subprocess.run(
         [sys.executable, "-m", "tests.sglang_engine.case"], input=json.dumps(case), capture_output=True, text=True,

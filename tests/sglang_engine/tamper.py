@@ -6,16 +6,16 @@ from typing import Any
 
 
 def cells_forget_prefixes() -> None:
-    """States of earlier requests vanish from their pages when a request arrives that finds its prefix cached."""
+    """Every state vanishes when a request arrives that finds its prefix cached."""
     from mem_triton_sglang import worker
 
-    stock = worker.WorkerMemory.before_step
+    stock, known = worker.WorkerMemory.before_step, set()
 
     def before_step(self: Any, batch: Any) -> None:
-        if batch.forward_mode.is_extend() and any(batch.prefix_lens) and all(len(r.output_ids) == 0 for r in batch.reqs):
-            fresh = [r for r, start in zip(batch.reqs, batch.prefix_lens, strict=True) if start and not r.is_chunked]
-            if fresh:
-                self.delta.cells.zero_()
+        starts = batch.prefix_lens or [0] * len(batch.reqs)
+        if any(start and r.rid not in known for r, start in zip(batch.reqs, starts, strict=True)):
+            self.delta.cells.zero_()
+        known.update(r.rid for r in batch.reqs)
         stock(self, batch)
 
     worker.WorkerMemory.before_step = before_step
@@ -33,3 +33,17 @@ def correction_on_no_rank() -> None:
 
     stock = attach._hook
     attach._hook = lambda module, memory, adds_output: stock(module, memory, False)
+
+
+def no_memory_in_radix_keys() -> None:
+    """The front end says nothing of memory in a request's extra key."""
+    from mem_triton_sglang import tokenizer_manager
+
+    tokenizer_manager.extra_key_of = lambda client_key, session_key, bank_key, plan: client_key
+
+
+def no_pins() -> None:
+    """Pages of running requests may be taken from them."""
+    from mem_triton.store.ledger import PageLedger
+
+    PageLedger._may_go = staticmethod(lambda entry: entry.ready)

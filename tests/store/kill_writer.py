@@ -37,7 +37,7 @@ def entry(id: str, version: int, cold: bool = False) -> NewEntry:
 
 
 def say(word: str) -> None:
-    """A line in one write: of one that is killed between a word and its end, the next process's word would be a part."""
+    """A line in one write: killed between a word and its end, a writer would leave half a line for the next word."""
     os.write(sys.stdout.fileno(), f"{word}\n".encode())
 
 

@@ -1,0 +1,61 @@
+"""Explicit memory on real SGLang: the right memory for every row, whatever the engine does with it meanwhile."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sglang_engine.engine import run_engine
+from tests.support import memory_scenarios as scenarios
+from tests.support.memory_scenarios import PROMPTS, ask, tokens
+
+pytestmark = pytest.mark.engine
+
+PAGE = 16
+WAYS = {"default": {}, "tp2": {"tp_size": 2}}
+TAMPER = "tests.sglang_engine.tamper"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_b6_b10_every_row_has_its_own_memory(memory_bench, way):
+    scenarios.every_row_has_its_own_memory(memory_bench, run_engine, PAGE, **WAYS[way])
+
+
+def test_b10_control_without_memory_in_the_radix_keys_wrong_tokens_appear(memory_bench):
+    scenarios.without_memory_in_the_cache_keys_wrong_tokens_appear(
+        memory_bench, run_engine, f"{TAMPER}:no_memory_in_radix_keys"
+    )
+
+
+def test_retracted_requests_read_their_memory_again(memory_bench):
+    b = memory_bench
+    names = [("alpha",), (), ("beta",), ("gamma",), ("alpha", "beta"), ()]
+    prompts = [PROMPTS[i % 4] for i in range(6)]
+    batch = [ask(p, 60, *n) for p, n in zip(prompts, names, strict=True)]
+    result = run_engine(b.model, [batch], memory=b.section(), env={"SGLANG_TEST_RETRACT": "1"})
+    assert tokens(result) == [b.after(p, *n, count=60) for p, n in zip(prompts, names, strict=True)]
+    assert sum(a["retractions"] for a in result["rounds"][0]) > 0
+
+
+def test_a_pool_too_small_for_all_serves_them_in_turn(memory_bench):
+    scenarios.a_pool_too_small_for_all_serves_them_in_turn(memory_bench, run_engine)
+
+
+def test_control_without_pins_eviction_breaks_a_running_request(memory_bench):
+    scenarios.without_pins_eviction_breaks_a_running_request(memory_bench, run_engine, f"{TAMPER}:no_pins")
+
+
+def test_sparse_references_beside_a_constant_prefix(memory_bench):
+    scenarios.sparse_references_beside_a_constant_prefix(memory_bench, run_engine)
+
+
+def test_both_memories_and_a_session_at_once(memory_bench, bench):
+    scenarios.both_memories_and_a_session_at_once(memory_bench, bench, run_engine, PAGE)
+
+
+@pytest.mark.parametrize("way", ["default", pytest.param("tp2", marks=pytest.mark.slow)])
+def test_b11_retrieval_for_every_chunk_of_the_prompt_and_of_the_answer(memory_bench, way):
+    scenarios.retrieval_for_every_chunk_of_the_prompt_and_of_the_answer(memory_bench, run_engine, **WAYS[way])
+
+
+def test_a_full_pool_ends_the_refreshes_and_not_the_answer(memory_bench):
+    scenarios.a_full_pool_ends_the_refreshes_and_not_the_answer(memory_bench, run_engine)

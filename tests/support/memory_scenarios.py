@@ -1,0 +1,190 @@
+"""What every engine must do with explicit memory, written once: each scenario runs an engine and compares its tokens.
+
+run: an engine's ``run_engine``. An entry of a prefix bank is text before the prompt, so transformers with that text in
+the prompt is the oracle, and it knows nothing of memory. Several entries, and sparse references, are checked against
+``mem_triton_transformers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mem_triton.store.bank import Bank
+from mem_triton.store.plan import FOREVER, Attachment
+from mem_triton_transformers.explicit import read_plans
+from tests.support.bench import Bench
+from tests.support.memory_bench import MemoryBench, reference, tokens_of
+
+Run = Callable[..., Any]
+PROMPTS = [tokens_of(i, n) for i, n in enumerate((7, 30, 150, 65))]
+
+
+def ask(prompt: list[int], count: int = 12, *ids: str, **words: Any) -> dict[str, Any]:
+    """A request for ``count`` tokens that reads entries."""
+    if ids:
+        words["mem_ids"] = list(ids)
+    return {"prompt": prompt, "max_tokens": count, **({"words": words} if words else {})}
+
+
+def tokens(result: Any, index: int = 0) -> list[list[int]]:
+    return [answer["tokens"] for answer in result["rounds"][index]]
+
+
+def cached(result: Any, index: int = 0) -> list[int]:
+    return [answer["cached"] for answer in result["rounds"][index]]
+
+
+def seen(answer: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """(reference, first, end) in the order of a plan, out of an answer's report."""
+    parts = answer["memory"]["references"]
+    return [(e["id"], p["first_token"], p["end_token"] or FOREVER) for p in parts for e in p["entries"]]
+
+
+def whole_pages(prompt: list[int], page: int) -> int:
+    """Tokens that a second request with the same prompt finds cached: whole pages, and never the last token."""
+    return (len(prompt) - 1) // page * page
+
+
+def every_row_has_its_own_memory(b: MemoryBench, run: Run, page: int, **options: Any) -> None:
+    """Mixed batches, chunked prefill, prefix-cache hits of the same memory and none of another's."""
+    short, middle, long, edge = PROMPTS
+    first = [ask(short, 12, "alpha"), ask(middle), ask(long, 12, "beta"), ask(edge, 12, "alpha")]
+    other = [ask(short, 12, "beta"), ask(short), ask(long, 12, "alpha", "gamma"), ask(long)]
+    result = run(b.model, [first, first, other], memory=b.section(), **options)
+    expected = [b.after(short, "alpha"), b.after(middle), b.after(long, "beta"), b.after(edge, "alpha")]
+    assert tokens(result, 0) == expected and tokens(result, 1) == expected
+    assert cached(result, 1) == [whole_pages(p, page) for p in PROMPTS], "the same memory shares its pages"
+    assert tokens(result, 2) == [b.after(short, "beta"), b.after(short), b.after(long, "alpha", "gamma"), b.after(long)]
+    assert cached(result, 2) == [0] * 4, "another memory, or none, shares nothing"
+    assert expected[0] != b.after(short) and expected[2] != b.after(long), "memory matters"
+
+
+def sparse_references_beside_a_constant_prefix(b: MemoryBench, run: Run, **options: Any) -> None:
+    short, _, long, edge = PROMPTS
+    batch = [
+        ask(short, 12, "ref-0"), ask(long, 12, *(f"ref-{i}" for i in range(5))), ask(edge),
+        ask(edge, 12, "ref-7", "ref-3"),
+    ]  # fmt: skip
+    result = run(b.model, [batch], memory=b.section(b.references), **options)
+
+    def plan(*numbers: int) -> list[Attachment]:
+        return [Attachment(f"ref-{i}@1") for i in numbers]
+
+    expected = [
+        b.with_plan(short, plan(0)), b.with_plan(long, plan(*range(5))), b.generate(edge), b.with_plan(edge, plan(7, 3))
+    ]  # fmt: skip
+    assert tokens(result) == expected
+    assert expected[3] != expected[2]
+
+
+def three_pages(b: MemoryBench) -> dict[str, Any]:
+    """A pool that holds no more than entry alpha."""
+    page = 2 * 2 * 16 * 2 * 32 * 4  # layers, KV heads, tokens, K and V, head size, fp32
+    return b.section(pool_gib=3.5 * page / 2**30)
+
+
+def a_pool_too_small_for_all_serves_them_in_turn(b: MemoryBench, run: Run, **options: Any) -> None:
+    """Three pages: alpha takes them all, so the requests wait for one another, and none reads another's pages."""
+    names = [("alpha", "beta", "gamma")[i % 3] for i in range(7)]
+    batch = [ask(PROMPTS[i % 4], 12, n) for i, n in enumerate(names)]
+    result = run(b.model, [batch], memory=three_pages(b), **options)
+    assert tokens(result) == [b.after(PROMPTS[i % 4], n) for i, n in enumerate(names)]
+
+
+def without_pins_eviction_breaks_a_running_request(b: MemoryBench, run: Run, no_pins: str, **options: Any) -> None:
+    batch = [ask(PROMPTS[0], 40, "alpha"), ask(PROMPTS[1], 40, "beta")]
+    expected = [b.after(PROMPTS[0], "alpha", count=40), b.after(PROMPTS[1], "beta", count=40)]
+    assert tokens(run(b.model, [batch], memory=three_pages(b), **options)) == expected
+    assert tokens(run(b.model, [batch], memory=three_pages(b), tamper=no_pins, **options)) != expected
+
+
+def without_memory_in_the_cache_keys_wrong_tokens_appear(b: MemoryBench, run: Run, tamper: str, **options: Any) -> None:
+    long = PROMPTS[2]
+    rounds = [[ask(long, 12, "alpha")], [ask(long, 12, "beta")]]
+    result = run(b.model, rounds, memory=b.section(), tamper=tamper, **options)
+    assert tokens(result, 0) == [b.after(long, "alpha")]
+    assert tokens(result, 1) != [b.after(long, "beta")], "another memory's KV was read"
+
+
+def a_prompt_is_captured_and_read_again(b: MemoryBench, run: Run, **options: Any) -> None:
+    text = tokens_of(50, 70)
+    rounds = [
+        [ask(text, mem_capture="note"), ask(PROMPTS[1])],
+        [ask(PROMPTS[0], 12, "note"), ask(text[:20], 12, "note@1")],
+        [ask(text[:33], mem_capture="note")],
+        [ask(PROMPTS[0], 12, "note"), ask(PROMPTS[0], 12, "note@1")],
+    ]
+    result = run(b.model, rounds, memory=b.section(), **options)
+    assert result["rounds"][0][0]["memory"]["capture"] == {"id": "note@1"}
+    assert tokens(result, 1) == [b.generate(text + PROMPTS[0]), b.generate(text + text[:20])]
+    assert result["rounds"][2][0]["memory"]["capture"] == {"id": "note@2"}
+    assert tokens(result, 3) == [b.generate(text[:33] + PROMPTS[0]), b.generate(text + PROMPTS[0])]
+
+
+def ranks_capture_their_heads(b: MemoryBench, run: Run, **options: Any) -> None:
+    text = tokens_of(51, 45)
+    rounds = [[ask(text, mem_capture="tp")], [ask(PROMPTS[0], 12, "tp")]]
+    result = run(b.model, rounds, memory=b.section(), **options)
+    assert tokens(result, 1) == [b.generate(text + PROMPTS[0])]
+
+
+def answer(bench: Bench, m: MemoryBench, prompt: list[int], *ids: str, fresh: bool = True) -> list[int]:
+    """What a model with δ-mem or a LoRA of its own says with entries attached."""
+    if fresh:
+        bench.forget()
+    with Bank.open(m.prefixes) as bank, read_plans(bench.oracle, bank, [[Attachment(f"{i}@1") for i in ids]]):
+        return bench.generate(prompt)
+
+
+def both_memories_and_a_session_at_once(m: MemoryBench, bench: Bench, run: Run, page: int, **options: Any) -> None:
+    short, middle, long, _ = PROMPTS
+    rounds = [
+        [
+            ask(short, 12, "alpha"),
+            ask(middle),
+            ask(long, 12, "beta"),
+            ask(middle, 12, "alpha", mem_session="s"),
+        ],
+        [ask(short, 12, "beta", mem_session="s"), ask(long, 12, "beta")],
+    ]
+    result = run(m.model, rounds, memory={**bench.memory, **m.section()}, **options)
+    first = [answer(bench, m, p, *ids) for p, ids in ((short, ["alpha"]), (middle, []), (long, ["beta"]))]
+    assert tokens(result, 0) == [*first, answer(bench, m, middle, "alpha")]
+    assert tokens(result, 1)[0] == answer(bench, m, short, "beta", fresh=False), "the session's state went on"
+    assert tokens(result, 1)[1] == first[2] and cached(result, 1)[1] == whole_pages(long, page)
+
+
+def lora_and_memory_together(m: MemoryBench, lora_bench: Bench, run: Run, **options: Any) -> None:
+    short, _, long, _ = PROMPTS
+    lora = str(lora_bench.lora)
+    batch = [{**ask(short, 12, "alpha"), "lora": lora}, {**ask(long, 12, "beta"), "lora": lora}]
+    result = run(m.model, [batch], memory={**lora_bench.memory, **m.section()}, **options)
+    assert tokens(result) == [answer(lora_bench, m, short, "alpha"), answer(lora_bench, m, long, "beta")]
+
+
+def retrieval_for_every_chunk_of_the_prompt_and_of_the_answer(m: MemoryBench, run: Run, **options: Any) -> None:
+    prompt = reference(3) + reference(9)[:20] + reference(14) + tokens_of(1, 9)
+    section = m.section(m.references, retrieval={"top_k": 2, "every": 32})
+    batch = [ask(prompt, 80), ask(prompt, 10, mem_top_k=0), ask(PROMPTS[0], 70, mem_top_k=1), ask(prompt, 10, "ref-5")]
+    result = run(m.model, [batch, batch[:1]], memory=section, **options)
+    expected, plan = m.retrieving(prompt, 80, top_k=2, every=32)
+    short, short_plan = m.retrieving(PROMPTS[0], 70, top_k=1, every=32)
+    assert tokens(result) == [
+        expected, m.generate(prompt, 10), short, m.with_plan(prompt, [Attachment("ref-5@1")], 10)
+    ]  # fmt: skip
+    assert tokens(result, 1) == [expected] and cached(result, 1)[0] > 0
+    assert seen(result["rounds"][0][0]) == [(a.ref, a.first, a.end) for a in plan]
+    assert seen(result["rounds"][0][2]) == [(a.ref, a.first, a.end) for a in short_plan]
+    assert "ref-3@1" in {a.ref for a in plan if a.first == 0}, "a chunk finds the reference that it quotes"
+
+
+def a_full_pool_ends_the_refreshes_and_not_the_answer(m: MemoryBench, run: Run, **options: Any) -> None:
+    """Three pages and two requests: whoever holds some does not wait for more, or both would wait for ever."""
+    page = 2 * 8 * 2 * 32 * 4  # KV heads, tokens, K and V, head size, fp32; one layer
+    section = m.section(m.references, pool_gib=3.5 * page / 2**30, retrieval={"top_k": 2, "every": 16})
+    prompts = [reference(3)[:16], reference(9)[:16]]
+    result = run(m.model, [[ask(p, 60) for p in prompts]], memory=section, **options)
+    for prompt, found in zip(prompts, result["rounds"][0], strict=True):
+        assert found["tokens"] == m.with_plan(prompt, [Attachment(*p) for p in seen(found)], 60)
+    assert any("no free pages" in found["memory"].get("refresh", "") for found in result["rounds"][0])
