@@ -3,12 +3,13 @@
     python benchmarks/store/pool.py [--device cuda|cpu] [--kind memory3|prefix] [--pool-dtype auto|int8|fp8]
                                     [--references 5] [--repeats 100] [--json FILE]
 
-A fetch is ``request`` ... "ready" ... ``before_step``, through ``MemoryTiers`` on a bank that is written for it. Shapes
-are those of a 4B model: 8 KV heads of 128; memory3: 18 layers, 8 of 128 tokens a head; prefix: 36 layers, 128 tokens.
-Every group of references that is fetched from host or disk has been pushed off the tiers above by others. "disk" reads
-with a warm page cache: it times the bank, RoPE and packing, not the drive. The copy is one contiguous piece of the same
-size, from page-locked memory on a GPU, each time another: the floor for "host". Pages that do not hold what they should
-get no time.
+A fetch is the way that a server's references take, in one process: ``Residency`` claims their pages, ``PageLoader``
+fills them, ``PageCourier`` hears of it, and ``before_step`` orders the next step behind the copies. What a server
+adds is a call to its workers and back. The bank is written for it. Shapes are those of a 4B model: 8 KV heads of 128;
+memory3: 18 layers, 8 of 128 tokens a head; prefix: 36 layers, 128 tokens. Every group of references that is fetched
+from host or disk has been pushed off the tiers above by others. "disk" reads with a warm page cache: it times the
+bank, RoPE and packing, not the drive. The copy is one contiguous piece of the same size, from page-locked memory on a
+GPU, each time another: the floor for "host". Pages that do not hold what they should get no time.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from pathlib import Path
 import torch
 
 from mem_triton.ops.reposition import rope_from_config
+from mem_triton.runtime.courier import PageCourier
+from mem_triton.runtime.residency import Residency
 from mem_triton.store.bank import Bank, BankSpec, NewEntry
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.fingerprint import Fingerprint
+from mem_triton.store.loader import PageLoader
 from mem_triton.store.placement import place
 from mem_triton.store.pool import PagePool
-from mem_triton.store.tiers import MemoryTiers
 
 HEADS, SIZE, MODEL_LAYERS, REFERENCE = 8, 128, 36, 128
 KEPT = {"memory3": (18, 8), "prefix": (36, 128)}  # layers, tokens per head
@@ -61,7 +64,7 @@ def write_bank(folder: Path, kind: str, entries: int) -> Bank:
 
 
 class Bench:
-    """One pool with its tiers. groups: references that are fetched together."""
+    """One pool and what fills it. groups: references that are fetched together."""
 
     def __init__(
         self, bank: Bank, kind: str, pool_dtype: str, device: str, host: bool, groups: list[list[str]]
@@ -74,28 +77,36 @@ class Bench:
         self.place = lambda block: place(block, ropes, kind, REFERENCE)
         self.sizes = {ref: tokens for group in groups for ref in group}
         host_bytes = GROUPS * pages * self.pool.layout.page_bytes if host else 0
-        self.tiers = MemoryTiers(
-            self.pool, bank.load, self.place, tokens=self.sizes.__getitem__, host_bytes=host_bytes,
-            workers=max(2, len(os.sched_getaffinity(0)) // 2),
-        )  # fmt: skip
+        self.loader = PageLoader(
+            self.pool, lambda ref: self.place(bank.load(ref)), host_bytes, max(2, len(os.sched_getaffinity(0)) // 2)
+        )
+        self.residency = Residency(pages, page_tokens, self.pool.layout.page_bytes)
+        self.courier = PageCourier(self.residency)
         self.bytes = sum(self.pool.layout.pages_for(self.sizes[ref]) for ref in groups[0]) * self.pool.layout.page_bytes
 
     def fetch(self, refs: Sequence[str]) -> float:
         """Seconds until the pages may be read."""
         begin = time.perf_counter()
-        ticket = self.tiers.request(refs, "benchmark")
-        if ticket.wait(60) != "ready":
-            raise RuntimeError(ticket.error or ticket.state())
-        self.tiers.before_step()
-        return time.perf_counter() - begin
+        ticket = self.residency.request("benchmark", {ref: self.sizes[ref] for ref in refs})
+        for ref, pages, _ in self.courier.orders():
+            self.loader.load(ref, pages)
+        while self.courier.busy:
+            finished = self.loader.finished()
+            if finished:
+                self.courier.settle([{"finished": finished, "stats": {}}])
+            else:
+                time.sleep(0)  # the threads that fill pages need the interpreter, too
+        if ticket.state != "ready":
+            raise RuntimeError(ticket.state)
+        self.loader.before_step()
+        taken = time.perf_counter() - begin
+        self.pages = ticket.pages
+        return taken
 
     def is_right(self, refs: Sequence[str]) -> bool:
         """Whether the pages hold the references."""
         packed = {ref: self.pool.layout.pack(self.place(self.bank.load(ref))) for ref in refs}
-        return all(
-            torch.equal(self.pool.read(self.tiers.run_of(ref).pages).data, records.data)
-            for ref, records in packed.items()
-        )
+        return all(torch.equal(self.pool.read(self.pages[ref]).data, records.data) for ref, records in packed.items())
 
     def times(self, repeats: int, resident: bool) -> list[float]:
         """Seconds a fetch: of the one group that stays resident, or of the groups in turn."""
@@ -104,11 +115,11 @@ class Bench:
             self.fetch(group)
             if not self.is_right(group):
                 raise SystemExit("WRONG: the pages do not hold the references; no time is given")
-            self.tiers.release("benchmark")
+            self.residency.release("benchmark")
         times = []
         for i in range(repeats):
             times.append(self.fetch(groups[i % len(groups)]))
-            self.tiers.release("benchmark")
+            self.residency.release("benchmark")
         return times
 
 
@@ -164,10 +175,10 @@ def main() -> int:
             "device": bench.times(args.repeats, resident=True),
             "host": bench.times(args.repeats, resident=False),
         }
-        bench.tiers.close()
+        bench.loader.close()
         bench = make(False)
         measured["disk"] = bench.times(max(args.repeats // 5, 5), resident=False)
-        bench.tiers.close()
+        bench.loader.close()
     print(f"{args.references} references ({args.kind}, pool {args.pool_dtype}), {size / 1e6:.2f} MB, on {about}")
     print(f"one copy of {size / 1e6:.2f} MB: {floor * 1e6:.0f} us, {size / floor / 1e9:.2f} GB/s")
     print(f"{'tier':>8} {'us':>10} {'10 %':>10} {'90 %':>10} {'GB/s':>8} {'of the copy':>12}")

@@ -22,7 +22,10 @@ from dataclasses import dataclass, field
 
 from mem_triton.store import metrics
 from mem_triton.store.ledger import PageLedger
-from mem_triton.store.tiers import PoolCapacityError
+
+
+class PoolCapacityError(ValueError):
+    """A request that could never fit, whatever was evicted."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,7 @@ class Residency:
             if needed > self.num_pages - kept:
                 raise PoolCapacityError(
                     f"needs {needed} memory pages, the pool has {self.num_pages - kept}; "
-                    "name fewer entries, or serve with a larger mem_triton.memory.pool_gib",
-                    needed,
-                    self.num_pages - kept,
+                    "name fewer entries, or serve with a larger mem_triton.memory.pool_gib"
                 )
             if owner in self._tickets:
                 raise ValueError(f"{owner} has a ticket already; release it first")

@@ -51,10 +51,10 @@ class Fetch:
 class Fetcher:
     """Fetches entries for one pool; at most one fetch of an entry may be under way.
 
-    read: an entry placed for this process (its layers, heads and positions), from disk. wanted: asked before a fetch
-    begins; False drops it. over: told of each fetch that began, once its pages are filled or it has failed; both are
-    called from the background. host_bytes: of the host cache, allocated here, page-locked if the pool is on a GPU.
-    workers: threads that read from disk, as many slow reads as do not delay another.
+    read: an entry placed for this process (its layers, heads and positions), from disk. over: told of each fetch, once
+    its pages are filled or it has failed, from the background. host_bytes: of the host cache, allocated here,
+    page-locked if the pool is on a GPU. workers: threads that read from disk, as many slow reads as do not delay
+    another.
     """
 
     def __init__(
@@ -62,7 +62,6 @@ class Fetcher:
         pool: PagePool,
         read: Callable[[str], MemoryBlock],
         *,
-        wanted: Callable[[Fetch], bool],
         over: Callable[[Fetch], None],
         host_bytes: int = 0,
         workers: int = 2,
@@ -71,7 +70,7 @@ class Fetcher:
             raise ValueError(f"workers: {workers} must be at least 1; host_bytes: {host_bytes} must not be negative")
         self.copies = copies_for(pool.device)
         self.tally = metrics.Tally()
-        self._pool, self._read, self._wanted, self._over = pool, read, wanted, over
+        self._pool, self._read, self._over = pool, read, over
         self._host = PageLedger(host_bytes // pool.layout.page_bytes, pool.layout.page_bytes, "host")
         self._on_gpu = pool.device.type == "cuda"
         self._records = pool.layout.empty(self._host.num_pages, pinned=self._on_gpu)
@@ -138,7 +137,7 @@ class Fetcher:
         return batch
 
     def _do(self, batch: Sequence[Fetch]) -> None:
-        begun = [fetch for fetch in batch if not self._closed and self._wanted(fetch)]
+        begun = [] if self._closed else list(batch)
         self._copy([(fetch, source) for fetch in begun if (source := self._source(fetch)) is not None])
         for fetch in begun:
             if fetch.error is None and self._closed:

@@ -32,9 +32,7 @@ class PageLoader:
         self._finished: dict[str, str | None] = {}
         self._copied: list[Any] = []  # finished copies that the steps' stream is not ordered behind yet
         self._lock = threading.Lock()
-        self._fetcher = Fetcher(
-            pool, read, wanted=lambda fetch: True, over=self._over, host_bytes=host_bytes, workers=workers
-        )
+        self._fetcher = Fetcher(pool, read, over=self._over, host_bytes=host_bytes, workers=workers)
 
     def load(self, ref: str, pages: Sequence[int]) -> None:
         """Start to fill ``pages`` with an entry; returns at once. What lay in them before is nobody's any more.

@@ -23,14 +23,6 @@ _ALIGNMENT = 256
 """Bytes; a record starts at a multiple, so that a page's rows can be loaded in vectors."""
 
 
-@dataclass(frozen=True)
-class PageRun:
-    """Where an entry lies: its pages in order, and how many tokens each of them holds."""
-
-    pages: tuple[int, ...]
-    tokens: tuple[int, ...]
-
-
 class Packed(NamedTuple):
     """Records of some pages on the host."""
 
@@ -96,11 +88,6 @@ class PageLayout:
     def pages_for(self, tokens: int) -> int:
         """Pages that an entry of so many tokens per head takes."""
         return -(-tokens // self.page_tokens)
-
-    def tokens_in_pages(self, tokens: int) -> tuple[int, ...]:
-        """How an entry's tokens fill its pages: all but the last are full."""
-        size = self.page_tokens
-        return tuple(min(size, tokens - start) for start in range(0, tokens, size))
 
     def empty(self, pages: int, pinned: bool = False) -> Packed:
         """Room for records on the host, not initialised. pinned: page-locked, for asynchronous copies."""

@@ -1,7 +1,7 @@
 """A pool of memory pages: a fixed piece of device memory beside the engine's KV cache.
 
 It is allocated before the engine measures how much memory is left, so the KV cache gets what remains. Which entry lies
-in which pages is decided elsewhere (``runtime.residency``, ``store.tiers``).
+in which pages is decided elsewhere (``runtime.residency``).
 """
 
 from __future__ import annotations

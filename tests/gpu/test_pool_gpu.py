@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
+from mem_triton.store.loader import PageLoader
 from mem_triton.store.pool import PagePool
-from mem_triton.store.tiers import MemoryTiers
-from tests.store.tiers_case import DIM, HEADS, LAYERS, PAGE, SOON, Disk, placed, records
+from tests.runtime.loading_case import DIM, HEADS, LAYERS, PAGE, SOON, Disk, placed, records
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,68 +27,64 @@ def pool(request) -> PagePool:
 
 
 @pytest.fixture
-def tiers(pool):
+def loader(pool):
     disk = Disk(dict(SIZES))
-    tiers = MemoryTiers(pool, disk.load, placed, tokens=disk.tokens, host_bytes=8 * pool.layout.page_bytes)
-    yield tiers
-    tiers.close()
+    loader = PageLoader(pool, lambda ref: placed(disk.load(ref)), host_bytes=8 * pool.layout.page_bytes)
+    yield loader
+    loader.close()
 
 
-def ready(tiers: MemoryTiers, ref: str, owner: str) -> None:
-    ticket = tiers.request([ref], owner)
-    assert ticket.wait(SOON) == "ready", ticket.error
+def load(loader: PageLoader, ref: str) -> None:
+    """Fill both pages with an entry, and wait until they are."""
+    loader.load(ref, [0, 1])
+    until, finished = time.monotonic() + SOON, {}
+    while not (finished := loader.finished()):
+        assert time.monotonic() < until
+    assert finished == {ref: None}
 
 
 def holds(pool: PagePool, ref: str) -> bool:
     return all(map(torch.equal, pool.read([0, 1]), records(pool.layout, ref, SIZES[ref])))
 
 
-def test_pages_come_from_disk_and_host_bit_for_bit(pool, tiers):
+def test_pages_come_from_disk_and_host_bit_for_bit(pool, loader):
     for ref in ("a@1", "b@1", "a@1"):
-        ready(tiers, ref, "r")
-        tiers.before_step()
+        load(loader, ref)
+        loader.before_step()
         assert holds(pool, ref)
-        tiers.release("r")
-    assert tiers.stats()["hits.host"] == 1
+    assert loader.stats()["hits.host"] == 1
 
 
-def test_a_step_that_was_queued_before_the_release_reads_the_old_pages(pool, tiers):
-    ready(tiers, "a@1", "running")
-    tiers.before_step()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(LONG)
-        read = pool._records.clone()  # the step: queued now, run later
-        tiers.release("running")
-    ready(tiers, "b@1", "next")
-    stream.synchronize()
+def test_a_step_that_was_queued_before_the_load_reads_the_old_pages(pool, loader):
+    load(loader, "a@1")
+    loader.before_step()
+    torch.cuda._sleep(LONG)
+    read = pool._records.clone()  # the step: queued now, run later
+    load(loader, "b@1")
+    torch.cuda.current_stream().synchronize()
     assert torch.equal(read.cpu(), records(pool.layout, "a@1", SIZES["a@1"]).data)
-    tiers.before_step()
+    loader.before_step()
     assert holds(pool, "b@1")
 
 
-def test_control_without_the_mark_the_step_reads_what_came_later(pool, tiers, monkeypatch):
-    monkeypatch.setattr(tiers._fetcher.copies, "mark", lambda: None)
-    ready(tiers, "b@1", "warm")  # the next fetch comes from the host cache
-    tiers.release("warm")
-    ready(tiers, "a@1", "running")
-    tiers.before_step()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(LONG)
-        read = pool._records.clone()
-        tiers.release("running")
-    ready(tiers, "b@1", "next")
-    stream.synchronize()
+def test_control_without_the_mark_the_step_reads_what_came_later(pool, loader, monkeypatch):
+    monkeypatch.setattr(loader._fetcher.copies, "mark", lambda: None)
+    load(loader, "b@1")  # the next load comes from the host cache
+    load(loader, "a@1")
+    loader.before_step()
+    torch.cuda._sleep(LONG)
+    read = pool._records.clone()
+    load(loader, "b@1")
+    torch.cuda.current_stream().synchronize()
     assert torch.equal(read.cpu(), records(pool.layout, "b@1", SIZES["b@1"]).data)
 
 
-def test_before_step_waits_for_nothing_while_the_gpu_is_busy(pool, tiers):
-    ready(tiers, "a@1", "r")
+def test_before_step_waits_for_nothing_while_the_gpu_is_busy(pool, loader):
+    load(loader, "a@1")
     torch.cuda._sleep(LONG)
     busy = torch.cuda.Event()
     busy.record()
-    tiers.before_step()
+    loader.before_step()
     assert not busy.query(), "it came back before the step that runs was over"
     torch.cuda.synchronize()
 

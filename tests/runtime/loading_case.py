@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,10 +11,12 @@ from functools import lru_cache
 
 import torch
 
+from mem_triton.runtime.courier import PageCourier
+from mem_triton.runtime.residency import Residency, Ticket
 from mem_triton.store.block import MemoryBlock
+from mem_triton.store.loader import PageLoader
 from mem_triton.store.pages import Packed, PageLayout
 from mem_triton.store.pool import PagePool
-from mem_triton.store.tiers import MemoryTiers, Ticket
 
 LAYERS, HEADS, DIM, PAGE = 2, 2, 8, 4
 SOON = 20.0
@@ -53,9 +56,6 @@ class Disk:
     meanwhile: Callable[[], None] = lambda: None
     _gate: threading.Condition = field(default_factory=threading.Condition)
 
-    def tokens(self, ref: str) -> int:
-        return self.sizes[ref]
-
     def load(self, ref: str) -> MemoryBlock:
         with self._gate:
             self.loads[ref] += 1
@@ -80,7 +80,10 @@ class Disk:
 
 @dataclass
 class Bench:
-    """A pool of ``pages`` pages, a host cache of ``host_pages``, and a disk. Closes what it made."""
+    """The way of an entry into its pages, in one process: what the front end decides, one worker carries out.
+
+    A pool of ``pages`` pages, a host cache of ``host_pages``, and a disk. Closes what it made.
+    """
 
     disk: Disk
     pages: int = 4
@@ -90,27 +93,68 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.pool = PagePool(LAYERS, HEADS, DIM, PAGE, self.pages, self.dtype, "cpu")
-        self.tiers = MemoryTiers(
-            self.pool, self.disk.load, placed, tokens=self.disk.tokens,
-            host_bytes=self.host_pages * self.pool.layout.page_bytes, workers=self.workers,
-        )  # fmt: skip
+        host_bytes = self.host_pages * self.pool.layout.page_bytes
+        self.loader = PageLoader(self.pool, lambda ref: placed(self.disk.load(ref)), host_bytes, self.workers)
+        self.residency = Residency(self.pages, PAGE, self.pool.layout.page_bytes)
+        self.courier = PageCourier(self.residency)
+        self._calls = threading.Lock()  # an engine's front end calls its workers from one thread
 
     def __enter__(self) -> Bench:
         return self
 
     def __exit__(self, *_) -> None:
         self.disk.open(*self.disk.gated)
-        self.tiers.close()
+        self.loader.close()
 
-    def ready(self, refs: str, owner: str) -> Ticket:
-        """Request and wait; ``refs`` is split at blanks."""
-        ticket = self.tiers.request(refs.split(), owner)
-        assert ticket.wait(SOON) == "ready", ticket.error
+    def request(self, refs: str, owner: str) -> Ticket:
+        """Claim entries and tell the worker what to load; ``refs`` is split at blanks."""
+        ticket = self.residency.request(owner, {ref: self.disk.sizes[ref] for ref in refs.split()})
+        self.call()
         return ticket
 
+    def call(self) -> None:
+        """Tell the worker what to load, and hear what it has loaded."""
+        with self._calls:
+            self._order()
+            if self.courier.busy:
+                self.courier.settle([{"finished": self.loader.finished(), "stats": self.loader.stats()}])
+                self._order()  # for those that were let in
+
+    def _order(self) -> None:
+        for ref, pages, _ in self.courier.orders():
+            self.loader.load(ref, pages)
+
+    def wait(self, ticket: Ticket) -> str:
+        """Its state once it is ready or failed."""
+        until = time.monotonic() + SOON
+        while ticket.state in ("waiting", "loading"):
+            assert time.monotonic() < until, ticket.state
+            time.sleep(0.0005)
+            self.call()
+        return ticket.state
+
+    def ready(self, refs: str, owner: str) -> Ticket:
+        """Request and wait."""
+        ticket = self.request(refs, owner)
+        assert self.wait(ticket) == "ready"
+        return ticket
+
+    def visit(self, *refs: str) -> None:
+        """Read each entry and let it go again."""
+        for ref in refs:
+            self.ready(ref, "visitor")
+            assert self.holds(ref)
+            self.residency.release("visitor")
+
+    def run_of(self, ref: str) -> tuple[int, ...]:
+        """The pages of an entry that is there. Raises KeyError if it is not."""
+        entry = self.residency._ledger.entries[ref]
+        if not entry.ready:
+            raise KeyError(ref)
+        return entry.pages
+
     def holds(self, ref: str) -> bool:
-        """Whether the pages that ``run_of`` gives hold the entry, placed once, and nothing else."""
-        run = self.tiers.run_of(ref)
-        tokens = self.disk.sizes[ref]
-        assert sum(run.tokens) == tokens and len(run.pages) == len(run.tokens) == -(-tokens // PAGE)
-        return all(map(torch.equal, self.pool.read(run.pages), records(self.pool.layout, ref, tokens)))
+        """Whether the entry's pages hold it, placed once, and nothing else."""
+        pages, tokens = self.run_of(ref), self.disk.sizes[ref]
+        assert len(pages) == -(-tokens // PAGE)
+        return all(map(torch.equal, self.pool.read(pages), records(self.pool.layout, ref, tokens)))
