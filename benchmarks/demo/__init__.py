@@ -1,1 +1,1 @@
-"""The demo, `make demo`: one small model on two real vLLM servers, stock and with memory."""
+"""The demo, `make demo`: one small model on three real servers, stock and with memory. ``engines``: vLLM and SGLang."""

