@@ -1,7 +1,7 @@
-"""The hook that gives SGLang's front end a memory.
+"""The hooks that give SGLang's front end a memory.
 
-Its parts are imported when a server starts and not before: ``prometheus_client`` decides at its import where counts are
-kept, and SGLang, whose ``/metrics`` adds up the counts of its processes, tells it so only then.
+The first one's parts are imported when a server starts and not before: ``prometheus_client`` decides at its import
+where counts are kept, and SGLang, whose ``/metrics`` adds up the counts of its processes, tells it so only then.
 """
 
 from __future__ import annotations
@@ -25,3 +25,11 @@ def after_init(result: None, manager: TokenizerManager, *args: Any, **kwargs: An
 
     manager.__class__ = TokenizerManagerWithMemory
     manager.start_memory(config)
+
+
+def after_metadata(result: dict[str, Any], meta_info: dict[str, Any]) -> dict[str, Any]:
+    """``build_endpoint_weight_version_metadata``: the ``metadata`` of OpenAI's answers says what was read, too.
+
+    SGLang makes it of the first answer's ``meta_info`` alone, and streams have none.
+    """
+    return {**result, "mem_triton": meta_info["mem_triton"]} if "mem_triton" in meta_info else result

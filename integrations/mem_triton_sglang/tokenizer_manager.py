@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -225,7 +226,8 @@ class TokenizerManagerWithMemory(TokenizerManager):
         wanted = obj.sampling_params.get("max_new_tokens", self.sampling_params_class().max_new_tokens)
         limit = room if wanted is None else min(wanted, room)
         every, limit = self.memory.explicit.cut(reading, len(obj.input_ids), limit)
-        decode = None if self.tokenizer is None else self.tokenizer.decode
+        skips = obj.sampling_params.get("skip_special_tokens", True)
+        decode = self.tokenizer and functools.partial(self.tokenizer.decode, skip_special_tokens=skips)
         return Answer(obj, obj.input_ids, every, limit, incremental=self.incremental_streaming_output, decode=decode)
 
     def _generate(self, obj: GenerateReqInput, running: _Running) -> AsyncGenerator[Any, None]:

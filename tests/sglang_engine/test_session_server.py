@@ -1,4 +1,4 @@
-"""The real HTTP server: sessions over SGLang's API and OpenAI's, bad words answered with 400, a server that survives."""
+"""The real HTTP server: sessions over both of SGLang's APIs, bad words answered with 400, a server that lives on."""
 
 from __future__ import annotations
 

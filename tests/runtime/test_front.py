@@ -1,0 +1,203 @@
+"""The front end that engines share, without one: what is cut, what is waited for, and what callers who leave leave."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mem_triton.runtime.front.asked import Asked
+from mem_triton.runtime.front.asynchronous import AsyncMemory
+from mem_triton.runtime.front.explicit import Reading
+from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLoadError
+from mem_triton.runtime.front.segments import Segments
+from mem_triton.runtime.front.sessions import SessionFrontEnd
+from mem_triton.runtime.request import MemoryRequest, RequestError
+from mem_triton.runtime.residency import Residency
+from mem_triton.runtime.sessions import SessionStore, StateLayout
+
+
+@given(st.integers(1, 40), st.integers(0, 60), st.integers(1, 50), st.integers(1, 80))
+def test_segments_are_the_answer_in_one_piece(length, limit, every, engine_room):
+    """An engine that stops by itself after ``length`` tokens, and has room for ``engine_room`` of them."""
+    whole = list(range(length))
+    segments, pieces = Segments([-2, -1], every, limit), 0
+    while not segments.done:
+        start = len(segments.generated)
+        assert segments.prompt_ids == [-2, -1, *whole[:start]]
+        room = min(segments.room, engine_room - start)
+        said = whole[start : start + room]
+        segments.end(said, "stop" if start + len(said) == length and len(said) <= room else "length")
+        pieces += 1
+    assert segments.generated == whole[: min(limit, engine_room)]
+    assert pieces <= len(segments.generated) // every + 1
+
+
+@pytest.fixture
+def sessions() -> SessionFrontEnd:
+    sessions = object.__new__(SessionFrontEnd)  # no adapter on disk
+    sessions.store = SessionStore(StateLayout(("l",), heads=1, rank=4, adapter="a", model="m"))
+    sessions.obstacle, sessions._aborted, sessions._logger = None, deque(), logging.getLogger()
+    return sessions
+
+
+def busy(sessions: SessionFrontEnd, name: str = "alice") -> bool:
+    try:
+        sessions.store.close(sessions.store.open(MemoryRequest(name)))
+    except RequestError:
+        return True
+    return False
+
+
+async def taken(method: str, *args):
+    assert method == "take_state"
+    return [{"position": args[1], "states": {"0": bytes(64)}}]
+
+
+def test_a_caller_who_leaves_while_his_commit_is_queued_still_commits(sessions):
+    """Every thread is busy when the commit comes, and the caller is gone before one is free."""
+    memory, go_on = MemoryFrontEnd(sessions, None), threading.Event()
+
+    async def main():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        asyncio.get_running_loop().run_in_executor(None, go_on.wait, 30)
+        opened = memory.open({"mem_session": "alice"}, Asked())
+        task = asyncio.create_task(AsyncMemory(memory, taken).end(opened, 2, 1, normal=True))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.wait([task])
+        memory.close(opened)
+        assert task.cancelled() and busy(sessions), "another writer now would undo the commit"
+        go_on.set()
+
+    asyncio.run(main())
+    lease = sessions.store.open(MemoryRequest("alice"))
+    assert (lease.start.version, lease.start.tokens) == (1, 2)
+
+
+def test_a_state_that_cannot_be_taken_leaves_the_session_free_and_as_it_was(sessions):
+    memory = MemoryFrontEnd(sessions, None)
+
+    async def broken(method, *args):
+        raise RuntimeError("rank 1 is gone")
+
+    async def main():
+        opened = memory.open({"mem_session": "alice"}, Asked())
+        with pytest.raises(RuntimeError, match="rank 1"):
+            await AsyncMemory(memory, broken).end(opened, 2, 1, normal=True)
+        assert busy(sessions)
+        memory.close(opened)
+        memory.close(opened)
+
+    asyncio.run(main())
+    assert not busy(sessions) and sessions.store.open(MemoryRequest("alice")).start.version == 0
+
+
+@pytest.mark.parametrize(("words", "normal"), [({"mem_session": "alice", "mem_write": 0}, True), ({}, True)])
+def test_who_writes_nothing_takes_nothing(sessions, words, normal):
+    memory = MemoryFrontEnd(sessions, None)
+    asyncio.run(AsyncMemory(memory, None).end(memory.open(words, Asked()), 2, 1, normal))
+    assert not busy(sessions)
+
+
+def test_an_aborted_answer_commits_nothing_and_workers_are_told_to_forget_it(sessions):
+    memory = MemoryFrontEnd(sessions, None)
+    opened = memory.open({"mem_session": "alice"}, Asked())
+    lease = opened.lease
+    asyncio.run(AsyncMemory(memory, None).end(opened, 2, 1, normal=False))
+    assert not busy(sessions)
+    assert sessions.take_arguments(lease, 5, 3) == (lease.id, 6, [lease.id]), "the third token was never fed"
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "message"),
+    [
+        ({"mem_session": "a"}, Asked(answers=2), "mem_session: .*set n to 1, got 2"),
+        ({"mem_session": "a"}, Asked(unfit="beam search"), "mem_session: beam search cannot"),
+        ({"mem_ids": ["a"]}, Asked(), r"mem_ids: .*without mem_triton\.memory"),
+        ({"mem_capture": "a"}, Asked(), r"mem_capture: .*without mem_triton\.memory"),
+    ],
+)
+def test_refusals_name_the_word(sessions, words, asked, message):
+    with pytest.raises(RequestError, match=message):
+        MemoryFrontEnd(sessions, None).open(words, asked)
+    with pytest.raises(RequestError, match=r"mem_write: .*without mem_triton\.delta"):
+        MemoryFrontEnd(None, None).open({"mem_write": 0}, Asked())
+
+
+class Workers:
+    """Two workers that fill pages: one at once, the other a round later; entries whose name says so fail."""
+
+    def __init__(self) -> None:
+        self.orders: list[str] = []
+        self._told: list[list[str]] = [[], []]
+
+    async def call(self, method: str, *args):
+        await asyncio.sleep(0)
+        if method == "load_pages":
+            new = [ref for ref, _, _ in args[0]]
+            self.orders += new
+            self._told[0] += new
+            return [None, None]
+        assert method == "pages_state"
+        done, self._told = self._told, [[], self._told[0]]
+        return [{"finished": {r: "lost" if "bad" in r else None for r in refs}, "stats": {}} for refs in done]
+
+
+def reader(residency: Residency, owner: str, **tokens: int) -> Reading:
+    return Reading(MemoryRequest(), tickets=[residency.request(owner, tokens)])
+
+
+def waits(residency: Residency, workers: Workers) -> AsyncMemory:
+    return AsyncMemory(MemoryFrontEnd(None, SimpleNamespace(residency=residency)), workers.call)
+
+
+def test_many_wait_and_one_tells_the_workers():
+    residency, workers = Residency(4, 16), Workers()
+
+    async def main():
+        memory = waits(residency, workers)
+        readings = [reader(residency, f"r{i}", alice=16, **{f"own{i % 2}": 16}) for i in range(8)]
+        await asyncio.gather(*(memory.fill(reading) for reading in readings))
+        assert not any(reading.pending for reading in readings)
+
+    asyncio.run(main())
+    assert sorted(workers.orders) == ["alice", "own0", "own1"], "each entry is ordered once"
+
+
+def test_an_entry_that_cannot_be_read_fails_those_who_need_it_alone():
+    residency, workers = Residency(4, 16), Workers()
+
+    async def main():
+        memory = waits(residency, workers)
+        good, bad = reader(residency, "good", alice=16), reader(residency, "bad", bad=16, alice=16)
+        results = await asyncio.gather(memory.fill(good), memory.fill(bad), return_exceptions=True)
+        assert results[0] is None and isinstance(results[1], MemoryLoadError) and "lost" in str(results[1])
+
+    asyncio.run(main())
+
+
+def test_a_wait_ends_when_nobody_waits_any_more():
+    residency, workers = Residency(1, 16), Workers()
+
+    async def gone():
+        raise ConnectionError("hung up")
+
+    async def main():
+        memory = waits(residency, workers)
+        await memory.fill(reader(residency, "holds", alice=16))
+        with pytest.raises(ConnectionError):
+            await memory.fill(reader(residency, "waits", bob=16), gone)
+        residency.release("waits")
+        residency.release("holds")
+        await memory.fill(reader(residency, "next", carol=16))
+
+    asyncio.run(main())
+    assert workers.orders == ["alice", "carol"]

@@ -1,0 +1,221 @@
+"""Explicit memory over real HTTP: ids, tenants, captures, retrieval, streams; a server that survives its requests."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+
+import httpx
+import pytest
+
+from tests.sglang_engine.server import Server
+from tests.support.memory_bench import SECRET, reference, tokens_of
+from tests.support.memory_scenarios import PROMPTS, three_pages
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def server(memory_bench, start_server) -> Server:
+    """The bank of whole texts behind three pages: whoever wants another entry waits for its turn."""
+    return start_server(memory_bench.model, three_pages(memory_bench))
+
+
+def ids(*names: str, **more) -> dict:
+    return {"mem_ids": list(names), **more}
+
+
+def whole(*names: str) -> list[dict]:
+    """The report of a request that reads entries from its first token on."""
+    return [{"first_token": 0, "end_token": None, "entries": [{"id": f"{name}@1"} for name in names]}]
+
+
+def test_memory_over_http_and_what_was_read_is_in_the_answer(server, memory_bench):
+    b, (short, middle, *_) = memory_bench, PROMPTS
+    assert server.tokens(short, words=ids("alpha")) == b.after(short, "alpha")
+    assert server.tokens(short) == b.after(short)
+    answer = server.generate(middle, words=ids("beta")).json()
+    assert answer["output_ids"] == b.after(middle, "beta")
+    assert answer["meta_info"]["mem_triton"] == {"references": whole("beta")}
+    assert answer["meta_info"]["prompt_tokens"] == len(middle), "memory is no prompt"
+    assert "mem_triton" not in server.generate(middle).json()["meta_info"]
+
+
+def test_openai_answers_say_what_was_read(server, memory_bench):
+    answer = server.complete(PROMPTS[1], words=ids("beta"), return_token_ids=True).json()
+    assert answer["choices"][0]["token_ids"] == memory_bench.after(PROMPTS[1], "beta")
+    assert answer["metadata"]["mem_triton"] == {"references": whole("beta")}
+    chat = {"model": "m", "messages": [{"role": "user", "content": "who?"}], "max_tokens": 4, "temperature": 0}
+    answer = server.http.post("/v1/chat/completions", json={**chat, "custom_params": ids("beta")})
+    assert answer.json()["metadata"]["mem_triton"] == {"references": whole("beta")}
+    assert "mem_triton" not in server.http.post("/v1/chat/completions", json=chat).json()["metadata"]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"mem_ids": ["alpha", "nobody"]}, "nobody"),
+        ({"mem_ids": [SECRET]}, SECRET),
+        ({"mem_ids": [SECRET], "mem_tenant": "other"}, SECRET),
+        ({"mem_ids": ["delta"]}, "need 7 memory pages"),
+        ({"mem_ids": ["a b"]}, "is no id"),
+        ({"mem_ids": [["alpha"]]}, "is no id"),
+        ({"mem_ids": ["cold"]}, "no keys and values yet"),
+        ({"mem_top_k": 2}, "does not retrieve"),
+        ({"mem_capture": "x@1"}, "mem_capture"),
+        ({"mem_session": "alice"}, "without mem_triton.delta"),
+    ],
+)
+def test_bad_words_are_400_that_name_the_id(server, said, message):
+    for stream in (False, True):
+        response = server.complete(PROMPTS[0], words=said, stream=stream)
+        assert response.status_code == 400 and message in response.text
+    response = server.generate(PROMPTS[0], words=said)
+    assert response.status_code == 400 and message in response.text
+    assert server.tokens(PROMPTS[0], 1), "the server lives"
+
+
+def test_what_explicit_memory_cannot_serve_is_refused(server, memory_bench):
+    for fields, message in (
+        ({"session_params": {"id": "s"}}, "session_params"),
+        ({"sampling_params": {"beam_width": 2}}, "beam search"),
+    ):
+        response = server.generate(PROMPTS[0], words=ids("alpha"), **fields)
+        assert response.status_code == 400 and message in response.text
+    response = server.generate(PROMPTS[0], words={"mem_capture": "twice"}, sampling_params={"n": 2})
+    assert response.status_code == 400 and "set n to 1" in response.text
+
+
+def test_many_requests_share_three_pages(server, memory_bench):
+    b, names = memory_bench, ("alpha", "beta", "gamma")
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda i: server.tokens(PROMPTS[i % 4], words=ids(names[i % 3])), range(12)))
+    assert answers == [b.after(PROMPTS[i % 4], names[i % 3]) for i in range(12)]
+    assert server.metric("mem_triton:pool_evictions_total") > 0
+
+
+def test_a_batch_and_several_answers_read_their_own(server, memory_bench):
+    """One call: prompts with memories that do not fit at the same time, and one without; then two answers of one."""
+    b = memory_bench
+    params = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+    said = [ids("alpha"), ids("gamma"), None, ids("beta")]
+    body = {"input_ids": PROMPTS, "sampling_params": [{**params, "custom_params": w} for w in said]}
+    expected = [b.after(PROMPTS[0], "alpha"), b.after(PROMPTS[1], "gamma"), b.after(PROMPTS[2])]
+    expected.append(b.after(PROMPTS[3], "beta"))
+    answers = server.http.post("/generate", json=body).json()
+    assert [answer["output_ids"] for answer in answers] == expected
+    assert [answer["meta_info"].get("mem_triton", {}).get("references") for answer in answers] == [
+        whole("alpha"), whole("gamma"), None, whole("beta"),
+    ]  # fmt: skip
+    two = server.generate(PROMPTS[0], words=ids("alpha"), sampling_params={"n": 2}).json()
+    assert [answer["output_ids"] for answer in two] == [expected[0]] * 2
+    last = {}
+    for out in server.stream(PROMPTS[:2], 12, ids("alpha")):
+        last[out["index"]] = out["output_ids"]
+    assert last == {0: expected[0], 1: b.after(PROMPTS[1], "alpha")}
+    body["sampling_params"][3]["custom_params"] = ids("nobody")
+    assert server.http.post("/generate", json=body).status_code == 400
+
+
+def test_a_tenant_reads_its_own(server, memory_bench):
+    said = ids(SECRET, mem_tenant="acme")
+    assert server.tokens(PROMPTS[0], words=said) == memory_bench.after(PROMPTS[0], "alpha")
+
+
+def pinned(server: Server) -> float:
+    return server.metric("mem_triton:pool_pinned_pages")
+
+
+def test_a_request_that_waits_for_pages_delays_nobody_and_a_client_that_leaves_frees_them(server, memory_bench):
+    b = memory_bench
+    plain, alpha, gamma = (b.after(PROMPTS[1], *names) for names in ((), ("alpha",), ("gamma",)))
+    holding = server.stream(PROMPTS[0], 3900, ids("alpha"))
+    next(holding)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.tokens, PROMPTS[1], words=ids("gamma"))
+        assert server.tokens(PROMPTS[1]) == plain, "plain requests go on"
+        assert server.tokens(PROMPTS[1], words=ids("alpha")) == alpha, "and so do hits"
+        assert not waiting.done(), waiting.exception() or waiting.result()
+        holding.close()
+        assert waiting.result(60) == gamma
+    assert pinned(server) == 0
+
+
+def test_a_waiting_client_that_leaves_is_forgotten(server, memory_bench):
+    holding = server.stream(PROMPTS[0], 3000, ids("alpha"))
+    next(holding)
+    params = {"max_new_tokens": 4, "temperature": 0, "custom_params": ids("gamma")}
+    with pytest.raises(httpx.ReadTimeout):
+        server.http.post("/generate", json={"input_ids": PROMPTS[1], "sampling_params": params}, timeout=1)
+    deadline = time.monotonic() + 30
+    while server.metric("mem_triton:pool_waiting_requests"):
+        assert time.monotonic() < deadline, "it still waits, for nobody"
+        time.sleep(0.1)
+    holding.close()
+    assert server.tokens(PROMPTS[1], words=ids("beta")) == memory_bench.after(PROMPTS[1], "beta")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_waiting_request_can_be_aborted_by_its_id(server, memory_bench, stream):
+    holding = server.stream(PROMPTS[0], 3000, ids("alpha"))
+    next(holding)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(server.generate, PROMPTS[1], words=ids("gamma"), rid="waits", stream=stream)
+        deadline = time.monotonic() + 30
+        while not server.metric("mem_triton:pool_waiting_requests"):
+            assert time.monotonic() < deadline and not waiting.done()
+            time.sleep(0.05)
+        twice = server.generate(PROMPTS[1], words=ids("alpha"), rid="waits")
+        assert twice.status_code == 400 and "Duplicate request ID" in twice.text
+        server.http.post("/abort_request", json={"rid": "waits"})
+        response = waiting.result(30)
+    assert '"type":"abort"' in response.text and response.status_code == 200
+    assert server.metric("mem_triton:pool_waiting_requests") == 0
+    server.http.post("/abort_request", json={"abort_all": True})
+    *_, last = holding
+    assert last["meta_info"]["finish_reason"]["type"] == "abort"
+    assert pinned(server) == 0, "nothing is held"
+
+
+def test_capture_over_http(server, memory_bench):
+    b, text = memory_bench, tokens_of(60, 37)
+    answer = server.generate(text, 3, {"mem_capture": "http-note", "mem_tenant": "acme"}).json()
+    assert answer["meta_info"]["mem_triton"]["capture"] == {"id": "http-note@1"}
+    assert server.tokens(PROMPTS[0], words=ids("http-note", mem_tenant="acme")) == b.generate(text + PROMPTS[0])
+    assert server.generate(PROMPTS[0], words=ids("http-note")).status_code == 400, "it is acme's"
+    assert server.metric("mem_triton:captures_total") == 1
+
+
+def test_captures_that_end_together_are_all_kept(server, memory_bench):
+    texts = [tokens_of(70 + i, 16 + i) for i in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: server.tokens(texts[i], 2, {"mem_capture": f"together-{i}"}), range(8)))
+    for i in (0, 3, 7):
+        assert server.tokens(PROMPTS[0], words=ids(f"together-{i}")) == memory_bench.generate(texts[i] + PROMPTS[0])
+
+
+def test_retrieval_over_http_streams_one_answer(memory_bench, start_server):
+    b, prompt = memory_bench, reference(3) + reference(9)
+    section = b.section(b.references, retrieval={"top_k": 2, "every": 32})
+    server = start_server(b.model, section)
+    expected, plan = b.retrieving(prompt, 70, top_k=2, every=32)
+    *parts, last = server.stream(prompt, 70)
+    assert last["output_ids"] == expected and last["meta_info"]["completion_tokens"] == 70
+    assert last["meta_info"]["finish_reason"] == {"type": "length", "length": 70}
+    assert all(part["meta_info"]["finish_reason"] is None for part in parts)
+    assert all(last["text"].startswith(part["text"].rstrip("\ufffd")) for part in parts)
+    assert last["meta_info"]["prompt_tokens"] == len(prompt)
+    read = [e["id"] for part in last["meta_info"]["mem_triton"]["references"] for e in part["entries"]]
+    assert sorted(read) == sorted(a.ref for a in plan)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: server.tokens(prompt, 70), range(4)))
+    assert answers == [expected] * 4
+    assert server.tokens(prompt, words={"mem_top_k": 0}) == b.generate(prompt)
+    scored = server.generate(prompt, 70, return_logprob=True).json()["meta_info"]["output_token_logprobs"]
+    assert [token for _, token, _ in scored] == expected
+    chat = {"model": "m", "messages": [{"role": "user", "content": "who?"}], "max_tokens": 40, "temperature": 0}
+    answer = server.http.post("/v1/chat/completions", json=chat)
+    assert answer.status_code == 200 and answer.json()["metadata"]["mem_triton"]["references"]
+    sampled = server.generate(prompt, 40, sampling_params={"n": 2, "temperature": 1.0, "frequency_penalty": 0.1})
+    assert sampled.status_code == 200 and "penalties" in sampled.json()[0]["meta_info"]["mem_triton"]["refresh"]
+    assert server.metric("mem_triton:refresh_off_total") > 0
