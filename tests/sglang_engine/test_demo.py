@@ -1,4 +1,4 @@
-"""The demo on SGLang: its three real servers, and none of their processes left. How else it may end is in tests/demo."""
+"""The demo on SGLang: three real servers, and none of their processes left. How else it may end is in tests/demo."""
 
 from __future__ import annotations
 
