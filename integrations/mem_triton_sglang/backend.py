@@ -61,23 +61,23 @@ class BackendWithMemory(AttentionBackend):
         self.mem_step = self.mem_steps.eager(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        if self._stock_decodes and _implements(self, "init_cuda_graph_state"):
+        if self._stock_captures:
             super().init_cuda_graph_state(max_bs, max_num_tokens)
         self.mem_steps.allocate(max_bs)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         captured = in_capture or not isinstance(forward_batch, ForwardBatch)
-        if self._stock_decodes or not captured:
+        if self._stock_captures or not captured:
             super().init_forward_metadata_out_graph(forward_batch, in_capture)
         if captured:
             self.mem_step = self.mem_steps.captured(forward_batch)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
-        if self._stock_decodes:
+        if self._stock_captures:
             super().init_forward_metadata_in_graph(forward_batch)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        return super().get_cuda_graph_seq_len_fill_value() if self._stock_decodes else 1
+        return super().get_cuda_graph_seq_len_fill_value() if self._stock_captures else 1
 
     def forward_extend(
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: Any, save_kv_cache: bool = True,
@@ -99,6 +99,15 @@ class BackendWithMemory(AttentionBackend):
     def _stock_decodes(self) -> bool:
         """A captured step cannot choose, so with a bank every decode computes with memory."""
         return self.mem_triton.explicit is None
+
+    @property
+    def _stock_captures(self) -> bool:
+        """Whether the stock backend has to prepare captured steps, too; some know no graphs."""
+        return self._stock_decodes and self._stock_implements("init_cuda_graph_state")
+
+    def _stock_implements(self, method: str) -> bool:
+        stock = type(self).__mro__[2]
+        return getattr(stock, method) is not getattr(AttentionBackend, method)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: Any, save_kv_cache: bool,
@@ -132,9 +141,3 @@ class BackendWithMemory(AttentionBackend):
             for buffer in (pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id))
         )
         return PagedContext(*pages, step.block_table, step.query_start_loc, step.seq_lens, step.max_query_len)
-
-
-def _implements(backend: AttentionBackend, method: str) -> bool:
-    """Whether the stock class has a method of its own; some backends know no graphs."""
-    stock = type(backend).__mro__[2]
-    return getattr(stock, method) is not getattr(AttentionBackend, method)

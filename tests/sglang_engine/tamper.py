@@ -47,3 +47,18 @@ def no_pins() -> None:
     from mem_triton.store.ledger import PageLedger
 
     PageLedger._may_go = staticmethod(lambda entry: entry.ready)
+
+
+def new_tensors_for_replays() -> None:
+    """Captured steps get tensors of their own each time."""
+    import torch
+
+    from mem_triton_sglang.step import Step, StepBuilder
+
+    def captured(self: Any, batch: Any) -> Step:
+        rows = batch.batch_size
+        starts = torch.arange(rows + 1, dtype=torch.int32)
+        pages = self._pages(batch.req_pool_indices[:rows], self._width(batch)).clone()
+        return Step(pages, starts, batch.seq_lens[:rows].to(torch.int32, copy=True), 1)
+
+    StepBuilder.captured = captured

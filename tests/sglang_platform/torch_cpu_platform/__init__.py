@@ -17,7 +17,7 @@ def activate() -> str | None:
 
 
 def activate_graph() -> str | None:
-    return _asked("torch_cpu_graph", "torch_cpu_platform.graph.TorchCpuGraphPlatform")
+    return _asked("torch_cpu_graph", "torch_cpu_platform.platform.TorchCpuGraphPlatform")
 
 
 def _asked(name: str, path: str) -> str | None:

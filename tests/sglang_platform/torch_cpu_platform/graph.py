@@ -15,19 +15,9 @@ from typing import Any
 
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.model_executor.runner_backend.base_cuda_graph_backend import BaseCudaGraphBackend
-from sglang.srt.platforms.interface import PlatformCapabilities
-
-from torch_cpu_platform.platform import TorchCpuPlatform
 
 REPLAYS = "torch_cpu_graph: replay {}, {} of them padded"
 """Printed with the 1st, 2nd, 4th, 8th... replay, so that a test can see that graphs ran."""
-
-
-class TorchCpuGraphPlatform(TorchCpuPlatform):
-    capabilities = PlatformCapabilities(graph_capture=True)
-
-    def get_graph_runner_cls(self) -> type:
-        return EmulatedDecodeGraphRunner
 
 
 class EmulatedGraphs(BaseCudaGraphBackend):

@@ -52,3 +52,14 @@ class TorchCpuPlatform(SRTPlatform):
 
     def get_torch_distributed_backend_str(self) -> str:
         return "gloo"
+
+
+class TorchCpuGraphPlatform(TorchCpuPlatform):
+    """The same, decoding through emulated graphs."""
+
+    capabilities = PlatformCapabilities(graph_capture=True)
+
+    def get_graph_runner_cls(self) -> type:
+        from torch_cpu_platform.graph import EmulatedDecodeGraphRunner  # builds on what needs a platform
+
+        return EmulatedDecodeGraphRunner
