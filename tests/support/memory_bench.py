@@ -9,11 +9,15 @@ import torch
 
 from mem_triton.memory3 import Retriever, WriteConfig
 from mem_triton.memory3.sparsify import dense, sparsify
+from mem_triton.ops.reposition import rope_from_config
 from mem_triton.store.bank import Bank, BankSpec, NewEntry
+from mem_triton.store.block import MemoryBlock
 from mem_triton.store.fingerprint import model_fingerprint
+from mem_triton.store.pages import PageLayout
+from mem_triton.store.placement import place
 from mem_triton.store.plan import Attachment
 from mem_triton_transformers.encode import TransformersEncoder
-from mem_triton_transformers.explicit import generate_with_retrieval, read_plans
+from mem_triton_transformers.explicit import MemorySegment, generate_with_retrieval, read_memory, read_plans
 from tests.support.models import save_tiny_model, tiny_model, tiny_tokenizer
 
 TEXTS = {"alpha": 40, "beta": 23, "gamma": 16, "delta": 101}
@@ -52,6 +56,17 @@ class MemoryBench:
         if len(ids) == 1 and ids[0] in self.texts:
             return self.generate(self.texts[ids[0]] + prompt, count)
         with Bank.open(self.prefixes) as bank, read_plans(self.oracle, bank, [[Attachment(f"{i}@1") for i in ids]]):
+            return self.generate(prompt, count)
+
+    def through_pages(self, prompt: list[int], id: str, dtype: torch.dtype, count: int = 12) -> list[int]:
+        """Greedy continuation with an entry of the prefix bank as pages of another precision hold it."""
+        with Bank.open(self.prefixes) as bank:
+            block, of = bank.load(f"{id}@1"), bank.spec
+        ropes = [rope_from_config(self.oracle.config.to_dict(), layer) for layer in of.layers]
+        placed = place(block, ropes, of.kind, of.reference_tokens)
+        layout = PageLayout(len(of.layers), of.kv_heads, of.head_dim, 16, dtype)
+        held = MemoryBlock(*layout.unpack(layout.pack(placed), placed.tokens), placed.positions)
+        with read_memory(self.oracle, [[MemorySegment(held, of.layers)]]):
             return self.generate(prompt, count)
 
     def with_plan(self, prompt: list[int], plan: list[Attachment], count: int = 12) -> list[int]:

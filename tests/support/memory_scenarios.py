@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from mem_triton.store.bank import Bank
 from mem_triton.store.plan import FOREVER, Attachment
 from mem_triton_transformers.explicit import read_plans
@@ -107,34 +109,67 @@ def without_memory_in_the_cache_keys_wrong_tokens_appear(b: MemoryBench, run: Ru
     assert tokens(result, 1) != [b.after(long, "beta")], "another memory's KV was read"
 
 
-def a_prompt_is_captured_and_read_again(b: MemoryBench, run: Run, **options: Any) -> None:
+def a_prompt_is_captured_and_read_again(b: MemoryBench, run: Run, id: str = "note", **options: Any) -> Any:
+    """Beside a request that keeps nothing; the second time part of the prompt is cached. Returns the run's result."""
+    short, middle, *_ = PROMPTS
     text = tokens_of(50, 70)
     rounds = [
-        [ask(text, mem_capture="note"), ask(PROMPTS[1])],
-        [ask(PROMPTS[0], 12, "note"), ask(text[:20], 12, "note@1")],
-        [ask(text[:33], mem_capture="note")],
-        [ask(PROMPTS[0], 12, "note"), ask(PROMPTS[0], 12, "note@1")],
+        [ask(text, mem_capture=id), ask(middle)],
+        [ask(short, 12, id), ask(text[:20], 12, f"{id}@1")],
+        [ask(text + middle, 1, mem_capture=id)],
+        [ask(short, 12, id), ask(short, 12, f"{id}@1")],
     ]
     result = run(b.model, rounds, memory=b.section(), **options)
-    assert result["rounds"][0][0]["memory"]["capture"] == {"id": "note@1"}
-    assert tokens(result, 1) == [b.generate(text + PROMPTS[0]), b.generate(text + text[:20])]
-    assert result["rounds"][2][0]["memory"]["capture"] == {"id": "note@2"}
-    assert tokens(result, 3) == [b.generate(text[:33] + PROMPTS[0]), b.generate(text + PROMPTS[0])]
+    assert tokens(result) == [b.generate(text), b.generate(middle)], "keeping a prompt changes no answer"
+    assert result["rounds"][0][0]["memory"]["capture"] == {"id": f"{id}@1"}
+    assert tokens(result, 1) == [b.generate(text + short), b.generate(text + text[:20])]
+    assert result["rounds"][2][0]["memory"]["capture"] == {"id": f"{id}@2"}
+    assert tokens(result, 3) == [b.generate(text + middle + short), b.generate(text + short)]
+    with Bank.open(b.prefixes) as bank:
+        assert bank.load(f"{id}@2").tokens == bank.resolve(id).tokens == len(text + middle)
+    assert not list((b.prefixes / "incoming").iterdir()), "the ranks' files are gone"
+    return result
 
 
-def ranks_capture_their_heads(b: MemoryBench, run: Run, **options: Any) -> None:
-    text = tokens_of(51, 45)
-    rounds = [[ask(text, mem_capture="tp")], [ask(PROMPTS[0], 12, "tp")]]
+def prompts_captured_at_once_are_kept_apart(b: MemoryBench, run: Run, **options: Any) -> None:
+    texts = [tokens_of(60 + i, 20 + 13 * i) for i in range(6)]
+    rounds = [
+        [ask(text, 1 + 5 * i, mem_capture=f"many-{i}") for i, text in enumerate(texts)],
+        [ask(PROMPTS[0], 12, f"many-{i}") for i in range(6)],
+    ]
     result = run(b.model, rounds, memory=b.section(), **options)
-    assert tokens(result, 1) == [b.generate(text + PROMPTS[0])]
+    assert tokens(result, 1) == [b.generate(text + PROMPTS[0]) for text in texts]
 
 
-def answer(bench: Bench, m: MemoryBench, prompt: list[int], *ids: str, fresh: bool = True) -> list[int]:
+def a_capture_of_the_wrong_tokens_would_be_seen(b: MemoryBench, run: Run, tamper: str, **options: Any) -> None:
+    text = tokens_of(51, 45)
+    rounds = [[ask(text, mem_capture="wrong")], [ask(PROMPTS[0], 12, "wrong")]]
+    result = run(b.model, rounds, memory=b.section(), tamper=tamper, **options)
+    assert result["rounds"][0][0]["memory"]["capture"] == {"id": "wrong@1"}
+    assert tokens(result, 1) != [b.generate(text + PROMPTS[0])]
+
+
+def smaller_pages_are_read_as_what_they_hold(b: MemoryBench, run: Run, pool_dtype: str, **options: Any) -> None:
+    """Pages of 8 bits and their scales, against transformers with the same entries in the same precision."""
+    short, middle, long, edge = PROMPTS
+    asked = [(short, "alpha"), (short, "beta"), (middle, "alpha"), (long, "beta"), (edge, "delta")]
+    batch = [ask(prompt, 40, id) for prompt, id in asked]
+    result = run(b.model, [[*batch, ask(edge)]], memory=b.section(pool_dtype=pool_dtype), **options)
+    dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[pool_dtype]
+    expected = [b.through_pages(prompt, id, dtype, 40) for prompt, id in asked]
+    assert tokens(result) == [*expected, b.generate(edge)]
+    exact = [b.after(prompt, id, count=40) for prompt, id in asked]
+    assert [e != x for e, x in zip(expected, exact, strict=True)][:4] == [True] * 4, "the precision shows"
+
+
+def answer(
+    bench: Bench, m: MemoryBench, prompt: list[int], *ids: str, fresh: bool = True, count: int = 12
+) -> list[int]:
     """What a model with δ-mem or a LoRA of its own says with entries attached."""
     if fresh:
         bench.forget()
     with Bank.open(m.prefixes) as bank, read_plans(bench.oracle, bank, [[Attachment(f"{i}@1") for i in ids]]):
-        return bench.generate(prompt)
+        return bench.generate(prompt, count)
 
 
 def both_memories_and_a_session_at_once(m: MemoryBench, bench: Bench, run: Run, page: int, **options: Any) -> None:

@@ -81,11 +81,16 @@ class Captures:
         return {"error": str(future.exception())} if future.exception() else {"file": future.result()}
 
     def _copy(self, request_id: str, resident: _Resident) -> None:
-        copies = [
-            (index, *self.read_context(request_id, index, resident.prompt_tokens), rope)
-            for index, rope in self.ropes.items()
-        ]
-        self._files[resident.lease] = self._writer.submit(_write, resident.file, copies, self.first_head)
+        try:
+            copies = [
+                (index, *self.read_context(request_id, index, resident.prompt_tokens), rope)
+                for index, rope in self.ropes.items()
+            ]
+        except torch.OutOfMemoryError as error:  # the device has no room for the copy: no reason to end the engine
+            self._files[resident.lease] = future = Future()
+            future.set_exception(error)
+        else:
+            self._files[resident.lease] = self._writer.submit(_write, resident.file, copies, self.first_head)
         while len(self._files) > KEPT_ANSWERS:
             self._files.pop(next(iter(self._files)))
 

@@ -1,0 +1,134 @@
+"""Prompts that are kept: copied when their request leaves, written without their rotation, answered for by lease."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config, rotate
+from mem_triton.runtime.worker import captures as module
+from mem_triton.runtime.worker.captures import Captures
+
+HEADS, TOKENS, DIM, LAYERS = 2, 5, 8, (1, 3)
+ROPE = rope_from_config({"model_type": "qwen3", "head_dim": DIM, "rope_theta": 10_000.0})
+
+
+def context(request_id: str, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys without rotation, and values, of a request's first tokens; no two requests or layers are alike."""
+    generator = torch.Generator().manual_seed(sum(map(ord, request_id)) * 100 + layer)
+    both = torch.randn(2, HEADS, 64, DIM, generator=generator)[:, :, :tokens]
+    return both[0], both[1]
+
+
+def rotated(request_id: str, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = context(request_id, layer, tokens)
+    return rotate(keys, torch.arange(tokens), ROPE), values
+
+
+def make(read=rotated) -> Captures:
+    ropes: dict[int, RotaryEmbedding] = dict.fromkeys(LAYERS, ROPE)
+    return Captures(ropes, first_head=4, rank=1, read_context=read)
+
+
+def carried(folder: Path, lease: str, tokens: int = TOKENS) -> dict:
+    return {"capture": {"lease": lease, "folder": str(folder), "tokens": tokens}}
+
+
+def answer(captures: Captures, lease: str) -> dict:
+    until = time.monotonic() + 20
+    while not (state := captures.state(lease)):
+        assert time.monotonic() < until
+    return state
+
+
+def test_a_prompt_is_copied_when_its_request_leaves(tmp_path):
+    captures = make()
+    captures.enter("r", carried(tmp_path / "new", "lease"))
+    captures.enter("plain", None)
+    captures.set_rows(["plain", "r"], [9, TOKENS - 1])
+    captures.leave("plain")
+    captures.leave("r")
+    file = answer(captures, "lease")["file"]
+    assert Path(file).name == "lease.1.safetensors"
+    with safe_open(file, framework="pt") as f:
+        assert f.metadata() == {"first_head": "4"}
+        for layer in LAYERS:
+            keys, values = context("r", layer, TOKENS)
+            torch.testing.assert_close(f.get_tensor(f"{layer}.keys"), keys)
+            assert torch.equal(f.get_tensor(f"{layer}.values"), values)
+
+
+def test_the_front_end_may_ask_first(tmp_path):
+    captures = make()
+    captures.enter("r", carried(tmp_path, "lease"))
+    captures.set_rows(["r"], [TOKENS + 3])
+    assert "file" in answer(captures, "lease")
+    captures.leave("r")  # copied already
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_request_that_was_taken_back_too_early_is_kept_when_it_comes_again(tmp_path):
+    captures = make()
+    captures.enter("r", carried(tmp_path, "lease"))
+    captures.set_rows(["r"], [TOKENS - 2])
+    captures.leave("r")
+    with pytest.raises(KeyError, match="lease"):
+        captures.state("lease")
+    captures.enter("r", carried(tmp_path, "lease"))
+    captures.set_rows(["r"], [TOKENS - 1])
+    captures.leave("r")
+    assert "file" in answer(captures, "lease")
+
+
+def test_an_answer_is_empty_until_the_file_is_written(tmp_path, monkeypatch):
+    go, stock = threading.Event(), module.save_file
+
+    def slow(*arguments, **options) -> None:
+        assert go.wait(20)
+        stock(*arguments, **options)
+
+    monkeypatch.setattr(module, "save_file", slow)
+    captures = make()
+    captures.enter("r", carried(tmp_path, "lease"))
+    captures.set_rows(["r"], [TOKENS - 1])
+    captures.leave("r")
+    assert captures.state("lease") == {}
+    go.set()
+    assert "file" in answer(captures, "lease")
+
+
+def test_what_cannot_be_written_is_an_error_by_name(tmp_path):
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    captures = make()
+    captures.enter("r", carried(tmp_path / "taken", "lease"))
+    captures.set_rows(["r"], [TOKENS - 1])
+    captures.leave("r")
+    assert "taken" in answer(captures, "lease")["error"]
+
+
+def test_a_device_without_room_for_the_copy_is_an_error_and_the_engine_goes_on(tmp_path):
+    def full(*_) -> tuple[torch.Tensor, torch.Tensor]:
+        raise torch.OutOfMemoryError("no room")
+
+    captures = make(full)
+    captures.enter("r", carried(tmp_path, "lease"))
+    captures.set_rows(["r"], [TOKENS - 1])
+    captures.leave("r")
+    assert answer(captures, "lease") == {"error": "no room"}
+
+
+def test_old_answers_are_forgotten_beyond_a_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "KEPT_ANSWERS", 2)
+    captures = make()
+    for i in range(3):
+        captures.enter(f"r{i}", carried(tmp_path, f"lease{i}"))
+        captures.set_rows([f"r{i}"], [TOKENS - 1])
+        captures.leave(f"r{i}")
+    with pytest.raises(KeyError, match="lease0"):
+        captures.state("lease0")
+    assert "file" in answer(captures, "lease1") and "file" in answer(captures, "lease2")
