@@ -44,6 +44,8 @@ def register_resolution() -> None:
 
 def _before_graphs(server_args: Any, previous: Any) -> None:
     config = _asked(server_args)
+    if config is not None:
+        _refuse(server_args)
     if config is not None and config.delta is not None:
         _declare(
             server_args, "cuda_graph_backend_prefill", "disabled", "δ-mem looks at each prefill's requests, which a "
@@ -70,11 +72,14 @@ def _validate(server_args: Any, previous: Any) -> None:
     from mem_triton_sglang.hooks import check_hooks
 
     check_hooks()
-    cfg = _resolved(server_args)
-    for what, (present, why) in _refusals(cfg).items():
+    _refuse(server_args)  # again: SGLang may have chosen some by itself
+    make_folder()  # the processes that are started next find it
+
+
+def _refuse(server_args: Any) -> None:
+    for what, (present, why) in _refusals(_resolved(server_args)).items():
         if present:
             raise ConfigError(f"mem_triton does not support {what}: {why}")
-    make_folder()  # the processes that are started next find it
 
 
 def _refusals(cfg: Any) -> dict[str, tuple[bool, str]]:

@@ -20,7 +20,8 @@ WAYS = {
 CACHED = {"page_of_one_token": [6, 29, 149, 64], "no_radix_cache": [0, 0, 0, 0]}
 
 
-SOAK = ("no_overlap", "mixed_chunk")
+SOAK = ("no_overlap", "no_radix_cache", "mixed_chunk", "tensor_parallel")
+"""With both memories at once, ``test_memory.py`` runs tensor parallelism in every run of the tests."""
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in SOAK)) for way in WAYS])
@@ -42,13 +43,16 @@ def test_memory_changes_tokens(bench, prompts):
     assert stock["facts"]["page_size"] == 1, "without the plugin's flag SGLang's own default stays"
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama", pytest.param("mistral", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["qwen2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("llama", "mistral"))]
+)
 def test_every_family_and_kind_of_adapter(tmp_path, prompts, family):
     bench = make_bench(tmp_path, family)
     result = run_engine(bench.model, [[request(p) for p in prompts]], memory=bench.memory)
     assert tokens(result) == [bench.fresh(p) for p in prompts]
 
 
+@pytest.mark.slow
 def test_retracted_requests_resume_right(bench, prompts):
     asked = [p * 2 if len(p) < 50 else p for p in prompts]
     result = run_engine(
@@ -71,7 +75,9 @@ def test_states_lost_with_a_cached_prefix_would_be_wrong(bench, prompts):
     assert [a["tokens"] == e for a, e in zip(again, expected, strict=True)] == [True, False, False, False]
 
 
-@pytest.mark.parametrize("way", ["correction_on_every_rank", "correction_on_no_rank"])
+@pytest.mark.parametrize(
+    "way", ["correction_on_every_rank", pytest.param("correction_on_no_rank", marks=pytest.mark.slow)]
+)
 def test_the_correction_of_o_belongs_on_one_rank(bench, prompts, way):
     """Negative control of the partial sums under tensor parallelism."""
     result = run_engine(

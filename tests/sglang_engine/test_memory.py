@@ -15,7 +15,7 @@ WAYS = {"default": {}, "tp2": {"tp_size": 2}}
 TAMPER = "tests.sglang_engine.tamper"
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["default", pytest.param("tp2", marks=pytest.mark.slow)])
 def test_b6_b10_every_row_has_its_own_memory(memory_bench, way):
     scenarios.every_row_has_its_own_memory(memory_bench, run_engine, PAGE, **WAYS[way])
 
@@ -26,20 +26,22 @@ def test_b10_control_without_memory_in_the_radix_keys_wrong_tokens_appear(memory
     )
 
 
-def test_retracted_requests_read_their_memory_again(memory_bench):
-    b = memory_bench
+def test_retracted_requests_find_their_memory_and_their_state_again(memory_bench, bench):
+    m = memory_bench
     names = [("alpha",), (), ("beta",), ("gamma",), ("alpha", "beta"), ()]
     prompts = [PROMPTS[i % 4] for i in range(6)]
     batch = [ask(p, 60, *n) for p, n in zip(prompts, names, strict=True)]
-    result = run_engine(b.model, [batch], memory=b.section(), env={"SGLANG_TEST_RETRACT": "1"})
-    assert tokens(result) == [b.after(p, *n, count=60) for p, n in zip(prompts, names, strict=True)]
+    result = run_engine(m.model, [batch], memory={**bench.memory, **m.section()}, env={"SGLANG_TEST_RETRACT": "1"})
+    assert tokens(result) == [scenarios.answer(bench, m, p, *n, count=60) for p, n in zip(prompts, names, strict=True)]
     assert sum(a["retractions"] for a in result["rounds"][0]) > 0
 
 
+@pytest.mark.slow  # the front end's doing, and vLLM's tests have it each time
 def test_a_pool_too_small_for_all_serves_them_in_turn(memory_bench):
     scenarios.a_pool_too_small_for_all_serves_them_in_turn(memory_bench, run_engine)
 
 
+@pytest.mark.slow  # the front end's doing, and vLLM's tests have it each time
 def test_control_without_pins_eviction_breaks_a_running_request(memory_bench):
     scenarios.without_pins_eviction_breaks_a_running_request(memory_bench, run_engine, f"{TAMPER}:no_pins")
 
@@ -48,8 +50,9 @@ def test_sparse_references_beside_a_constant_prefix(memory_bench):
     scenarios.sparse_references_beside_a_constant_prefix(memory_bench, run_engine)
 
 
-def test_both_memories_and_a_session_at_once(memory_bench, bench):
-    scenarios.both_memories_and_a_session_at_once(memory_bench, bench, run_engine, PAGE)
+@pytest.mark.parametrize("way", [pytest.param("default", marks=pytest.mark.slow), "tp2"])
+def test_both_memories_and_a_session_at_once(memory_bench, bench, way):
+    scenarios.both_memories_and_a_session_at_once(memory_bench, bench, run_engine, PAGE, **WAYS[way])
 
 
 @pytest.mark.parametrize("way", ["default", pytest.param("tp2", marks=pytest.mark.slow)])
@@ -57,5 +60,6 @@ def test_b11_retrieval_for_every_chunk_of_the_prompt_and_of_the_answer(memory_be
     scenarios.retrieval_for_every_chunk_of_the_prompt_and_of_the_answer(memory_bench, run_engine, **WAYS[way])
 
 
+@pytest.mark.slow  # the front end's doing, and vLLM's tests have it each time
 def test_a_full_pool_ends_the_refreshes_and_not_the_answer(memory_bench):
     scenarios.a_full_pool_ends_the_refreshes_and_not_the_answer(memory_bench, run_engine)

@@ -1,0 +1,142 @@
+"""Installed but not asked for, SGLang is the stock engine; asked for wrongly, it says so before it starts anything."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.sglang_engine.engine import DEFAULTS, ROOT, environment, write_config
+
+
+def python(code: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment(**env), cwd=ROOT,
+        timeout=300,
+    )  # fmt: skip
+
+
+UNTOUCHED = """
+from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry
+load_plugins()
+assert not HookRegistry._hooks and not HookRegistry._patched, HookRegistry._hooks
+from sglang.srt.arg_groups.resolution_hooks import _HOOKS
+assert not _HOOKS, _HOOKS
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from mem_triton.config import ConfigError
+try:
+    ATTENTION_BACKENDS["mem_triton"](None)
+except ConfigError as error:
+    assert "set MEM_TRITON_CONFIG to a YAML file" in str(error), error
+else:
+    raise AssertionError("a backend without a configuration")
+"""
+
+
+def test_without_the_variable_nothing_is_hooked():
+    result = python(UNTOUCHED)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+FOREIGN = """
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+ReqToTokenPool.release = ReqToTokenPool.free  # an SGLang that gave it another name
+del ReqToTokenPool.free
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from mem_triton_sglang.hooks import check_hooks
+try:
+    check_hooks()
+except RuntimeError as error:
+    assert "ReqToTokenPool.free" in str(error) and "Supported: sglang>=0.5.23,<0.5.24" in str(error), error
+else:
+    raise AssertionError("a foreign SGLang was accepted")
+"""
+
+
+def test_a_hook_that_sglang_only_logged_is_found(tmp_path):
+    """SGLang goes on without a hook whose target is gone; the answers would be wrong."""
+    config = write_config({"delta": {"adapter": "nobody/nothing"}}, tmp_path)
+    result = python(FOREIGN, MEM_TRITON_CONFIG=str(config))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Failed to apply hooks" in result.stderr + result.stdout
+
+
+RESOLVE = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import ServerArgs
+for options in json.loads(sys.argv[1]):
+    try:
+        args = ServerArgs(**options)
+        args.resolve_once()
+        print("RESOLVED")
+    except Exception as error:
+        print(f"ERROR {type(error).__name__}: {error}")
+"""
+REFUSED = {
+    "--dp-size": {"dp_size": 2},
+    "--tokenizer-worker-num": {"tokenizer_worker_num": 2},
+    "--nnodes": {"nnodes": 2, "tp_size": 2, "dist_init_addr": "127.0.0.1:1"},
+    "speculative decoding": {"speculative_algorithm": "NGRAM"},
+    "--enable-hierarchical-cache": {"enable_hierarchical_cache": True},
+    "--enable-two-batch-overlap": {"enable_two_batch_overlap": True},
+    "disaggregation": {"disaggregation_mode": "prefill"},
+    "--decode-attention-backend": {"decode_attention_backend": "torch_native"},
+    "--attention-backend is None": {"attention_backend": None},
+}
+
+
+MOVED = """
+import sys
+sys.modules["sglang.srt.mem_cache.memory_pool"] = None  # an SGLang that moved it: importing it raises ImportError
+from mem_triton_sglang import _factory
+try:
+    _factory()(None)
+except RuntimeError as error:
+    assert "lacks what mem_triton builds on" in str(error) and "Supported: sglang>=0.5.23" in str(error), error
+else:
+    raise AssertionError("a foreign SGLang was accepted")
+"""
+
+
+def test_a_foreign_sglang_keeps_working_and_refuses_the_backend(tmp_path):
+    config = write_config({"delta": {"adapter": "nobody/nothing"}}, tmp_path)
+    result = python(MOVED, MEM_TRITON_CONFIG=str(config))
+    assert result.returncode == 0 and "mem_triton is off" in result.stderr, result.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def resolved(bench, tmp_path_factory) -> list[str]:
+    """What SGLang says to each of REFUSED, and to plain options."""
+    import json
+
+    config = write_config({"delta": {"adapter": str(bench.adapter)}}, tmp_path_factory.mktemp("config"))
+    base = {"model_path": str(bench.model), **DEFAULTS, "attention_backend": "mem_triton"}
+    result = python(
+        RESOLVE, json.dumps([base, *({**base, **options} for options in REFUSED.values())]),
+        MEM_TRITON_CONFIG=str(config),
+    )  # fmt: skip
+    lines = [line for line in result.stdout.splitlines() if line.startswith(("RESOLVED", "ERROR"))]
+    assert len(lines) == 1 + len(REFUSED), result.stdout + result.stderr[-3000:]
+    return lines
+
+
+def test_plain_options_are_accepted(resolved):
+    assert resolved[0] == "RESOLVED"
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_options_under_which_memory_would_be_wrong_are_refused(resolved, option):
+    line = resolved[1 + list(REFUSED).index(option)]
+    assert line.startswith("ERROR ConfigError: ") and option in line, line
+
+
+def test_a_bad_file_is_named(tmp_path):
+    config = write_config({"delta": {"adaptor": "x"}}, tmp_path)
+    code = "from mem_triton_sglang.configuration import configured; configured()"
+    result = python(code, MEM_TRITON_CONFIG=str(config))
+    assert 'Did you mean "adapter"' in result.stderr and str(config) in result.stderr
