@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from mem_triton.runtime.worker.layers import DeltaMemory, shard
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.runtime_context import get_parallel
@@ -23,6 +22,7 @@ from mem_triton.delta_mem import AttentionDims, load_adapter
 from mem_triton.runtime.engine_shape import EngineShape
 from mem_triton.runtime.sessions import layer_order
 from mem_triton.runtime.slots import StateSlots
+from mem_triton.runtime.worker.layers import DeltaMemory, shard
 from mem_triton_sglang.states import DeltaStates
 
 logger = logging.getLogger("sglang.mem_triton")
