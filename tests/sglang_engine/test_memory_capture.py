@@ -22,16 +22,17 @@ WAYS = {
     "tensor_parallel": {"tp_size": 2},
     "pipeline_parallel": {"pp_size": 2, "disable_overlap_schedule": True},
 }
-SOAK = ("no_radix_cache", "no_overlap")
+EACH_TIME = ("page_of_one_token", "tensor_parallel")  # the other ways are soaks
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in SOAK)) for way in WAYS])
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way not in EACH_TIME)) for way in WAYS])
 def test_a_prompt_is_captured_and_read_again(memory_bench, way):
     """In chunks of 64 tokens, and with half of it out of the radix cache."""
     result = scenarios.a_prompt_is_captured_and_read_again(memory_bench, run_engine, f"note-{way}", **WAYS[way])
     assert (result["rounds"][2][0]["cached"] >= 64) == (way != "no_radix_cache")
 
 
+@pytest.mark.slow
 def test_prompts_captured_at_once_are_kept_apart(memory_bench):
     scenarios.prompts_captured_at_once_are_kept_apart(memory_bench, run_engine)
 
@@ -55,6 +56,7 @@ def test_a_capture_of_the_wrong_tokens_would_be_seen(memory_bench):
     scenarios.a_capture_of_the_wrong_tokens_would_be_seen(memory_bench, run_engine, tamper)
 
 
+@pytest.mark.slow  # the front end's doing
 def test_a_bank_of_references_keeps_no_prompts(memory_bench):
     b = memory_bench
     rounds = [[ask(PROMPTS[0], mem_capture="x")], [ask(PROMPTS[0])]]

@@ -10,6 +10,6 @@ from tests.support import memory_scenarios as scenarios
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("pool_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("pool_dtype", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_smaller_pages_are_read_as_what_they_hold(memory_bench, pool_dtype):
     scenarios.smaller_pages_are_read_as_what_they_hold(memory_bench, run_engine, pool_dtype)

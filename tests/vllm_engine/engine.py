@@ -46,7 +46,8 @@ def environment(runner: str = "v1", **extra: str) -> dict[str, str]:
 
 
 def request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
-    """One request of a case; fields: extra_args, lora, stop_token_ids, logprobs."""
+    """One request of a case; fields: extra_args (or words, as every engine's scenarios call them), lora,
+    stop_token_ids, logprobs."""
     return {"prompt": prompt, "max_tokens": max_tokens, **fields}
 
 
