@@ -47,7 +47,7 @@ def _params(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "max_new_tokens": request["max_tokens"],
         "temperature": 0,
-        "ignore_eos": True,
+        "ignore_eos": not request.get("stop_token_ids"),  # SGLang ignores these with it
         "custom_params": request.get("words"),
         "stop_token_ids": request.get("stop_token_ids"),
     }

@@ -1,0 +1,19 @@
+"""Negative controls of sessions: each switches one safety mechanism off, in every process of an engine."""
+
+from __future__ import annotations
+
+
+def one_last_state_only() -> None:
+    """Workers keep nothing but the newest state of a request."""
+    from mem_triton.runtime import slots
+
+    slots.StateSlots.take = _take_newest
+
+
+def _take_newest(self, lease: str, position: int):
+    if lease in self._left:
+        last, states = self._left.pop(lease)
+    else:
+        resident = next(r for r in self._residents.values() if r.lease == lease)
+        last, states = resident.last_position, self.last[:, resident.slot]
+    return position, states[:, last % 2].contiguous().numpy().tobytes()
