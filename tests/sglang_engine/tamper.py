@@ -12,7 +12,7 @@ def cells_forget_prefixes() -> None:
     stock, known = worker.WorkerMemory.before_step, set()
 
     def before_step(self: Any, batch: Any) -> None:
-        starts = batch.prefix_lens or [0] * len(batch.reqs)
+        starts = batch.prefix_lens if batch.forward_mode.is_extend() else [0] * len(batch.reqs)
         if any(start and r.rid not in known for r, start in zip(batch.reqs, starts, strict=True)):
             self.delta.cells.zero_()
         known.update(r.rid for r in batch.reqs)
