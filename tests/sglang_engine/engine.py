@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.sglang_engine.case import MARK, TAMPER
+from tests.sglang_engine.zygote import Zygote
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT = 600.0  # seconds of a case
 DEFAULTS = {
     "device": "cpu",
     "dtype": "float32",
@@ -70,7 +73,7 @@ def run_engine(
     purpose. fails: the engine must not start, or die; returns its output instead.
     """
     options = {"model_path": str(model), **DEFAULTS, **engine}
-    env = environment(**(env or {}))
+    set_before, env = tuple(sorted((env or {}).items())), environment(**(env or {}))
     if memory is not None:
         options["attention_backend"] = "mem_triton"
         env["MEM_TRITON_CONFIG"] = str(write_config(memory))
@@ -79,10 +82,7 @@ def run_engine(
     if (ranks := options.get("tp_size", 1) * options.get("pp_size", 1)) > 1:
         env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % os.cpu_count()) for rank in range(ranks))
     case = {"engine": options, "rounds": rounds, "errors_are_results": errors_are_results}
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.sglang_engine.case"], input=json.dumps(case), capture_output=True, text=True,
-        env=env, cwd=ROOT, timeout=600,
-    )  # fmt: skip
+    process = _run(json.dumps(case), env, set_before)
     result = [line for line in process.stdout.splitlines() if line.startswith(MARK)]
     output = process.stdout + process.stderr
     if fails:
@@ -90,6 +90,21 @@ def run_engine(
         return output
     assert process.returncode == 0 and result, output[-6000:]
     return {**json.loads(result[-1].removeprefix(MARK)), "output": output}
+
+
+def _run(case: str, env: dict[str, str], set_before: tuple[tuple[str, str], ...]) -> subprocess.CompletedProcess[str]:
+    """Run a case. set_before: what SGLang finds in its environment already when it is imported."""
+    if os.environ.get("MEM_TRITON_TEST_SPAWN"):
+        return subprocess.run(
+            [sys.executable, "-m", "tests.sglang_engine.case"], input=case, capture_output=True, text=True, env=env,
+            cwd=ROOT, timeout=TIMEOUT,
+        )  # fmt: skip
+    return _zygote(set_before).run(case, env, TIMEOUT)
+
+
+@functools.cache
+def _zygote(set_before: tuple[tuple[str, str], ...]) -> Zygote:
+    return Zygote(environment(**dict(set_before)), ROOT)
 
 
 def tokens(result: Any, round_index: int = 0) -> list[list[int]]:
