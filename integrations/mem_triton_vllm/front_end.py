@@ -1,4 +1,4 @@
-"""The front end: a request's memory words become a session, a plan and filled pages before the scheduler hears of it.
+"""vLLM's front end: a request's words become a session, a plan and filled pages before the scheduler hears of it.
 
 Runs in the process that holds ``AsyncLLM`` (the API server) or ``LLMEngine`` (``LLM``). Everything a worker needs
 travels with the request in ``extra_args``; what a KV cache needs to tell memories apart travels in vLLM's
@@ -11,12 +11,10 @@ import copy
 import functools
 import json
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
-from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
@@ -26,16 +24,22 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from mem_triton.config import MemTritonConfig
 from mem_triton.delta_mem import load_adapter
 from mem_triton.runtime import counters
-from mem_triton.runtime.request import CARRIER, RequestError, parse_request
-from mem_triton.runtime.sessions import Lease
-from mem_triton_vllm.refusals import check_engine, check_touch_points, section_of
-from mem_triton_vllm.segments import Segments
-from mem_triton_vllm.session_front_end import SessionFrontEnd
+from mem_triton.runtime.front.asked import Asked
+from mem_triton.runtime.front.memory import MemoryFrontEnd, Opened
+from mem_triton.runtime.front.sessions import SessionFrontEnd
+from mem_triton.runtime.request import CARRIER, RequestError
+from mem_triton_vllm.refusals import (
+    check_engine,
+    check_touch_points,
+    explicit_obstacle,
+    section_of,
+    session_obstacle,
+)
+from mem_triton_vllm.segments import OutputSegments, fixed
+from mem_triton_vllm.shape import shape_of
 
 if TYPE_CHECKING:
-    from mem_triton_vllm.explicit_front_end import ExplicitFrontEnd, Reading
-
-logger = init_logger("vllm.mem_triton")
+    from mem_triton.runtime.front.explicit import Reading
 
 TAKE_STATE = "mem_triton_take_state"
 LOAD_PAGES = "mem_triton_load_pages"
@@ -44,83 +48,38 @@ CAPTURE_STATE = "mem_triton_capture_state"
 """Worker methods, called by name over vLLM's collective RPC; see ``worker``."""
 
 
-class MemoryLoadError(RuntimeError):
-    """An entry's keys and values could not be read; the request that needs them fails, nothing else does."""
-
-
-@dataclass
-class Opened:
-    """One request's memory: its lease on a session, its reading of a bank; each None where it has none."""
-
-    lease: Lease | None = None
-    reading: Reading | None = None
-
-
-class MemoryFrontEnd:
+class VLLMFrontEnd(MemoryFrontEnd):
     """Opens and closes the memory of each request; one per engine front end.
 
     Example::
 
-        opened = front_end.open(prompt, params)          # VLLMValidationError -> HTTP 400
+        opened = front_end.open_request(prompt, params)          # VLLMValidationError -> HTTP 400
         prompt, params = front_end.carry(prompt, params, opened)
         ...
         front_end.close(opened)
     """
 
-    def __init__(self, sessions: SessionFrontEnd | None, explicit: ExplicitFrontEnd | None) -> None:
-        self.sessions, self.explicit = sessions, explicit
-
-    def open(self, prompt: Any, params: Any, lora: Any = None) -> Opened:
+    def open_request(self, prompt: Any, params: Any, lora: Any = None) -> Opened:
         """Check a request's words. Raises VLLMValidationError, which vLLM answers with HTTP 400."""
         if not isinstance(params, SamplingParams):
             return Opened()
+        unfit = "streaming inputs" if isinstance(prompt, AsyncGenerator) else None
         try:
-            request = parse_request(params.extra_args)
-            self._check_served(params.extra_args or {})
-            reading = None
-            if self.explicit is not None:
-                reading = self.explicit.open(request, params, lora, isinstance(prompt, AsyncGenerator))
-            lease = self.sessions.open(request, prompt, params) if self.sessions is not None else None
-            return Opened(lease, reading)
+            return self.open(params.extra_args, Asked(params.n, lora is not None, unfit, fixed(params)))
         except RequestError as error:
             raise refused(error) from None
 
-    def _check_served(self, words: Any) -> None:
-        """Words of a memory that this server does not have are refused, not ignored."""
-        delta, explicit = (
-            ("mem_session", "mem_write", "mem_reset"),
-            ("mem_ids", "mem_top_k", "mem_capture", "mem_tenant"),
-        )
-        for names, part, section in ((delta, self.sessions, "delta"), (explicit, self.explicit, "memory")):
-            said = next((name for name in names if name in words), None)
-            if part is None and said is not None:
-                raise RequestError(
-                    said, f"this server is configured without mem_triton.{section}, which serves the word"
-                )
-
     def carry(self, prompt: Any, params: Any, opened: Opened) -> tuple[Any, Any]:
         """The salted prompt, and a copy of the parameters with what workers and block hashes need."""
-        carried = self.sessions.carried(opened.lease) if opened.lease is not None else {}
-        if opened.reading is not None:
-            carried |= self.explicit.carried(opened.reading)
-        if carried:  # a plain request carries nothing
+        if carried := self.carried(opened):  # a plain request carries nothing
             params = copy.copy(params)
             params.extra_args = {**(params.extra_args or {}), CARRIER: carried}
         return (_salt(prompt, opened.lease.key) if opened.lease is not None else prompt), params
 
-    def close(self, opened: Opened) -> None:
-        """End a request that commits nothing more."""
-        if opened.lease is not None:
-            self.sessions.abort(opened.lease)
-        if opened.reading is not None:
-            self.explicit.close(opened.reading)
-
-    def segments(self, opened: Opened, prompt_ids: list[int], params: SamplingParams) -> Segments:
-        """How the answer is cut; without refreshes it is one piece."""
-        room = max(1, self.explicit.max_model_len - len(prompt_ids))
-        limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        every = self.explicit.section.retrieval.every if opened.reading.refreshes else limit
-        return Segments(prompt_ids, params, every, limit)
+    def segments(self, opened: Opened, prompt_ids: list[int], params: SamplingParams) -> OutputSegments:
+        """How the answer is cut."""
+        every, limit = self.explicit.cut(opened.reading, len(prompt_ids), params.max_tokens)
+        return OutputSegments(prompt_ids, params, every, limit)
 
 
 def refused(error: RequestError) -> VLLMValidationError:
@@ -171,18 +130,18 @@ def _checking_init(stock_init: Any, with_memory: type) -> Any:
     return __init__
 
 
-def _front_end(vllm_config: VllmConfig, config: MemTritonConfig, decode: Any) -> MemoryFrontEnd:
+def _front_end(vllm_config: VllmConfig, config: MemTritonConfig, decode: Any) -> VLLMFrontEnd:
     """Both halves, as configured, before the engine starts: what cannot work is said at once."""
-    sessions = explicit = None
+    shape, sessions, explicit = shape_of(vllm_config), None, None
     if config.delta is not None:
         adapter = load_adapter(config.delta.adapter, config.delta.revision)
-        sessions = SessionFrontEnd(vllm_config, config, adapter)
+        sessions = SessionFrontEnd(shape, config, adapter, session_obstacle(vllm_config))
     if config.memory is not None:
-        from mem_triton_vllm.explicit_front_end import ExplicitFrontEnd
+        from mem_triton.runtime.front.explicit import ExplicitFrontEnd
 
         skips = vllm_config.model_config.skip_tokenizer_init
-        explicit = ExplicitFrontEnd(vllm_config, config.memory, None if skips else decode)
-    return MemoryFrontEnd(sessions, explicit)
+        explicit = ExplicitFrontEnd(shape, config.memory, None if skips else decode, explicit_obstacle(vllm_config))
+    return VLLMFrontEnd(sessions, explicit)
 
 
 def prompt_ids_of(engine: Any, prompt: Any) -> tuple[Any, list[int]]:

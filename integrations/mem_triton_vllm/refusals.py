@@ -79,6 +79,30 @@ def check_engine(vllm_config: VllmConfig) -> None:
         raise ConfigError("mem_triton on a GPU needs vLLM's Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER=0")
 
 
+def session_obstacle(vllm_config: VllmConfig) -> str | None:
+    """Why this engine, as it is configured, cannot have sessions; None if it can."""
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_size > 1:
+        return "sessions need --data-parallel-size 1: each data-parallel engine has a front end of its own"
+    if getattr(parallel, "_api_process_count", 1) > 1:
+        return "sessions need --api-server-count 1: each API server would keep versions of its own"
+    if vllm_config.speculative_config is not None:
+        return "sessions do not work with speculative decoding: a rejected draft would be committed"
+    if vllm_config.model_config.enable_prompt_embeds:
+        return "sessions do not work with --enable-prompt-embeds: such prompts have no tokens to count"
+    return None
+
+
+def explicit_obstacle(vllm_config: VllmConfig) -> str | None:
+    """Why requests of this engine, as it is configured, cannot read a bank; None if they can."""
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_size > 1:
+        return "explicit memory needs --data-parallel-size 1: each data-parallel engine has a pool of its own"
+    if getattr(parallel, "_api_process_count", 1) > 1:
+        return "explicit memory needs --api-server-count 1: one front end decides what lies in the pool"
+    return None
+
+
 def check_attention(name: str, attention: Attention, what: str = "δ-mem") -> None:
     """Refuse attention layers whose KV blocks are not plain full attention. Raises ConfigError naming the layer."""
     reason = None

@@ -1,10 +1,4 @@
-"""A request whose references change while it answers: served as several engine requests, seen as one.
-
-After every ``every`` generated tokens new references are fetched for what was just said (Memory³ §2.4). The engine gets
-the next tokens as a continuation of the text so far, with the references of every part. Its prefix cache holds all of
-that but the last block, so nothing is computed twice, no running request waits for a retrieval, and preemption, tensor
-parallelism and the block hashes see ordinary requests with ordinary plans.
-"""
+"""vLLM's side of an answer in segments (``runtime.front.segments``): parameters of each, and their outputs as one."""
 
 from __future__ import annotations
 
@@ -13,8 +7,10 @@ import copy
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from mem_triton.runtime.front.segments import Segments
 
-def obstacle(params: SamplingParams) -> str | None:
+
+def fixed(params: SamplingParams) -> str | None:
     """Why this request's references cannot be refreshed while it answers, None if they can.
 
     A continuation starts a new engine request, so whatever the engine counts over the answer would start over.
@@ -30,10 +26,8 @@ def obstacle(params: SamplingParams) -> str | None:
     return next((name for name, present in reasons.items() if present), None)
 
 
-class Segments:
-    """Cuts an answer into engine requests of ``every`` tokens, and puts their outputs together.
-
-    prompt_ids: the request's own prompt; limit: tokens that the answer may have in all.
+class OutputSegments(Segments):
+    """Cuts an answer into vLLM's requests, and puts their outputs together.
 
     Example::
 
@@ -44,25 +38,18 @@ class Segments:
     """
 
     def __init__(self, prompt_ids: list[int], params: SamplingParams, every: int, limit: int) -> None:
-        self._own_prompt, self._params, self._every, self._limit = list(prompt_ids), params, every, limit
-        self.generated: list[int] = []
-        self.done = False
-        self._index = 0
+        super().__init__(prompt_ids, every, limit)
+        self._params = params
         self._before: RequestOutput | None = None  # all earlier segments as one output
         self._cached: int | None = None
         self._fresh: list[int] = []  # this segment's tokens so far
 
-    @property
-    def prompt_ids(self) -> list[int]:
-        """The coming segment's prompt: the text so far."""
-        return self._own_prompt + self.generated
-
     def params(self) -> SamplingParams:
         """The coming segment's parameters."""
         params = copy.copy(self._params)
-        params.max_tokens = min(self._every, self._limit - len(self.generated))
+        params.max_tokens = self.room
         if params.seed is not None:
-            params.seed += self._index  # the same noise again would repeat itself
+            params.seed += self.index  # the same noise again would repeat itself
         return params
 
     def take(self, output: RequestOutput) -> list[RequestOutput]:
@@ -71,7 +58,8 @@ class Segments:
         delta = self._params.output_kind is RequestOutputKind.DELTA
         self._fresh = self._fresh + list(answer.token_ids) if delta else list(answer.token_ids)
         if output.finished:
-            self._end(answer.finish_reason)
+            self.end(self._fresh, answer.finish_reason)
+            self._fresh = []
         merged = self._merged(output, delta)
         if not self.done and output.finished:
             merged.finished = False
@@ -81,15 +69,9 @@ class Segments:
                 return []
         return [merged]
 
-    def _end(self, reason: str | None) -> None:
-        self.generated += self._fresh
-        self._fresh = []
-        self._index += 1
-        self.done = reason != "length" or len(self.generated) >= self._limit
-
     def _merged(self, output: RequestOutput, delta: bool) -> RequestOutput:
         merged = copy.copy(output)
-        merged.prompt_token_ids = self._own_prompt
+        merged.prompt_token_ids = self.own_prompt
         answer = copy.copy(output.outputs[0])
         merged.outputs = [answer]
         if self._cached is None:

@@ -14,10 +14,12 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from mem_triton.runtime.courier import PageCourier
+from mem_triton.runtime.front.memory import Opened
+from mem_triton.runtime.front.segments import NORMAL_ENDS
 from mem_triton.runtime.request import RequestError
 from mem_triton_vllm import front_end
-from mem_triton_vllm.front_end import MemoryFrontEnd, Opened
-from mem_triton_vllm.segments import Segments
+from mem_triton_vllm.front_end import VLLMFrontEnd
+from mem_triton_vllm.segments import OutputSegments
 
 POLL_SECONDS = 0.001
 
@@ -31,14 +33,14 @@ class _Running:
     params: Any
     rest: tuple[tuple[Any, ...], dict[str, Any]]  # the other arguments of add_request
     prompt_tokens: int = 0
-    segments: Segments | None = None  # None: no bank is read
+    segments: OutputSegments | None = None  # None: no bank is read
     generated: int = 0
 
 
 class LLMEngineWithMemory(LLMEngine):
     """Requests may have a session and read a bank."""
 
-    memory: MemoryFrontEnd
+    memory: VLLMFrontEnd
 
     def start_memory(self) -> None:
         """Tables of the requests with memory."""
@@ -49,7 +51,9 @@ class LLMEngineWithMemory(LLMEngine):
         self._external_ids: dict[str, str] = {}  # vLLM's internal request id -> the caller's
 
     def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
-        opened = self.memory.open(prompt, params, kwargs.get("lora_request", args[1] if len(args) > 1 else None))
+        opened = self.memory.open_request(
+            prompt, params, kwargs.get("lora_request", args[1] if len(args) > 1 else None)
+        )
         running = _Running(opened, prompt, params, (args, kwargs))
         try:
             if opened.reading is None:
@@ -153,19 +157,21 @@ class LLMEngineWithMemory(LLMEngine):
         return seen
 
     def _finish(self, output: RequestOutput, running: _Running) -> None:
-        reading, lease, sessions = running.opened.reading, running.opened.lease, self.memory.sessions
-        if reading is not None:
-            if reading.capture is not None and output.outputs[0].finish_reason in ("stop", "length"):
-                self.memory.explicit.keep(reading, self._captured(reading))
-            self.memory.explicit.close(reading)
-            front_end.add_report(output, reading)
-        if lease is None:
-            return
-        if sessions.commits(lease, output):
-            arguments = sessions.take_arguments(lease, output, running.generated)
-            sessions.commit(lease, arguments[1], self.collective_rpc(front_end.TAKE_STATE, args=arguments))
-        else:
-            sessions.abort(lease)
+        opened, sessions = running.opened, self.memory.sessions
+        normal = output.outputs[0].finish_reason in NORMAL_ENDS
+        try:
+            if opened.reading is not None:
+                if opened.reading.capture is not None and normal:
+                    self.memory.explicit.keep(opened.reading, self._captured(opened.reading))
+                front_end.add_report(output, opened.reading)
+            if normal and sessions is not None and sessions.writes(opened.lease):
+                lease, prompt_tokens = opened.lease, len(output.prompt_token_ids or ())
+                arguments = sessions.take_arguments(lease, prompt_tokens, running.generated)
+                parts = self.collective_rpc(front_end.TAKE_STATE, args=arguments)
+                opened.lease = None  # the commit closes it
+                sessions.commit(lease, arguments[1], parts)
+        finally:
+            self.memory.close(opened)
 
     def _captured(self, reading: Any) -> list[dict[str, Any]]:
         files: dict[int, dict[str, Any]] = {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import threading
 from types import SimpleNamespace
 
 import pytest
 
+from mem_triton.runtime.front.sessions import SessionFrontEnd
 from mem_triton.runtime.request import MemoryRequest
 from mem_triton.runtime.sessions import SessionStore, StateLayout
 
@@ -19,8 +21,7 @@ def engine(monkeypatch):
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from mem_triton_vllm.async_engine import AsyncLLMWithMemory
-    from mem_triton_vllm.front_end import MemoryFrontEnd
-    from mem_triton_vllm.session_front_end import SessionFrontEnd
+    from mem_triton_vllm.front_end import VLLMFrontEnd
 
     output = SimpleNamespace(
         outputs=[SimpleNamespace(token_ids=[5], finish_reason="stop")], finished=True, prompt_token_ids=[1, 2]
@@ -37,9 +38,9 @@ def engine(monkeypatch):
     monkeypatch.setattr(AsyncLLM, "__del__", lambda self: None)
     sessions = object.__new__(SessionFrontEnd)
     sessions.store = SessionStore(StateLayout(("l",), heads=1, rank=4, adapter="a", model="m"))
-    sessions._session_obstacle, sessions._aborted = None, []
+    sessions.obstacle, sessions._aborted, sessions._logger = None, [], logging.getLogger()
     engine = object.__new__(AsyncLLMWithMemory)
-    engine.memory = MemoryFrontEnd(sessions, explicit=None)
+    engine.memory = VLLMFrontEnd(sessions, explicit=None)
     return engine
 
 

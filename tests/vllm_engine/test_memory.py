@@ -154,14 +154,14 @@ def test_bad_words_are_refused_before_anything_is_scheduled(front_end, words, me
     from vllm.exceptions import VLLMValidationError
 
     with pytest.raises(VLLMValidationError, match=message):
-        front_end.open({"prompt_token_ids": [1, 2]}, SamplingParams(extra_args=words))
+        front_end.open_request({"prompt_token_ids": [1, 2]}, SamplingParams(extra_args=words))
 
 
 def test_a_tenant_reads_its_own_and_what_is_public(front_end):
     from vllm import SamplingParams
 
     for ids in ([SECRET], ["alpha"], [SECRET, "beta"]):
-        opened = front_end.open([1], SamplingParams(extra_args={"mem_ids": ids, "mem_tenant": "acme"}))
+        opened = front_end.open_request([1], SamplingParams(extra_args={"mem_ids": ids, "mem_tenant": "acme"}))
         assert [a.ref for a in opened.reading.plan] == [f"{i}@1" for i in ids]
 
 

@@ -38,9 +38,9 @@ def engine(prompt_ids: list[int], p) -> list:
 
 
 def run(every: int, kind: str, limit: int = 100) -> list:
-    from mem_triton_vllm.segments import Segments
+    from mem_triton_vllm.segments import OutputSegments
 
-    segments = Segments(PROMPT, params(kind), every, limit)
+    segments = OutputSegments(PROMPT, params(kind), every, limit)
     seen = []
     while not segments.done:
         for output in engine(segments.prompt_ids, segments.params()):
@@ -77,9 +77,9 @@ def test_the_limit_ends_the_answer_within_a_segment_and_at_its_edge():
 
 
 def test_a_seed_moves_on_with_the_segments():
-    from mem_triton_vllm.segments import Segments
+    from mem_triton_vllm.segments import OutputSegments
 
-    segments = Segments(PROMPT, params(seed=5), 2, 100)
+    segments = OutputSegments(PROMPT, params(seed=5), 2, 100)
     assert (segments.params().seed, segments.params().max_tokens) == (5, 2)
     for output in engine(segments.prompt_ids, segments.params()):
         segments.take(output)
@@ -99,7 +99,7 @@ def test_a_seed_moves_on_with_the_segments():
     ],
 )
 def test_what_a_continuation_would_start_over_keeps_one_piece(options, reason):
-    from mem_triton_vllm.segments import obstacle
+    from mem_triton_vllm.segments import fixed
 
-    found = obstacle(params(**options))
+    found = fixed(params(**options))
     assert found is None if reason is None else reason in found
