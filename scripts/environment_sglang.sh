@@ -18,7 +18,7 @@ is_made "$key" && exit 0
 
 say "setting up $VENV with $engine; this happens once and takes a few minutes"
 begin
-ours=(-e ".[demo,test]" -e tests/sglang_platform)
+ours=(-e ".[demo,test-engine]" -e tests/sglang_platform)
 if [ "$engine" = sglang ]; then
   step "sglang 0.5.23, mem_triton and its tools" "${pip[@]}" install "sglang==0.5.23" "${ours[@]}" || failed "pip install"
 else
