@@ -77,27 +77,6 @@ def same_step_hits_allowed() -> None:
     StatefulFullAttentionManager.get_num_blocks_to_allocate = FullAttentionManager.get_num_blocks_to_allocate
 
 
-def triton_kernels_on_cpu() -> None:
-    """Not a control: run our Triton kernels, through the interpreter, where the CPU worker would run torch."""
-    from mem_triton.ops.delta_rule import launch, paged_torch
-    from mem_triton.ops.tuning.delta_rule import select
-    from tests.support import interp
-
-    interp.install()
-
-    def step_rows(*arguments) -> None:
-        *_, spec, _, _, longest = arguments
-        config = select("sm90", spec.rank)
-        launch.step_rows(*arguments, config)
-        calls.append(longest > config.max_recurrent)
-
-    calls: list[bool] = []
-    paged_torch.step_rows = step_rows
-    import atexit
-
-    atexit.register(lambda: print("KERNELS", sorted(set(calls)), flush=True))
-
-
 def no_memory_in_block_keys() -> None:
     from mem_triton_vllm import block_keys
 
@@ -110,20 +89,8 @@ def no_pins() -> None:
     PageLedger._may_go = staticmethod(lambda entry: entry.ready)
 
 
-def memory_attention_kernels_on_cpu() -> None:
-    """Not a control: run the fused attention kernel, interpreted, where the CPU worker would run torch."""
-    import atexit
+def captures_of_other_blocks() -> None:
+    from mem_triton_vllm import v1_runner
 
-    from mem_triton.ops.memory_attention import launch, paged_torch
-    from tests.support import interp
-
-    interp.install()
-    launch.architecture = lambda device: "sm90"
-    calls: list[int] = []
-
-    def attend(*arguments, **options) -> None:
-        calls.append(1)
-        launch.attend(*arguments, **options)
-
-    paged_torch.attend = attend
-    atexit.register(lambda: print("MEMORY-KERNELS", len(calls), flush=True))
+    stock = v1_runner._block_rows
+    v1_runner._block_rows = lambda runner: lambda request_id: stock(runner)(request_id) + 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.bench import ADAPTERS, make_bench
+from tests.support.kernels_on_cpu import RAN
 from tests.vllm_engine.engine import request, run_engine, tokens
 
 pytestmark = pytest.mark.engine
@@ -46,13 +47,13 @@ def test_the_triton_kernels_in_the_worker(bench, prompts):
     result = run_engine(
         bench.model, [first, [request(asked[2], 4, **session)]], memory=bench.memory, runner="v2",
         max_num_batched_tokens=128,
-        tamper="tests.vllm_engine.tamper:triton_kernels_on_cpu",
+        tamper="tests.support.kernels_on_cpu:delta_rule",
     )  # fmt: skip
     assert tokens(result) == [bench.fresh(p, 4) for p in asked]
     bench.forget()
     bench.generate(asked[1], 4)
     assert tokens(result, 1) == [bench.generate(asked[2], 4)]
-    assert "KERNELS [False, True]" in result["output"], "both kernels ran"
+    assert all(f"{RAN} {kind}" in result["output"] for kind in ("scan", "step"))
 
 
 @pytest.mark.parametrize("family", [family for family in ADAPTERS if family != "qwen3"])

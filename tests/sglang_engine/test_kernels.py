@@ -1,0 +1,26 @@
+"""Our Triton kernels in SGLang's worker, interpreted: what a GPU would run, where a CPU runs torch."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sglang_engine.engine import run_engine
+from tests.support import memory_scenarios as scenarios
+from tests.support.kernels_on_cpu import RAN
+from tests.support.memory_scenarios import PROMPTS, ask, tokens
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize("page", [pytest.param(1, marks=pytest.mark.slow), 16])
+def test_the_triton_kernels_in_the_worker(memory_bench, bench, page):
+    """Prefills through the chunked scan, decoding through the single step, attention through the fused kernel."""
+    m, (short, *_, edge) = memory_bench, PROMPTS
+    batch = [ask(short, 3, "beta"), ask(edge, 3)]
+    result = run_engine(
+        m.model, [batch], memory={**bench.memory, **m.section()}, page_size=page, chunked_prefill_size=128,
+        tamper="tests.support.kernels_on_cpu:both", env={"TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    expected = [scenarios.answer(bench, m, short, "beta", count=3), scenarios.answer(bench, m, edge, count=3)]
+    assert tokens(result) == expected
+    assert all(f"{RAN} {kind}" in result["output"] for kind in ("scan", "step", "attention")), result["output"][-2000:]
