@@ -1,13 +1,14 @@
 """What a scheduler process answers to the front end's calls over the channel.
 
 The calls come in on the channel's thread: they take the worker's lock, and what they queue joins the stream of the
-forward passes. None of them waits for a forward pass.
+forward passes. What waits for a forward pass does so without the lock.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from mem_triton.runtime.slots import as_bytes
 from mem_triton_sglang.channel import serve
 from mem_triton_sglang.worker import WorkerMemory
 
@@ -30,7 +31,9 @@ class Service:
         slots = self.memory.delta.slots
         with self.memory.lock, self.memory.on_stream():
             slots.drop(forget)
-            reached, data = slots.take(lease, position)
+            reached, states = slots.pick(lease, position)
+        with self.memory.on_stream():
+            data = as_bytes(states)  # without the lock: on a GPU this waits for the step that runs
         size = 4 * slots.state_size
         parts = {str(layer): data[i * size : (i + 1) * size] for i, layer in enumerate(slots.layer_indices)}
         return {"position": reached, "states": parts}

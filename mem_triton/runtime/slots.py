@@ -104,8 +104,16 @@ class StateSlots:
     def take(self, lease: str, position: int) -> tuple[int, bytes]:
         """Hand out a lease's state after the token at ``position``: (its true position, fp32 bytes [layers, size]).
 
+        Waits for the device; see ``pick``. Raises KeyError for an unknown lease.
+        """
+        position, states = self.pick(lease, position)
+        return position, as_bytes(states)
+
+    def pick(self, lease: str, position: int) -> tuple[int, Tensor]:
+        """As ``take``, but gives a copy of the states that the device may still be making: fp32 [layers, size].
+
         If the engine already ran more than one step past ``position`` (a stop string that the front end found late),
-        the oldest state still held is returned, with its position. Raises KeyError for an unknown lease.
+        the oldest state still held is returned, with its position.
         """
         if lease in self._left:
             last, states = self._left.pop(lease)
@@ -116,9 +124,14 @@ class StateSlots:
             last, states = resident.last_position, self.last[:, resident.slot]
             resident.write = False  # taken: leaving the batch keeps nothing
         position = position if last - LAST_STATES < position <= last else max(last - LAST_STATES + 1, 0)
-        return position, states[:, position % LAST_STATES].contiguous().cpu().numpy().tobytes()
+        return position, states[:, position % LAST_STATES].clone()
 
     def drop(self, leases: Iterable[str]) -> None:
         """Forget the states of requests that were aborted."""
         for lease in leases:
             self._left.pop(lease, None)
+
+
+def as_bytes(states: Tensor) -> bytes:
+    """A state on its way to the front end; waits for the device."""
+    return states.contiguous().cpu().numpy().tobytes()

@@ -62,3 +62,13 @@ def new_tensors_for_replays() -> None:
         return Step(pages, starts, batch.seq_lens[:rows].to(torch.int32, copy=True), 1)
 
     StepBuilder.captured = captured
+
+
+def no_pinned_memory() -> None:
+    """Not a control: SGLang's LoRA pins host memory, which a machine without an accelerator does not have."""
+    import torch
+
+    for name in ("tensor", "empty", "zeros", "full"):
+        stock = getattr(torch, name)
+        setattr(torch, name, lambda *args, _stock=stock, pin_memory=False, **kwargs: _stock(*args, **kwargs))
+    torch.Tensor.pin_memory = lambda self, device=None: self

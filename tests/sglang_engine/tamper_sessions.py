@@ -7,13 +7,13 @@ def one_last_state_only() -> None:
     """Workers keep nothing but the newest state of a request."""
     from mem_triton.runtime import slots
 
-    slots.StateSlots.take = _take_newest
+    slots.StateSlots.pick = _pick_newest
 
 
-def _take_newest(self, lease: str, position: int):
+def _pick_newest(self, lease: str, position: int):
     if lease in self._left:
         last, states = self._left.pop(lease)
     else:
         resident = next(r for r in self._residents.values() if r.lease == lease)
         last, states = resident.last_position, self.last[:, resident.slot]
-    return position, states[:, last % 2].contiguous().numpy().tobytes()
+    return position, states[:, last % 2].clone()

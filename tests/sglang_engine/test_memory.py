@@ -11,7 +11,7 @@ from tests.support.memory_scenarios import PROMPTS, ask, tokens
 pytestmark = pytest.mark.engine
 
 PAGE = 16
-WAYS = {"default": {}, "tp2": {"tp_size": 2}}
+WAYS = {"default": {}, "tp2": {"tp_size": 2}, "pp2": {"pp_size": 2}}
 TAMPER = "tests.sglang_engine.tamper"
 
 
@@ -50,9 +50,19 @@ def test_sparse_references_beside_a_constant_prefix(memory_bench):
     scenarios.sparse_references_beside_a_constant_prefix(memory_bench, run_engine)
 
 
-@pytest.mark.parametrize("way", [pytest.param("default", marks=pytest.mark.slow), "tp2"])
+@pytest.mark.parametrize("way", [pytest.param("default", marks=pytest.mark.slow), "tp2", "pp2"])
 def test_both_memories_and_a_session_at_once(memory_bench, bench, way):
     scenarios.both_memories_and_a_session_at_once(memory_bench, bench, run_engine, PAGE, **WAYS[way])
+
+
+def test_lora_and_memory_together(memory_bench, lora_bench):
+    """The projections that a LoRA has wrapped carry the corrections, too."""
+    lora = str(lora_bench.lora)
+    scenarios.lora_and_memory_together(
+        memory_bench, lora_bench, run_engine, enable_lora=True, max_lora_rank=8, lora_paths={lora: lora},
+        lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        lora_backend="torch_native", tamper=f"{TAMPER}:no_pinned_memory",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("way", ["default", pytest.param("tp2", marks=pytest.mark.slow)])
