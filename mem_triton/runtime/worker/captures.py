@@ -90,12 +90,28 @@ class Captures:
             self._files[resident.lease] = future = Future()
             future.set_exception(error)
         else:
-            self._files[resident.lease] = self._writer.submit(_write, resident.file, copies, self.first_head)
+            self._files[resident.lease] = self._writer.submit(
+                _write, resident.file, copies, self.first_head, _mark(copies)
+            )
         while len(self._files) > KEPT_ANSWERS:
             self._files.pop(next(iter(self._files)))
 
 
-def _write(file: Path, copies: list[tuple[int, Tensor, Tensor, RotaryEmbedding]], first_head: int) -> str:
+def _mark(copies: Sequence[tuple[int, Tensor, Tensor, RotaryEmbedding]]) -> Any:
+    """What the writer has to wait for: copies on a GPU are queued on the engine's stream, which is not the writer's."""
+    device = next((keys.device for _, keys, _, _ in copies), None)
+    if device is None or device.type != "cuda":
+        return None
+    mark = torch.cuda.Event(blocking=True)  # the thread sleeps, and gives the interpreter to others
+    mark.record(torch.cuda.current_stream(device))
+    return mark
+
+
+def _write(
+    file: Path, copies: Sequence[tuple[int, Tensor, Tensor, RotaryEmbedding]], first_head: int, mark: Any
+) -> str:
+    if mark is not None:
+        mark.synchronize()
     tensors = {}
     for index, keys, values, rope in copies:
         keys = unrotate(keys.cpu(), torch.arange(keys.shape[1]), rope)
