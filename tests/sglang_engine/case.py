@@ -39,8 +39,8 @@ def main() -> None:
                 rounds.append({"error": str(error)})
                 continue
             rounds.append([_plain(answer) for answer in answers])
-        state = engine.get_server_info()["internal_states"][0]
-    print(MARK + json.dumps({"rounds": rounds, "facts": _facts(state)}, default=str), flush=True)
+        info = engine.get_server_info()
+    print(MARK + json.dumps({"rounds": rounds, "facts": _facts(info)}, default=str), flush=True)
 
 
 def _params(request: dict[str, Any]) -> dict[str, Any]:
@@ -64,8 +64,10 @@ def _plain(answer: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _facts(state: dict[str, Any]) -> dict[str, Any]:
+def _facts(info: dict[str, Any]) -> dict[str, Any]:
+    state = info["internal_states"][0]
     return {
+        "max_total_tokens": info.get("max_total_num_tokens"),
         "page_size": state.get("page_size"),
         "overlap": not state.get("disable_overlap_schedule"),
         "backend": state.get("attention_backend"),

@@ -72,3 +72,10 @@ def no_pinned_memory() -> None:
         stock = getattr(torch, name)
         setattr(torch, name, lambda *args, _stock=stock, pin_memory=False, **kwargs: _stock(*args, **kwargs))
     torch.Tensor.pin_memory = lambda self, device=None: self
+
+
+def no_front_end() -> None:
+    """The process that takes requests knows nothing of memory."""
+    from mem_triton_sglang import hooks
+
+    del hooks.HOOKS["sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__"]

@@ -85,3 +85,25 @@ def test_the_correction_of_o_belongs_on_one_rank(bench, prompts, way):
         tamper=f"tests.sglang_engine.tamper:{way}",
     )  # fmt: skip
     assert tokens(result) != [bench.fresh(p) for p in prompts]
+
+
+def test_states_are_part_of_a_tokens_bytes(bench, prompts):
+    """SGLang sizes its KV cache by what a token takes: 1,024 bytes of this model, and 512 more of states a token."""
+    sizes = []
+    for memory in (None, bench.memory):
+        result = run_engine(
+            bench.model, [[request(prompts[0], 2)]], memory=memory, page_size=1, max_total_tokens=None,
+            mem_fraction_static=0.05,
+        )  # fmt: skip
+        sizes.append(result["facts"]["max_total_tokens"])
+    assert 0.55 < sizes[1] / sizes[0] < 0.78, "two thirds, as far as the machine's free memory stands still"
+
+
+def test_words_that_came_in_by_another_door_are_refused_and_the_engine_lives(bench, prompts):
+    """A front end that is not ours, as with several tokenizer workers, would answer without memory."""
+    result = run_engine(
+        bench.model, [[request(prompts[0], words={"mem_session": "alice"})], [request(prompts[0])]],
+        memory=bench.memory, errors_are_results=True, tamper="tests.sglang_engine.tamper:no_front_end",
+    )  # fmt: skip
+    assert "mem_session: mem_triton is not active in the process that took this request" in result["rounds"][0]["error"]
+    assert tokens(result, 1) == [bench.fresh(prompts[0])]
