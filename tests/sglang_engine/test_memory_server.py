@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import time
 
 import httpx
 import pytest
 
+from mem_triton.store.plan import Attachment
 from tests.sglang_engine.server import Server
 from tests.support.memory_bench import SECRET, reference, tokens_of
 from tests.support.memory_scenarios import PROMPTS, three_pages
@@ -179,6 +181,38 @@ def test_a_waiting_request_can_be_aborted_by_its_id(server, memory_bench, stream
     assert pinned(server) == 0, "nothing is held"
 
 
+def test_clients_that_come_and_go_leave_nothing_behind(server, memory_bench):
+    """Thirty requests for three pages: read to the end, left after a few tokens, left at once, aborted by their id."""
+    b, names = memory_bench, ("alpha", "beta", "gamma")
+
+    def visit(i: int) -> bool:
+        prompt, name = PROMPTS[i % 4], names[i % 3]
+        if i % 5 == 0:
+            return server.tokens(prompt, words=ids(name)) == b.after(prompt, name)
+        stream = server.stream(prompt, 400, ids(name), rid=f"visitor-{i}")
+        if i % 5 == 1:
+            with pytest.raises(httpx.ReadTimeout):
+                params = {"max_new_tokens": 3900, "ignore_eos": True, "custom_params": ids(name)}
+                server.http.post("/generate", json={"input_ids": prompt, "sampling_params": params}, timeout=0.3)
+            return True
+        for _ in range(i % 5 - 1):
+            next(stream)
+        if i % 2:
+            server.http.post("/abort_request", json={"rid": f"visitor-{i}"})
+        stream.close()
+        return True
+
+    with concurrent.futures.ThreadPoolExecutor(10) as pool:
+        assert all(pool.map(visit, range(30)))
+    deadline = time.monotonic() + 30
+    while pinned(server) or server.metric("mem_triton:pool_waiting_requests"):
+        assert time.monotonic() < deadline, "pages are held for somebody who is gone"
+        time.sleep(0.1)
+    assert server.tokens(PROMPTS[2], words=ids("alpha")) == b.after(PROMPTS[2], "alpha")
+    text = server.printed()
+    assert "Traceback" not in text, text[text.index("Traceback") :][:3000]
+
+
 def test_an_entry_that_cannot_be_read_fails_its_request_alone(server, memory_bench):
     b, shards, text = memory_bench, memory_bench.prefixes / "shards", tokens_of(90, 20)
     server.tokens(text, 2, {"mem_capture": "far"})  # lies in a file of its own, which nobody has opened yet
@@ -237,3 +271,29 @@ def test_retrieval_over_http_streams_one_answer(memory_bench, start_server):
     sampled = server.generate(prompt, 40, sampling_params={"n": 2, "temperature": 1.0, "frequency_penalty": 0.1})
     assert sampled.status_code == 200 and "penalties" in sampled.json()[0]["meta_info"]["mem_triton"]["refresh"]
     assert server.metric("mem_triton:refresh_off_total") > 0
+
+
+def test_a_server_whose_settings_ask_for_memory_and_whose_streams_are_incremental(memory_bench, start_server):
+    """Words that the server's own ``--preferred-sampling-params`` say, for requests that say none."""
+    b, prompt = memory_bench, reference(3) + reference(9)
+    server = start_server(
+        b.model,
+        b.section(b.references, retrieval={"top_k": 1, "every": 32}, default=["ref-5"]),
+        flags=[
+            "--incremental-streaming-output",
+            "--preferred-sampling-params", '{"custom_params": {"mem_top_k": 2, "mem_ids": []}}',
+        ],
+    )  # fmt: skip
+    expected, _ = b.retrieving(prompt, 70, top_k=2, every=32)
+    params = {"max_new_tokens": 70, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": prompt, "sampling_params": params}
+    whole = server.http.post("/generate", json=body).json()
+    assert whole["output_ids"] == expected
+    parts = []
+    with server.http.stream("POST", "/generate", json={**body, "stream": True}) as lines:
+        parts = [json.loads(line[6:]) for line in lines.iter_lines() if line.startswith("data: {")]
+    assert len(parts) > 3 and [token for part in parts for token in part["output_ids"]] == expected
+    assert "".join(part["text"] for part in parts) == whole["text"]
+    default = [Attachment("ref-5@1")]
+    assert server.tokens(prompt, words={"mem_top_k": 0}) == b.with_plan(prompt, default), "the configured default"
+    assert server.tokens(prompt, words={"mem_top_k": 0, "mem_ids": []}) == b.generate(prompt)
