@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.support.memory_bench import make_memory_bench
-from tests.vllm_engine.engine import request, run_engine, tokens
-from tests.vllm_engine.test_memory import PROMPTS, reads, three_pages
+from tests.support.memory_scenarios import PROMPTS, ask, three_pages, tokens
+from tests.vllm_engine.engine import run_engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,10 +24,7 @@ def memory_bench(tmp_path_factory):
 def rounds():
     """Twice the same batch (cold, then from the prefix cache), with and without memory."""
     short, middle, long, edge = PROMPTS
-    batch = [
-        request(short, 24, **reads("alpha")), request(middle, 24), request(long, 24, **reads("beta")),
-        request(edge, 24, **reads("alpha")),
-    ]  # fmt: skip
+    batch = [ask(short, 24, "alpha"), ask(middle, 24), ask(long, 24, "beta"), ask(edge, 24, "alpha")]
     return [batch, batch]
 
 

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from tests.support.memory_bench import SECRET, MemoryBench, make_memory_bench, reference, tokens_of
+from tests.support.memory_scenarios import PROMPTS, three_pages
 from tests.vllm_engine.server import Server, memory_flags
-from tests.vllm_engine.test_memory import PROMPTS, three_pages
 
 pytestmark = pytest.mark.engine
 
