@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mem_triton.config import DeltaSection, MemorySection, MemTritonConfig, RetrievalSection, parse_config
 from mem_triton.runtime.request import WORDS, parse_request
@@ -45,6 +46,15 @@ def test_every_row_of_the_compatibility_table_names_a_test():
     assert rows and all("::test_" in row for row in rows)
 
 
+def test_every_cell_of_the_engines_table_names_a_test_of_that_engine():
+    rows = README.split("| what | vLLM 0.32 | SGLang 0.5.23 |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    assert len(rows) > 10
+    for row in rows:
+        _, vllm, sglang = row.strip("| ").split(" | ")
+        assert re.search(r"`(vllm_engine|demo)/\w+\.py::test_", vllm), row
+        assert re.search(r"`sglang_engine/\w+\.py::test_", sglang), row
+
+
 def test_configuration_table_is_the_schema():
     keys = [name for name in MemTritonConfig.model_fields if name not in ("delta", "memory")]
     keys += [f"delta.{name}" for name in DeltaSection.model_fields]
@@ -60,7 +70,8 @@ def test_vocabulary_table_is_the_vocabulary():
 def test_shell_examples_hold_valid_json():
     documents = [json.loads(text) for block in blocks("bash") for text in re.findall(r"'(\{.*?\})'", block, re.DOTALL)]
     sections = [d["mem_triton"] for d in documents if "mem_triton" in d]
-    requests = [d["vllm_xargs"] for d in documents if "vllm_xargs" in d]
+    sections += [yaml.safe_load(block) for block in blocks("yaml")]
+    requests = [d[field] for d in documents for field in ("vllm_xargs", "custom_params") if field in d]
     assert sections and requests
     for section in sections:
         parse_config(section)
@@ -88,5 +99,5 @@ def test_drawn_folders_exist():
     drawn = README.split("## The house", 1)[1].split("```")[1]
     folders = [*re.findall(r"^(\w+)/ ", drawn, re.MULTILINE), "integrations"]
     folders += [f"mem_triton/{name}" for name in ("ops", "delta_mem", "memory3", "store", "runtime", "cli")]
-    folders += [f"integrations/{name}" for name in ("mem_triton_vllm", "mem_triton_transformers")]
+    folders += [f"integrations/{name}" for name in ("mem_triton_vllm", "mem_triton_sglang", "mem_triton_transformers")]
     assert [name for name in folders if not (ROOT / name).is_dir()] == []
