@@ -84,11 +84,21 @@ def _refuse(server_args: Any) -> None:
 
 def _refusals(cfg: Any) -> dict[str, tuple[bool, str]]:
     """SGLang options under which memory would be wrong: what they are, whether they are on, and why."""
+    from sglang.srt.environ import envs
+
     moves = "it moves keys and values without the states and the references that belong to them"
     one_front_end = "one front end has to decide what lies in memory; leave it at 1"
     return {
         "--tokenizer-worker-num above 1": (cfg.tokenizer_worker_num > 1, one_front_end),
         "--dp-size above 1": (cfg.dp_size > 1, one_front_end),
+        "--smg-grpc-mode": (
+            bool(cfg.smg_grpc_mode or cfg.grpc_mode),
+            "its requests bypass the front end that opens their memory; --grpc-port's do not",
+        ),
+        "SGLANG_RUST_SERVER": (
+            envs.SGLANG_RUST_SERVER.get(),
+            "its requests bypass the front end that opens their memory; unset the variable",
+        ),
         "--nnodes above 1": (cfg.nnodes > 1, "its front end reaches the workers of one machine"),
         "speculative decoding": (
             cfg.speculative_algorithm is not None,

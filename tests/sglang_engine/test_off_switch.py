@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -80,6 +81,7 @@ for options in json.loads(sys.argv[1]):
 REFUSED = {
     "--dp-size": {"dp_size": 2},
     "--tokenizer-worker-num": {"tokenizer_worker_num": 2},
+    "--smg-grpc-mode": {"smg_grpc_mode": True},
     "--nnodes": {"nnodes": 2, "tp_size": 2, "dist_init_addr": "127.0.0.1:1"},
     "speculative decoding": {"speculative_algorithm": "NGRAM"},
     "--enable-hierarchical-cache": {"enable_hierarchical_cache": True},
@@ -112,8 +114,6 @@ def test_a_foreign_sglang_keeps_working_and_refuses_the_backend(tmp_path):
 @pytest.fixture(scope="module")
 def resolved(bench, tmp_path_factory) -> list[str]:
     """What SGLang says to each of REFUSED, and to plain options."""
-    import json
-
     config = write_config({"delta": {"adapter": str(bench.adapter)}}, tmp_path_factory.mktemp("config"))
     base = {"model_path": str(bench.model), **DEFAULTS, "attention_backend": "mem_triton"}
     result = python(
@@ -140,3 +140,10 @@ def test_a_bad_file_is_named(tmp_path):
     code = "from mem_triton_sglang.configuration import configured; configured()"
     result = python(code, MEM_TRITON_CONFIG=str(config))
     assert 'Did you mean "adapter"' in result.stderr and str(config) in result.stderr
+
+
+def test_sglangs_rust_server_is_refused(bench, tmp_path):
+    config = write_config(bench.memory, tmp_path)
+    options = [{"model_path": str(bench.model), **DEFAULTS, "attention_backend": "mem_triton"}]
+    result = python(RESOLVE, json.dumps(options), MEM_TRITON_CONFIG=str(config), SGLANG_RUST_SERVER="1")
+    assert "ERROR ConfigError: mem_triton does not support SGLANG_RUST_SERVER" in result.stdout, result.stderr[-3000:]
