@@ -18,11 +18,11 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor, nn
 
 from mem_triton.config import ConfigError, DeltaSection
-from mem_triton.delta_mem import AttentionDims, load_adapter
+from mem_triton.delta_mem import AttentionDims
 from mem_triton.runtime.engine_shape import EngineShape
 from mem_triton.runtime.sessions import layer_order
 from mem_triton.runtime.slots import StateSlots
-from mem_triton.runtime.worker.layers import DeltaMemory, shard
+from mem_triton.runtime.worker.layers import DeltaMemory, served_adapter, shard
 from mem_triton_sglang.states import DeltaStates
 
 logger = logging.getLogger("sglang.mem_triton")
@@ -56,13 +56,7 @@ def attach(model: nn.Module, shape: EngineShape, section: DeltaSection, page_siz
 
     Raises ConfigError or AdapterError naming what does not fit.
     """
-    adapter = load_adapter(section.adapter, section.revision)
-    if adapter.config.memory_write_granularity != "token":
-        raise ConfigError(
-            f"mem_triton.delta.adapter: {section.adapter} writes its memory by "
-            f"{adapter.config.memory_write_granularity}; SGLang serves token writes only (memory_write_granularity "
-            '"token"). Use mem_triton_transformers for message and sentence means'
-        )
+    adapter = served_adapter(section, "SGLang")
     if section.tokens_per_state not in (None, page_size):
         raise ConfigError(
             f"mem_triton.delta.tokens_per_state: SGLang keeps one state a KV page, and --page-size is {page_size}; "

@@ -16,10 +16,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
 from mem_triton.config import ConfigError, DeltaSection
-from mem_triton.delta_mem import AttentionDims, load_adapter
+from mem_triton.delta_mem import AttentionDims
 from mem_triton.runtime.sessions import layer_order
 from mem_triton.runtime.slots import StateSlots
-from mem_triton.runtime.worker.layers import DeltaMemory, shard
+from mem_triton.runtime.worker.layers import DeltaMemory, served_adapter, shard
 from mem_triton_vllm.layers import OutputWithMemory, QKVWithMemory
 from mem_triton_vllm.refusals import check_attention
 from mem_triton_vllm.state_cache import OP_NAME, DeltaStateCache
@@ -44,13 +44,7 @@ def attach(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection) -> 
 
     Raises ConfigError or AdapterError naming what does not fit.
     """
-    adapter = load_adapter(section.adapter, section.revision)
-    if adapter.config.memory_write_granularity != "token":
-        raise ConfigError(
-            f"mem_triton.delta.adapter: {section.adapter} writes its memory by "
-            f"{adapter.config.memory_write_granularity}; vLLM serves token writes only (memory_write_granularity "
-            '"token"). Use mem_triton_transformers for message and sentence means'
-        )
+    adapter = served_adapter(section, "vLLM")
     modules = dict(attention_modules(model))
     if not modules:
         raise ConfigError(

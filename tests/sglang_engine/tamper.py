@@ -42,13 +42,6 @@ def no_memory_in_radix_keys() -> None:
     tokenizer_manager.extra_key_of = lambda client_key, session_key, bank_key, plan: client_key
 
 
-def no_pins() -> None:
-    """Pages of running requests may be taken from them."""
-    from mem_triton.store.ledger import PageLedger
-
-    PageLedger._may_go = staticmethod(lambda entry: entry.ready)
-
-
 def new_tensors_for_replays() -> None:
     """Captured steps get tensors of their own each time."""
     import torch

@@ -43,7 +43,7 @@ def test_a_pool_too_small_for_all_serves_them_in_turn(memory_bench):
 
 @pytest.mark.slow  # the front end's doing, and vLLM's tests have it each time
 def test_control_without_pins_eviction_breaks_a_running_request(memory_bench):
-    scenarios.without_pins_eviction_breaks_a_running_request(memory_bench, run_engine, f"{TAMPER}:no_pins")
+    scenarios.without_pins_eviction_breaks_a_running_request(memory_bench, run_engine, "tests.support.controls:no_pins")
 
 
 def test_sparse_references_beside_a_constant_prefix(memory_bench):

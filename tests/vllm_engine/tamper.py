@@ -15,22 +15,6 @@ def coarse_states_under_speculation() -> None:
     attach._tokens_per_state = lambda vllm_config, section: 16
 
 
-def one_last_state_only() -> None:
-    from mem_triton.runtime import slots
-
-    slots.StateSlots.pick = _pick_newest
-
-
-def _pick_newest(self, lease: str, position: int):
-    """As ``pick``, had the tables kept nothing but the newest state."""
-    if lease in self._left:
-        last, states = self._left.pop(lease)
-    else:
-        resident = next(r for r in self._residents.values() if r.lease == lease)
-        last, states = resident.last_position, self.last[:, resident.slot]
-    return position, states[:, last % 2].clone()
-
-
 def attach_before_lora() -> None:
     from mem_triton_vllm import v1_runner
     from mem_triton_vllm.worker_memory import attach_memory
@@ -81,12 +65,6 @@ def no_memory_in_block_keys() -> None:
     from mem_triton_vllm import block_keys
 
     block_keys.memory_key = lambda memory, start, end: ("mem_triton", ())
-
-
-def no_pins() -> None:
-    from mem_triton.store.ledger import PageLedger
-
-    PageLedger._may_go = staticmethod(lambda entry: entry.ready)
 
 
 def captures_of_other_blocks() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from safetensors import safe_open
 
+from tests.support import session_scenarios as scenarios
 from tests.vllm_engine.engine import request, run_engine, tokens
 
 pytestmark = pytest.mark.engine
 
-NAMES = ["alice", "bob", "carol", "dave"]
 WAYS = {
     "v1": {},
     "v2": {"runner": "v2"},
@@ -25,36 +24,7 @@ def words(name: str, **more: int) -> dict:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_sessions_carry_their_state_over(bench, prompts, tmp_path, way):
-    """Four sessions at once: tell, tell again, ask twice without writing (the second time from the prefix cache)."""
-    again = prompts[::-1]
-    result = run_engine(
-        bench.model,
-        [
-            [request(p, **words(n)) for p, n in zip(prompts, NAMES, strict=True)],
-            [request(p, **words(n)) for p, n in zip(again, NAMES, strict=True)],
-            [request(p, **words(n, mem_write=0)) for p, n in zip(prompts, NAMES, strict=True)],
-            [request(p, **words(n, mem_write=0)) for p, n in zip(prompts, NAMES, strict=True)],
-            [request(p) for p in prompts],
-        ],
-        memory={**bench.memory, "session_dir": str(tmp_path / "sessions")}, **WAYS[way],
-    )  # fmt: skip
-    fresh = []
-    for i in range(4):
-        bench.forget()
-        told, told_again = bench.generate(prompts[i]), bench.generate(again[i])
-        asked = bench.generate(prompts[i], write=False)
-        assert [tokens(result, r)[i] for r in range(4)] == [told, told_again, asked, asked]
-        assert told != asked, "the state changes the answer"
-        fresh.append(told)
-    assert tokens(result, 4) == fresh, "a request without a session starts from zeros"
-    cached = [[answer["cached"] for answer in answers] for answers in result["rounds"]]
-    assert cached[3] == [0, 0, 128, 64], "the same version shares its prefix"
-    assert cached[1] == cached[2] == cached[4] == [0, 0, 0, 0], "another version, or none, does not"
-    with safe_open(tmp_path / "sessions" / "alice.safetensors", "pt") as file:
-        header = file.metadata()
-        assert (header["session"], header["version"]) == ("alice", "2")
-        assert int(header["tokens"]) == sum(len(p) + 12 - 1 for p in (prompts[0], again[0])), "the last is never fed"
-        assert sorted(file.keys()) == [f"model.layers.{i}.self_attn" for i in range(2)]
+    scenarios.sessions_carry_their_state_over(bench, prompts, run_engine, tmp_path, 32, **WAYS[way])
 
 
 def test_sessions_survive_a_restart(bench, prompts, tmp_path):
@@ -108,23 +78,7 @@ def test_flags_and_refusals_of_one_request(bench, prompts):
     assert 'Did you mean "mem_session"' in rounds[6]["error"] and "reserved" in rounds[7]["error"]
 
 
-@pytest.mark.parametrize("tamper", ["", "tests.vllm_engine.tamper:one_last_state_only"])
+@pytest.mark.parametrize("tamper", ["", "tests.support.controls:one_last_state_only"])
 def test_a_stop_token_is_not_part_of_the_state(bench, prompts, tamper):
-    """Async scheduling runs one step past a stop token. The committed state must not have seen it (negative control:
-    a table that keeps only the newest state)."""
-    bench.forget()
-    whole = bench.generate(prompts[1], 12)
-    stop = next(i for i in range(2, 12) if whole[i] not in whole[:i])
-    bench.forget()
-    bench.generate(prompts[1], stop + 1)
-    expected = bench.generate(prompts[0])
-    result = run_engine(
-        bench.model,
-        [
-            [request(prompts[1], stop_token_ids=[whole[stop]], **words("alice"))],
-            [request(prompts[0], **words("alice"))],
-        ],
-        memory=bench.memory, runner="v2", force_async=True, tamper=tamper,
-    )  # fmt: skip
-    assert tokens(result, 0) == [whole[: stop + 1]]
-    assert (tokens(result, 1) == [expected]) is (tamper == "")
+    """Async scheduling runs one step past it."""
+    scenarios.a_stop_token_is_not_part_of_the_state(bench, prompts, run_engine, tamper, runner="v2", force_async=True)

@@ -13,10 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mem_triton.delta_mem import DeltaMemLayerWeights
+from mem_triton.config import ConfigError, DeltaSection
+from mem_triton.delta_mem import DeltaMemAdapter, DeltaMemLayerWeights, load_adapter
 
 FUSED_ADD_WIDTH = 16
 """Up to this read width a compiled model adds Δ as multiply-adds that Inductor fuses; beyond it a matmul is cheaper."""
+
+
+def served_adapter(section: DeltaSection, engine: str) -> DeltaMemAdapter:
+    """The configured adapter. Raises AdapterError, or ConfigError if engines cannot serve it. engine: for messages."""
+    adapter = load_adapter(section.adapter, section.revision)
+    if adapter.config.memory_write_granularity != "token":
+        raise ConfigError(
+            f"mem_triton.delta.adapter: {section.adapter} writes its memory by "
+            f"{adapter.config.memory_write_granularity}; {engine} serves token writes only (memory_write_granularity "
+            '"token"). Use mem_triton_transformers for message and sentence means'
+        )
+    return adapter
 
 
 def add_correction(x: Tensor, reads: Tensor, weight: Tensor, fuse: bool) -> Tensor:

@@ -1,0 +1,69 @@
+"""What every engine must do with sessions, written once: a state that outlives its request, against transformers that
+carries the state over. run: an engine's ``run_engine``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from tests.support.bench import Bench
+from tests.support.memory_scenarios import Run, ask, cached, tokens, whole_pages
+
+NAMES = ["alice", "bob", "carol", "dave"]
+
+
+def sessions_carry_their_state_over(
+    bench: Bench, prompts: list[list[int]], run: Run, folder: Path, page: int, **options: Any
+) -> None:
+    """Four sessions at once: tell, tell again, ask twice without writing (the second time from the prefix cache)."""
+    again = prompts[::-1]
+
+    def each(texts: list[list[int]], **more: int) -> list[dict[str, Any]]:
+        return [ask(p, mem_session=n, **more) for p, n in zip(texts, NAMES, strict=True)]
+
+    rounds = [
+        each(prompts),
+        each(again),
+        each(prompts, mem_write=0),
+        each(prompts, mem_write=0),
+        list(map(ask, prompts)),
+    ]
+    result = run(bench.model, rounds, memory={**bench.memory, "session_dir": str(folder / "sessions")}, **options)
+    fresh = []
+    for i in range(4):
+        bench.forget()
+        told, told_again = bench.generate(prompts[i]), bench.generate(again[i])
+        answer = bench.generate(prompts[i], write=False)
+        assert [tokens(result, r)[i] for r in range(4)] == [told, told_again, answer, answer]
+        assert told != answer, "the state changes the answer"
+        fresh.append(told)
+    assert tokens(result, 4) == fresh, "a request without a session starts from zeros"
+    assert cached(result, 3) == [whole_pages(p, page) for p in prompts], "the same version shares its prefix"
+    assert all(cached(result, r) == [0, 0, 0, 0] for r in (1, 2, 4)), "another version, or none, does not"
+    with safe_open(folder / "sessions" / "alice.safetensors", "pt") as file:
+        header = file.metadata()
+        assert (header["session"], header["version"]) == ("alice", "2")
+        assert int(header["tokens"]) == sum(len(p) + 12 - 1 for p in (prompts[0], again[0])), "the last is never fed"
+        assert sorted(file.keys()) == [f"model.layers.{i}.self_attn" for i in range(2)]
+
+
+def a_stop_token_is_not_part_of_the_state(
+    bench: Bench, prompts: list[list[int]], run: Run, tamper: str, **options: Any
+) -> None:
+    """Engines that schedule ahead run one step past a stop token; the committed state must not have seen it.
+
+    tamper: "", or a control that keeps only the newest state.
+    """
+    bench.forget()
+    whole = bench.generate(prompts[1], 12)
+    stop = next(i for i in range(2, 12) if whole[i] not in whole[:i])
+    bench.forget()
+    bench.generate(prompts[1], stop + 1)
+    expected = bench.generate(prompts[0])
+    stopped = {**ask(prompts[1], mem_session="alice"), "stop_token_ids": [whole[stop]]}
+    rounds = [[stopped], [ask(prompts[0], mem_session="alice")]]
+    result = run(bench.model, rounds, memory=bench.memory, tamper=tamper, **options)
+    assert tokens(result, 0) == [whole[: stop + 1]]
+    assert (tokens(result, 1) == [expected]) is (tamper == "")
