@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,8 +47,11 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def write_config(memory: dict[str, Any], folder: Path | None = None) -> Path:
-    """The section as the file that ``MEM_TRITON_CONFIG`` names."""
-    path = Path(folder or tempfile.mkdtemp(prefix="mem-triton-test-")) / "mem.yaml"
+    """The section as the file that ``MEM_TRITON_CONFIG`` names. folder: None is one that goes when the tests end."""
+    if folder is None:
+        folder = Path(tempfile.mkdtemp(prefix="mem-triton-test-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = folder / "mem.yaml"
     path.write_text(json.dumps(memory))  # JSON is YAML
     return path
 
