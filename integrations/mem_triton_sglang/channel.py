@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
+import errno
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -27,6 +30,7 @@ VARIABLE = "MEM_TRITON_CHANNEL"
 """Environment variable that tells spawned processes the folder."""
 TIMEOUT = 60.0
 """Seconds until a rank that does not answer counts as gone; no handler takes that long."""
+_PREFIX = "mem_triton-channel-"
 
 
 class ChannelError(RuntimeError):
@@ -34,11 +38,27 @@ class ChannelError(RuntimeError):
 
 
 def make_folder() -> Path:
-    """A fresh folder for one engine; processes spawned from now on serve there. It goes when this process ends."""
-    folder, owner = Path(tempfile.mkdtemp(prefix="mem_triton-")), os.getpid()  # mkdtemp: mode 0700
+    """A fresh folder for one engine; processes spawned from now on serve there. It goes when this process ends.
+
+    An engine that was killed leaves its folder; the next one on the machine takes it away.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        if _is_left(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    folder, owner = Path(tempfile.mkdtemp(prefix=_PREFIX)), os.getpid()  # mkdtemp: mode 0700
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
     os.environ[VARIABLE] = str(folder)
     return folder
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether sockets lie there and nobody listens at any; an engine that is about to start has none yet."""
+    refused = []
+    with contextlib.suppress(OSError):  # another user's
+        for path in folder.iterdir():
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as probe:
+                refused.append(probe.connect_ex(str(path)) == errno.ECONNREFUSED)
+    return bool(refused) and all(refused)
 
 
 def current_folder() -> Path:

@@ -141,3 +141,19 @@ def test_the_folder_goes_with_the_process_that_made_it():
     program = "from mem_triton_sglang import channel; channel.make_folder(); channel.serve(0, {}); print(channel.current_folder())"  # noqa: E501
     folder = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
     assert folder and not os.path.exists(folder)
+
+
+def test_folders_of_dead_engines_go_and_those_of_others_stay(folder):
+    code = (
+        "import os, signal, time; from mem_triton_sglang import channel; print(channel.make_folder(), flush=True); "
+        "channel.serve(0, {}); print('serving', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    other = process.stdout.readline().strip()
+    assert process.stdout.readline().strip() == "serving"
+    fresh = [channel.make_folder(), channel.make_folder()]
+    assert os.path.isdir(other) and fresh[0].is_dir(), "one that serves, and one that has not begun to"
+    process.kill()
+    process.wait()
+    fresh.append(channel.make_folder())
+    assert not os.path.exists(other) and all(f.is_dir() for f in fresh)
