@@ -104,6 +104,14 @@ def _refusals(cfg: Any) -> dict[str, tuple[bool, str]]:
             cfg.speculative_algorithm is not None,
             "a rejected draft would stay in the state, and drafts would be checked without memory",
         ),
+        "context parallelism (--attn-cp-size, --dcp-size)": (
+            max(cfg.attn_cp_size or 1, cfg.dcp_size or 1) > 1,
+            "it spreads one sequence over ranks, and memory belongs to the whole sequence",
+        ),
+        "--enable-unified-memory and --enable-hisparse": (
+            bool(cfg.enable_unified_memory or cfg.enable_hisparse),
+            "a slot of their KV cache is not the place of one token",
+        ),
         "--enable-hierarchical-cache": (bool(cfg.enable_hierarchical_cache), moves),
         "--enable-lmcache": (bool(getattr(cfg, "enable_lmcache", False)), moves),
         "prefill-decode disaggregation": (cfg.disaggregation_mode not in (None, "null"), moves),

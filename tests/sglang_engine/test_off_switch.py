@@ -84,6 +84,8 @@ REFUSED = {
     "--smg-grpc-mode": {"smg_grpc_mode": True},
     "--nnodes": {"nnodes": 2, "tp_size": 2, "dist_init_addr": "127.0.0.1:1"},
     "speculative decoding": {"speculative_algorithm": "NGRAM"},
+    "--dcp-size": {"dcp_size": 2, "tp_size": 2},
+    "--enable-hisparse": {"enable_hisparse": True},
     "--enable-hierarchical-cache": {"enable_hierarchical_cache": True},
     "--enable-two-batch-overlap": {"enable_two_batch_overlap": True},
     "disaggregation": {"disaggregation_mode": "prefill"},
