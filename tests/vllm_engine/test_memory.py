@@ -7,7 +7,7 @@ import pytest
 from tests.support import memory_scenarios as scenarios
 from tests.support.memory_bench import SECRET
 from tests.support.memory_scenarios import PROMPTS, ask, tokens
-from tests.vllm_engine.engine import run_engine
+from tests.vllm_engine.engine import run_engine, ways
 
 pytestmark = pytest.mark.engine
 
@@ -23,7 +23,7 @@ RUNNERS = {
 TAMPER = "tests.vllm_engine.tamper"
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("runner", ways(RUNNERS, soak="v2 v1-compiled"))
 def test_b6_b10_every_row_has_its_own_memory(memory_bench, runner):
     scenarios.every_row_has_its_own_memory(memory_bench, run_engine, BLOCK, **RUNNERS[runner])
 
@@ -33,7 +33,7 @@ def test_b10_control_without_memory_in_the_block_hash_wrong_tokens_appear(memory
     scenarios.without_memory_in_the_cache_keys_wrong_tokens_appear(memory_bench, run_engine, tamper)
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2-async"])
+@pytest.mark.parametrize("runner", ways(["v1", "v2-async"], soak="v1"))
 def test_preempted_requests_read_their_memory_again(memory_bench, runner):
     b = memory_bench
     names = [("alpha",), (), ("beta",), ("gamma",), ("alpha", "beta"), ()]
@@ -58,12 +58,12 @@ def test_sparse_references_beside_a_constant_prefix(memory_bench):
     scenarios.sparse_references_beside_a_constant_prefix(memory_bench, run_engine)
 
 
-@pytest.mark.parametrize("pool_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("pool_dtype", ways(["int8", "fp8"], soak="fp8"))
 def test_smaller_pages_are_read_as_what_they_hold(memory_bench, pool_dtype):
     scenarios.smaller_pages_are_read_as_what_they_hold(memory_bench, run_engine, pool_dtype)
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2", "v1-tp2"])
+@pytest.mark.parametrize("runner", ways(["v1", "v2", "v1-tp2"], soak="v1"))
 def test_a_prompt_is_captured_and_read_again(memory_bench, runner):
     result = scenarios.a_prompt_is_captured_and_read_again(
         memory_bench, run_engine, f"note-{runner}", **RUNNERS[runner]

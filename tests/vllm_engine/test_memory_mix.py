@@ -9,7 +9,7 @@ from tests.support import memory_scenarios as scenarios
 from tests.support.kernels_on_cpu import RAN
 from tests.support.memory_bench import reference
 from tests.support.memory_scenarios import PROMPTS, ask, seen, tokens
-from tests.vllm_engine.engine import run_engine
+from tests.vllm_engine.engine import run_engine, ways
 
 pytestmark = pytest.mark.engine
 
@@ -17,7 +17,7 @@ BLOCK = 32
 RUNNERS = {"v1": {}, "v2": {"runner": "v2"}, "v1-tp2": {"tensor_parallel_size": 2}}
 
 
-@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("runner", ways(["v1", "v2"], soak="v1"))
 def test_both_memories_and_a_session_at_once(memory_bench, bench, runner):
     scenarios.both_memories_and_a_session_at_once(memory_bench, bench, run_engine, BLOCK, **RUNNERS[runner])
 
@@ -27,7 +27,7 @@ def test_lora_and_memory_together(memory_bench, lora_bench):
     scenarios.lora_and_memory_together(memory_bench, lora_bench, run_engine, **options)
 
 
-@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("runner", ways(RUNNERS, soak="v1"))
 def test_b11_retrieval_for_every_chunk_of_the_prompt_and_of_the_answer(memory_bench, runner):
     scenarios.retrieval_for_every_chunk_of_the_prompt_and_of_the_answer(memory_bench, run_engine, **RUNNERS[runner])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support import session_scenarios as scenarios
-from tests.vllm_engine.engine import request, run_engine, tokens
+from tests.vllm_engine.engine import request, run_engine, tokens, ways
 
 pytestmark = pytest.mark.engine
 
@@ -22,7 +22,7 @@ def words(name: str, **more: int) -> dict:
     return {"extra_args": {"mem_session": name, **more}}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ways(WAYS, soak="v2"))
 def test_sessions_carry_their_state_over(bench, prompts, tmp_path, way):
     scenarios.sessions_carry_their_state_over(bench, prompts, run_engine, tmp_path, 32, **WAYS[way])
 
