@@ -87,16 +87,19 @@ def test_the_correction_of_o_belongs_on_one_rank(bench, prompts, way):
     assert tokens(result) != [bench.fresh(p) for p in prompts]
 
 
-def test_states_are_part_of_a_tokens_bytes(bench, prompts):
-    """SGLang sizes its KV cache by what a token takes: 1,024 bytes of this model, and 512 more of states a token."""
-    sizes = []
-    for memory in (None, bench.memory):
-        result = run_engine(
-            bench.model, [[request(prompts[0], 2)]], memory=memory, page_size=1, max_total_tokens=None,
-            mem_fraction_static=0.05,
-        )  # fmt: skip
-        sizes.append(result["facts"]["max_total_tokens"])
-    assert 0.55 < sizes[1] / sizes[0] < 0.78, "two thirds, as far as the machine's free memory stands still"
+@pytest.mark.parametrize(("page", "states"), [(1, 512), (16, 32)])
+def test_states_are_part_of_a_tokens_bytes(page, states):
+    """SGLang sizes its KV cache by what a token takes; two layers keep 256 bytes a page each."""
+    from types import SimpleNamespace
+
+    from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
+    from mem_triton_sglang.states import DeltaStates
+    from mem_triton_sglang.worker import WorkerMemory, after_cell_size
+
+    delta = DeltaStates(DeltaRuleSpec(8, 1), slots=None, layers=2, page_size=page)
+    model = SimpleNamespace(mem_triton=WorkerMemory(delta, None, None))
+    assert after_cell_size(1024, None, SimpleNamespace(model=model), 2) == 1024 + states
+    assert after_cell_size(1024, None, SimpleNamespace(model=SimpleNamespace()), 2) == 1024
 
 
 def test_words_that_came_in_by_another_door_are_refused_and_the_engine_lives(bench, prompts):
