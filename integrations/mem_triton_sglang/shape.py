@@ -24,6 +24,8 @@ def shape_of(server_args: Any, model_config: Any) -> EngineShape:
         hf_config=model_config.hf_text_config.to_dict(),
         dtype=model_config.dtype,
         num_layers=layers,
+        hidden=model_config.hidden_size,
+        heads=model_config.num_attention_heads,
         kv_heads=model_config.get_total_num_kv_heads(),
         head_dim=model_config.head_dim,
         tp_size=cfg.tp_size,

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 
 from mem_triton.config import ConfigError, MemTritonConfig
-from mem_triton_sglang.attach import attach, attention_modules, check_attention
+from mem_triton.runtime.worker.attach import attention_modules
+from mem_triton_sglang.attach import attach, check_attention
 from mem_triton_sglang.carrier import carried_of
 from mem_triton_sglang.configuration import configured
 from mem_triton_sglang.context import ContextReader
@@ -98,7 +100,8 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
     if config.memory is not None:
         from mem_triton.runtime.worker.explicit import ExplicitMemory
 
-        attentions = {module.attn.layer_id: module.attn for _, module in attention_modules(runner.model)}
+        modules = attention_modules(runner.model, RadixAttention, "explicit memory").values()
+        attentions = {module.attn.layer_id: module.attn for module in modules}
         for index, attention in attentions.items():
             check_attention(f"layer {index}", attention, "explicit memory")
         parallel = runner_ranks()

@@ -19,6 +19,8 @@ def shape_of(vllm_config: VllmConfig) -> EngineShape:
         hf_config=model.hf_text_config.to_dict(),
         dtype=model.dtype,
         num_layers=layers,
+        hidden=model.get_hidden_size(),
+        heads=model.model_arch_config.total_num_attention_heads,
         kv_heads=model.get_total_num_kv_heads(),
         head_dim=model.get_head_size(),
         tp_size=parallel.tensor_parallel_size,

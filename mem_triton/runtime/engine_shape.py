@@ -19,8 +19,9 @@ import torch
 class EngineShape:
     """engine: its name, for messages. model, revision: a folder or a Hugging Face id. hf_config: the text config.
 
-    kv_heads: of the whole model. pp_spans: each pipeline stage's layers, first and end. max_requests: running at once.
-    max_step_tokens: processed in one step. max_model_len: tokens of a prompt and its answer.
+    hidden: width of the hidden state. heads, kv_heads: of the whole model. tp_size: ranks that split heads. pp_spans:
+    each pipeline stage's layers, first and end. max_requests: running at once. max_step_tokens: processed in one step.
+    max_model_len: tokens of a prompt and its answer.
     """
 
     engine: str
@@ -29,6 +30,8 @@ class EngineShape:
     hf_config: Mapping[str, Any]
     dtype: torch.dtype
     num_layers: int
+    hidden: int
+    heads: int
     kv_heads: int
     head_dim: int
     tp_size: int

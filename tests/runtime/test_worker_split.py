@@ -11,15 +11,15 @@ from safetensors.torch import save_file
 from mem_triton.config import ConfigError, MemorySection
 from mem_triton.delta_mem import pack_layer
 from mem_triton.runtime.engine_shape import EngineShape
+from mem_triton.runtime.worker.attach import shard
 from mem_triton.runtime.worker.explicit import _heads
-from mem_triton.runtime.worker.layers import shard
 from mem_triton.runtime.worker.layout import GIB, MOST_PAGES, join_captured, layout_of
 from tests.support.models import attention_dims, random_adapter, tiny_model
 
 SHAPE = {
     "engine": "test", "model": "m", "revision": None, "hf_config": {}, "dtype": torch.bfloat16, "num_layers": 8,
-    "kv_heads": 4, "head_dim": 32, "tp_size": 1, "pp_spans": ((0, 8),), "max_requests": 4, "max_step_tokens": 640,
-    "max_model_len": 4096, "prefix_caching": True,
+    "hidden": 128, "heads": 4, "kv_heads": 4, "head_dim": 32, "tp_size": 1, "pp_spans": ((0, 8),), "max_requests": 4,
+    "max_step_tokens": 640, "max_model_len": 4096, "prefix_caching": True,
 }  # fmt: skip
 
 

@@ -7,29 +7,15 @@ output, before q/k norm and RoPE, and Δo to the output of ``o_proj``: once, who
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mem_triton.config import ConfigError, DeltaSection
-from mem_triton.delta_mem import DeltaMemAdapter, DeltaMemLayerWeights, load_adapter
+from mem_triton.delta_mem import DeltaMemLayerWeights
 
 FUSED_ADD_WIDTH = 16
 """Up to this read width a compiled model adds Δ as multiply-adds that Inductor fuses; beyond it a matmul is cheaper."""
-
-
-def served_adapter(section: DeltaSection, engine: str) -> DeltaMemAdapter:
-    """The configured adapter. Raises AdapterError, or ConfigError if engines cannot serve it. engine: for messages."""
-    adapter = load_adapter(section.adapter, section.revision)
-    if adapter.config.memory_write_granularity != "token":
-        raise ConfigError(
-            f"mem_triton.delta.adapter: {section.adapter} writes its memory by "
-            f"{adapter.config.memory_write_granularity}; {engine} serves token writes only (memory_write_granularity "
-            '"token"). Use mem_triton_transformers for message and sentence means'
-        )
-    return adapter
 
 
 def add_correction(x: Tensor, reads: Tensor, weight: Tensor, fuse: bool) -> Tensor:
@@ -91,19 +77,3 @@ class DeltaMemory(nn.Module):
             return add_correction(out, reads, self.delta_o, self.fuse)
         delta = F.linear(reads.to(out.dtype), self.delta_o).float()
         return out + F.rms_norm(delta, delta.shape[-1:], self.o_rmsnorm_weight, self.o_rmsnorm_eps).to(out.dtype)
-
-
-def shard(layer: DeltaMemLayerWeights, sizes: tuple[int, int, int], rank: int, ranks: int) -> DeltaMemLayerWeights:
-    """One tensor-parallel rank's rows of Δq, Δk and Δv, which follow the heads; Δo stays whole.
-
-    sizes: widths of this rank's q, k and v.
-    """
-
-    def rows(weight: Tensor | None, size: int) -> Tensor | None:
-        if weight is None:
-            return None
-        replicas = max(1, ranks * size // weight.shape[0])  # ranks that hold the same KV heads
-        return weight[rank // replicas * size :][:size]
-
-    names = ("delta_q", "delta_k", "delta_v")
-    return replace(layer, **{n: rows(getattr(layer, n), s) for n, s in zip(names, sizes, strict=True)})
