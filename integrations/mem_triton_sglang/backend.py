@@ -119,12 +119,8 @@ class BackendWithMemory(AttentionBackend):
         if save_kv_cache and k is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
         step = self.mem_step
-        read: dict[str, Any] = {}
         memory = self.mem_triton.explicit.layer(layer.layer_id)
-        if memory is not None:
-            read = {"row_slot": memory.tables.row_slot[: step.seq_lens.shape[0]], "shared": memory.sink}
-            if memory.pages is not None:
-                read |= {"pages": memory.pages, "table": memory.tables.table}
+        read = {} if memory is None else memory.read(step.seq_lens.shape[0])
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(queries)
         memory_attention(

@@ -165,16 +165,10 @@ class MemoryAttentionImpl(AttentionImpl):
         if attn_metadata is None:  # vLLM's memory profiling run
             return output.zero_()
         m = attn_metadata
-        rows = m.seq_lens.shape[0]
         keys, values = kv_cache.split(self.head_size, dim=-1)
         context = PagedContext(keys, values, m.block_table, m.query_start_loc, m.seq_lens, m.max_query_len)
         memory: LayerMemory | None = getattr(layer, "mem_triton_memory", None)
-        read = {}
-        if memory is not None:
-            tables = memory.tables
-            read = {"row_slot": tables.row_slot[:rows], "shared": memory.sink}
-            if memory.pages is not None:
-                read |= {"pages": memory.pages, "table": tables.table}
+        read = {} if memory is None else memory.read(m.seq_lens.shape[0])
         tokens = m.num_actual_tokens
         heads = (tokens, self.num_heads, self.head_size)
         memory_attention(

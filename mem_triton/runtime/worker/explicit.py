@@ -33,6 +33,11 @@ class LayerMemory:
     pages: MemoryPages | None  # None in layers that are no memory layers
     sink: SharedSegment | None  # the bank's constant prefix, in every layer
 
+    def read(self, rows: int) -> dict[str, Any]:
+        """What ``memory_attention`` takes besides the context, for a batch of ``rows`` rows, padding included."""
+        read: dict[str, Any] = {"row_slot": self.tables.row_slot[:rows], "shared": self.sink}
+        return read if self.pages is None else read | {"pages": self.pages, "table": self.tables.table}
+
 
 class ExplicitMemory:
     """One rank's. tables: who sees what. pool: of the bank's layers that this rank has. loader: fills pages.
