@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mem_triton.ops.delta_rule import DeltaRuleInputs, DeltaRuleSpec, activate, delta_rule
-from mem_triton.ops.delta_rule.chunked import scan, scan_with_states
+from mem_triton.ops.delta_rule.chunked import scan
 from tests.ops.paged_case import relative_rms
 
 MODES = ("standard", "lambda_outside", "no_lambda")
@@ -43,24 +43,6 @@ def test_a11_chunk_parallel_scan_equals_sequential(tokens, mode, couple, rankwis
     want_reads, want_final, _ = token_by_token(inputs, state)
     torch.testing.assert_close(reads, want_reads, rtol=0, atol=1e-12)
     torch.testing.assert_close(final, want_final, rtol=0, atol=1e-12)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    tokens=st.integers(0, 40),
-    sizes=st.sampled_from([(1, 1), (4, 1), (4, 2), (4, 4), (4, 8), (5, 5), (16, 4), (16, 32)]),
-    rank=st.sampled_from([1, 4, 8, 16]),
-    heads=st.integers(1, 3),
-)
-def test_states_at_any_interval(tokens, sizes, rank, heads):
-    chunk, every = sizes
-    spec = DeltaRuleSpec(rank, heads)
-    inputs, state = random_inputs(2, tokens, spec), random_state(2, spec)
-    reads, final, states = scan_with_states(inputs, state, every, chunk)
-    want_reads, want_final, want_states = token_by_token(inputs, state, every)
-    torch.testing.assert_close(reads, want_reads, rtol=0, atol=1e-12)
-    torch.testing.assert_close(final, want_final, rtol=0, atol=1e-12)
-    torch.testing.assert_close(states, want_states, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -157,8 +139,3 @@ def test_8192_tokens_stay_within_1e_5_of_fp64(bias):
     want = token_by_token(activate(projections.double(), gate_bias.double(), spec), None)
     assert relative_rms(reads, want[0]) <= 1e-5
     assert relative_rms(final, want[1]) <= 1e-5
-
-
-def test_interval_that_does_not_fit_the_chunk_is_refused():
-    with pytest.raises(ValueError, match="states_every=6"):
-        scan_with_states(random_inputs(1, 20, DeltaRuleSpec(4, 1)), None, 6, 16)

@@ -64,9 +64,9 @@ def test_a3_any_split_of_a_sequence_gives_the_same_reads_and_state(cuts, span):
             seq_lens=torch.tensor([end], dtype=torch.int32),
         )
         delta_rule_paged(**step.tensors(), **step.options())
-    assert relative_rms(parts.reads[:total], after.reads[:total].double()) <= 1e-6
-    assert relative_rms(parts.state_cache, after.state_cache.double()) <= 1e-6
-    assert relative_rms(parts.last_states[1, 1], after.last_states[1, 1].double()) <= 1e-6
+    assert torch.equal(parts.reads[:total], after.reads[:total])  # bit by bit: nothing depends on the cut
+    assert torch.equal(parts.state_cache, after.state_cache)
+    assert torch.equal(parts.last_states[1, 1], after.last_states[1, 1])
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -90,11 +90,9 @@ def test_a7_rows_are_isolated_from_their_neighbours(order, padding):
     again = run(other)
     at = 0
     for n in rows:
-        want = after.reads[starts[n] : starts[n] + queries[n]]
-        torch.testing.assert_close(again.reads[at : at + queries[n]], want, rtol=1e-6, atol=1e-7)
+        assert torch.equal(again.reads[at : at + queries[n]], after.reads[starts[n] : starts[n] + queries[n]])
         at += queries[n]
-    torch.testing.assert_close(again.state_cache, after.state_cache, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(again.last_states, after.last_states, rtol=1e-6, atol=1e-7)
+    assert torch.equal(again.state_cache, after.state_cache) and torch.equal(again.last_states, after.last_states)
 
 
 @pytest.mark.parametrize("tokens", [1, 30])

@@ -1,4 +1,4 @@
-"""Run our Triton kernels, through the interpreter, where an engine's CPU worker would run torch.
+"""Run our Triton kernels, through the interpreter, where an engine's CPU worker would run its own code.
 
 Called in an engine's processes, as a test's tamper, with ``TRITON_INTERPRET=1``. Each kind of kernel says once that it
 ran.
@@ -19,7 +19,7 @@ def both() -> None:
 def delta_rule() -> None:
     """δ-mem's scan and its single step."""
     interp.install()  # before anything imports the kernels
-    from mem_triton.ops.delta_rule import launch, paged_torch
+    from mem_triton.ops.delta_rule import launch, paged_numba
     from mem_triton.ops.tuning.delta_rule import select
 
     def step_rows(*arguments) -> None:
@@ -28,7 +28,7 @@ def delta_rule() -> None:
         launch.step_rows(*arguments, config)
         _say("scan" if longest > config.max_recurrent else "step")
 
-    paged_torch.step_rows = step_rows
+    paged_numba.step_rows = step_rows
 
 
 def memory_attention() -> None:

@@ -1,4 +1,4 @@
-"""The delta rule in exact chunk-parallel form, in plain torch: serving on CPU, transformers, training.
+"""The delta rule in exact chunk-parallel form, in plain torch: transformers and training.
 
 A state's rows never mix (gates act per row, k is shared), so row i is a recurrence of its own. Inside a chunk of C
 tokens, token t adds a multiple u_t of k_t to the row, and the row is
@@ -39,24 +39,11 @@ def scan(
         reads, state = scan(activate(projections, gate_bias, spec))      # projections: [B, T, P]
         more, state = scan(activate(later, gate_bias, spec), state)
     """
-    reads, final, _ = scan_with_states(inputs, initial_state, None, chunk_size)
-    return reads, final
-
-
-def scan_with_states(
-    inputs: DeltaRuleInputs, initial_state: Tensor | None, states_every: int | None, chunk_size: int = CHUNK_SIZE
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``scan`` that also returns the states after tokens n-1, 2n-1, ... as [B, T // n, H, r, r], n = ``states_every``.
-
-    ``states_every`` must divide ``chunk_size`` or be a multiple of it. None: no states.
-    """
     batch, tokens, heads, rank = inputs.q.shape
     if initial_state is None:
         initial_state = inputs.q.new_zeros(batch, heads, rank, rank)
-    if states_every and chunk_size % states_every and states_every % chunk_size:
-        raise ValueError(f"states_every={states_every} must divide chunk_size={chunk_size} or be a multiple of it")
     if tokens == 0:
-        return inputs.q, initial_state, initial_state[:, None][:, :0] if states_every else None
+        return inputs.q, initial_state
 
     chunks = -(-tokens // chunk_size)
     q, k, v, keep, erase, write = _split_chunks(inputs, chunks, chunk_size)  # [B, n, H, r, C]
@@ -71,19 +58,7 @@ def scan_with_states(
     writes = solved[..., 0] - (solved[..., 1:] @ starts.unsqueeze(-1)).squeeze(-1)  # u, [B, n, H, r, C]
     seen = before[..., 1:] * (q.mT @ k).unsqueeze(-3)  # weight of u_j in read t
     reads = before[..., 0] * (starts @ q) + (seen @ writes.unsqueeze(-1)).squeeze(-1)
-    reads = reads.permute(0, 1, 4, 2, 3).reshape(batch, chunks * chunk_size, heads, rank)[:, :tokens]
-    if not states_every:
-        return reads, final, None
-
-    if states_every % chunk_size == 0:
-        states = torch.cat([starts[:, 1:], final[:, None]], dim=1)[
-            :, states_every // chunk_size - 1 :: states_every // chunk_size
-        ]
-    else:
-        rows = decay[..., states_every::states_every, :]  # [B, n, H, r, C/every, C + 1]
-        states = rows[..., :1] * starts.unsqueeze(-2) + (rows[..., 1:] * writes.unsqueeze(-2)) @ k.mT.unsqueeze(-3)
-        states = states.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
-    return reads, final, states[:, : tokens // states_every]
+    return reads.permute(0, 1, 4, 2, 3).reshape(batch, chunks * chunk_size, heads, rank)[:, :tokens], final
 
 
 def _split_chunks(inputs: DeltaRuleInputs, chunks: int, chunk_size: int) -> DeltaRuleInputs:

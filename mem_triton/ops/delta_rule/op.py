@@ -1,6 +1,6 @@
 """``mem_triton::delta_rule_paged``: the delta rule over a paged state cache, as one torch.library op.
 
-The op checks its tensors, then runs torch on the CPU (``paged_torch``) or the Triton kernels on a GPU (``launch``).
+The op checks its tensors, then runs compiled loops on the CPU (``paged_numba``) or Triton kernels on a GPU (``launch``).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mem_triton.ops.delta_rule import paged_torch
 from mem_triton.ops.delta_rule.reference import DeltaRuleSpec, UpdateMode
 
 _SCHEMA = """delta_rule_paged(
@@ -79,11 +78,20 @@ def _run(
     )  # fmt: skip
     check(*tensors, spec, block_size, tokens_per_state)
     if projections.device.type == "cpu":
-        paged_torch.step_rows(*tensors, spec, block_size, tokens_per_state, max_query_len)
+        from mem_triton.ops.delta_rule import paged_numba  # numba takes half a second to import
+
+        paged_numba.step_rows(*tensors, spec, block_size, tokens_per_state, max_query_len)
     else:
         from mem_triton.ops.delta_rule import launch  # Triton is there on Linux only
 
         launch.step_rows(*tensors, spec, block_size, tokens_per_state, max_query_len)
+
+
+def _fits(shape: torch.Size, expected: tuple[int | None, ...]) -> bool:
+    for have, want in zip(shape, expected, strict=True):  # a loop: this runs for every tensor of every layer and step
+        if want is not None and have != want:
+            return False
+    return True
 
 
 def check(
@@ -98,30 +106,30 @@ def check(
         raise ValueError(f"projections: dtype {projections.dtype}, expected float32, bfloat16 or float16")
     if reads.shape[0] < projections.shape[0]:
         raise ValueError(f"reads: {reads.shape[0]} rows for {projections.shape[0]} tokens of projections")
-    floats = (torch.float32,)
-    for name, tensor, shape, dtypes in (
-        ("projections", projections, (None, spec.projection_width), (projections.dtype,)),
-        ("gate_bias", gate_bias, (spec.bias_width,), floats),
-        ("reads", reads, (None, spec.read_width), floats),
-        ("state_cache", state_cache, (None, block_size // tokens_per_state, size), floats),
-        ("block_table", block_table, (rows, None), (torch.int32,)),
-        ("query_start_loc", query_start_loc, (rows + 1,), (torch.int32,)),
-        ("seq_lens", seq_lens, (rows,), (torch.int32,)),
-        ("initial_states", initial_states, (None, size), floats),
-        ("initial_slot", initial_slot, (rows,), (torch.int32,)),
-        ("write_enabled", write_enabled, (rows,), (torch.int32,)),
-        ("last_states", last_states, (None, 2, size), floats),
+    device = projections.device
+    for name, tensor, shape, dtype in (
+        ("projections", projections, (None, spec.projection_width), projections.dtype),
+        ("gate_bias", gate_bias, (spec.bias_width,), torch.float32),
+        ("reads", reads, (None, spec.read_width), torch.float32),
+        ("state_cache", state_cache, (None, block_size // tokens_per_state, size), torch.float32),
+        ("block_table", block_table, (rows, None), torch.int32),
+        ("query_start_loc", query_start_loc, (rows + 1,), torch.int32),
+        ("seq_lens", seq_lens, (rows,), torch.int32),
+        ("initial_states", initial_states, (None, size), torch.float32),
+        ("initial_slot", initial_slot, (rows,), torch.int32),
+        ("write_enabled", write_enabled, (rows,), torch.int32),
+        ("last_states", last_states, (None, 2, size), torch.float32),
     ):
         if tensor is None:
             continue
-        if tensor.dim() != len(shape) or any(n not in (None, m) for n, m in zip(shape, tensor.shape, strict=True)):
+        if tensor.dim() != len(shape) or not _fits(tensor.shape, shape):
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape} (None = any)")
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{name}: dtype {tensor.dtype}, expected {dtypes[0]}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: dtype {tensor.dtype}, expected {dtype}")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name}: the last dimension must be contiguous, its stride is {tensor.stride(-1)}")
-        if tensor.device != projections.device:
-            raise ValueError(f"{name}: on {tensor.device}, projections on {projections.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: on {tensor.device}, projections on {device}")
     for name, tensor in (("initial_states", initial_states), ("last_states", last_states)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: must be contiguous, its strides are {tensor.stride()}")
