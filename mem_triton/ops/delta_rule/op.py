@@ -1,6 +1,6 @@
 """``mem_triton::delta_rule_paged``: the delta rule over a paged state cache, as one torch.library op.
 
-The op checks its tensors, then runs compiled loops on the CPU (``paged_numba``) or Triton kernels on a GPU (``launch``).
+The op checks its tensors, then runs compiled loops on a CPU (``paged_numba``) or Triton kernels on a GPU (``launch``).
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _run(
 
 
 def _fits(shape: torch.Size, expected: tuple[int | None, ...]) -> bool:
-    for have, want in zip(shape, expected, strict=True):  # a loop: this runs for every tensor of every layer and step
+    for have, want in zip(shape, expected, strict=True):  # noqa: SIM110, half the time: it runs in every layer and step
         if want is not None and have != want:
             return False
     return True
