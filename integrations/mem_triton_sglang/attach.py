@@ -12,7 +12,6 @@ from typing import Any
 
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_context import get_attn_backend
-from sglang.srt.runtime_context import get_parallel
 from torch import Tensor, nn
 
 from mem_triton.config import ConfigError, DeltaSection
@@ -38,9 +37,10 @@ def check_attention(name: str, attention: RadixAttention, what: str) -> None:
         raise ConfigError(f"{what} cannot be attached to {name}: the layer {reason}")
 
 
-def attach(model: nn.Module, shape: EngineShape, section: DeltaSection, page_size: int) -> DeltaStates:
+def attach(model: nn.Module, shape: EngineShape, section: DeltaSection, page_size: int, rank: int) -> DeltaStates:
     """Attach the adapter named in ``section`` to this rank's layers; returns their states, not allocated yet.
 
+    page_size: tokens of a KV page. rank: of this process, among those that split heads.
     Raises ConfigError or AdapterError naming what does not fit.
     """
     adapter = served_adapter(section, "SGLang")
@@ -52,8 +52,7 @@ def attach(model: nn.Module, shape: EngineShape, section: DeltaSection, page_siz
     modules = attention_modules(model, RadixAttention, "δ-mem")
     for name, module in modules.items():
         check_attention(name, module.attn, "δ-mem")
-    rank, device = get_parallel().attn_tp_rank, next(model.parameters()).device
-    layers = DeltaLayers(adapter, modules, shape, rank, device)
+    layers = DeltaLayers(adapter, modules, shape, rank, next(model.parameters()).device)
     states = DeltaStates(layers.spec, layers.slots, len(layers.weights), page_size)
     for index, name in enumerate(layers.weights):
         module, attention = modules[name], modules[name].attn

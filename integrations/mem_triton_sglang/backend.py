@@ -22,7 +22,7 @@ from mem_triton.config import ConfigError
 from mem_triton.ops.memory_attention import PagedContext, memory_attention
 from mem_triton_sglang.hooks import check_hooks
 from mem_triton_sglang.step import Step, StepBuilder
-from mem_triton_sglang.worker import WorkerMemory
+from mem_triton_sglang.worker import WorkerMemory, memory_of
 
 
 def create(runner: Any) -> AttentionBackend:
@@ -32,7 +32,7 @@ def create(runner: Any) -> AttentionBackend:
     check_hooks()
     name = get_default_attn_backend(runner.server_args, runner.use_mla_backend, runner.model_config)
     backend = ATTENTION_BACKENDS[name](runner)
-    memory: WorkerMemory | None = getattr(runner, "mem_triton", None)
+    memory = memory_of(runner.model)
     if memory is None:
         raise ConfigError("--attention-backend mem_triton: no memory hangs at the model")
     pool = runner.token_to_kv_pool

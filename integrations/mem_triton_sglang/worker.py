@@ -1,7 +1,7 @@
-"""Memory in a scheduler process: what hangs at its model runner, and how SGLang's requests reach it.
+"""Memory in a scheduler process: what hangs at its model, and how SGLang's requests reach it.
 
-``WorkerMemory`` hangs as ``mem_triton`` at the runner, at its model, and at the pool of requests, which says when one
-leaves. A request enters with the first batch that processes its tokens; before each forward pass the batch's rows are
+``WorkerMemory`` hangs as ``mem_triton`` at the runner's model, and at the pool of requests, which says when one leaves.
+A request enters with the first batch that processes its tokens; before each forward pass the batch's rows are
 written into the device tables that kernels read, on the stream of the forward passes.
 """
 
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.runtime_context import get_parallel
+from torch import nn
 
 from mem_triton.config import ConfigError, MemTritonConfig
 from mem_triton.runtime.worker.attach import attention_modules
 from mem_triton_sglang.attach import attach, check_attention
-from mem_triton_sglang.carrier import carried_of
+from mem_triton_sglang.carrier import carried_of, is_word
 from mem_triton_sglang.configuration import configured
 from mem_triton_sglang.context import ContextReader
 from mem_triton_sglang.shape import shape_of
@@ -92,11 +94,11 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
         raise ConfigError("mem_triton does not support multi-head latent attention (MLA): it has no keys by head")
     if not runner.is_generation:
         raise ConfigError("mem_triton does not support embedding models: they do not generate")
-    shape = shape_of(runner.server_args, runner.model_config)
+    shape, ranks = shape_of(runner.server_args, runner.model_config), own_ranks()
     delta = explicit = None
     context = ContextReader(runner)
     if config.delta is not None:
-        delta = attach(runner.model, shape, config.delta, runner.page_size)
+        delta = attach(runner.model, shape, config.delta, runner.page_size, ranks.tp)
     if config.memory is not None:
         from mem_triton.runtime.worker.explicit import ExplicitMemory
 
@@ -104,12 +106,14 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
         attentions = {module.attn.layer_id: module.attn for module in modules}
         for index, attention in attentions.items():
             check_attention(f"layer {index}", attention, "explicit memory")
-        parallel = runner_ranks()
-        explicit = ExplicitMemory(
-            shape, config.memory, sorted(attentions), parallel.tp, parallel.world,
-            next(runner.model.parameters()).device, context,
-        )  # fmt: skip
+        device = next(runner.model.parameters()).device
+        explicit = ExplicitMemory(shape, config.memory, sorted(attentions), ranks.tp, ranks.world, device, context)
     return WorkerMemory(delta, explicit, context, stream_of(runner))
+
+
+def memory_of(model: nn.Module) -> WorkerMemory | None:
+    """What a runner's model got, None without a configuration."""
+    return getattr(model, "mem_triton", None)
 
 
 @dataclass(frozen=True)
@@ -120,10 +124,8 @@ class Ranks:
     world: int
 
 
-def runner_ranks() -> Ranks:
+def own_ranks() -> Ranks:
     """Where this process stands."""
-    from sglang.srt.runtime_context import get_parallel
-
     parallel = get_parallel()
     return Ranks(parallel.attn_tp_rank, parallel.pp_rank * parallel.tp_size + parallel.tp_rank)
 
@@ -142,20 +144,19 @@ def stream_of(runner: Any) -> Any:
 def after_initialize(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
     """``ModelRunner.initialize``: weights and LoRA are there, the KV cache is not sized yet."""
     config = configured()
-    runner.mem_triton = runner.model.mem_triton = None
     if config is not None and not runner.is_draft_worker:
-        runner.mem_triton = runner.model.mem_triton = attach_memory(runner, config)
+        runner.model.mem_triton = attach_memory(runner, config)
 
 
 def after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -> int:
     """``DefaultPoolConfigurator._compute_cell_size``: a token takes the bytes of its state, too."""
-    memory: WorkerMemory | None = getattr(kvc.model, "mem_triton", None)
+    memory = memory_of(kvc.model)
     return result + (memory.delta.bytes_per_token if memory is not None and memory.delta is not None else 0)
 
 
 def after_alloc(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
     """``ModelRunner.alloc_memory_pool``: the KV cache is there."""
-    memory = runner.mem_triton
+    memory = memory_of(runner.model)
     if memory is None:
         return
     if memory.delta is not None:
@@ -164,12 +165,12 @@ def after_alloc(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
     runner.req_to_token_pool.mem_triton = memory
     from mem_triton_sglang.service import serve_memory
 
-    serve_memory(memory, runner_ranks().world)
+    serve_memory(memory, own_ranks().world)
 
 
 def after_init_new(result: Any, cls: Any, batch: Any, model_runner: Any, **kwargs: Any) -> None:
     """``ForwardBatch.init_new``: runs before each forward pass, on its stream."""
-    memory = getattr(model_runner, "mem_triton", None)
+    memory = memory_of(model_runner.model)
     if memory is not None:
         memory.before_step(batch)
 
@@ -184,7 +185,7 @@ def before_free(pool: Any, request: Any) -> None:
 def after_request(result: Any, request: Any, *args: Any, **kwargs: Any) -> None:
     """``Req.__init__``: memory words without the front end's answer came in by a door that it does not watch."""
     words = getattr(request.sampling_params, "custom_params", None) or {}
-    asked = sorted(name for name in words if isinstance(name, str) and name.startswith("mem_"))
+    asked = sorted(filter(is_word, words))
     if asked and carried_of(request.sampling_params) is None:
         request.set_finish_with_abort(
             f"{asked[0]}: mem_triton is not active in the process that took this request; send it to the server's own "
