@@ -1,4 +1,4 @@
-"""The fused attention kernel compiles for the GPUs we name, within registers and shared memory, without a spill."""
+"""The fused attention kernel compiles for the GPUs we name, within its resources, and reads what it must."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ import torch
 
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig, select
 from tests.ops.attention_case import FP8, INT8, make_case
-from tests.support.aot import TARGETS, Resources, check_budget, compile_all, compile_for
+from tests.support.aot import (
+    TARGETS,
+    Resources,
+    check_budget,
+    check_matrix,
+    check_no_padding,
+    check_traffic,
+    compile_all,
+    compile_for,
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
@@ -21,7 +30,8 @@ BF16, FP32 = torch.bfloat16, torch.float32
 TYPES = {BF16: "*bf16", torch.float16: "*fp16", FP32: "*fp32", INT8: "*i8", torch.uint8: "*u8", torch.int32: "*i32"}
 SHARED_BUDGET = {"sm80": 163, "sm90": 227, "sm100": 227, "gfx942": 64}  # KiB that one program can have
 REGISTER_BUDGET = {"gfx942": 512}  # 255 elsewhere, and what does not fit them spills
-
+OCCUPANCY = {"gfx942": 4}  # warps at a time: one on every scheduler; 8 on NVIDIA, two on each
+PAGE_SIZE = 16
 SPILL_BUDGET = 8  # bytes: ptxas spills two registers of 170 where one more program then fits a multiprocessor
 
 
@@ -48,18 +58,42 @@ CASES = [
 ]
 
 
+def config_of(case: Case) -> FusedConfig:
+    return select(case.target, case.size, case.dtype.itemsize, 4 * case.queries)
+
+
+def least_bytes(case: Case) -> dict[str, tuple[int, int]]:
+    """What a program cannot do without: (once, a turn of the loop over these keys, or over splits)."""
+    config, size, item = config_of(case), case.size, case.dtype.itemsize
+    rows, parts = config.block_m, config.block_m * (size + 2) * 4
+    least = dict.fromkeys(("query", "out"), (rows * size * item, 0)) | {"partial": (parts, parts)}
+    least |= dict.fromkeys(("keys", "values"), (0, config.tile * size * item))
+    if case.full:
+        least["lse"] = (rows * 4, 0)
+    if case.memory is not None:
+        quantised = case.memory.itemsize == 1
+        tile = config.quantised_tile if quantised else config.memory_tile
+        names = ("shared_keys", "shared_values", "page_keys", "page_values")
+        least |= dict.fromkeys(names, (0, tile * size * case.memory.itemsize))
+        if quantised:
+            least |= dict.fromkeys(("shared_value_scale", "page_value_scale"), (0, tile * 4))
+            least["page_key_scale"] = (0, -(-tile // PAGE_SIZE) * size * 4)
+            least["shared_key_scale"] = (0, size * 4)  # once would do; it stays in the L1 cache
+    return least
+
+
 def compile_case(case: Case, config: FusedConfig | None = None) -> Resources:
     """Compile with the very arguments of a launch, whose tensors become pointers and whose numbers stay numbers."""
     from mem_triton.ops.memory_attention import kernels, launch
 
     memory = {}
     if case.memory is not None:
-        memory = {"memories": [[(8, 0, 9)]], "page_dtype": case.memory, "shared": 16, "page_size": 16}
+        memory = {"memories": [[(8, 0, 9)]], "page_dtype": case.memory, "shared": 16, "page_size": PAGE_SIZE}
     batch = make_case(
         [(case.queries, 4000)], heads=(4, 1), size=case.size, dtype=case.dtype, bias=case.full and bool(memory),
         soft_cap=5.0 * case.full, sinks=case.full, **memory,
     )  # fmt: skip
-    config = config or select(case.target, case.size, case.dtype.itemsize, 4 * case.queries)
+    config = config or config_of(case)
     grid = launch.choose_grid(case.queries, 1, 1, 4, batch.context, config)
     workspace = launch.workspace_for(torch.device("cpu"), config, case.size) if grid.splits > 1 else None
     arguments, constants = launch.kernel_arguments(
@@ -89,7 +123,21 @@ def compiled() -> dict[Case, Resources | str]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
 def test_compiles_within_budget(case: Case):
     result = compiled()[case]
-    check_budget(result, REGISTER_BUDGET.get(case.target, 255), SHARED_BUDGET[case.target] * 1024, SPILL_BUDGET)
+    check_budget(
+        result, REGISTER_BUDGET.get(case.target, 255), SHARED_BUDGET[case.target] * 1024,
+        spills=SPILL_BUDGET, occupancy=OCCUPANCY.get(case.target, 8),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
+def test_reads_and_writes_what_it_must(case: Case):
+    check_traffic(compiled()[case], least_bytes(case))
+    check_no_padding(compiled()[case])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
+def test_takes_the_widest_matrix_instruction(case: Case):
+    check_matrix(compiled()[case], case.target, config_of(case).block_m, case.dtype.itemsize)
 
 
 def test_a_new_batch_size_needs_no_new_kernel():

@@ -1,15 +1,27 @@
-"""The cascade's kernels compile for the GPUs we name, without a spill, within registers and shared memory."""
+"""The cascade's kernels compile for the GPUs we name, within registers and shared memory, and read what they must."""
 
 from __future__ import annotations
 
 import functools
 import os
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from tests.support.aot import TARGETS, Resources, check_budget, compile_all, compile_for
+from mem_triton.ops.tuning.memory_attention import select_pages, select_shared
+from mem_triton.ops.tuning.memory_attention_fused import FusedConfig
+from tests.support.aot import (
+    TARGETS,
+    Resources,
+    check_budget,
+    check_matrix,
+    check_no_padding,
+    check_traffic,
+    compile_all,
+    compile_for,
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
@@ -21,6 +33,7 @@ DATA = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "i
 GROUP, PAGE_SIZE = 4, 16
 REGISTERS = 255
 SHARED_BUDGET = {"sm80": 82, "sm90": 113, "sm100": 113, "gfx942": 64}  # KiB; on NVIDIA half of what there is
+OCCUPANCY = {"gfx942": 4}  # warps at a time: one on every scheduler; 8 on NVIDIA, two on each
 
 
 class Case(NamedTuple):
@@ -73,12 +86,41 @@ def arguments_for(kernel, constants: dict, query: str, data: str) -> dict[str, s
     return found
 
 
+def config_of(case: Case) -> FusedConfig:
+    select = select_pages if case.kernel == "pages" else select_shared
+    return select(case.target, case.size, DATA[case.query].itemsize, case.rows)
+
+
+def least_bytes(case: Case) -> dict[str, tuple[int, int]]:
+    """What a program cannot do without: (once, a turn of its loop over keys, or over splits)."""
+    from mem_triton.ops.memory_attention.merge_kernel import ROWS
+
+    query, data, size = DATA[case.query].itemsize, DATA[case.data].itemsize, case.size
+    if case.kernel == "merge":
+        return {name: (ROWS * size * query, 0) for name in ("out_a", "out_b", "out")}
+    config = config_of(case)
+    rows, tile, quantised = config.block_m, config.tile, data == 1
+    merges = case.kernel == "shared" or case.rows == BATCH
+    parts = rows * (size + 2) * 4
+    least = {
+        "query": (rows * size * query, 0),
+        "out": (rows * size * query * (1 + merges), 0),
+        "lse": (rows * 4 * (1 + merges), 0),
+        "partial": (parts, parts),
+    }
+    if case.kernel == "shared":
+        least |= dict.fromkeys(("keys", "values"), (0, tile * size * data))
+        scales = {"key_scale": (size * 4, 0), "value_scale": (0, tile * 4)}
+    else:
+        least |= dict.fromkeys(("page_keys", "page_values"), (0, tile * size * data))
+        scales = {"page_key_scale": (0, -(-tile // PAGE_SIZE) * size * 4), "page_value_scale": (0, tile * 4)}
+    return least | (scales if quantised else {})
+
+
 def compile_case(case: Case, **changes) -> Resources:
     from mem_triton.ops.memory_attention import cascade_launch, launch
-    from mem_triton.ops.tuning.memory_attention import select_pages, select_shared
 
-    select = select_pages if case.kernel == "pages" else select_shared
-    config = select(case.target, case.size, DATA[case.query].itemsize, case.rows)
+    config = config_of(case)
     options = {"num_warps": config.warps, "num_stages": config.stages, **launch.OPTIONS, **changes}
     constants = cascade_launch.head_constants(case.size, GROUP, DATA[case.data], 0.0)
     constants |= {"BLOCK_M": config.block_m, "TILE": config.tile, "SPLIT": True}
@@ -103,13 +145,46 @@ def compiled() -> dict[Case, Resources | str]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_compiles_within_budget(case: Case):
     result = compiled()[case]
-    check_budget(result, (512 if case.target == "gfx942" else REGISTERS), SHARED_BUDGET[case.target] * 1024)
+    check_budget(
+        result, 512 if case.target == "gfx942" else REGISTERS, SHARED_BUDGET[case.target] * 1024,
+        occupancy=OCCUPANCY.get(case.target, 8),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_reads_and_writes_what_it_must(case: Case):
+    check_traffic(compiled()[case], least_bytes(case))
+    check_no_padding(compiled()[case])
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.kernel != "merge"], ids=lambda case: "-".join(map(str, case)))
+def test_takes_the_widest_matrix_instruction(case: Case):
+    check_matrix(compiled()[case], case.target, config_of(case).block_m, DATA[case.query].itemsize)
 
 
 def test_a_spill_is_seen():
     """Negative control: two warps cannot hold the sums of 64 rows of 256 channels."""
     result = compile_case(Case("sm90", "shared", BATCH, 256, "bf16", "fp8"), num_warps=2)
     assert isinstance(result, Resources) and result.spills > 0, result
+
+
+def test_a_padded_head_is_seen(monkeypatch):
+    """Negative control: 80 channels as one part of 128 move no more bytes, but keep 48 lanes of nothing."""
+    from mem_triton.ops.memory_attention import cascade_launch
+
+    case = Case("sm90", "shared", BATCH, 80, "bf16", "bf16")
+    monkeypatch.setattr(cascade_launch, "channel_parts", lambda size: (128, 0))
+    with pytest.raises(AssertionError, match=r"padding=[1-9]"):
+        check_no_padding(compile_case(case))
+
+
+def test_tiles_too_small_for_wgmma_are_seen(monkeypatch):
+    """Negative control: Hopper's matrix instruction takes 64 rows."""
+    case = Case("sm90", "shared", BATCH, 128, "bf16", "bf16")
+    config = replace(config_of(case), block_m=32)
+    monkeypatch.setitem(globals(), "config_of", lambda case: config)
+    with pytest.raises(AssertionError, match="mma"):
+        check_matrix(compile_case(case), "sm90", 64, 2)
 
 
 def test_a_head_of_80_is_not_padded():

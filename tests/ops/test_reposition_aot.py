@@ -1,4 +1,4 @@
-"""The reposition kernel compiles for the GPUs we name, within its registers and without a spill."""
+"""The reposition kernel compiles for the GPUs we name, within its registers, and reads what it must."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support.aot import TARGETS, Resources, check_budget, compile_all, compile_for
+from tests.support.aot import TARGETS, Resources, check_budget, check_traffic, compile_all, compile_for
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
 )
 
 REGISTER_BUDGET = 64  # eight programs of 128 threads fill a multiprocessor
+OCCUPANCY = 32  # warps at a time, eight on each scheduler
 SHARED_BUDGET = 8 * 1024  # to change the layout between 16-bit loads and fp32 arithmetic
+PAGE_SIZE = 128
 
 
 class Case(NamedTuple):
@@ -35,7 +37,7 @@ def compile_case(case: Case) -> Resources:
     from mem_triton.ops.reposition import kernels, launch
 
     kernel, loading = kernels.reposition_kernel, case.variant == "load"
-    constants = launch.constants(128, case.head_dim, case.rotary_dim, interleaved=not loading)
+    constants = launch.constants(PAGE_SIZE, case.head_dim, case.rotary_dim, interleaved=not loading)
     if loading:
         constants["old_positions"] = None
     arguments = {}
@@ -59,4 +61,16 @@ def compiled() -> dict[Case, Resources | str]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_compiles_within_budget(case: Case):
     result = compiled()[case]
-    check_budget(result, REGISTER_BUDGET, SHARED_BUDGET)
+    check_budget(result, REGISTER_BUDGET, SHARED_BUDGET, occupancy=OCCUPANCY)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_reads_and_writes_what_it_must(case: Case):
+    from mem_triton.ops.reposition import launch
+
+    fixed = launch.constants(PAGE_SIZE, case.head_dim, case.rotary_dim, interleaved=False)
+    moved = fixed["TOKENS"] * case.head_dim * 2
+    least = {"source": (moved, 0), "pool": (moved, 0)}
+    if case.rotary_dim:
+        least |= {"quarter_turns": (fixed["HALF"] * 8, 0), "positions": (fixed["TOKENS"] * 4, 0)}
+    check_traffic(compiled()[case], least)

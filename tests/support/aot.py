@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for GPUs that are not here, and read registers and spills from what comes out.
+"""Compile a Triton kernel for GPUs that are not here, and read from what comes out what a run of it would take.
 
 Triton's wheels carry ptxas, cuobjdump and the AMD linker, so neither a GPU nor a driver is needed. TRITON_INTERPRET
 must not be set when the kernel's module is imported. Example::
@@ -24,6 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.support.traffic import Bytes, read_traffic, total
+
 Case = TypeVar("Case")
 
 TARGETS = {
@@ -32,15 +34,30 @@ TARGETS = {
     "sm100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SHARED_MEMORY = {"sm80": 164 << 10, "sm90": 228 << 10, "sm100": 228 << 10, "gfx942": 64 << 10}  # of a multiprocessor
+
+MATRIX_INSTRUCTIONS = {  # in PTX, and in AMD's assembly
+    "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync", "mfma": r"\bv_s?mfmac?_",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel uses: registers a thread, spills (bytes; registers on AMD), bytes shared per program."""
+    """What one compiled kernel uses.
+
+    registers: a thread's. spills: bytes of local memory a thread; registers on AMD. shared: bytes a program.
+    occupancy: warps of programs that a multiprocessor (a compute unit on AMD) holds at a time. local: instructions that
+    address local memory, and bytes of it. matrix: kinds of matrix instruction among "wgmma", "tcgen05", "mma", "mfma".
+    traffic: see ``traffic.py``.
+    """
 
     registers: int
     spills: int
     shared: int
+    occupancy: int
+    local: int
+    matrix: frozenset[str]
+    traffic: dict[str, Bytes]
 
 
 def compile_for(
@@ -65,11 +82,39 @@ def compile_for(
         raise ValueError(f"{kernel.__name__} has no argument {sorted(unknown)}")
     source = ASTSource(kernel, signature, values, attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
-    shared = int(compiled.metadata.shared)
+    return _measure(target, compiled)
+
+
+def _measure(target: str, compiled: Any) -> Resources:
+    shared, warps = int(compiled.metadata.shared), int(compiled.metadata.num_warps)
+    amd = target.startswith("gfx")
+    assembly = compiled.asm["amdgcn" if amd else "ptx"]
+    if amd:
+        registers, spills = _field(assembly, ".vgpr_count"), _field(assembly, ".vgpr_spill_count")
+        local = r"\bscratch_(?:load|store)"
+    else:
+        registers, spills = _read_cubin(compiled.asm["cubin"])
+        local = r"\b(?:ld|st)\.local\b"
+    return Resources(
+        registers, spills, shared,
+        occupancy=warps * programs_at_a_time(target, registers, shared, warps),
+        local=len(re.findall(local, assembly)) + (0 if amd else spills),
+        matrix=frozenset(kind for kind, pattern in MATRIX_INSTRUCTIONS.items() if re.search(pattern, assembly)),
+        traffic=read_traffic(compiled.asm["ttgir"]),
+    )  # fmt: skip
+
+
+def programs_at_a_time(target: str, registers: int, shared: int, warps: int) -> int:
+    """Programs of ``warps`` warps that one multiprocessor holds, by registers a thread, shared bytes and its limits.
+
+    From the makers' occupancy tables: 65,536 registers in units of 256 a warp, 64 warps and 32 programs; AMD has 512
+    registers a lane in each of four SIMDs, in units of 8, for at most eight waves.
+    """
     if target.startswith("gfx"):
-        assembly = compiled.asm["amdgcn"]
-        return Resources(_field(assembly, ".vgpr_count"), _field(assembly, ".vgpr_spill_count"), shared)
-    return Resources(*_read_cubin(compiled.asm["cubin"]), shared)
+        waves = min(8, 512 // max(8, -(-registers // 8) * 8))
+        return min(4 * waves // warps, SHARED_MEMORY[target] // max(1, shared))
+    by_registers = 65536 // (max(1, -(-registers * 32 // 256)) * 256 * warps)
+    return min(by_registers, SHARED_MEMORY[target] // (shared + 1024), 64 // warps, 32)
 
 
 def compile_all(compile_case: Callable[[Case], Resources], cases: Sequence[Case]) -> dict[Case, Resources | str]:
@@ -90,12 +135,49 @@ class _Guarded:
             return f"{type(error).__name__}: {error}"
 
 
-def check_budget(result: Resources | str, registers: int, shared: int, spills: int = 0) -> None:
-    """Fail if a kernel did not compile, or takes more registers, shared memory or spills (bytes) than it may."""
+def check_budget(result: Resources | str, registers: int, shared: int, *, spills: int = 0, occupancy: int = 1) -> None:
+    """Fail if a kernel did not compile, takes more registers, shared memory or spills (bytes) than it may, or if fewer
+    than ``occupancy`` warps of it run at a time."""
     assert isinstance(result, Resources), result
-    assert result.spills <= spills, result
+    assert result.spills <= spills and result.local <= spills, result
     assert result.registers <= registers, result
     assert result.shared <= shared, result
+    assert result.occupancy >= occupancy, result
+
+
+EXCESS = 1.1  # bytes asked for, of the fewest that will do
+
+
+def check_traffic(
+    result: Resources | str, least: dict[str, tuple[int, int]], turns: int = 16, excess: float = EXCESS
+) -> None:
+    """Fail if a program asks for more than ``excess`` times the bytes that it needs.
+
+    least: argument -> (bytes once, bytes a turn of its loop), of the arguments that matter; others, the tables, count
+    as excess. An argument of which less is read than it takes means that the reading went unnoticed.
+    """
+    assert isinstance(result, Resources), result
+    needed = 0
+    for argument, (once, each) in least.items():
+        asked, wanted = total({argument: result.traffic.get(argument, Bytes())}, turns), once + turns * each
+        assert wanted <= asked <= excess * wanted, f"{argument}: {asked} bytes for {wanted}: {result.traffic}"
+        needed += wanted
+    asked = total(result.traffic, turns)
+    assert asked <= excess * needed, f"{asked} bytes for {needed}: {result.traffic}"
+
+
+def check_no_padding(result: Resources | str) -> None:
+    """Fail if lanes stand for channels that the head does not have."""
+    assert isinstance(result, Resources), result
+    assert not any(one.padding for one in result.traffic.values()), result.traffic
+
+
+def check_matrix(result: Resources | str, target: str, rows: int, item_bytes: int) -> None:
+    """Fail unless products of ``rows`` rows run on the widest matrix instruction that takes so many."""
+    assert isinstance(result, Resources), result
+    wide = {"sm90": "wgmma", "sm100": "tcgen05"}.get(target, "mma") if rows >= 64 else "mma"
+    expected = {"mfma"} if target.startswith("gfx") else {wide} if item_bytes < 4 else set()  # exact fp32 has none
+    assert result.matrix == expected, result
 
 
 def _field(assembly: str, name: str) -> int:
