@@ -81,11 +81,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
 def session_obstacle(vllm_config: VllmConfig) -> str | None:
     """Why this engine, as it is configured, cannot have sessions; None if it can."""
-    parallel = vllm_config.parallel_config
-    if parallel.data_parallel_size > 1:
-        return "sessions need --data-parallel-size 1: each data-parallel engine has a front end of its own"
-    if getattr(parallel, "_api_process_count", 1) > 1:
-        return "sessions need --api-server-count 1: each API server would keep versions of its own"
+    if option := _several_front_ends(vllm_config):
+        return f"sessions need {option} 1: each front end would keep versions of its own"
     if vllm_config.speculative_config is not None:
         return "sessions do not work with speculative decoding: a rejected draft would be committed"
     if vllm_config.model_config.enable_prompt_embeds:
@@ -95,12 +92,17 @@ def session_obstacle(vllm_config: VllmConfig) -> str | None:
 
 def explicit_obstacle(vllm_config: VllmConfig) -> str | None:
     """Why requests of this engine, as it is configured, cannot read a bank; None if they can."""
+    if option := _several_front_ends(vllm_config):
+        return f"explicit memory needs {option} 1: one front end decides what lies in the pool"
+    return None
+
+
+def _several_front_ends(vllm_config: VllmConfig) -> str | None:
+    """The option that gives this engine more than one front end; None if it has one."""
     parallel = vllm_config.parallel_config
     if parallel.data_parallel_size > 1:
-        return "explicit memory needs --data-parallel-size 1: each data-parallel engine has a pool of its own"
-    if getattr(parallel, "_api_process_count", 1) > 1:
-        return "explicit memory needs --api-server-count 1: one front end decides what lies in the pool"
-    return None
+        return "--data-parallel-size"
+    return "--api-server-count" if getattr(parallel, "_api_process_count", 1) > 1 else None
 
 
 def check_attention(name: str, attention: Attention, what: str = "δ-mem") -> None:

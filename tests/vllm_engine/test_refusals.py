@@ -16,8 +16,14 @@ SECTION = {"delta": {"adapter": "somewhere"}}
 
 
 def config(section=SECTION, load_format="mem_triton", model=None, parallel=None, **fields):
-    models = {"use_mla": False, "is_hybrid": False, "is_attention_free": False, "is_encoder_decoder": False}
-    parallels = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False}
+    models = {
+        "use_mla": False, "is_hybrid": False, "is_attention_free": False, "is_encoder_decoder": False,
+        "enable_prompt_embeds": False,
+    }  # fmt: skip
+    parallels = {
+        "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False,
+        "data_parallel_size": 1,
+    }  # fmt: skip
     return SimpleNamespace(
         additional_config={} if section is None else {"mem_triton": section},
         load_config=SimpleNamespace(load_format=load_format),
@@ -62,6 +68,18 @@ def test_engine_options_are_refused_with_a_reason(change, message):
     check_engine(config())
     with pytest.raises(ConfigError, match=message):
         check_engine(config(**change))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "option"),
+    [({"data_parallel_size": 2}, "--data-parallel-size 1"), ({"_api_process_count": 2}, "--api-server-count 1")],
+)
+def test_requests_that_name_a_memory_need_one_front_end(parallel, option):
+    from mem_triton_vllm.refusals import explicit_obstacle, session_obstacle
+
+    for obstacle in (session_obstacle, explicit_obstacle):
+        assert obstacle(config(speculative_config=None)) is None
+        assert option in obstacle(config(parallel=parallel, speculative_config=None))
 
 
 def test_a_missing_touch_point_names_itself_and_the_range():
