@@ -157,16 +157,15 @@ class LLMEngineWithMemory(LLMEngine):
         return seen
 
     def _finish(self, output: RequestOutput, running: _Running) -> None:
-        opened, sessions = running.opened, self.memory.sessions
+        opened, lease, sessions = running.opened, running.opened.lease, self.memory.sessions
         normal = output.outputs[0].finish_reason in NORMAL_ENDS
         try:
             if opened.reading is not None:
                 if opened.reading.capture is not None and normal:
                     self.memory.explicit.keep(opened.reading, self._captured(opened.reading))
                 front_end.add_report(output, opened.reading)
-            if normal and sessions is not None and sessions.writes(opened.lease):
-                lease, prompt_tokens = opened.lease, len(output.prompt_token_ids or ())
-                arguments = sessions.take_arguments(lease, prompt_tokens, running.generated)
+            if normal and lease is not None and sessions.writes(lease):
+                arguments = sessions.take_arguments(lease, len(output.prompt_token_ids or ()), running.generated)
                 parts = self.collective_rpc(front_end.TAKE_STATE, args=arguments)
                 opened.lease = None  # the commit closes it
                 sessions.commit(lease, arguments[1], parts)

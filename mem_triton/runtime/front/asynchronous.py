@@ -75,7 +75,7 @@ class AsyncMemory:
             if reading.capture is not None and normal:
                 await asyncio.to_thread(self.memory.explicit.keep, reading, await self._captured(reading))
             self.memory.explicit.close(reading)
-        if not (normal and sessions is not None and sessions.writes(lease)):
+        if not (normal and lease is not None and sessions.writes(lease)):
             self.memory.close(opened)
             return
         arguments = sessions.take_arguments(lease, prompt_tokens, generated)

@@ -246,17 +246,14 @@ class ExplicitFrontEnd:
         except PoolCapacityError as error:
             raise RequestError("mem_ids" if reading.request.ids else "mem_top_k", str(error)) from None
 
-    def close(self, reading: Reading | None) -> None:
+    def close(self, reading: Reading) -> None:
         """The request is over, however it ended: its pages may go when somebody needs the room."""
-        for ticket in reading.tickets if reading is not None else ():
+        for ticket in reading.tickets:
             self.residency.release(ticket.owner)
-        if reading is not None:
-            reading.tickets.clear()
+        reading.tickets.clear()
 
-    def carried(self, reading: Reading | None) -> dict[str, Any]:
+    def carried(self, reading: Reading) -> dict[str, Any]:
         """What the workers and the prefix keys need of a request whose pages are filled."""
-        if reading is None:
-            return {}
         carried: dict[str, Any] = {}
         if reading.plan:
             runs = {ref: [list(pages), t.tokens[ref]] for t in reading.tickets for ref, pages in t.pages.items()}

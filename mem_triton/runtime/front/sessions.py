@@ -59,17 +59,15 @@ class SessionFrontEnd:
             carried |= {"write": int(lease.request.write), "lease": lease.id, "state": lease.start.data}
         return carried
 
-    def abort(self, lease: Lease | None) -> None:
+    def abort(self, lease: Lease) -> None:
         """End a request that commits nothing; workers forget its state at the next commit."""
-        if lease is None:
-            return
         if self.writes(lease):
             self._aborted.append(lease.id)
         self.store.close(lease)
 
-    def writes(self, lease: Lease | None) -> bool:
+    def writes(self, lease: Lease) -> bool:
         """Whether the request commits its session when it ends normally."""
-        return lease is not None and lease.request.session is not None and lease.request.write
+        return lease.request.session is not None and lease.request.write
 
     def take_arguments(self, lease: Lease, prompt_tokens: int, generated: int) -> tuple[str, int, list[str]]:
         """Arguments of the workers' ``take_state``: the lease, the position of its last processed token, and leases to
