@@ -23,7 +23,6 @@ def shape_of(server_args: Any, model_config: Any) -> EngineShape:
         revision=cfg.revision,
         hf_config=model_config.hf_text_config.to_dict(),
         dtype=model_config.dtype,
-        num_layers=layers,
         hidden=model_config.hidden_size,
         heads=model_config.num_attention_heads,
         kv_heads=model_config.get_total_num_kv_heads(),
@@ -33,5 +32,4 @@ def shape_of(server_args: Any, model_config: Any) -> EngineShape:
         max_requests=max([cfg.max_running_requests, *(graphs or ())]),  # a captured batch may be padded beyond it
         max_step_tokens=longest_step,
         max_model_len=model_config.context_len,
-        prefix_caching=not cfg.disable_radix_cache,
     )

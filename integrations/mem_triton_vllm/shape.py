@@ -18,7 +18,6 @@ def shape_of(vllm_config: VllmConfig) -> EngineShape:
         revision=model.revision,
         hf_config=model.hf_text_config.to_dict(),
         dtype=model.dtype,
-        num_layers=layers,
         hidden=model.get_hidden_size(),
         heads=model.model_arch_config.total_num_attention_heads,
         kv_heads=model.get_total_num_kv_heads(),
@@ -28,5 +27,4 @@ def shape_of(vllm_config: VllmConfig) -> EngineShape:
         max_requests=scheduler.max_num_seqs,
         max_step_tokens=scheduler.max_num_batched_tokens,
         max_model_len=model.max_model_len,
-        prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
     )

@@ -29,7 +29,6 @@ class EngineShape:
     revision: str | None
     hf_config: Mapping[str, Any]
     dtype: torch.dtype
-    num_layers: int
     hidden: int
     heads: int
     kv_heads: int
@@ -39,7 +38,6 @@ class EngineShape:
     max_requests: int
     max_step_tokens: int
     max_model_len: int
-    prefix_caching: bool
 
     @property
     def architecture_fingerprint(self) -> str:

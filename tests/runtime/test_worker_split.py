@@ -17,9 +17,9 @@ from mem_triton.runtime.worker.layout import GIB, MOST_PAGES, join_captured, lay
 from tests.support.models import attention_dims, random_adapter, tiny_model
 
 SHAPE = {
-    "engine": "test", "model": "m", "revision": None, "hf_config": {}, "dtype": torch.bfloat16, "num_layers": 8,
+    "engine": "test", "model": "m", "revision": None, "hf_config": {}, "dtype": torch.bfloat16,
     "hidden": 128, "heads": 4, "kv_heads": 4, "head_dim": 32, "tp_size": 1, "pp_spans": ((0, 8),), "max_requests": 4,
-    "max_step_tokens": 640, "max_model_len": 4096, "prefix_caching": True,
+    "max_step_tokens": 640, "max_model_len": 4096,
 }  # fmt: skip
 
 
