@@ -43,8 +43,8 @@ def register_resolution() -> None:
 
 
 def _before_graphs(server_args: Any, previous: Any) -> None:
-    config = _asked(server_args)
-    if config is not None:
+    config = configured()  # read here alone; the steps that follow only ask whether there is one
+    if _is_asked(server_args):
         _refuse(server_args)
     if config is not None and config.delta is not None:
         _declare(
@@ -56,7 +56,7 @@ def _before_graphs(server_args: Any, previous: Any) -> None:
 
 def _after_backends(server_args: Any, previous: Any) -> None:
     previous(server_args)
-    if _asked(server_args) is None:
+    if not _is_asked(server_args):
         return
     if _resolved(server_args).page_size is None:
         _declare(server_args, "page_size", PAGE_SIZE, "memory works on pages of the KV cache")
@@ -66,7 +66,7 @@ def _after_backends(server_args: Any, previous: Any) -> None:
 
 def _validate(server_args: Any, previous: Any) -> None:
     previous(server_args)
-    if _asked(server_args) is None:
+    if not _is_asked(server_args):
         return
     from mem_triton_sglang.channel import make_folder
     from mem_triton_sglang.hooks import check_hooks
@@ -127,15 +127,15 @@ def _refusals(cfg: Any) -> dict[str, tuple[bool, str]]:
     }
 
 
-def _asked(server_args: Any) -> MemTritonConfig | None:
-    """The configuration if this engine is one with memory. Raises ConfigError if the flag is missing."""
-    config = configured()
-    if config is not None and server_args.attention_backend != BACKEND:
+def _is_asked(server_args: Any) -> bool:
+    """Whether this engine is one with memory. Raises ConfigError if the flag is missing."""
+    asked = bool(os.environ.get(VARIABLE))
+    if asked and server_args.attention_backend != BACKEND:
         raise ConfigError(
             f"{VARIABLE} is set, but --attention-backend is {server_args.attention_backend}: "
             f"add --attention-backend {BACKEND}, or unset {VARIABLE}"
         )
-    return config
+    return asked
 
 
 def _resolved(server_args: Any) -> Any:
