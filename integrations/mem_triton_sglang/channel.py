@@ -73,16 +73,16 @@ def serve(rank: int, handlers: Mapping[str, Callable[..., Any]]) -> threading.Th
 
     handlers: method -> function; arguments and results are what msgpack carries. What one raises, the caller hears.
     """
-    socket = zmq.Context().socket(zmq.ROUTER)
-    socket.bind(_address(current_folder(), rank))
-    thread = threading.Thread(target=_answer, args=(socket, handlers), name=f"mem_triton-channel-{rank}", daemon=True)
+    router = zmq.Context().socket(zmq.ROUTER)
+    router.bind(_address(current_folder(), rank))
+    thread = threading.Thread(target=_answer, args=(router, handlers), name=f"mem_triton-channel-{rank}", daemon=True)
     thread.start()
     return thread
 
 
-def _answer(socket: zmq.Socket, handlers: Mapping[str, Callable[..., Any]]) -> None:
+def _answer(router: zmq.Socket, handlers: Mapping[str, Callable[..., Any]]) -> None:
     while True:
-        caller, message = socket.recv_multipart()
+        caller, message = router.recv_multipart()
         number, method, args = msgspec.msgpack.decode(message)
         try:
             if method not in handlers:
@@ -91,7 +91,7 @@ def _answer(socket: zmq.Socket, handlers: Mapping[str, Callable[..., Any]]) -> N
         except Exception as error:  # also what cannot be encoded
             logger.exception("mem_triton: %s failed", method)
             answer = msgspec.msgpack.encode((number, f"{type(error).__name__}: {error}", None))
-        socket.send_multipart([caller, answer])
+        router.send_multipart([caller, answer])
 
 
 class Client:
@@ -107,7 +107,7 @@ class Client:
         self.ranks, self.timeout = ranks, timeout
         self._folder = folder or current_folder()
         self._context: zmq.asyncio.Context | None = None  # made in the event loop that calls
-        self._sockets: list[zmq.asyncio.Socket] = []
+        self._dealers: list[zmq.asyncio.Socket] = []  # one a rank
         self._number = 0
         self._lock = asyncio.Lock()
 
@@ -117,8 +117,8 @@ class Client:
             self._connect()
             self._number += 1
             message = msgspec.msgpack.encode((self._number, method, args))
-            for socket in self._sockets:
-                await socket.send(message)
+            for dealer in self._dealers:
+                await dealer.send(message)
             asked = (self._ask(rank, method) for rank in range(self.ranks))
             answers = await asyncio.gather(*asked, return_exceptions=True)
         if failure := next((answer for answer in answers if isinstance(answer, BaseException)), None):
@@ -129,24 +129,24 @@ class Client:
         """Hang up."""
         if self._context is not None:
             self._context.destroy(linger=0)
-            self._context, self._sockets = None, []
+            self._context, self._dealers = None, []
 
     def _connect(self) -> None:
         if self._context is None:
             self._context = zmq.asyncio.Context()
-            self._sockets = [self._context.socket(zmq.DEALER) for _ in range(self.ranks)]
-            for rank, socket in enumerate(self._sockets):
-                socket.connect(_address(self._folder, rank))
+            self._dealers = [self._context.socket(zmq.DEALER) for _ in range(self.ranks)]
+            for rank, dealer in enumerate(self._dealers):
+                dealer.connect(_address(self._folder, rank))
 
     async def _ask(self, rank: int, method: str) -> Any:
-        socket, number = self._sockets[rank], None
+        dealer, number = self._dealers[rank], None
         while number != self._number:  # an answer to an earlier call, given up on
-            if not await socket.poll(1000 * self.timeout):
+            if not await dealer.poll(1000 * self.timeout):
                 raise ChannelError(
                     f"{method}: rank {rank} has not answered for {self.timeout:g} seconds; "
                     "its process may be gone, look at its log"
                 )
-            number, error, answer = msgspec.msgpack.decode(await socket.recv())
+            number, error, answer = msgspec.msgpack.decode(await dealer.recv())
         if error is not None:
             raise ChannelError(f"{method}: rank {rank}: {error}")
         return answer
