@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.support.bench import make_bench
-from tests.vllm_engine.engine import request, run_engine, tokens
+from tests.support.cases import request, tokens
+from tests.vllm_engine.engine import run_engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +23,7 @@ def gpu_bench(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rounds(prompts):
     """Twice the same prompts (cold, then from the prefix cache), then a session that is told and asked."""
-    session = {"extra_args": {"mem_session": "alice"}}
+    session = {"words": {"mem_session": "alice"}}
     plain = [request(p, 24) for p in prompts]
     return [plain, plain, [request(prompts[1], 24, **session)], [request(prompts[0], 24, **session)]]
 

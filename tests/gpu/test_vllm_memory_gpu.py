@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.support.cases import tokens
 from tests.support.memory_bench import make_memory_bench
-from tests.support.memory_scenarios import PROMPTS, ask, three_pages, tokens
+from tests.support.memory_scenarios import PROMPTS, ask, three_pages
 from tests.vllm_engine.engine import run_engine
 
 pytestmark = [

@@ -15,6 +15,7 @@ from typing import Any
 
 from tests.sglang_engine.case import MARK, TAMPER
 from tests.sglang_engine.zygote import Zygote
+from tests.support.cases import result_of
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 600.0  # seconds of a case
@@ -56,11 +57,6 @@ def write_config(memory: dict[str, Any], folder: Path | None = None) -> Path:
     return path
 
 
-def request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
-    """One request of a case; fields: words (mem_...), lora, stop_token_ids."""
-    return {"prompt": prompt, "max_tokens": max_tokens, **fields}
-
-
 def run_engine(
     model: str | Path,
     rounds: list[list[dict[str, Any]]],
@@ -88,13 +84,7 @@ def run_engine(
         env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % os.cpu_count()) for rank in range(ranks))
     case = {"engine": options, "rounds": rounds, "errors_are_results": errors_are_results}
     process = _run(json.dumps(case), env, set_before)
-    result = [line for line in process.stdout.splitlines() if line.startswith(MARK)]
-    output = process.stdout + process.stderr
-    if fails:
-        assert process.returncode != 0 and not result, f"the engine started:\n{output[-3000:]}"
-        return output
-    assert process.returncode == 0 and result, output[-6000:]
-    return {**json.loads(result[-1].removeprefix(MARK)), "output": output}
+    return result_of(process, MARK, fails)
 
 
 def _run(case: str, env: dict[str, str], set_before: tuple[tuple[str, str], ...]) -> subprocess.CompletedProcess[str]:
@@ -110,8 +100,3 @@ def _run(case: str, env: dict[str, str], set_before: tuple[tuple[str, str], ...]
 @functools.cache
 def _zygote(set_before: tuple[tuple[str, str], ...]) -> Zygote:
     return Zygote(environment(**dict(set_before)), ROOT)
-
-
-def tokens(result: Any, round_index: int = 0) -> list[list[int]]:
-    """The generated tokens of each request of a round."""
-    return [answer["tokens"] for answer in result["rounds"][round_index]]

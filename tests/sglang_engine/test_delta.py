@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.sglang_engine.engine import request, run_engine, tokens
+from tests.sglang_engine.engine import run_engine
 from tests.support.bench import make_bench
+from tests.support.cases import request, tokens
 
 pytestmark = pytest.mark.engine
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.sglang_engine.engine import run_engine, tokens
+from tests.sglang_engine.engine import run_engine
 from tests.support import memory_scenarios as scenarios
+from tests.support.cases import tokens
 from tests.support.memory_scenarios import PROMPTS, ask
 
 pytestmark = pytest.mark.engine

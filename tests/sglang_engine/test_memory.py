@@ -6,7 +6,8 @@ import pytest
 
 from tests.sglang_engine.engine import run_engine
 from tests.support import memory_scenarios as scenarios
-from tests.support.memory_scenarios import PROMPTS, ask, tokens
+from tests.support.cases import tokens
+from tests.support.memory_scenarios import PROMPTS, ask
 
 pytestmark = pytest.mark.engine
 

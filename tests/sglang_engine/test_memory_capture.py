@@ -9,8 +9,9 @@ import pytest
 
 from tests.sglang_engine.engine import run_engine
 from tests.support import memory_scenarios as scenarios
+from tests.support.cases import tokens
 from tests.support.memory_bench import tokens_of
-from tests.support.memory_scenarios import PROMPTS, ask, tokens
+from tests.support.memory_scenarios import PROMPTS, ask
 
 pytestmark = pytest.mark.engine
 

@@ -16,6 +16,7 @@ from mem_triton.store.bank import Bank
 from mem_triton.store.plan import FOREVER, Attachment
 from mem_triton_transformers.explicit import read_plans
 from tests.support.bench import Bench
+from tests.support.cases import cached, tokens
 from tests.support.memory_bench import MemoryBench, reference, tokens_of
 
 Run = Callable[..., Any]
@@ -27,14 +28,6 @@ def ask(prompt: list[int], count: int = 12, *ids: str, **words: Any) -> dict[str
     if ids:
         words["mem_ids"] = list(ids)
     return {"prompt": prompt, "max_tokens": count, **({"words": words} if words else {})}
-
-
-def tokens(result: Any, index: int = 0) -> list[list[int]]:
-    return [answer["tokens"] for answer in result["rounds"][index]]
-
-
-def cached(result: Any, index: int = 0) -> list[int]:
-    return [answer["cached"] for answer in result["rounds"][index]]
 
 
 def seen(answer: dict[str, Any]) -> list[tuple[str, int, int]]:

@@ -9,7 +9,8 @@ from typing import Any
 from safetensors import safe_open
 
 from tests.support.bench import Bench
-from tests.support.memory_scenarios import Run, ask, cached, tokens, whole_pages
+from tests.support.cases import cached, tokens
+from tests.support.memory_scenarios import Run, ask, whole_pages
 
 NAMES = ["alice", "bob", "carol", "dave"]
 
@@ -47,6 +48,46 @@ def sessions_carry_their_state_over(
         assert (header["session"], header["version"]) == ("alice", "2")
         assert int(header["tokens"]) == sum(len(p) + 12 - 1 for p in (prompts[0], again[0])), "the last is never fed"
         assert sorted(file.keys()) == [f"model.layers.{i}.self_attn" for i in range(2)]
+
+
+def without_memory_in_the_cache_keys_tokens_are_wrong(
+    bench: Bench, prompts: list[list[int]], run: Run, tamper: str
+) -> None:
+    """The same text under two versions of a session must not share KV. tamper: a control that lets it."""
+    rounds = [[ask(prompts[2], mem_session="alice")], [ask(prompts[2], mem_session="alice")]]
+    bench.forget()
+    expected = [[bench.generate(prompts[2])], [bench.generate(prompts[2])]]
+    right = run(bench.model, rounds, memory=bench.memory)
+    assert [tokens(right, r) for r in (0, 1)] == expected
+    wrong = run(bench.model, rounds, memory=bench.memory, tamper=tamper)
+    assert tokens(wrong, 0) == expected[0] and tokens(wrong, 1) != expected[1]
+
+
+def flags_and_refusals_of_one_request(bench: Bench, prompts: list[list[int]], run: Run) -> None:
+    """Reset, frozen zero state, a busy session, and what an error leaves behind."""
+    first, second, *_ = prompts
+    rounds = [
+        [ask(first, mem_session="alice")],
+        [ask(second, mem_session="alice"), ask(second, mem_session="alice")],
+        [ask(second, mem_session="alice")],
+        [ask(first, mem_session="alice", mem_reset=1)],
+        [ask(second, mem_session="alice")],
+        [ask(first, mem_write=0)],
+        [ask(first, mem_sessoin="alice")],
+        [ask(first, mem_triton="forged")],
+    ]
+    result = run(bench.model, rounds, memory=bench.memory, errors_are_results=True)
+    errors = {index: answer["error"] for index, answer in enumerate(result["rounds"]) if "error" in answer}
+    assert list(errors) == [1, 6, 7]
+    assert '"alice" is being written' in errors[1]
+    assert 'Did you mean "mem_session"' in errors[6] and "reserved" in errors[7]
+    bench.forget()
+    bench.generate(first)
+    assert tokens(result, 2) == [bench.generate(second)], "the refused pair committed nothing and holds nothing"
+    bench.forget()
+    assert [tokens(result, r)[0] for r in (3, 4)] == [bench.generate(first), bench.generate(second)]
+    stock = run(bench.model, [[ask(first)]])
+    assert tokens(result, 5) == tokens(stock), "a frozen zero state is the plain model"
 
 
 def a_stop_token_is_not_part_of_the_state(

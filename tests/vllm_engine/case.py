@@ -27,7 +27,7 @@ def main() -> None:
     def params(request: dict[str, Any]) -> SamplingParams:
         return SamplingParams(
             max_tokens=request["max_tokens"], temperature=0, ignore_eos=True, logprobs=request.get("logprobs"),
-            extra_args=request.get("words", request.get("extra_args")), stop_token_ids=request.get("stop_token_ids"),
+            extra_args=request.get("words"), stop_token_ids=request.get("stop_token_ids"),
             stop=request.get("stop"),
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.cases import result_of
 from tests.vllm_engine.case import MARK
 
 HERE = Path(__file__).parent
@@ -53,12 +54,6 @@ def environment(runner: str = "v1", **extra: str) -> dict[str, str]:
     return env | extra
 
 
-def request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
-    """One request of a case; fields: extra_args (or words, as every engine's scenarios call them), lora,
-    stop_token_ids, logprobs."""
-    return {"prompt": prompt, "max_tokens": max_tokens, **fields}
-
-
 def run_engine(
     model: str | Path,
     rounds: list[list[dict[str, Any]]],
@@ -91,15 +86,4 @@ def run_engine(
         [sys.executable, "-m", "tests.vllm_engine.case"], input=json.dumps(case), capture_output=True, text=True,
         env=environment(runner, **(env or {})), cwd=ROOT, timeout=600,
     )  # fmt: skip
-    result = [line for line in process.stdout.splitlines() if line.startswith(MARK)]
-    output = process.stdout + process.stderr
-    if fails:
-        assert process.returncode != 0 and not result, f"the engine started:\n{output[-3000:]}"
-        return output
-    assert process.returncode == 0 and result, output[-6000:]
-    return {**json.loads(result[-1].removeprefix(MARK)), "output": output}
-
-
-def tokens(result: Any, round_index: int = 0) -> list[list[int]]:
-    """The generated tokens of each request of a round."""
-    return [answer["tokens"] for answer in result["rounds"][round_index]]
+    return result_of(process, MARK, fails)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.support.bench import ADAPTERS, make_bench
+from tests.support.cases import request, tokens
 from tests.support.kernels_on_cpu import RAN
-from tests.vllm_engine.engine import request, run_engine, tokens, ways
+from tests.vllm_engine.engine import run_engine, ways
 
 pytestmark = pytest.mark.engine
 
@@ -42,7 +43,7 @@ def test_memory_changes_tokens(bench, prompts):
 def test_the_triton_kernels_in_the_worker(bench, prompts):
     """Runner V2 with our kernels, interpreted: prefill through the chunked scan, decode through the recurrent step."""
     asked = [prompts[1], prompts[3], prompts[0]]
-    session = {"extra_args": {"mem_session": "alice"}}
+    session = {"words": {"mem_session": "alice"}}
     first = [request(p, 4, **(session if i == 1 else {})) for i, p in enumerate(asked)]
     result = run_engine(
         bench.model, [first, [request(asked[2], 4, **session)]], memory=bench.memory, runner="v2",
@@ -68,7 +69,7 @@ def test_every_family_and_kind_of_adapter(tmp_path, prompts, family):
 def test_preempted_requests_resume_right(bench, prompts, way):
     """More requests than KV blocks: some are preempted, among them sessions, and start over from the same version."""
     told, asked = prompts[1], [prompts[0] * 8, prompts[2][:70], prompts[3], prompts[2][60:120]]
-    session = {"extra_args": {"mem_session": "alice"}}
+    session = {"words": {"mem_session": "alice"}}
     result = run_engine(
         bench.model,
         [

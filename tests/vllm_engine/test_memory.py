@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.support import memory_scenarios as scenarios
+from tests.support.cases import tokens
 from tests.support.memory_bench import SECRET
-from tests.support.memory_scenarios import PROMPTS, ask, tokens
+from tests.support.memory_scenarios import PROMPTS, ask
 from tests.vllm_engine.engine import run_engine, ways
 
 pytestmark = pytest.mark.engine

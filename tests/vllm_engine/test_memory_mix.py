@@ -6,9 +6,10 @@ import pytest
 
 from mem_triton.store.plan import FOREVER, Attachment
 from tests.support import memory_scenarios as scenarios
+from tests.support.cases import tokens
 from tests.support.kernels_on_cpu import RAN
 from tests.support.memory_bench import reference
-from tests.support.memory_scenarios import PROMPTS, ask, seen, tokens
+from tests.support.memory_scenarios import PROMPTS, ask, seen
 from tests.vllm_engine.engine import run_engine, ways
 
 pytestmark = pytest.mark.engine

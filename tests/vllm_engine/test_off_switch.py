@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from tests.vllm_engine.engine import ROOT, environment, request, run_engine
+from tests.support.cases import request
+from tests.vllm_engine.engine import ROOT, environment, run_engine
 
 UNPATCHED = """
 import vllm.v1.worker.gpu_model_runner as runner, vllm.v1.core.kv_cache_utils as hashing

@@ -9,8 +9,9 @@ import pytest
 from mem_triton import compat
 from mem_triton.config import ConfigError
 from mem_triton.delta_mem import save_adapter
+from tests.support.cases import request
 from tests.support.models import random_adapter, save_tiny_model, tiny_model
-from tests.vllm_engine.engine import request, run_engine
+from tests.vllm_engine.engine import run_engine
 
 SECTION = {"delta": {"adapter": "somewhere"}}
 
@@ -123,7 +124,7 @@ def test_speculation_refuses_coarse_states_and_sessions(bench, prompts):
     coarse = {"delta": {**bench.memory["delta"], "tokens_per_state": 16}}
     assert "resumes after any accepted token" in run_engine(bench.model, [], memory=coarse, fails=True, **speculation)
     result = run_engine(
-        bench.model, [[request(prompts[0], extra_args={"mem_session": "alice"})]], memory=bench.memory,
+        bench.model, [[request(prompts[0], words={"mem_session": "alice"})]], memory=bench.memory,
         errors_are_results=True, **speculation,
     )  # fmt: skip
     assert "sessions do not work with speculative decoding" in result["rounds"][0]["error"]

@@ -1,0 +1,36 @@
+"""A case: rounds of requests for a real engine in a process of its own, and what came out of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+
+def request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
+    """One request of a case; fields: words (mem_...), lora, stop_token_ids, and what else the engine's case reads."""
+    return {"prompt": prompt, "max_tokens": max_tokens, **fields}
+
+
+def result_of(process: subprocess.CompletedProcess[str], mark: str, fails: bool) -> Any:
+    """What a case printed after ``mark``, and all that it printed (output).
+
+    fails: the engine must not start, or die; returns the output alone then.
+    """
+    result = [line for line in process.stdout.splitlines() if line.startswith(mark)]
+    output = process.stdout + process.stderr
+    if fails:
+        assert process.returncode != 0 and not result, f"the engine started:\n{output[-3000:]}"
+        return output
+    assert process.returncode == 0 and result, output[-6000:]
+    return {**json.loads(result[-1].removeprefix(mark)), "output": output}
+
+
+def tokens(result: Any, index: int = 0) -> list[list[int]]:
+    """The generated tokens of each request of a round."""
+    return [answer["tokens"] for answer in result["rounds"][index]]
+
+
+def cached(result: Any, index: int = 0) -> list[int]:
+    """How many tokens of each prompt of a round came from the prefix cache."""
+    return [answer["cached"] for answer in result["rounds"][index]]
