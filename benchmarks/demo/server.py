@@ -61,6 +61,11 @@ def has_gpu() -> bool:
     )
 
 
+def spare_cores() -> int:
+    """Threads of a CPU engine: it shares the cores with its front end and our client."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
 @dataclass(frozen=True)
 class Launch:
     """A server's command without its port and its memory, and its environment, over which the user's own goes."""
@@ -114,18 +119,16 @@ class Server:
         typed = shlex.join([Path(self.command[0]).name, *self.command[1:]])
         return " ".join([*self.memory.variables, typed])
 
+    def environment(self) -> dict[str, str]:
+        """The process's variables; the user's own settings have precedence over the defaults."""
+        defaults = {"OMP_NUM_THREADS": str(spare_cores()), "HF_HUB_OFFLINE": "1", **self.launch.environment}
+        return {**defaults, **os.environ, **self.memory.environment}
+
     def start(self) -> None:
-        # A CPU engine shares the cores with its front end and our client. The user's own settings have precedence.
-        spare = max(1, len(os.sched_getaffinity(0)) - 1)
-        defaults = {
-            "OMP_NUM_THREADS": str(spare),
-            "HF_HUB_OFFLINE": "1",
-            **self.launch.environment,
-        }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                self.command, env={**defaults, **os.environ, **self.memory.environment}, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                self.command, env=self.environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
             )  # fmt: skip
 
     def wait(self, progress: Callable[[str], None]) -> None:

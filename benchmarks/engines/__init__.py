@@ -1,0 +1,1 @@
+"""Stock engines against the same with memory: one runner for the engines' own benchmark tools. See ``app``."""
