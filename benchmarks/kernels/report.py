@@ -3,7 +3,7 @@
 A row is flat. Whose: op, models (names, separated by spaces), case, series, dtype, and the sizes of its shape. What:
 variant, baseline (false = ours), note, status ("ok", "WRONG", "failed"), error, tolerance. Cost: bytes, flops,
 floor_us, us, us_p10, us_p90, rounds, share_of_floor. Ours also has "times faster than <baseline>" for every baseline
-of its case that was timed. What a row lacks is null in JSON and empty in CSV: a time, above all, where the gate is red.
+of its case that was timed. What a row lacks, a time above all where the gate is red, is empty in CSV.
 """
 
 from __future__ import annotations
@@ -29,12 +29,6 @@ def columns(rows: list[Row]) -> list[str]:
     return sorted(keys, key=lambda key: key.startswith(FASTER))
 
 
-def filled(rows: list[Row]) -> list[Row]:
-    """The rows with the same keys in all."""
-    keys = columns(rows)
-    return [{key: row.get(key) for key in keys} for row in rows]
-
-
 def to_csv(rows: list[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
@@ -45,9 +39,8 @@ def to_csv(rows: list[Row]) -> str:
 
 def keep(report: dict[str, Any], folder: Path) -> Path:
     """Write the JSON file and, beside it, its rows as CSV; returns the JSON file's path."""
-    rows = filled(report["rows"])
-    path = record.save(report | {"rows": rows}, "kernels", folder)
-    path.with_suffix(".csv").write_text(to_csv(rows), encoding="utf-8")
+    path = record.save(report, "kernels", folder)
+    path.with_suffix(".csv").write_text(to_csv(report["rows"]), encoding="utf-8")
     return path
 
 

@@ -1,7 +1,7 @@
 """When memory attention takes which route, and how its shared-segment and memory-only kernels are launched.
 
-Derived from bytes, launch costs and the compiler's register counts (``benchmarks/kernels/memory_attention.py`` times
-the routes); not measured on a GPU yet.
+Derived from bytes, launch costs and the compiler's register counts (``benchmarks.kernels`` times the routes); not
+measured on a GPU yet.
 """
 
 from __future__ import annotations
