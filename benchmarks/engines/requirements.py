@@ -22,7 +22,7 @@ def require(engine: str, parts: list[str]) -> None:
     if missing == ["datasets"]:
         raise DemoError(
             "sglang.bench_serving imports the package datasets, which this environment lacks. Install it with\n"
-            f"  {sys.executable} -m pip install 'datasets>=3' 'python-dateutil<3'"
+            f"  {sys.executable} -m pip install -e '.[bench]'"
         )
     raise DemoError(
         f"This Python ({sys.executable}) has no {', '.join(missing)}. `{MAKES[engine]}` makes an environment that has; "
