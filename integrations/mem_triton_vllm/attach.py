@@ -8,15 +8,17 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import CompilationMode, VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from mem_triton.config import ConfigError, DeltaSection
 from mem_triton.runtime.slots import StateSlots
 from mem_triton.runtime.worker.attach import DeltaLayers, attention_modules, served_adapter
+from mem_triton.runtime.worker.layers import Linear, plain_linear
 from mem_triton_vllm.layers import OutputWithMemory, QKVWithMemory
 from mem_triton_vllm.refusals import check_attention
 from mem_triton_vllm.shape import shape_of
@@ -41,18 +43,27 @@ def attach(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection) -> 
 
     tokens_per_state = _tokens_per_state(vllm_config, section)
     fuse = vllm_config.compilation_config.mode != CompilationMode.NONE
+    linear = cpu_linear if device.type == "cpu" else plain_linear
     for index, name in enumerate(layers.weights):
         module = modules[name]
         cache = DeltaStateCache(
             vllm_config, f"{module.attn.layer_name}.delta_state", layers.spec, tokens_per_state, layers.slots, index
         )
         step = functools.partial(torch.ops.mem_triton.delta_rule_layer, layer_name=cache.layer_name)
-        memory = layers.memory(name, module.attn.num_heads, module.attn.num_kv_heads, step, fuse)
+        memory = layers.memory(name, module.attn.num_heads, module.attn.num_kv_heads, step, fuse=fuse, linear=linear)
         module.qkv_proj = QKVWithMemory(module.qkv_proj, memory)
         module.o_proj = OutputWithMemory(module.o_proj, memory)
     split_graphs_at_op(vllm_config.compilation_config.splitting_ops)
     logger.info("δ-mem attached: %s", layers.describe(tokens_per_state))
     return layers.slots
+
+
+def cpu_linear(weight: Tensor) -> Linear:
+    """vLLM's own matmul for CPUs, which packs the weight once: at a few rows it takes half of torch's time."""
+    holder = nn.Module()
+    holder.weight = nn.Parameter(weight, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(holder, remove_weight=False)
+    return lambda x: holder.cpu_linear(x, holder.weight, None)
 
 
 def split_graphs_at_op(splitting_ops: list[str] | None) -> None:

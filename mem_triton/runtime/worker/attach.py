@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,13 +80,13 @@ class DeltaLayers:
         self.reads = torch.zeros(shape.max_step_tokens, self.spec.read_width, dtype=torch.float32, device=device)
 
     def memory(
-        self, name: str, heads: int, kv_heads: int, step: Callable[[Tensor, Tensor, Tensor], None], fuse: bool
+        self, name: str, heads: int, kv_heads: int, step: Callable[[Tensor, Tensor, Tensor], None], **options: Any
     ) -> DeltaMemory:
-        """One layer's memory with this rank's rows. heads, kv_heads: of this rank. step, fuse: see ``DeltaMemory``."""
+        """One layer's memory with this rank's rows. heads, kv_heads: of this rank. The rest: see ``DeltaMemory``."""
         shape, kv = self._shape, kv_heads * self._shape.head_dim
         sizes = (heads * shape.head_dim, kv, kv)
         own = shard(self.weights[name], sizes, self._rank, shape.tp_size).to(self._device, shape.dtype)
-        return DeltaMemory(own, sizes, self.reads, step, fuse)
+        return DeltaMemory(own, sizes, self.reads, step, **options)
 
     def describe(self, tokens_per_state: int) -> str:
         """One line for the log."""
