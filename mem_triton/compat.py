@@ -33,6 +33,11 @@ def installed_version(name: str) -> Version | None:
     return None
 
 
+def lies_in(version: str, wanted: str) -> bool:
+    """Whether a version, whatever its build, is in a range such as ">=3.6,<3.9"."""
+    return SpecifierSet(wanted).contains(Version(version).base_version)
+
+
 def require(name: str) -> Version:
     """The installed version of ``name`` if it lies in the tested range.
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from mem_triton.ops import denylist
 from mem_triton.ops.tuning.memory_attention import select_pages, select_shared
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig
 from tests.support.aot import (
@@ -87,8 +88,8 @@ def arguments_for(kernel, constants: dict, query: str, data: str) -> dict[str, s
 
 
 def config_of(case: Case) -> FusedConfig:
-    select = select_pages if case.kernel == "pages" else select_shared
-    return select(case.target, case.size, DATA[case.query].itemsize, case.rows)
+    kernel, select = ("pages", select_pages) if case.kernel == "pages" else ("shared", select_shared)
+    return denylist.allowed(kernel, select, case.target, case.size, DATA[case.query].itemsize, case.rows)
 
 
 def least_bytes(case: Case) -> dict[str, tuple[int, int]]:

@@ -135,10 +135,16 @@ class _Guarded:
             return f"{type(error).__name__}: {error}"
 
 
+# ptxas before 13, which Triton had for Hopper up to 3.8, spills up to six registers where one more program then fits a
+# multiprocessor.
+SPILLS = 24 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9) else 0
+
+
 def check_budget(result: Resources | str, registers: int, shared: int, *, spills: int = 0, occupancy: int = 1) -> None:
     """Fail if a kernel did not compile, takes more registers, shared memory or spills (bytes) than it may, or if fewer
     than ``occupancy`` warps of it run at a time."""
     assert isinstance(result, Resources), result
+    spills = max(spills, SPILLS)
     assert result.spills <= spills and result.local <= spills, result
     assert result.registers <= registers, result
     assert result.shared <= shared, result

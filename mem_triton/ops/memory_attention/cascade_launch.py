@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mem_triton.ops import denylist
 from mem_triton.ops.memory_attention.launch import (
     FORMATS,
     OPTIONS,
@@ -43,7 +44,9 @@ def attend_shared(
     rows, group = seq_lens.shape[0], query_heads // heads
     if tokens == 0 or rows == 0 or length == 0:
         return
-    config = config or select_shared(architecture(query.device), size, query.element_size(), tokens * group)
+    config = config or denylist.allowed(
+        "shared", select_shared, architecture(query.device), size, query.element_size(), tokens * group
+    )
     blocks = -(-tokens * group // config.block_m)
     tiles = -(-length // config.tile)
     share = -(-tiles // split_count(blocks * heads, tiles, config))
@@ -85,7 +88,9 @@ def attend_pages(
     rows, group, width = seq_lens.shape[0], query_heads // heads, table.page.shape[1]
     if tokens == 0 or (rows == 0 and merge):
         return
-    config = config or select_pages(architecture(query.device), size, query.element_size(), max_query_len * group)
+    config = config or denylist.allowed(
+        "pages", select_pages, architecture(query.device), size, query.element_size(), max_query_len * group
+    )
     if config.block_m < group:
         config = replace(config, block_m=1 << (group - 1).bit_length())
     blocks = tokens // (config.block_m // group) + rows + 1

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mem_triton.ops import denylist
 from mem_triton.ops.memory_attention.kernels import attention_kernel
 from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig, select
@@ -105,9 +106,9 @@ def attend(
     if tokens == 0 or rows == 0:
         return
     group = query_heads // heads
-    config = config or select(
-        architecture(query.device), size, query.element_size(), group * context.max_query_len
-    )  # fmt: skip
+    config = config or denylist.allowed(
+        "attention", select, architecture(query.device), size, query.element_size(), group * context.max_query_len
+    )
     if config.block_m < group:
         config = replace(config, block_m=1 << (group - 1).bit_length())
     grid = choose_grid(tokens, rows, heads, group, context, config)
