@@ -87,9 +87,11 @@ class Course:
         import torch
 
         self.args, self.folder, self.console = args, folder, console
+        self.head = about("stock engines and the same with memory, in pairs of runs", "python -m benchmarks.engines")
         self.deadline = Deadline(args.limit_minutes)
         self.gpu = has_gpu()
         self.made = made_up.make_model(args.model, folder, getattr(torch, args.dtype))
+        self.weights = digests(self.made.folder) if self.made.facts["parameters"] < 1e9 else {}
         self.oracle = Oracle(self.made.model, self.made.model.config.vocab_size)
         self.memories: dict[str, Memory] = {}
         self.up: dict[tuple[bool, str], Side] = {}
@@ -121,6 +123,7 @@ class Course:
                 continue
             for comparison in memories.comparisons(self.args.memory, part):
                 self._compare(part, comparison)
+                self.keep()
 
     def _compare(self, part: str, comparison: Comparison) -> None:
         tool = ("latency" if self.args.engine == "vllm" else "serve") if part == "pool" else part
@@ -199,7 +202,7 @@ class Course:
             side.server.start()
             side.server.wait(lambda line: None)
         verdict = self.oracle.judge(side.greedy(self.oracle.prompts, TOKENS), self.memories[name]).as_json()
-        if self.gates.get(name, verdict)["gate"] == "green":  # red once is red
+        if self.gates.get(name, {}).get("gate") != "red":  # red once is red
             self.gates[name] = verdict
         self.console.print(f"[dim]{name} is up, its gate is {verdict['gate']}. {verdict['reason']}")
         held = self.held.setdefault(name, {})
@@ -248,13 +251,20 @@ class Course:
             for server in servers:
                 server.stop()
 
+    def keep(self) -> Path | None:
+        """Write what there is, if it is to be kept: a command that is killed leaves what it measured before."""
+        if not (self.args.save and self.rows):
+            return None
+        path = save(self.report(), f"engines-{self.args.engine}", RESULTS)
+        report.save_csv(self.report(), path.with_suffix(".csv"))
+        return path
+
     def report(self) -> dict[str, Any]:
-        head = about("stock engines and the same with memory, in pairs of runs", "python -m benchmarks.engines")
-        return head | {
+        return self.head | {
             "engine": self.args.engine, "model": self.made.facts, "dtype": self.args.dtype,
             "pool_tokens": self.args.pool_tokens, "commands": self.commands, "measured_machine": asdict(self.machine),
             "gates": self.gates, "memory_held": self.held, "rows": self.rows, "missing": self.missing,
-            "weights_sha256": digests(self.made.folder) if self.made.facts["parameters"] < 1e9 else {},
+            "weights_sha256": self.weights,
         }  # fmt: skip
 
 
@@ -269,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         course = failure = None
         try:
-            require(args.engine, args.parts)
+            require(args.engine)
             course = Course(args, folder, console)
             course.run()
         except (DemoError, KeyboardInterrupt) as error:  # what was measured until then is kept
@@ -278,13 +288,10 @@ def main(argv: list[str] | None = None) -> None:
             if course is not None:
                 course.stop()
     if course is not None:
-        found = course.report()
-        found["missing"] += [failure] if failure else []
-        report.show(console, found)
-        if args.save and found["rows"]:
-            path = save(found, f"engines-{args.engine}")
-            report.save_csv(found, path.with_suffix(".csv"))
-            console.print(f"kept in {path.relative_to(RESULTS.parents[1])} and the .csv beside it")
+        course.missing += [failure] if failure else []
+        report.show(console, course.report())
+        if path := course.keep():
+            console.print(f"kept in {path} and the .csv beside it")
     elif failure:
         Console(stderr=True, highlight=False).print(f"[bold red]{failure}")
     red = course is not None and any(gate["gate"] != "green" for gate in course.gates.values())

@@ -48,7 +48,7 @@ def row(part: str, comparison: Comparison, cell: Cell, found: dict[str, list[dic
     return {
         "part": part, "comparison": comparison.name, "memory": comparison.memory, "baseline": comparison.baseline,
         "more_tokens_of_baseline": comparison.more, **asdict(cell), "metrics": metrics, "floor_ms": floor_ms,
-        "gate": gate["gate"],
+        "gate": gate["gate"], "gate_reason": gate.get("reason", ""),
     }  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def show(console: Console, report: dict[str, Any]) -> None:
     for r in report["rows"]:
         head = [r["part"], f"{r['memory']} / {r['baseline']}", str(r["batch"]), str(r["context"])]
         if r["gate"] != "green":
-            table.add_row(*head, f"[red]gate red: {report['gates'][r['memory']].get('reason', '')}")
+            table.add_row(*head, f"[red]gate red: {r['gate_reason']}")
         for name, values in r["metrics"].items():
             s = values["speed"]
             table.add_row(

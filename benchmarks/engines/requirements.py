@@ -14,7 +14,7 @@ NEEDS = {
 MAKES = {"vllm": "make env", "sglang": "make env-sglang"}
 
 
-def require(engine: str, parts: list[str]) -> None:
+def require(engine: str) -> None:
     """Raise DemoError naming the packages that are missing, and the command that installs them."""
     missing = [name for name in NEEDS[engine] if importlib.util.find_spec(name) is None]
     if not missing:
