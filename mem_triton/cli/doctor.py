@@ -1,4 +1,4 @@
-"""``mem-triton doctor``: which versions are here, what Triton can compile for, and whether a GPU answers."""
+"""``mem-triton doctor``: which versions are here, what Triton can compile for, the GPU's tables, what is off."""
 
 from __future__ import annotations
 
@@ -14,29 +14,46 @@ import typer
 
 from mem_triton import __version__, compat
 from mem_triton.cli import output
+from mem_triton.cli.doctor_kernels import examine_kernels, examine_plugins
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
-EXTRAS = ("sglang", "usearch", "faiss-cpu", "sentence-transformers", "openai", "safetensors")
+EXTRAS = ("usearch", "faiss-cpu", "sentence-transformers", "openai", "safetensors")
 
 
-def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Versions of Triton, its compilers, the engines and the GPU; exit code 1 if something will not work."""
-    report = examine()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    architecture: Annotated[
+        str | None, typer.Option(help="Tell of this one, such as sm90 or gfx942, instead of the GPU that is here.")
+    ] = None,
+) -> None:
+    """Versions of Triton, its compilers, the engines and the GPU; which tables it gets, what is off and why.
+
+    Exit code 1 if something will not work."""
+    report = examine(architecture)
     if json:
         output.print_json(report)
     else:
+        kernels = report["kernels"]
         output.print_table(["", "version", "tested with", ""], [_row(v) for v in report["versions"]])
         print()
-        output.print_fields({**report["triton"], **report["gpu"]})
+        output.print_fields({**report["triton"], **report["gpu"], "architecture": kernels["architecture"]})
+        if kernels["tables"]:
+            print()
+            rows = [[t["op"], t["entry"], t["measured"] or "not measured"] for t in kernels["tables"]]
+            output.print_table(["tuning table", "entry", "measured"], rows)
+        print()
+        output.print_table(["off", "why"], [[o["what"], o["why"]] for o in kernels["off"]])
+        print()
+        output.print_fields({f"{engine} sees": what for engine, what in report["plugins"].items()})
         print()
         print("\n".join(report["problems"]) or "all well")
     if report["problems"]:
         raise typer.Exit(1)
 
 
-def examine() -> dict[str, Any]:
-    """All findings; "problems" are sentences that name what is wrong and what to do."""
+def examine(architecture: str | None = None) -> dict[str, Any]:
+    """All findings; "problems" are sentences that name what is wrong and what to do. architecture: None = the GPU's."""
     problems: list[str] = []
     versions: list[dict[str, Any]] = [
         {"name": "mem_triton", "version": __version__, "tested": None, "ok": True},
@@ -54,7 +71,8 @@ def examine() -> dict[str, Any]:
         version = compat.installed_version(name)
         versions.append({"name": name, "version": version and str(version), "tested": None, "ok": True})
     return {
-        "versions": versions, "triton": _triton(problems), "gpu": _gpu(problems), "problems": problems,
+        "versions": versions, "triton": _triton(problems), "gpu": _gpu(problems),
+        "kernels": examine_kernels(architecture), "plugins": examine_plugins(problems), "problems": problems,
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from packaging.version import Version
 
 from mem_triton.cli import main
 from mem_triton.memory3 import Writer
@@ -247,3 +248,30 @@ def test_the_doctor_names_versions_and_what_compiles():
     assert versions["torch"] == torch.__version__ and versions["mem_triton"]
     assert report["triton"]["sm_90"] == "compiles" and report["triton"]["gfx942"] == "compiles"
     assert report["problems"] == []
+    assert report["plugins"] == {"vllm": "mem_triton in vllm.general_plugins"}
+    reasons = {row["what"]: row["why"] for row in report["kernels"]["off"]}
+    assert "sglang is not installed" in reasons["serving with sglang"]
+
+
+def test_the_doctor_tells_of_an_architecture(monkeypatch):
+    """Its tables, none of them measured, and what its Triton must not compile."""
+    from mem_triton.cli.doctor_kernels import examine_kernels
+
+    hopper = examine_kernels("sm90")
+    assert {t["op"]: t["entry"] for t in hopper["tables"]} == {
+        "delta_rule": "own", "memory_attention": "own", "memory_attention routes": "own",
+        "memory_selection": "the same everywhere", "reposition": "the same everywhere",
+    }  # fmt: skip
+    assert {t["measured"] for t in hopper["tables"]} == {None}
+    assert {t["entry"] for t in examine_kernels("sm75")["tables"]} == {"generic", "the same everywhere"}
+    monkeypatch.setattr("mem_triton.compat.installed_version", lambda name: Version("3.7.1"))
+    assert any("issues/11047" in row["why"] for row in examine_kernels("sm90")["off"])
+    assert not any("issues/11047" in row["why"] for row in examine_kernels("sm80")["off"])
+
+
+def test_the_doctor_sees_plugins_shut_out(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    out = run("doctor", "--architecture", "sm90", code=1)
+    assert "VLLM_PLUGINS='another' keeps vllm from loading mem_triton" in out and "not measured" in out
+    monkeypatch.setenv("VLLM_PLUGINS", "another,mem_triton")
+    assert "all well" in run("doctor")
