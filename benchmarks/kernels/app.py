@@ -86,7 +86,9 @@ def kernels(
             begin = time.monotonic()
             rows += run_case(operation, case, setup, effort, head["device"])
             stopped = broken(setup)
-            deadline.took(time.monotonic() - begin)
+            deadline.took(took := time.monotonic() - begin)
+            if not console.is_terminal:
+                console.print(f"{label}: {took:.1f} s")
             if save:  # after every case: a command that is killed leaves what it measured
                 path = report.keep(result(), folder)
     for name in dict.fromkeys(row["op"] for row in rows):

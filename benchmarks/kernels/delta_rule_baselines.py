@@ -32,12 +32,9 @@ def variants(case: Case, inputs: DeltaRuleInputs, start: Tensor, setup: Setup) -
     if case.sizes["queries"] <= MOST_LOOPS:
         found.append(torch_loop(case, inputs, start))
     else:
-        setup.left_out("torch token loop", f"beyond {MOST_LOOPS} tokens; it is eleven launches for each")
+        setup.left_out("torch token loop", f"beyond {MOST_LOOPS} tokens; it is eleven launches for each", case.name)
     for name, make in (("official scan", official_scan), ("fla", fla_kernels)):
-        try:
-            found += make(case, inputs, start, setup)
-        except (ImportError, OSError) as error:
-            setup.left_out(name, str(error))
+        found += setup.load(name, functools.partial(make, case, inputs, start, setup)) or []
     return found
 
 

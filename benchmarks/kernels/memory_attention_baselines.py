@@ -31,14 +31,13 @@ SEGMENTS = 16  # of vLLM's split over a sequence
 
 def stock(case: Case, layer: Layer, setup: Setup) -> dict[str, Make]:
     """The backends of this machine, by name."""
-    found: dict[str, Make] = {}
-    for name, make in (("vllm triton", vllm_triton), ("flash", flash)) if setup.gpu else ():
-        try:
-            make(case, layer, layer.context.block_table, 0)
-        except Exception as error:  # vLLM not installed, or not for this GPU
-            setup.left_out(name, f"{type(error).__name__}: {error}".splitlines()[0][:200])
-        else:
-            found[name] = make
+    known = {"vllm triton": vllm_triton, "flash": flash} if setup.gpu else {}
+    table = layer.context.block_table
+    found = {
+        name: make
+        for name, make in known.items()
+        if setup.load(name, functools.partial(make, case, layer, table, 0)) is not None
+    }
     return found or {"sdpa": sdpa}
 
 
@@ -58,17 +57,14 @@ def variants(case: Case, layer: Layer, setup: Setup, backends: dict[str, Make]) 
             note = "the shared segment is read once per request, in 16 bits"
             found.append(baseline(f"as prefix: {name}", call, note, reads=case.sizes["batch"]))
     if case.sizes["fp8_pool"]:
-        setup.left_out("cat, 8-bit pools", "torch.cat cannot undo 8 bits; the same case in 16 bits has it")
+        setup.left_out("cat", "torch.cat cannot undo 8 bits; the same case in 16 bits has it", case.name)
     elif dense_bytes(case) > MOST_DENSE_BYTES:
-        setup.left_out(f"cat, {case.name}", f"its dense copy would take {dense_bytes(case) / 1e9:.0f} GB")
+        setup.left_out("cat", f"its dense copy would take {dense_bytes(case) / 1e9:.0f} GB", case.name)
     else:
         found.append(baseline("cat", cat(case, layer), "gathers all keys and values into one dense tensor first"))
     if shared and not case.sizes["references"] and setup.gpu:
-        try:
-            call = flashinfer_cascade(case, layer)
-        except Exception as error:  # not installed, or no compiler for its kernels
-            setup.left_out("flashinfer cascade", f"{type(error).__name__}: {error}".splitlines()[0][:200])
-        else:
+        call = setup.load("flashinfer cascade", functools.partial(flashinfer_cascade, case, layer))
+        if call is not None:
             found.append(baseline("flashinfer cascade", call, "planned beforehand; 16 bits"))
     return found
 

@@ -9,12 +9,12 @@ To add an operation:
    * ``build(case, device, seed)``: one layer's tensors, in any tuple, list or dict. Called once per buffer that the
      timing rotates through, and in the tests with ``device="meta"``: use ``shapes.Random``, read no values.
    * ``variants(case, layer, setup)``: the calls over these tensors. Cheap: what only the gate needs is computed when
-     ``gate.error`` is called. ``setup.left_out(name, reason)`` says what cannot be had, once.
+     ``gate.error`` is called. ``setup.load`` and ``setup.left_out`` say what cannot be had, once.
 
 2. Add the name to ``NAMES``.
 
-3. Put a floor computed by hand into ``tests/benchmarks/test_kernels.py``. The other tests there find the operation
-   through ``NAMES``.
+3. In ``tests/benchmarks/test_kernels.py``: words of a few cases into ``SOME``, a call that is a little off into
+   ``test_what_is_wrong_gets_no_time``, a floor computed by hand. The other tests there find it through ``NAMES``.
 
 A variant gets a time only if its gate is green: ``writes`` is filled with NaN, the call runs once, and ``gate.error``
 of what it returned must not exceed ``gate.tolerance``. Baselines have gates too, against fp64 of their own problem.
@@ -91,22 +91,36 @@ class Variant:
 class Setup:
     """Where and with what a run measures. official: a checkout of declare-lab/delta-Mem, None = without it.
 
-    missing: name -> why a baseline is not there; ``announce`` is told each once.
+    missing: baseline -> why it is not there; ``announce`` is told each reason once.
     """
 
     device: str
     official: Path | None = None
     announce: Callable[[str], None] = print
     missing: dict[str, str] = field(default_factory=dict)
+    told: set[tuple[str, str]] = field(default_factory=set)
 
     @property
     def gpu(self) -> bool:
         return self.device == "cuda"
 
-    def left_out(self, name: str, reason: str) -> None:
-        if name not in self.missing:
-            self.missing[name] = reason
-            self.announce(f"{name} is left out: {reason}")
+    def left_out(self, name: str, reason: str, case: str = "") -> None:
+        """case: the only one that it is left out of."""
+        where = f" of {case}" if case else ""
+        self.missing.setdefault(name + where, reason)
+        if (name, reason) not in self.told:
+            self.told.add((name, reason))
+            self.announce(f"{name} is left out{where}: {reason}")
+
+    def load(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns; None, now and whenever asked again, if it raises: others' code that is not here."""
+        if name in self.missing:
+            return None
+        try:
+            return make()
+        except Exception as error:  # not installed, or not for this machine
+            self.left_out(name, f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            return None
 
 
 @dataclass(frozen=True)

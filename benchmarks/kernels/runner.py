@@ -45,7 +45,7 @@ class Deadline:
 def run_case(operation: Operation, case: Case, setup: Setup, effort: Effort, device_name: str) -> list[Row]:
     """One row per variant: its error, and its time if that is within the tolerance. Ours first.
 
-    A baseline that raises is left out, with its reason; a variant of ours that raises is a row that failed.
+    A baseline that raises is left out of the case, with its reason; a variant of ours that raises is a row that failed.
     """
     layers = [operation.build(case, setup.device, 0)]
     size = storage_bytes(layers[0])
@@ -59,7 +59,7 @@ def run_case(operation: Operation, case: Case, setup: Setup, effort: Effort, dev
             rows[name] = row
     runs: dict[str, Callable[[], float]] = {}
     for name in [name for name, row in rows.items() if row["status"] == OK]:
-        calls = [variants[name].call for variants in by_layer]
+        calls = [variants[name].call for variants in by_layer if name in variants]
         run = attempt(by_layer[0][name], case, setup, lambda v=by_layer[0][name], c=calls: timed(v, c, setup))
         if callable(run):
             runs[name] = run
@@ -91,7 +91,7 @@ def attempt(variant: Variant, case: Case, setup: Setup, action: Callable[[], Any
         first_line = (str(error) or "no message").splitlines()[0]
         reason = f"{type(error).__name__}: {first_line}"[:200]
         if variant.baseline:
-            setup.left_out(variant.name, reason)
+            setup.left_out(variant.name, reason, case.name)
             return None
         setup.announce(f"{variant.name} failed: {reason}")
         return identity(variant, case) | {"note": reason, "status": FAILED}

@@ -167,10 +167,25 @@ def test_who_raises_is_left_out_if_a_baseline_and_fails_if_ours():
 
     said: list[str] = []
     rows = run_toy(toy(boom, baseline=True), said)
-    assert set(rows) == {"other"} and said == ["ours is left out: RuntimeError: no such kernel"]
+    assert set(rows) == {"other"} and said == ["ours is left out of case: RuntimeError: no such kernel"]
     rows = run_toy(toy(boom), said)
     assert rows["ours"]["status"] == "failed" and "us" not in rows["ours"] and rows["other"]["us"] > 0
     assert said[1:] == ["ours failed: RuntimeError: no such kernel"]
+
+
+def test_what_cannot_be_had_is_said_once():
+    said: list[str] = []
+    setup = Setup("cpu", announce=said.append)
+
+    def absent() -> None:
+        raise ImportError("no module named flashinfer")
+
+    assert setup.load("cascade", absent) is None and setup.load("cascade", lambda: 1) is None  # a run does not change
+    assert setup.load("flash", lambda: 1) == 1
+    for case in ("x1", "x2"):
+        setup.left_out("cat", "too large", case)
+    assert said == ["cascade is left out: ImportError: no module named flashinfer", "cat is left out of x1: too large"]
+    assert set(setup.missing) == {"cascade", "cat of x1", "cat of x2"}
 
 
 def test_the_limit_leaves_cases_out_and_says_which(tmp_path):
