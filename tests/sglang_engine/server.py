@@ -17,6 +17,8 @@ from tests.support.server import ServerProcess, free_port
 class Server(ServerProcess):
     """Serves ``model`` under the name "m", with metrics. memory: the mem_triton section, None for the stock server."""
 
+    words_field, report_field = "custom_params", "metadata"
+
     def __init__(
         self,
         model: str | Path,
@@ -49,11 +51,6 @@ class Server(ServerProcess):
         response = self.generate(prompt, max_tokens, words, **fields)
         assert response.status_code == 200, response.text
         return response.json()["output_ids"]
-
-    def complete(self, prompt: Any, max_tokens: int = 12, words: Any = None, **fields: Any) -> httpx.Response:
-        """OpenAI's API."""
-        body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-        return self.http.post("/v1/completions", json={**body, "custom_params": words, **fields})
 
     def stream(self, prompt: list[int], max_tokens: int, words: Any = None, **fields: Any) -> Iterator[dict[str, Any]]:
         """The answers of SGLang's own API as they come, each with all tokens so far."""

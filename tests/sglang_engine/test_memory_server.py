@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import time
 
 import httpx
 import pytest
 
 from mem_triton.store.plan import Attachment
 from tests.sglang_engine.server import Server
+from tests.support import server_scenarios as scenarios
 from tests.support.memory_bench import SECRET, reference, tokens_of
 from tests.support.memory_scenarios import PROMPTS, three_pages
+from tests.support.server_scenarios import at_once, ids, until, whole
 
 pytestmark = pytest.mark.engine
 
@@ -21,15 +22,6 @@ pytestmark = pytest.mark.engine
 def server(memory_bench, start_server) -> Server:
     """The bank of whole texts behind three pages: whoever wants another entry waits for its turn."""
     return start_server(memory_bench.model, three_pages(memory_bench))
-
-
-def ids(*names: str, **more) -> dict:
-    return {"mem_ids": list(names), **more}
-
-
-def whole(*names: str) -> list[dict]:
-    """The report of a request that reads entries from its first token on."""
-    return [{"first_token": 0, "end_token": None, "entries": [{"id": f"{name}@1"} for name in names]}]
 
 
 def test_memory_over_http_and_what_was_read_is_in_the_answer(server, memory_bench):
@@ -44,13 +36,11 @@ def test_memory_over_http_and_what_was_read_is_in_the_answer(server, memory_benc
 
 
 def test_openai_answers_say_what_was_read(server, memory_bench):
-    answer = server.complete(PROMPTS[1], words=ids("beta"), return_token_ids=True).json()
-    assert answer["choices"][0]["token_ids"] == memory_bench.after(PROMPTS[1], "beta")
-    assert answer["metadata"]["mem_triton"] == {"references": whole("beta")}
-    chat = {"model": "m", "messages": [{"role": "user", "content": "who?"}], "max_tokens": 4, "temperature": 0}
-    answer = server.http.post("/v1/chat/completions", json={**chat, "custom_params": ids("beta")})
-    assert answer.json()["metadata"]["mem_triton"] == {"references": whole("beta")}
-    assert "mem_triton" not in server.http.post("/v1/chat/completions", json=chat).json()["metadata"]
+    response = server.complete(PROMPTS[1], words=ids("beta"))
+    assert response.json()["choices"][0]["token_ids"] == memory_bench.after(PROMPTS[1], "beta")
+    assert server.report(response) == {"references": whole("beta")}
+    assert server.report(server.chat("who?", 4, words=ids("beta"))) == {"references": whole("beta")}
+    assert server.report(server.chat("who?", 4)) is None
 
 
 @pytest.mark.parametrize(
@@ -69,12 +59,9 @@ def test_openai_answers_say_what_was_read(server, memory_bench):
     ],
 )
 def test_bad_words_are_400_that_name_the_id(server, said, message):
-    for stream in (False, True):
-        response = server.complete(PROMPTS[0], words=said, stream=stream)
-        assert response.status_code == 400 and message in response.text
+    scenarios.bad_words_are_400(server, PROMPTS[0], said, message)
     response = server.generate(PROMPTS[0], words=said)
     assert response.status_code == 400 and message in response.text
-    assert server.tokens(PROMPTS[0], 1), "the server lives"
 
 
 def test_what_explicit_memory_cannot_serve_is_refused(server, memory_bench):
@@ -91,11 +78,7 @@ def test_what_explicit_memory_cannot_serve_is_refused(server, memory_bench):
 
 
 def test_many_requests_share_three_pages(server, memory_bench):
-    b, names = memory_bench, ("alpha", "beta", "gamma")
-    with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        answers = list(pool.map(lambda i: server.tokens(PROMPTS[i % 4], words=ids(names[i % 3])), range(12)))
-    assert answers == [b.after(PROMPTS[i % 4], names[i % 3]) for i in range(12)]
-    assert server.metric("mem_triton:pool_evictions_total") > 0
+    scenarios.many_requests_share_three_pages(server, memory_bench)
 
 
 def test_a_batch_and_several_answers_read_their_own(server, memory_bench):
@@ -122,8 +105,7 @@ def test_a_batch_and_several_answers_read_their_own(server, memory_bench):
 
 
 def test_a_tenant_reads_its_own(server, memory_bench):
-    said = ids(SECRET, mem_tenant="acme")
-    assert server.tokens(PROMPTS[0], words=said) == memory_bench.after(PROMPTS[0], "alpha")
+    scenarios.a_tenant_reads_its_own(server, memory_bench)
 
 
 def pinned(server: Server) -> float:
@@ -131,32 +113,11 @@ def pinned(server: Server) -> float:
 
 
 def test_a_request_that_waits_for_pages_delays_nobody_and_a_client_that_leaves_frees_them(server, memory_bench):
-    b = memory_bench
-    plain, alpha, gamma = (b.after(PROMPTS[1], *names) for names in ((), ("alpha",), ("gamma",)))
-    holding = server.stream(PROMPTS[0], 3900, ids("alpha"))
-    next(holding)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(server.tokens, PROMPTS[1], words=ids("gamma"))
-        assert server.tokens(PROMPTS[1]) == plain, "plain requests go on"
-        assert server.tokens(PROMPTS[1], words=ids("alpha")) == alpha, "and so do hits"
-        assert not waiting.done(), waiting.exception() or waiting.result()
-        holding.close()
-        assert waiting.result(60) == gamma
-    assert pinned(server) == 0
+    scenarios.a_request_that_waits_for_pages_delays_nobody_and_a_client_that_leaves_frees_them(server, memory_bench)
 
 
 def test_a_waiting_client_that_leaves_is_forgotten(server, memory_bench):
-    holding = server.stream(PROMPTS[0], 3000, ids("alpha"))
-    next(holding)
-    params = {"max_new_tokens": 4, "temperature": 0, "custom_params": ids("gamma")}
-    with pytest.raises(httpx.ReadTimeout):
-        server.http.post("/generate", json={"input_ids": PROMPTS[1], "sampling_params": params}, timeout=1)
-    deadline = time.monotonic() + 30
-    while server.metric("mem_triton:pool_waiting_requests"):
-        assert time.monotonic() < deadline, "it still waits, for nobody"
-        time.sleep(0.1)
-    holding.close()
-    assert server.tokens(PROMPTS[1], words=ids("beta")) == memory_bench.after(PROMPTS[1], "beta")
+    scenarios.a_waiting_client_that_leaves_is_forgotten(server, memory_bench)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -165,10 +126,7 @@ def test_a_waiting_request_can_be_aborted_by_its_id(server, memory_bench, stream
     next(holding)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(server.generate, PROMPTS[1], words=ids("gamma"), rid="waits", stream=stream)
-        deadline = time.monotonic() + 30
-        while not server.metric("mem_triton:pool_waiting_requests"):
-            assert time.monotonic() < deadline and not waiting.done()
-            time.sleep(0.05)
+        until(lambda: server.metric("mem_triton:pool_waiting_requests") > 0, "it does not wait")
         twice = server.generate(PROMPTS[1], words=ids("alpha"), rid="waits")
         assert twice.status_code == 400 and "Duplicate request ID" in twice.text
         server.http.post("/abort_request", json={"rid": "waits"})
@@ -204,10 +162,11 @@ def test_clients_that_come_and_go_leave_nothing_behind(server, memory_bench):
 
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
         assert all(pool.map(visit, range(30)))
-    deadline = time.monotonic() + 30
-    while pinned(server) or server.metric("mem_triton:pool_waiting_requests"):
-        assert time.monotonic() < deadline, "pages are held for somebody who is gone"
-        time.sleep(0.1)
+
+    def nothing_is_held() -> bool:
+        return not pinned(server) and not server.metric("mem_triton:pool_waiting_requests")
+
+    until(nothing_is_held, "pages are held for somebody who is gone")
     assert server.tokens(PROMPTS[2], words=ids("alpha")) == b.after(PROMPTS[2], "alpha")
     text = server.printed()
     assert "Traceback" not in text, text[text.index("Traceback") :][:3000]
@@ -230,20 +189,11 @@ def test_an_entry_that_cannot_be_read_fails_its_request_alone(server, memory_ben
 
 
 def test_capture_over_http(server, memory_bench):
-    b, text = memory_bench, tokens_of(60, 37)
-    answer = server.generate(text, 3, {"mem_capture": "http-note", "mem_tenant": "acme"}).json()
-    assert answer["meta_info"]["mem_triton"]["capture"] == {"id": "http-note@1"}
-    assert server.tokens(PROMPTS[0], words=ids("http-note", mem_tenant="acme")) == b.generate(text + PROMPTS[0])
-    assert server.generate(PROMPTS[0], words=ids("http-note")).status_code == 400, "it is acme's"
-    assert server.metric("mem_triton:captures_total") > 0
+    scenarios.a_prompt_is_captured(server, memory_bench)
 
 
 def test_captures_that_end_together_are_all_kept(server, memory_bench):
-    texts = [tokens_of(70 + i, 16 + i) for i in range(8)]
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: server.tokens(texts[i], 2, {"mem_capture": f"together-{i}"}), range(8)))
-    for i in (0, 3, 7):
-        assert server.tokens(PROMPTS[0], words=ids(f"together-{i}")) == memory_bench.generate(texts[i] + PROMPTS[0])
+    scenarios.captures_that_end_together_are_all_kept(server, memory_bench)
 
 
 def test_retrieval_over_http_streams_one_answer(memory_bench, start_server):
@@ -259,15 +209,11 @@ def test_retrieval_over_http_streams_one_answer(memory_bench, start_server):
     assert last["meta_info"]["prompt_tokens"] == len(prompt)
     read = [e["id"] for part in last["meta_info"]["mem_triton"]["references"] for e in part["entries"]]
     assert sorted(read) == sorted(a.ref for a in plan)
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda _: server.tokens(prompt, 70), range(4)))
-    assert answers == [expected] * 4
+    assert at_once(4, lambda _: server.tokens(prompt, 70)) == [expected] * 4
     assert server.tokens(prompt, words={"mem_top_k": 0}) == b.generate(prompt)
     scored = server.generate(prompt, 70, return_logprob=True).json()["meta_info"]["output_token_logprobs"]
     assert [token for _, token, _ in scored] == expected
-    chat = {"model": "m", "messages": [{"role": "user", "content": "who?"}], "max_tokens": 40, "temperature": 0}
-    answer = server.http.post("/v1/chat/completions", json=chat)
-    assert answer.status_code == 200 and answer.json()["metadata"]["mem_triton"]["references"]
+    assert server.report(server.chat("who?", 40))["references"]
     sampled = server.generate(prompt, 40, sampling_params={"n": 2, "temperature": 1.0, "frequency_penalty": 0.1})
     assert sampled.status_code == 200 and "penalties" in sampled.json()[0]["meta_info"]["mem_triton"]["refresh"]
     assert server.metric("mem_triton:refresh_off_total") > 0
@@ -287,13 +233,13 @@ def test_a_server_whose_settings_ask_for_memory_and_whose_streams_are_incrementa
     expected, _ = b.retrieving(prompt, 70, top_k=2, every=32)
     params = {"max_new_tokens": 70, "temperature": 0, "ignore_eos": True}
     body = {"input_ids": prompt, "sampling_params": params}
-    whole = server.http.post("/generate", json=body).json()
-    assert whole["output_ids"] == expected
+    answer = server.http.post("/generate", json=body).json()
+    assert answer["output_ids"] == expected
     parts = []
     with server.http.stream("POST", "/generate", json={**body, "stream": True}) as lines:
         parts = [json.loads(line[6:]) for line in lines.iter_lines() if line.startswith("data: {")]
     assert len(parts) > 3 and [token for part in parts for token in part["output_ids"]] == expected
-    assert "".join(part["text"] for part in parts) == whole["text"]
+    assert "".join(part["text"] for part in parts) == answer["text"]
     default = [Attachment("ref-5@1")]
     assert server.tokens(prompt, words={"mem_top_k": 0}) == b.with_plan(prompt, default), "the configured default"
     assert server.tokens(prompt, words={"mem_top_k": 0, "mem_ids": []}) == b.generate(prompt)

@@ -8,8 +8,12 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
+
+TIMEOUT = 120.0
+"""Seconds until a request counts as lost."""
 
 
 def free_port() -> int:
@@ -19,14 +23,23 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """The process, with whatever it spawns, from its start to its end. log: the file that gets what it prints."""
+    """The process, with whatever it spawns, from its start to its end, and OpenAI's API of it. A subclass adds the
+    engine's own ways: ``tokens``, what a request generates, and ``stream``, its parts as they come.
+
+    log: the file that gets what it prints.
+    """
+
+    words_field: str
+    """Where a request takes memory's words."""
+    report_field: str
+    """Where an answer says what was read, under "mem_triton"."""
 
     def __init__(self, command: list[str], port: int, env: dict[str, str], cwd: Path, log: str | Path) -> None:
         self.log = open(log, "w")  # noqa: SIM115  closed in stop
         self.process = subprocess.Popen(
             command, env=env, cwd=cwd, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
         )
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT)
 
     def wait(self):
         """Until it answers. Raises AssertionError with the end of the log if it never does."""
@@ -40,6 +53,26 @@ class ServerProcess:
                 pass
             time.sleep(0.3)
         raise AssertionError(self.printed()[-5000:])
+
+    def complete(
+        self, prompt: Any, max_tokens: int = 12, words: Any = None, patience: float | None = None, **fields: Any
+    ) -> httpx.Response:
+        """A greedy completion of ``max_tokens`` tokens. patience: seconds until this client hangs up."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "return_token_ids": True}
+        return self._ask("/v1/completions", {**body, **fields}, words, patience)
+
+    def chat(self, text: str, max_tokens: int = 12, words: Any = None, **fields: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": text}]
+        return self._ask("/v1/chat/completions", {"messages": messages, "max_tokens": max_tokens, **fields}, words)
+
+    def report(self, response: httpx.Response) -> Any:
+        """What an answer says of its memory; None if nothing."""
+        assert response.status_code == 200, response.text
+        return (response.json().get(self.report_field) or {}).get("mem_triton")
+
+    def _ask(self, path: str, body: dict[str, Any], words: Any, patience: float | None = None) -> httpx.Response:
+        body = {"model": "m", "temperature": 0, **({} if words is None else {self.words_field: words}), **body}
+        return self.http.post(path, json=body, timeout=patience or TIMEOUT)
 
     def printed(self) -> str:
         return Path(self.log.name).read_text()

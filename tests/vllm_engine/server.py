@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-
-import httpx
+from typing import Any
 
 from tests.support.server import ServerProcess, free_port
 from tests.vllm_engine.engine import ROOT, environment
@@ -14,6 +13,8 @@ from tests.vllm_engine.engine import ROOT, environment
 
 class Server(ServerProcess):
     """Serves ``model`` under the name "m"."""
+
+    words_field, report_field = "vllm_xargs", "kv_transfer_params"
 
     def __init__(self, model: str, log: str, flags: list[str]) -> None:
         port = free_port()
@@ -25,19 +26,15 @@ class Server(ServerProcess):
         ]  # fmt: skip
         super().__init__(command, port, environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"), ROOT, log)
 
-    def complete(self, prompt: list[int], max_tokens: int = 12, **fields) -> httpx.Response:
-        body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "return_token_ids": True}
-        return self.http.post("/v1/completions", json={**body, "ignore_eos": True, **fields})
-
-    def tokens(self, prompt: list[int], max_tokens: int = 12, **fields) -> list[int]:
-        response = self.complete(prompt, max_tokens, **fields)
+    def tokens(self, prompt: list[int], max_tokens: int = 12, words: Any = None) -> list[int]:
+        response = self.complete(prompt, max_tokens, words)
         assert response.status_code == 200, response.text
         return response.json()["choices"][0]["token_ids"]
 
-    def stream(self, prompt: list[int], max_tokens: int, **fields) -> Iterator[list[int]]:
+    def stream(self, prompt: list[int], max_tokens: int, words: Any = None) -> Iterator[list[int]]:
         """Token ids as they come."""
         body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-        body |= {"stream": True, "return_token_ids": True, **fields}
+        body |= {"stream": True, "return_token_ids": True, self.words_field: words}
         with self.http.stream("POST", "/v1/completions", json=body) as lines:
             for line in lines.iter_lines():
                 if line.startswith("data: {"):
