@@ -15,7 +15,7 @@ loaded from memory, 3.9 a mask that combines a block with a scalar.
 
     oob     an active lane reads or writes outside every tensor that the launch was given
     race    two programs touch the same byte, at least one of them writing, not both atomically; but a program that
-            acquires what another released (atomics of the same address) may touch what that one wrote before
+            acquires what another released (atomics of the same address) may touch what that one touched before
     dup     one store writes different values to one address
     poison  (no finding) lanes masked off without ``other=`` read NaN or a huge integer instead of 0, so that a kernel
             which uses them shows it in its output
@@ -254,6 +254,7 @@ class _Sanitizer:
         # what was released through an address, and up to which release a program knows each other one
         self.releases: dict[int, int] = {}
         self.written_at = np.zeros(int(self.base[-1]), np.int32)
+        self.loads: list[tuple[int, int, np.ndarray]] = []  # of a program, after how many of its releases, which bytes
         self.released: dict[int, dict[int, int]] = {}
         self.known: dict[int, dict[int, int]] = {}
 
@@ -301,8 +302,13 @@ class _Sanitizer:
         if kind == "load":
             conflict((atomic >= 0) & (atomic != me), "plain load of what another program updates atomically")
             self.reader[at] = np.where((reader == -1) | (reader == me), me, -2)
+            self.loads.append((me, self.releases.get(me, 0), at))
             return
         others_read = (reader == -2) | ((reader >= 0) & (reader != me))
+        known = self.known.get(me, {})
+        if known and others_read.any():  # who read before what they released, which this program acquired, is through
+            before = [read for other, count, read in self.loads if other != me and count >= known.get(other, 0)]
+            others_read &= np.isin(at, np.concatenate(before)) if before else False
         conflict(others_read, f"{kind} to what another program of this launch read")
         if kind == "store":
             conflict((atomic >= 0) & (atomic != me), "plain store over another program's atomic")

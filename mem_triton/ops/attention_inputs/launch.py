@@ -1,0 +1,97 @@
+"""Launches of ``attention_inputs`` on a GPU: one for decode, the delta rule's own and one more for longer queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mem_triton.ops.attention_inputs.kernels import inputs_kernel
+from mem_triton.ops.attention_inputs.types import HeadInputs, StateBatch
+from mem_triton.ops.delta_rule import launch as delta_rule_launch
+from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
+from mem_triton.ops.tuning import attention_inputs as tuning
+from mem_triton.ops.tuning.delta_rule import DeltaRuleConfig
+
+MAX_ROWS = 1 << 16  # of a batch; the counters of one stream take 256 KiB
+OPTIONS = delta_rule_launch.OPTIONS
+
+
+def prepare(
+    qkv: Tensor,
+    projections: Tensor,
+    reads: Tensor,
+    inputs: HeadInputs,
+    batch: StateBatch,
+    spec: DeltaRuleSpec,
+    block_size: int,
+    tokens_per_state: int,
+    max_query_len: int,
+    counter: Tensor | None = None,
+    config: DeltaRuleConfig | None = None,
+) -> None:
+    """Arguments as in ``op.attention_inputs``, already checked. counter: int32 zeros, one a row; None = this stream's.
+    config: of the delta rule's own kernels."""
+    tokens, rows, heads = qkv.shape[0], batch.seq_lens.shape[0], inputs.touched()[1]
+    if tokens == 0 or rows == 0:
+        return
+    step = max_query_len == 1 and heads > 0 and tuning.steps_inside(spec)
+    if not step:
+        delta_rule_launch.step_rows(
+            projections, batch.gate_bias, reads, *batch[1:], spec, block_size, tokens_per_state, max_query_len, config
+        )
+    if not heads:
+        return
+    if step and counter is None:
+        counter = counter_for(qkv.device, rows)
+    arguments, constants = kernel_arguments(
+        qkv, projections, reads, inputs, batch, spec, block_size, tokens_per_state, counter if step else None
+    )
+    warps = tuning.warps(constants["PAIR_BLOCK"], constants["ROWS"])
+    inputs_kernel[(rows if step else tokens, heads)](**arguments, **constants, num_warps=warps, **OPTIONS)
+
+
+_KEPT: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def counter_for(device: torch.device, rows: int) -> Tensor:
+    """Zeros that launches of the current stream count in and leave as zeros; kept, as captured graphs hold the address.
+
+    A capture on a stream on which nothing ran before gets its own, whose zeros are part of the graph.
+    """
+    if rows > MAX_ROWS:
+        raise ValueError(f"seq_lens: {rows} rows, at most {MAX_ROWS}")
+    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if key in _KEPT:
+        return _KEPT[key]
+    counter = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        _KEPT[key] = counter
+    return counter
+
+
+def kernel_arguments(
+    qkv: Tensor, projections: Tensor, reads: Tensor, inputs: HeadInputs, batch: StateBatch, spec: DeltaRuleSpec,
+    block_size: int, tokens_per_state: int, counter: Tensor | None,
+) -> tuple[dict, dict]:  # fmt: skip
+    """The kernel's runtime and compile-time arguments by name; with a counter the kernel advances the states itself."""
+    first, heads = inputs.touched()
+    pairs = (inputs.rotated or inputs.head_dim // 2 * 2) // 2
+    rest = inputs.head_dim - 2 * pairs
+    power = lambda n: 1 << (n - 1).bit_length()  # noqa: E731
+    arguments = {
+        "qkv": qkv, "projections": projections, "reads": reads, "delta": inputs.delta, "q_norm": inputs.q_norm,
+        "k_norm": inputs.k_norm, "cos_sin": inputs.cos_sin, **batch._asdict(), "counter": counter,
+        "num_rows": batch.seq_lens.shape[0], "eps": inputs.eps,
+        "stride_qkv": qkv.stride(0), "stride_token": projections.stride(0), "stride_read": reads.stride(0),
+        "stride_cos_sin": inputs.cos_sin.stride(0) if inputs.cos_sin is not None else 0,
+        "stride_block": batch.state_cache.stride(0), "stride_cell": batch.state_cache.stride(1),
+        "stride_table": batch.block_table.stride(0),
+    }  # fmt: skip
+    constants = {
+        "Q_HEADS": inputs.heads, "KV_HEADS": inputs.kv_heads, "HEAD_DIM": inputs.head_dim,
+        "FIRST": first, "PROGRAMS": heads, **{f"CORRECT_{x.upper()}": x in inputs.corrects for x in "qkv"},
+        "STEP": counter is not None, "PAIRS": pairs, "PAIR_BLOCK": power(pairs),
+        "REST_BLOCK": power(rest) if rest else 0, "INTERLEAVED": inputs.interleaved, "ROWS": power(spec.read_width),
+        **delta_rule_launch.constants(spec, block_size, tokens_per_state),
+    }  # fmt: skip
+    return arguments, constants
