@@ -94,7 +94,7 @@ def test_compiles_within_budget(case: Case):
 @pytest.mark.parametrize("target", ["sm90", "gfx942"])
 def test_the_step_and_three_kinds_of_heads_read_what_they_must(target: str):
     """Static bytes count all three branches, of which a program takes one."""
-    heads, _, size, _, corrects, spec = LAYERS["llama3-8b"]
+    _, _, size, _, _, spec = LAYERS["llama3-8b"]
     state, head = spec.state_size * 4, size * 2
     token = (2 * spec.heads * spec.rank + 2 * spec.read_width) * 2  # q and k of each head, v and beta of each row
     least = {
