@@ -22,7 +22,7 @@ from benchmarks.kernels.runner import Deadline, Effort, choose_cases, run_case, 
 
 H200 = "NVIDIA H200"
 SOME = {  # a few cases of each operation, small enough for a test
-    "delta_rule": "decode x2,scan 8,4 state heads",
+    "delta_rule": "decode x32,scan 16",
     "memory_attention": "decode x4,prefill",
     "memory_selection": "64",
     "reposition": "load 5,move",
