@@ -92,8 +92,12 @@ class Course:
         self.gpu = has_gpu()
         self.made = made_up.make_model(args.model, folder, getattr(torch, args.dtype))
         self.weights = digests(self.made.folder) if self.made.facts["parameters"] < 1e9 else {}
-        self.oracle = Oracle(self.made.model, self.made.model.config.vocab_size)
         self.memories: dict[str, Memory] = {}
+        for name in self._names():
+            folder = self.folder / name.replace(" ", "-")
+            self.memories[name] = memories.make_memory(name, self.made, folder, args.pool_tokens)
+        self.made.make_oracle()
+        self.oracle = Oracle(self.made.model, exact=self.made.dtype == torch.float32)
         self.up: dict[tuple[bool, str], Side] = {}
         self.client: ToolHost | None = None
         self.gates: dict[str, dict[str, Any]] = {}
@@ -102,9 +106,15 @@ class Course:
         self.missing: list[str] = []
         self.commands: dict[str, str] = {}
         threads = int(os.environ.get("OMP_NUM_THREADS") or spare_cores())
-        self.machine: Machine = measure_machine(self.made.model.dtype, threads)
+        self.machine: Machine = measure_machine(self.made.dtype, threads)
         self.setting = self._setting()
         self.start_seconds = 0.0
+
+    def _names(self) -> list[str]:
+        """The engines that this run needs."""
+        parts = [part for part in self.args.parts if part != "rag"]
+        pairs = [comparison for part in parts for comparison in memories.comparisons(self.args.memory, part)]
+        return list(dict.fromkeys([STOCK, *(name for pair in pairs for name in (pair.baseline, pair.memory))]))
 
     def _setting(self) -> Setting:
         a, text = self.args, made_up.REFERENCES * made_up.REFERENCE_TOKENS
@@ -185,10 +195,6 @@ class Course:
         return [self.up[served, name] for name in names]
 
     def _start(self, name: str, served: bool) -> None:
-        if name not in self.memories:
-            with self.console.status(f"making what {name} needs"):
-                folder = self.folder / name.replace(" ", "-")
-                self.memories[name] = memories.make_memory(name, self.made, folder, self.args.pool_tokens)
         if served and self.client is None:
             self.client = ToolHost("client", self._client(), MemoryFlags(), self.folder / "client.log")
             self.client.start()

@@ -29,7 +29,7 @@ class Setting:
     longest: int
     at_once: int
     gpu: bool
-    share: float = 0.42
+    share: float = 0.4
     kv_gib: int = 1
     eager: bool = False
     extra: tuple[str, ...] = ()
@@ -78,7 +78,9 @@ def vllm_host(setting: Setting) -> Launch:
 
 
 def vllm_server(setting: Setting) -> Launch:
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(setting.model), "--served-model-name", NAME]
+    beside = Path(sys.executable).with_name("vllm")  # missing where packages lie in a folder of PYTHONPATH
+    vllm = [str(beside)] if beside.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    command = [*vllm, "serve", str(setting.model), "--served-model-name", NAME]
     return Launch([*command, "--host", "127.0.0.1", *vllm_engine(setting)], vllm_environment(setting))
 
 

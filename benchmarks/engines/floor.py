@@ -64,7 +64,7 @@ def decode_floor_ms(made: Made, cell: Cell, machine: Machine) -> float:
         weights -= model.get_input_embeddings().weight.numel()
     seen = cell.context + cell.output / 2
     size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    moved = weights * model.dtype.itemsize + cell.batch * seen * kv_bytes_per_token(made)
+    moved = weights * made.dtype.itemsize + cell.batch * seen * kv_bytes_per_token(made)
     attention = 4 * cell.batch * seen * c.num_hidden_layers * c.num_attention_heads * size
     work = 2 * weights * cell.batch + attention
     return 1000 * max(moved / machine.bytes_per_s, work / machine.flops)

@@ -56,32 +56,25 @@ class Verdict:
 
 
 class Oracle:
-    """transformers with the weights that are served. model: in the served precision; it is compared in fp32."""
+    """transformers with the weights that are served. model: in fp32; exact: whether engines compute in fp32, too."""
 
-    def __init__(self, model: torch.nn.Module, vocab: int) -> None:
-        self.exact = model.dtype == torch.float32
-        self.model, self.stock_error = model, 0.0
+    def __init__(self, model: torch.nn.Module, exact: bool) -> None:
+        self.model, self.exact, self.stock_error = model, exact, 0.0
+        vocab = model.config.vocab_size
         generator = torch.Generator().manual_seed(4)
         self.prompts = [torch.randint(4, min(vocab, 10000), (n,), generator=generator).tolist() for n in LENGTHS]
 
     def judge(self, answers: Sequence[Answer], memory: Memory) -> Verdict:
         """Whether the engine with ``memory`` answered ``self.prompts`` right. The stock engine comes first."""
-        with self._in_fp32() as model:
-            told = [self._logprobs(model, p, a.tokens, memory) for p, a in zip(self.prompts, answers, strict=True)]
-            plain = None
-            if memory.section is not None:
-                with_memory = torch.cat([chosen for chosen, _ in told])
-                plain = [self._logprobs(model, p, a.tokens) for p, a in zip(self.prompts, answers, strict=True)]
-                effect = float((with_memory - torch.cat([chosen for chosen, _ in plain])).abs().max())
         said = torch.tensor([x for answer in answers for x in answer.logprobs])
-        error = float((torch.cat([chosen for chosen, _ in told]).cpu() - said).abs().max())
-        gap = torch.cat([best - chosen for chosen, best in told])
-        equal, tokens = int((gap == 0).sum()), gap.numel()
-        budget = EXACT if self.exact or memory.section is None else 2 * self.stock_error + ROUNDING
+        chosen, best = self._all_logprobs(answers, memory)
+        error, gap, effect = float((chosen - said).abs().max()), best - chosen, None
         if memory.section is None:
-            self.stock_error = error
-            budget = EXACT if self.exact else 0.5
-        return self._verdict(equal, tokens, error, budget, None if plain is None else effect, float(gap.max()))
+            self.stock_error, budget = error, EXACT if self.exact else 0.5
+        else:
+            effect = float((chosen - self._all_logprobs(answers, None)[0]).abs().max())
+            budget = EXACT if self.exact else 2 * self.stock_error + ROUNDING
+        return self._verdict(int((gap == 0).sum()), gap.numel(), error, budget, effect, float(gap.max()))
 
     def _verdict(
         self, equal: int, tokens: int, error: float, budget: float, effect: float | None, gap: float
@@ -99,32 +92,19 @@ class Oracle:
             reason = f"memory changes log-probabilities by {effect:.2g} only, too little to be seen"
         return Verdict(equal, tokens, error, budget, effect, reason)
 
-    @contextmanager
-    def _in_fp32(self) -> Iterator[torch.nn.Module]:
-        """On the GPU while it is needed, where there is one."""
-        if self.exact:
-            yield self.model
-            return
-        import copy
-
-        model = copy.deepcopy(self.model).to("cuda" if torch.cuda.is_available() else "cpu").float()
-        try:
-            yield model
-        finally:
-            del model
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+    def _all_logprobs(self, answers: Sequence[Answer], memory: Memory | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each token of all answers, and of the likeliest one in its place."""
+        found = [self._logprobs(p, a.tokens, memory) for p, a in zip(self.prompts, answers, strict=True)]
+        return torch.cat([chosen for chosen, _ in found]), torch.cat([best for _, best in found])
 
     def _logprobs(
-        self, model: Any, prompt: list[int], answer: list[int], memory: Memory | None = None
+        self, prompt: list[int], answer: list[int], memory: Memory | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each token of the answer, and of the likeliest one in its place."""
-        ids = torch.tensor([prompt + answer], device=model.device)
-        with torch.inference_mode(), remembering(model, memory):
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        ids = torch.tensor([prompt + answer])
+        with torch.inference_mode(), remembering(self.model, memory):
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
         logprobs = logits.log_softmax(-1)
-        chosen = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
-        return chosen, logprobs.max(-1).values
+        return logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0], logprobs.max(-1).values
 
 
 def remembering(model: Any, memory: Memory | None) -> AbstractContextManager[Any]:

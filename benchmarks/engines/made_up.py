@@ -55,11 +55,18 @@ class MadeBank:
 
 @dataclass(frozen=True)
 class Made:
-    """A model in a folder; ``model`` is the same in transformers, which encodes banks and is the gate's oracle."""
+    """A model in a folder. dtype: in which it is served. model: the same in transformers, which encodes banks and then,
+    in fp32, is the gate's oracle.
+    """
 
     name: str
     folder: Path
+    dtype: torch.dtype
     model: torch.nn.Module
+
+    def make_oracle(self) -> None:
+        """Nothing is encoded any more: off the GPU, which the engines need, and to fp32."""
+        self.model.to("cpu").float()
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def make_model(name: str, folder: Path, dtype: torch.dtype, seed: int = 0) -> Ma
 
         path = model_folder(name)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-        return Made(name, path, loaded)
+        return Made(name, path, dtype, loaded)
     shape = dict(SHAPES[name])
     config = transformers.AutoConfig.for_model(
         shape.pop("model_type"), **shape, initializer_range=shape["hidden_size"] ** -0.5, bos_token_id=None,
@@ -102,7 +109,7 @@ def make_model(name: str, folder: Path, dtype: torch.dtype, seed: int = 0) -> Ma
     path = folder / name
     model.save_pretrained(path)
     tokenizer(shape["vocab_size"]).save_pretrained(path)
-    return Made(name, path, model)
+    return Made(name, path, dtype, model)
 
 
 def tokenizer(vocab: int) -> Any:
@@ -162,7 +169,7 @@ def _write(made: Made, path: Path, config: WriteConfig, texts: list[list[int]]) 
     from transformers import AutoTokenizer
 
     words = AutoTokenizer.from_pretrained(made.folder)
-    codec = {torch.float32: "fp32", torch.float16: "fp16"}.get(made.model.dtype, "bf16")
+    codec = {torch.float32: "fp32", torch.float16: "fp16"}.get(made.dtype, "bf16")
     with Bank.create(path, bank_spec(config, model_fingerprint(made.folder), codec=codec)) as bank:
         documents = [Document(words.decode(ids), name=f"text-{i}") for i, ids in enumerate(texts)]
         added = Writer(bank, TransformersEncoder(made.model), words, config).write(documents).added

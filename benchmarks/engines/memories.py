@@ -74,4 +74,4 @@ def kv_bytes_per_token(made: Made) -> int:
     """Bytes of one token's keys and values in all layers."""
     c = made.model.config
     size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return 2 * c.num_hidden_layers * c.num_key_value_heads * size * made.model.dtype.itemsize
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * size * made.dtype.itemsize

@@ -95,5 +95,10 @@ def show(console: Console, report: dict[str, Any]) -> None:
                 f"{s['min']:.3f} … {s['max']:.3f}", str(s["pairs"]),
             )  # fmt: skip
     console.print(table)
+    for name, held in report["memory_held"].items():
+        words = [f"{held['resident_gib']:.2f} GiB resident"] if "resident_gib" in held else []
+        words += [f"{held['gpu_gib']:.1f} GiB of the GPU"] if "gpu_gib" in held else []
+        words += [f"room for {held['kv_cache_tokens']:,} tokens of KV cache"] if held.get("kv_cache_tokens") else []
+        console.print(f"{name}: {', '.join(words)}")
     for line in report["missing"]:
         console.print(f"[yellow]missing:[/] {line}")

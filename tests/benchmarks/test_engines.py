@@ -179,7 +179,7 @@ def kinds(made, tmp_path_factory) -> dict[str, Memory]:
 
 @pytest.fixture
 def oracle(made) -> Oracle:
-    return Oracle(made.model, made.model.config.vocab_size)
+    return Oracle(made.model, exact=True)
 
 
 def engine(made, memory: Memory | None, prompts: list[list[int]], count: int = 4) -> list[Answer]:
