@@ -69,7 +69,7 @@ test-all: lint $(if $(SGLANG_TESTS),env-sglang)
 # Compiled for GPUs that are not here, and interpreted on the CPU.
 test-triton:
 	@VENV="$(TRITON_VENV)" TRITON="$(TRITON)" PYTHON="$(PYTHON)" bash scripts/environment_triton.sh
-	OMP_NUM_THREADS=1 $(TRITON_VENV)/bin/python $(PYTEST) tests/ops/test_in_interpreter.py $(wildcard tests/ops/test_*aot*.py)
+	OMP_NUM_THREADS=1 $(TRITON_VENV)/bin/python $(PYTEST) tests/ops/test_in_interpreter.py $(wildcard tests/ops/test_*aot*.py) -m "not slow"
 
 clean:
 	rm -rf .venv .venv-sglang .venv-triton-* .pytest_cache .hypothesis .ruff_cache .cache build dist *.egg-info

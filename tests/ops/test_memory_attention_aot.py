@@ -43,6 +43,7 @@ class Case(NamedTuple):
     memory: torch.dtype | None = BF16  # None: the variant for steps without any memory
     queries: int = 1
     full: bool = False  # bias, soft-cap, sinks, LSE
+    part: int = 0  # of the batch-invariant way
 
 
 CASES = [
@@ -56,6 +57,8 @@ CASES = [
     *(Case("sm90", 128, memory=None, queries=q) for q in (1, 200)),
     *(Case("sm90", 128, FP32, FP32, q) for q in (1, 200)),
     Case("sm90", 32, torch.float16, torch.float16, full=True),
+    Case("sm90", part=1),
+    Case("sm90", queries=200, part=2),
 ]
 
 
@@ -95,7 +98,7 @@ def compile_case(case: Case, config: FusedConfig | None = None) -> Resources:
         soft_cap=5.0 * case.full, sinks=case.full, **memory,
     )  # fmt: skip
     config = config or config_of(case)
-    grid = launch.choose_grid(case.queries, 1, 1, 4, batch.context, config)
+    grid = launch.choose_grid(case.queries, 1, 1, 4, batch.context, config)._replace(part=case.part)
     workspace = launch.workspace_for(torch.device("cpu"), config, case.size) if grid.splits > 1 else None
     arguments, constants = launch.kernel_arguments(
         batch.query, batch.context, batch.out, **batch.reads(), lse=batch.lse if case.full else None,

@@ -14,7 +14,7 @@ _SCHEMA = """delta_rule_paged(
     Tensor projections, Tensor gate_bias, Tensor(a!) reads, Tensor(b!) state_cache, Tensor block_table,
     Tensor query_start_loc, Tensor seq_lens, Tensor? initial_states, Tensor? initial_slot, Tensor? write_enabled,
     Tensor(c!)? last_states, *, int rank, int heads, bool rankwise_gates, bool couple_lambda, str update_mode,
-    bool normalize_qk, int block_size, int tokens_per_state, int max_query_len) -> ()"""
+    bool normalize_qk, int block_size, int tokens_per_state, int max_query_len, bool batch_invariant=False) -> ()"""
 
 
 def delta_rule_paged(
@@ -39,6 +39,7 @@ def delta_rule_paged(
     block_size: int,
     tokens_per_state: int,
     max_query_len: int,
+    batch_invariant: bool = False,
 ) -> None:
     """Read and update the states of a varlen batch of N rows, in place (δ-mem, arXiv 2605.12357, section 3).
 
@@ -52,6 +53,8 @@ def delta_rule_paged(
     write_enabled: int32 [N]; 0 = the row's state stays as it is: it is read, and carried from cell to cell unchanged.
     last_states: fp32 [S, 2, H*r*r]; a row with a slot leaves the state after its last token at [slot, (len - 1) % 2].
     max_query_len: at least the longest row's tokens in this step, a host integer (it picks the kernels).
+    batch_invariant: a row's bits depend neither on the other rows nor on how its tokens come in steps: on a GPU, too,
+    it is walked token by token then, however long.
 
     No host sync and no data-dependent shape on a GPU. ValueError names the tensor that does not fit.
     """
@@ -62,14 +65,14 @@ def delta_rule_paged(
         initial_states, initial_slot, write_enabled, last_states,
         rank=rank, heads=heads, rankwise_gates=rankwise_gates, couple_lambda=couple_lambda, update_mode=update_mode,
         normalize_qk=normalize_qk, block_size=block_size, tokens_per_state=tokens_per_state,
-        max_query_len=max_query_len,
+        max_query_len=max_query_len, batch_invariant=batch_invariant,
     )  # fmt: skip
 
 
 def _run(
     projections, gate_bias, reads, state_cache, block_table, query_start_loc, seq_lens,
     initial_states, initial_slot, write_enabled, last_states, *, rank, heads, rankwise_gates, couple_lambda,
-    update_mode, normalize_qk, block_size, tokens_per_state, max_query_len,
+    update_mode, normalize_qk, block_size, tokens_per_state, max_query_len, batch_invariant=False,
 ):  # fmt: skip
     spec = DeltaRuleSpec(rank, heads, rankwise_gates, couple_lambda, update_mode, normalize_qk)
     tensors = (
@@ -77,6 +80,8 @@ def _run(
         initial_states, initial_slot, write_enabled, last_states,
     )  # fmt: skip
     check(*tensors, spec, block_size, tokens_per_state)
+    if batch_invariant:
+        max_query_len = 1  # as if no row were long enough for chunks
     if projections.device.type == "cpu":
         from mem_triton.ops.delta_rule import paged_numba  # numba takes half a second to import
 

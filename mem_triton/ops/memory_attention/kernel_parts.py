@@ -22,6 +22,17 @@ def find_row(query_start_loc, num_rows, block, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def asked(begin, stop, block, TOKENS: tl.constexpr, PART: tl.constexpr):
+    """Queries of a row from block ``block`` of it on. PART: 1 for rows of one query alone, 2 for others, 0 for all."""
+    queries = stop - begin - block * TOKENS
+    if PART == 1:
+        queries = tl.where(stop - begin == 1, queries, 0)
+    if PART == 2:
+        queries = tl.where(stop - begin == 1, 0, queries)
+    return queries
+
+
+@triton.jit
 def seen_columns(first, end, used, first_position, last_position, COLUMNS: tl.constexpr):
     """The columns of a slot's table from the first to the last page that some position sees: begin, count."""
     column = tl.arange(0, COLUMNS)

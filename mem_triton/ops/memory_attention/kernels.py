@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from mem_triton.ops.memory_attention.kernel_output import is_last, merge_splits, store_outputs, store_partial
-from mem_triton.ops.memory_attention.kernel_parts import LOG2E, attend_tile, find_row, load_part, seen_columns
+from mem_triton.ops.memory_attention.kernel_parts import LOG2E, asked, attend_tile, find_row, load_part, seen_columns
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # no new variant for a new batch size while serving
@@ -25,9 +25,9 @@ def attention_kernel(
     GROUP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr,
     SOFT_CAP: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, MEMORY_TILE: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query blocks, KV heads, splits). ONE_BLOCK: every row's queries fit one block, block n is row n's.
+    """Grid (query blocks, KV heads, splits). ONE_BLOCK: block n holds all of row n; PART: see ``asked``.
 
     partial: fp32 [blocks * heads * splits, BLOCK_M, WIDTH + REST + 2]; counter: int32 [blocks * heads], left 0.
     """
@@ -36,7 +36,7 @@ def attention_kernel(
     if not ONE_BLOCK:
         row, block = find_row(query_start_loc, num_rows, row, TOKENS)
     begin, stop = tl.load(query_start_loc + row), tl.load(query_start_loc + row + 1)
-    queries = stop - begin - block * TOKENS
+    queries = asked(begin, stop, block, TOKENS, PART)
     if queries <= 0:
         return
     m = tl.arange(0, BLOCK_M)

@@ -33,6 +33,7 @@ class Grid(NamedTuple):
     heads: int
     splits: int
     one_block: bool  # block n holds all queries of row n
+    part: int = 0  # which rows: see the kernel's PART
 
 
 @functools.cache
@@ -114,10 +115,15 @@ def attend(
     grid = choose_grid(tokens, rows, heads, group, context, config)
     if grid.splits > 1:
         workspace = workspace or workspace_for(query.device, config, size)
-    arguments, constants = kernel_arguments(
+    run(
         query, context, out, scale=scale, row_slot=row_slot, pages=pages, table=table, shared=shared,
         soft_cap=soft_cap, sinks=sinks, lse=lse, config=config, grid=grid, workspace=workspace,
     )  # fmt: skip
+
+
+def run(query: Tensor, context: PagedContext, out: Tensor, *, config: FusedConfig, grid: Grid, **options: Any) -> None:
+    """One launch of a grid. options: the other arguments of ``kernel_arguments``."""
+    arguments, constants = kernel_arguments(query, context, out, config=config, grid=grid, **options)
     attention_kernel[grid[:3]](
         **arguments, **constants, num_warps=config.warps, num_stages=config.stages, **OPTIONS
     )  # fmt: skip
@@ -164,6 +170,6 @@ def kernel_arguments(
         "COLUMNS": 1 << (page.shape[1] - 1).bit_length() if table else 1,
         "FORMAT": formats[0], "SHARED_FORMAT": formats[1], "SOFT_CAP": soft_cap > 0,
         "BLOCK_M": config.block_m, "TILE": config.tile, "MEMORY_TILE": memory_tile,
-        "ONE_BLOCK": grid.one_block, "SPLIT": grid.splits > 1, "MIN_TILES": config.min_tiles,
+        "ONE_BLOCK": grid.one_block, "SPLIT": grid.splits > 1, "MIN_TILES": config.min_tiles, "PART": grid.part,
     }  # fmt: skip
     return arguments, constants

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention import paged_torch
+from mem_triton.ops.memory_attention import invariant, paged_torch
 from mem_triton.ops.memory_attention.checks import check
 from mem_triton.ops.memory_attention.policy import Policy, choose
 from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
@@ -48,7 +48,8 @@ def memory_attention(
     soft_cap: logits become soft_cap * tanh(logits / soft_cap) before bias and mask; 0 = off.
     sinks: fp32 [Hq], one more logit per query head in the denominator. lse: fp32 [T, Hq], written: the natural log of
     the sum over visible keys and the sink. A row that sees nothing gets 0 and -inf.
-    policy: which kernels run on a GPU; None = the table in ``ops/tuning/memory_attention.py``.
+    policy: which kernels run on a GPU; None = the table in ``ops/tuning/memory_attention.py``. With ``batch_invariant``
+    a row's bits are the same alone and in any batch, on a CPU too (``invariant.py`` says what else is promised).
 
     No host sync and no data-dependent shape on a GPU. A row with slot -1 gets the bits of a call without memory.
     ValueError names the tensor that does not fit. Example::
@@ -84,6 +85,9 @@ def _run(
         options["row_slot"] = pages = table = shared = None
     check(query, context, out, pages=pages, table=table, shared=shared, **options)
     memory = {"row_slot": options.pop("row_slot"), "pages": pages, "table": table, "shared": shared}
+    if policy is not None and policy.batch_invariant:
+        invariant.attend(query, context, out, **memory, **options)
+        return
     if query.device.type == "cpu":
         paged_torch.attend(query, context, out, **memory, **options)
         return

@@ -9,6 +9,8 @@ Three routes give the same result:
 * ``stock_context``: the engine's own backend does the context and returns its log-sum-exp; ``memory_only.add_memory``
   merges the memories into it. For long queries where the engine has something like FlashAttention 3, which no Triton
   kernel matches in prefill. Only callers that hold such a backend can take it.
+
+The batch-invariant way (``invariant.py``) is a fourth: nothing of it is chosen by the batch.
 """
 
 from __future__ import annotations
@@ -23,13 +25,19 @@ Route = Literal["fused", "shared_batched", "stock_context"]
 
 @dataclass(frozen=True)
 class Policy:
-    """How one call runs. ``Policy("fused")`` forces a route; ``choose`` picks one."""
+    """How one call runs. ``Policy("fused")`` forces a route; ``choose`` picks one.
+
+    batch_invariant: a row's bits do not depend on the other rows; only ``fused`` can.
+    """
 
     route: Route = "fused"
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.route not in get_args(Route):
             raise ValueError(f"route={self.route!r}: expected one of {', '.join(get_args(Route))}")
+        if self.batch_invariant and self.route != "fused":
+            raise ValueError(f'route={self.route!r}: only "fused" can be batch-invariant')
 
 
 def choose(

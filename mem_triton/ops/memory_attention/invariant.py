@@ -1,0 +1,80 @@
+"""Batch-invariant attention: a row's bits follow from the row alone.
+
+Promised, wherever it runs: the same bits alone and in any batch, for any padding and any width of the block table.
+On a GPU also: the same bits for a prompt in one step or in several, of two tokens each or more, if all of its queries
+see its memories. Nothing is promised between GPUs, versions, or a decode step and a prefill of the same token.
+
+On a GPU rows of one query and all others are launched apart, each with a configuration that no batch changes: the
+former in SPLITS parts of the row's own length, merged in order; the latter undivided, tile by tile from the first key
+on. The shared segment is read once per row, as the batched way packs rows together. On a CPU every row is attended
+alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mem_triton.ops.memory_attention import paged_torch
+from mem_triton.ops.memory_attention.types import PagedContext
+
+SPLITS = 8
+"""Parts of a decode row's keys. A constant, as more for small batches would change bits; fewer fill a GPU less well."""
+LONG = 64
+"""Rows of a program for queries that come in numbers: what feeds the widest matrix instructions."""
+
+
+def attend(query: Tensor, context: PagedContext, out: Tensor, *, row_slot: Tensor | None, **options: Any) -> None:
+    """Arguments as in ``op.memory_attention``, already checked."""
+    if query.device.type == "cpu":
+        _attend_rows(query, context, out, row_slot=row_slot, **options)
+    else:
+        launch_parts(query, context, out, row_slot=row_slot, **options)
+
+
+def _attend_rows(
+    query: Tensor, context: PagedContext, out: Tensor, *, row_slot: Tensor | None, lse: Tensor | None, **options: Any
+) -> None:
+    """Row by row, on a copy of its queries: torch picks its way by shapes, strides and where data begin."""
+    for row, (begin, end) in enumerate(pairwise(context.query_start_loc.tolist())):
+        if begin == end:
+            continue
+        one, starts = slice(row, row + 1), context.query_start_loc.new_tensor([0, end - begin])
+        alone = context._replace(
+            block_table=context.block_table[one], query_start_loc=starts, seq_lens=context.seq_lens[one]
+        )
+        paged_torch.attend(
+            query[begin:end].clone(memory_format=torch.contiguous_format), alone, out[begin:end], **options,
+            row_slot=None if row_slot is None else row_slot[one], lse=None if lse is None else lse[begin:end],
+        )  # fmt: skip
+
+
+def launch_parts(query: Tensor, context: PagedContext, out: Tensor, **options: Any) -> None:
+    """One launch for a batch of single queries, two for any other. Works on whatever the tensors lie on."""
+    from mem_triton.ops import denylist
+    from mem_triton.ops.memory_attention import launch
+    from mem_triton.ops.tuning.memory_attention_fused import select
+
+    tokens, query_heads, size = query.shape
+    rows, heads = context.seq_lens.shape[0], context.keys.shape[1]
+    if tokens == 0 or rows == 0:
+        return
+    group, architecture = query_heads // heads, launch.architecture(query.device)
+    for part, programs_rows in ((1, group), (2, max(group, LONG))):
+        if part == 2 and context.max_query_len == 1:
+            return
+        config = denylist.allowed("attention", select, architecture, size, query.element_size(), programs_rows)
+        if config.block_m < group:
+            config = replace(config, block_m=1 << (group - 1).bit_length())
+        if part == 1:
+            cells = 1 << (rows * heads * SPLITS - 1).bit_length()  # few sizes, as they are kept
+            grid = launch.Grid(rows, heads, SPLITS, one_block=True, part=part)
+            workspace = launch.workspace_for(query.device, replace(config, programs=cells), size)
+        else:
+            blocks = tokens // (config.block_m // group) + rows
+            grid, workspace = launch.Grid(blocks, heads, 1, one_block=False, part=part), None
+        launch.run(query, context, out, config=config, grid=grid, workspace=workspace, **options)
