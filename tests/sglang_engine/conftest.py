@@ -22,13 +22,18 @@ def memory_bench(tmp_path_factory: pytest.TempPathFactory) -> MemoryBench:
 
 @pytest.fixture(scope="module")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Starts servers, with the arguments of ``Server`` but its log, and stops them when the module is over."""
+    """Starts servers, with the arguments of ``Server`` but its log; stops each when the next one starts, or when the
+    module is over."""
     started: list[Server] = []
 
     def start(model: str | Path, memory: dict | None = None, **options: Any) -> Server:
+        stop()
         started.append(Server(model, tmp_path_factory.mktemp("server") / "log", memory, **options))
         return started[-1].wait()
 
+    def stop() -> None:
+        while started:
+            started.pop().stop()
+
     yield start
-    for server in started:
-        server.stop()
+    stop()

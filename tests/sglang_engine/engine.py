@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.support.cases import result_of
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 600.0  # seconds of a case
+SPAWN = bool(os.environ.get("MEM_TRITON_TEST_SPAWN"))  # everything starts as users start it
 DEFAULTS = {
     "device": "cpu",
     "dtype": "float32",
@@ -83,20 +85,27 @@ def run_engine(
     if (ranks := options.get("tp_size", 1) * options.get("pp_size", 1)) > 1:
         env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % os.cpu_count()) for rank in range(ranks))
     case = {"engine": options, "rounds": rounds, "errors_are_results": errors_are_results}
-    process = _run(json.dumps(case), env, set_before)
+    process = run_python(["-m", "tests.sglang_engine.case"], env, set_before, stdin=json.dumps(case))
     return result_of(process, MARK, fails)
 
 
-def _run(case: str, env: dict[str, str], set_before: tuple[tuple[str, str], ...]) -> subprocess.CompletedProcess[str]:
-    """Run a case. set_before: what SGLang finds in its environment already when it is imported."""
-    if os.environ.get("MEM_TRITON_TEST_SPAWN"):
+def run_python(
+    command: Sequence[str],
+    env: dict[str, str],
+    set_before: tuple[tuple[str, str], ...] = (),
+    stdin: str = "",
+    fresh: bool = False,
+) -> subprocess.CompletedProcess[str]:
+    """Run ``-m MODULE`` or ``-c CODE`` to its end. set_before: what SGLang finds in its environment already when it is
+    imported. fresh: in an interpreter that has imported nothing yet."""
+    if fresh or SPAWN:
         return subprocess.run(
-            [sys.executable, "-m", "tests.sglang_engine.case"], input=case, capture_output=True, text=True, env=env,
-            cwd=ROOT, timeout=TIMEOUT,
-        )  # fmt: skip
-    return _zygote(set_before).run(case, env, TIMEOUT)
+            [sys.executable, *command], input=stdin, capture_output=True, text=True, env=env, cwd=ROOT, timeout=TIMEOUT
+        )
+    return zygote(set_before).run(command, env, TIMEOUT, stdin)
 
 
 @functools.cache
-def _zygote(set_before: tuple[tuple[str, str], ...]) -> Zygote:
+def zygote(set_before: tuple[tuple[str, str], ...] = ()) -> Zygote:
+    """The process that starts others without importing SGLang again."""
     return Zygote(environment(**dict(set_before)), ROOT)

@@ -10,12 +10,15 @@ from typing import Any
 
 import httpx
 
-from tests.sglang_engine.engine import DEFAULTS, ROOT, environment, write_config
-from tests.support.server import ServerProcess, free_port
+from tests.sglang_engine.engine import DEFAULTS, ROOT, SPAWN, environment, write_config, zygote
+from tests.support.server import ServerProcess, free_port, spawn
 
 
 class Server(ServerProcess):
-    """Serves ``model`` under the name "m", with metrics. memory: the mem_triton section, None for the stock server."""
+    """Serves ``model`` under the name "m", with metrics. memory: the mem_triton section, None for the stock server.
+
+    fresh: start it as users do, and not from the zygote.
+    """
 
     words_field, report_field = "custom_params", "metadata"
 
@@ -26,6 +29,7 @@ class Server(ServerProcess):
         memory: dict[str, Any] | None = None,
         flags: list[str] | None = None,
         env: dict[str, str] | None = None,
+        fresh: bool = False,
         **options: Any,
     ) -> None:
         options = {"context_length": 4096, "max_total_tokens": 8192, **options}
@@ -36,10 +40,16 @@ class Server(ServerProcess):
         said = [f"--{name.replace('_', '-')}={value}" for name, value in {**DEFAULTS, **options}.items()]
         port = free_port()
         command = [
-            sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--served-model-name", "m",
-            "--host", "127.0.0.1", "--port", str(port), "--enable-metrics", *said, *(flags or []),
+            "-m", "sglang.launch_server", "--model-path", str(model), "--served-model-name", "m",
+            "--host", "127.0.0.1", "--port", str(port), "--enable-metrics",
+            "--sleep-on-idle",  # schedulers take a whole core otherwise, which the oracle in this process needs
+            *said, *(flags or []),
         ]  # fmt: skip
-        super().__init__(command, port, variables, ROOT, log)
+        if fresh or SPAWN:
+            process = spawn([sys.executable, *command], variables, ROOT, log)
+        else:
+            process = zygote().start(command, variables, ["/dev/null", log, log])
+        super().__init__(process, port, log)
 
     def generate(self, prompt: Any, max_tokens: int = 12, words: Any = None, **fields: Any) -> httpx.Response:
         """SGLang's own API. prompt: token ids, or a list of such. words: the memory words (``custom_params``)."""

@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(bench, folder, start_server) -> Server:
-    return start_server(bench.model, {**bench.memory, "session_dir": str(folder)})
+    return start_server(bench.model, {**bench.memory, "session_dir": str(folder)}, fresh=True)
 
 
 def test_sessions_over_http(server, bench, prompts):

@@ -1,9 +1,9 @@
-"""Starts cases from a process that has imported SGLang already: importing takes most of a case's time.
+"""Starts cases and servers from a process that has imported SGLang already: importing takes most of their time.
 
 SGLang imports itself in its main process, in each scheduler and in the detokenizer. Here one process imports it and
-nothing else happens in it; each case is a fork of it, with an environment and a process group of its own, and forks its
-workers where SGLang would spawn them. What only a spawned process shows (that it loads the plugin by itself) is for the
-servers' tests, which start as users start them, and for ``MEM_TRITON_TEST_SPAWN=1``, with which every case does.
+nothing else happens in it; whatever is started is a fork of it, with an environment and a process group of its own, and
+forks its workers where SGLang would spawn them. What only a spawned process shows (that it loads the plugin by itself)
+is for tests that ask for a ``fresh`` one, and for ``MEM_TRITON_TEST_SPAWN=1``, with which all are.
 """
 
 from __future__ import annotations
@@ -17,54 +17,131 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-MODULES = ("sglang", "sglang.srt.entrypoints.engine", "sglang.srt.managers.scheduler")
+MODULES = ("sglang", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler")
+POLL_SECONDS = 0.02
 
 
 class Zygote:
-    """The process, from its first case to the end of this one. env: what is set while it imports."""
+    """The process, from its first fork to the end of this one. env: what is set while it imports."""
 
     def __init__(self, env: dict[str, str], root: Path) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.sglang_engine.zygote"], env=env, cwd=root, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
+        self._lock = threading.Lock()
         atexit.register(self._process.stdin.close)  # it ends with its input
 
-    def run(self, case: str, env: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
-        """Run ``tests.sglang_engine.case`` on a case. Raises subprocess.TimeoutExpired; nothing of it is left then."""
+    def start(self, command: Sequence[str], env: dict[str, str], files: Sequence[str | Path]) -> Fork:
+        """Run ``-m MODULE ARGUMENTS`` or ``-c CODE ARGUMENTS``. files: its stdin, stdout and stderr."""
+        asked = {"command": list(command), "env": env, "files": [str(file) for file in files]}
+        return Fork(self, self.ask("start", asked))
+
+    def run(
+        self, command: Sequence[str], env: dict[str, str], timeout: float, stdin: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Run it to its end. Raises subprocess.TimeoutExpired; nothing of it is left in either case."""
         with tempfile.TemporaryDirectory(prefix="mem-triton-case-") as folder:
-            files = [str(Path(folder, name)) for name in ("stdin", "stdout", "stderr")]
-            Path(files[0]).write_text(case)
-            self._process.stdin.write(json.dumps({"files": files, "env": env, "timeout": timeout}) + "\n")
+            files = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+            files[0].write_text(stdin)
+            process = self.start(command, env, files)
+            try:
+                code = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise subprocess.TimeoutExpired(list(command), timeout, files[2].read_text()[-5000:]) from None
+            return subprocess.CompletedProcess(list(command), code, *(file.read_text() for file in files[1:]))
+
+    def ask(self, method: str, argument: Any) -> Any:
+        """One call of ``Forks``."""
+        with self._lock:
+            self._process.stdin.write(json.dumps([method, argument]) + "\n")
             self._process.stdin.flush()
-            code = json.loads(self._process.stdout.readline())
-            if code is None:
-                raise subprocess.TimeoutExpired("tests.sglang_engine.case", timeout, Path(files[2]).read_text()[-5000:])
-            return subprocess.CompletedProcess([], code, *(Path(file).read_text() for file in files[1:]))
+            return json.loads(self._process.stdout.readline())
+
+
+class Fork:
+    """A process that the zygote started, in the manner of ``subprocess.Popen``."""
+
+    def __init__(self, zygote: Zygote, pid: int) -> None:
+        self.pid, self.returncode, self._zygote = pid, None, zygote
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs. Whatever it started ends with it."""
+        if self.returncode is None:
+            self.returncode = self._zygote.ask("poll", self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Its exit code. Raises subprocess.TimeoutExpired."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(POLL_SECONDS)
+        return self.returncode
+
+    def kill(self) -> None:
+        """End it with all that it started."""
+        _kill_group(self.pid)
+        self.wait(30)
+
+
+class Forks:
+    """The zygote's end of the calls."""
+
+    def __init__(self) -> None:
+        self.running: set[int] = set()
+
+    def start(self, asked: dict[str, Any]) -> int:
+        child = os.fork()
+        if child == 0:
+            _become(asked["command"], asked["files"], asked["env"])
+        self.running.add(child)
+        return child
+
+    def poll(self, child: int) -> int | None:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            return None
+        self.running.remove(child)
+        _kill_group(child)
+        return os.waitstatus_to_exitcode(status)
+
+    def end(self) -> None:
+        """Leave nothing behind when the tests were killed."""
+        for child in self.running:
+            _kill_group(child)
 
 
 def main() -> None:
     for module in MODULES:
         importlib.import_module(module)
-    answers = os.fdopen(os.dup(1), "w")
+    forks, answers = Forks(), os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        asked = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _become_case(asked["files"], asked["env"])
-        print(json.dumps(_wait(child, asked["timeout"])), file=answers, flush=True)
+        method, argument = json.loads(line)
+        print(json.dumps(getattr(forks, method)(argument)), file=answers, flush=True)
+    forks.end()
 
 
-def _become_case(files: list[str], env: dict[str, str]) -> None:
+def _kill_group(process: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+
+
+def _become(command: list[str], files: list[str], env: dict[str, str]) -> None:
     """The rest of a fork's life."""
     os.setsid()
     for number, file in enumerate(files):
-        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), number)
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), number)
     sys.stdin = os.fdopen(0, closefd=False)  # the parent's has read ahead
     os.environ.clear()
     os.environ.update(env)
@@ -74,7 +151,11 @@ def _become_case(files: list[str], env: dict[str, str]) -> None:
     multiprocessing.set_start_method = lambda method, force=False: stock("fork", force=force)
     code = 1
     try:
-        runpy.run_module("tests.sglang_engine.case", run_name="__main__", alter_sys=True)
+        kind, what, *sys.argv[1:] = command
+        if kind == "-m":
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            exec(compile(what, "<command>", "exec"), {"__name__": "__main__"})
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -85,21 +166,6 @@ def _become_case(files: list[str], env: dict[str, str]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _wait(child: int, timeout: float) -> int | None:
-    """A case's exit code, negative for a signal, None if it took too long. Whatever it started ends with it."""
-    deadline, ended = time.monotonic() + timeout, 0
-    while not ended and time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if not ended:
-            time.sleep(0.02)
-    with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    if not ended:
-        os.waitpid(child, 0)
-        return None
-    return os.waitstatus_to_exitcode(status)
 
 
 if __name__ == "__main__":

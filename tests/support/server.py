@@ -22,11 +22,19 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def spawn(command: list[str], env: dict[str, str], cwd: Path, log: str | Path) -> subprocess.Popen:
+    """A process in a group of its own, which prints into ``log``."""
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            command, env=env, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
 class ServerProcess:
     """The process, with whatever it spawns, from its start to its end, and OpenAI's API of it. A subclass adds the
     engine's own ways: ``tokens``, what a request generates, and ``stream``, its parts as they come.
 
-    log: the file that gets what it prints.
+    process: a ``Popen``, or what has its methods. log: the file that gets what it prints.
     """
 
     words_field: str
@@ -34,11 +42,8 @@ class ServerProcess:
     report_field: str
     """Where an answer says what was read, under "mem_triton"."""
 
-    def __init__(self, command: list[str], port: int, env: dict[str, str], cwd: Path, log: str | Path) -> None:
-        self.log = open(log, "w")  # noqa: SIM115  closed in stop
-        self.process = subprocess.Popen(
-            command, env=env, cwd=cwd, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    def __init__(self, process: subprocess.Popen | Any, port: int, log: str | Path) -> None:
+        self.process, self.log = process, Path(log)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT)
 
     def wait(self):
@@ -75,7 +80,7 @@ class ServerProcess:
         return self.http.post(path, json=body, timeout=patience or TIMEOUT)
 
     def printed(self) -> str:
-        return Path(self.log.name).read_text()
+        return self.log.read_text()
 
     def metric(self, name: str) -> float:
         """The sum over the labels of a metric."""
@@ -90,4 +95,3 @@ class ServerProcess:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
-        self.log.close()

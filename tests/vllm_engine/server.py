@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from tests.support.server import ServerProcess, free_port
+from tests.support.server import ServerProcess, free_port, spawn
 from tests.vllm_engine.engine import ROOT, environment
 
 
@@ -24,7 +24,7 @@ class Server(ServerProcess):
             "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--enforce-eager", "--block-size", "32",
             "--gpu-memory-utilization", "0.3", *flags,
         ]  # fmt: skip
-        super().__init__(command, port, environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"), ROOT, log)
+        super().__init__(spawn(command, environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"), ROOT, log), port, log)
 
     def tokens(self, prompt: list[int], max_tokens: int = 12, words: Any = None) -> list[int]:
         response = self.complete(prompt, max_tokens, words)
