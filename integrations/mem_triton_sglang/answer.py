@@ -142,5 +142,6 @@ class Answer(Segments):
             seen["text"] = whole["text"].rstrip(BROKEN)  # the next segment may complete it
         if self._incremental:
             seen["output_ids"] = out["output_ids"]
-            seen["text"], self._sent = seen.get("text", "")[len(self._sent) :], seen.get("text", "")
+            if "text" in seen:
+                seen["text"], self._sent = seen["text"][len(self._sent) :], seen["text"]
         return seen

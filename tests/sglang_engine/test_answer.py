@@ -99,6 +99,18 @@ def test_an_abort_keeps_what_was_said():
     assert answer.done and last["output_ids"] == ANSWER[:4] and last["meta_info"]["completion_tokens"] == 4
 
 
+@pytest.mark.parametrize("incremental", [False, True])
+def test_an_answer_of_tokens_alone_gets_no_text(incremental):
+    """--skip-tokenizer-init: SGLang's own outputs have no text either."""
+    obj = GenerateReqInput(input_ids=PROMPT, sampling_params={"max_new_tokens": 9}, stream=True)
+    answer = Answer(obj, PROMPT, 4, 9, incremental=incremental, decode=None)
+    while not answer.done:
+        for out in engine(answer.request(), incremental):
+            del out["text"]
+            assert "text" not in answer.take(out)
+    assert answer.generated == ANSWER[:9]
+
+
 def test_a_seed_moves_on_with_the_segments():
     obj = GenerateReqInput(input_ids=PROMPT, sampling_params={"max_new_tokens": 9, "sampling_seed": 5})
     answer = Answer(obj, PROMPT, 2, 9, incremental=False, decode=decode)
