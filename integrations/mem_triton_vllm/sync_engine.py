@@ -126,7 +126,11 @@ class LLMEngineWithMemory(LLMEngine):
                 failed.append(self._fail(request_id, failure))
             elif not pending:
                 self._put_off.remove(request_id)
-                self._submit(request_id, running)
+                try:
+                    self._submit(request_id, running)
+                except BaseException:  # vLLM refuses it only now; its caller hears of it in ``step``
+                    self.memory.close(self._forget(request_id).opened)
+                    raise
         return failed
 
     def _fail(self, request_id: str, reason: str) -> RequestOutput:

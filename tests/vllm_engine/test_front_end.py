@@ -103,3 +103,25 @@ def test_a_client_that_leaves_during_the_commit_does_not_free_the_session_early(
 
     asyncio.run(leave())
     assert is_free(engine) and engine.memory.sessions.store.open(MemoryRequest("alice")).start.version == 1
+
+
+def test_a_request_that_vllm_refuses_after_its_pages_were_filled_holds_nothing(monkeypatch):
+    """``LLMEngine`` submits it in a step, long after ``add_request``."""
+    from mem_triton.runtime.front.memory import Opened
+    from mem_triton_vllm.sync_engine import LLMEngineWithMemory, _Running
+
+    def refuse(self, request_id, running):
+        self._running[request_id] = running
+        raise ValueError("too long")
+
+    monkeypatch.setattr(LLMEngineWithMemory, "_submit", refuse)
+    monkeypatch.setattr(LLMEngineWithMemory, "__del__", lambda self: None)
+    closed, opened = [], Opened(reading=SimpleNamespace(pending=[]))
+    engine = object.__new__(LLMEngineWithMemory)
+    engine.memory = SimpleNamespace(close=closed.append)
+    engine._courier = SimpleNamespace(orders=list, busy=False)
+    engine._running = {"r": _Running(opened, None, None, ((), {}))}
+    engine._put_off, engine._external_ids = ["r"], {}
+    with pytest.raises(ValueError, match="too long"):
+        engine._submit_ready()
+    assert closed == [opened] and not engine._running and not engine._put_off
