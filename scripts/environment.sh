@@ -16,11 +16,7 @@ key=$(made_from "$engine" pyproject.toml scripts/environment.sh scripts/environm
 is_made "$key" && exit 0
 
 say "setting up $VENV with $engine; this happens once and takes a few minutes"
-made_for=$(cut -d' ' -f1 "$stamp" 2>/dev/null || true)
-if [ -n "$made_for" ] && [ "$made_for" != "$engine" ]; then
-  rm -rf "$VENV" # both engines install a package called vllm: one environment cannot change from one to the other
-fi
-begin
+begin "$engine"
 
 # A stub of an earlier run (see below) must not satisfy a requirement on the real vllm.
 "$VENV/bin/python" - <<'PY'

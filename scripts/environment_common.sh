@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the two environment scripts share. They set VENV, log and CPU_TORCH before they source it.
+# What the environment scripts share. They set VENV, log, stamp and CPU_TORCH before they source it.
 
 say() { printf 'mem_triton: %s\n' "$*" >&2; }
 fail() {
@@ -57,7 +57,12 @@ is_made() { # is_made KEY: whether the environment is there, and made from this
   [ -x "$VENV/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$1" ]
 }
 
-begin() { # an environment with pip, an older one if it is usable; no stamp until everything is in it
+begin() { # begin WORD: an environment with pip, an older one if it is usable; no stamp until everything is in it
+  local made_for
+  made_for=$(cut -d' ' -f1 "$stamp" 2>/dev/null || true)
+  if [ -n "$made_for" ] && [ "$made_for" != "$1" ]; then
+    rm -rf "$VENV" # an engine's builds for CPUs and for GPUs put different files into the same place
+  fi
   rm -f "$stamp"
   if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || ! suitable "$VENV/bin/python"; then
     if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ]; then fail "VENV=$VENV exists and is no virtual environment; name another place."; fi

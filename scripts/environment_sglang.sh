@@ -17,7 +17,7 @@ key=$(made_from "$engine" pyproject.toml tests/sglang_platform/pyproject.toml sc
 is_made "$key" && exit 0
 
 say "setting up $VENV with $engine; this happens once and takes a few minutes"
-begin
+begin "$engine"
 ours=(-e ".[demo,test-engine]" -e tests/sglang_platform)
 if [ "$engine" = sglang ]; then
   step "sglang 0.5.23, mem_triton and its tools" "${pip[@]}" install "sglang==0.5.23" "${ours[@]}" || failed "pip install"

@@ -15,7 +15,7 @@ key=$(made_from "triton-$TRITON" scripts/environment_triton.sh scripts/environme
 is_made "$key" && exit 0
 
 say "setting up $VENV with Triton $TRITON; this happens once and takes about a minute"
-begin
+begin "triton-$TRITON"
 install_cpu_torch "which the tests of the kernels run on"
 # numpy 2.5 refuses what the interpreter of Triton before 3.9 does with loop bounds that lie in memory.
 step "Triton $TRITON and the tests' tools" "${pip[@]}" install "triton==$TRITON" "numpy<2.5" "hypothesis>=6.100" \
