@@ -15,7 +15,8 @@ from benchmarks.demo.server import DemoError, Launch, MemoryFlags, has_gpu
 class Engine(Protocol):
     """One engine. title: its name for people. words: the field of a request's body that carries the memory words.
 
-    target: what of the Makefile makes an environment in which it runs.
+    target: what of the Makefile makes an environment in which it runs. packages: what such an environment has; the
+    first one's command starts servers.
     """
 
     title: str
@@ -33,6 +34,8 @@ class Engine(Protocol):
 
 
 class Vllm:
+    """``vllm serve``."""
+
     title, words, target = "vLLM", "vllm_xargs", "make demo"
     packages = ("vllm", "mem_triton", "mem_triton_vllm")
 
@@ -55,13 +58,15 @@ class Vllm:
 
 
 class Sglang:
+    """``sglang serve``."""
+
     title, words, target = "SGLang", "custom_params", "make demo ENGINE=sglang"
     packages = ("sglang", "mem_triton", "mem_triton_sglang")
 
     def launch(self, model: Path, name: str, dtype: str, at_once: int) -> Launch:
         command = [_beside_python("sglang"), "serve", "--model-path", str(model), "--served-model-name", name]
         command += ["--host", "127.0.0.1", "--context-length", "2048", "--max-running-requests", str(at_once)]
-        command += ["--dtype", dtype]
+        command += ["--dtype", dtype, "--sleep-on-idle"]  # a scheduler that waits would take a core from the others
         if has_gpu():
             return Launch([*command, "--mem-fraction-static", "0.25"], {})
         # The tests' platform: SGLang's own one for CPUs needs a package of kernels that no index carries.
