@@ -84,12 +84,15 @@ class MemTritonConfig(_Section):
 
     delta: δ-mem, off if absent. memory: explicit memory, off if absent.
     session_dir: folder for committed session states; None keeps them in the server's memory only.
+    deterministic: memory's own kernels give a row the same bits in any batch; ``ops/memory_attention/invariant.py``
+        says what is promised. The engine's own such mode turns this on, too; for whole answers both are needed.
     max_sessions: sessions kept in memory. With ``session_dir`` the least recently used one leaves memory and stays
         on disk; without it a new session beyond the limit is refused, because nothing may be lost silently.
     """
 
     delta: DeltaSection | None = None
     memory: MemorySection | None = None
+    deterministic: bool = False
     session_dir: Path | None = None
     max_sessions: int = Field(default=4096, ge=1)
 

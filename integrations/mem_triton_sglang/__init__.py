@@ -20,11 +20,15 @@ logger = logging.getLogger("sglang.mem_triton")
 def register() -> None:
     """Called by SGLang in each of its processes, before it reads its arguments; calling it again is harmless."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
-    from sglang.srt.server_args import add_attention_backend_choices
+    from sglang.srt.server_args import (
+        add_attention_backend_choices,
+        add_deterministic_attention_backend_choices,
+    )
 
     if BACKEND in ATTENTION_BACKENDS:
         return
     add_attention_backend_choices([BACKEND])
+    add_deterministic_attention_backend_choices([BACKEND])
     register_attention_backend(BACKEND)(_factory())
 
 

@@ -83,7 +83,7 @@ class BackendWithMemory(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: Any, save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        if not self.mem_triton.reads_bank:
+        if self._stock_extends:
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache, kwargs.get("sinks"))
 
@@ -94,6 +94,12 @@ class BackendWithMemory(AttentionBackend):
         if self._stock_decodes:
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache, kwargs.get("sinks"))
+
+    @property
+    def _stock_extends(self) -> bool:
+        """Whose prefill it is may not depend on the batch in the batch-invariant way."""
+        memory = self.mem_triton
+        return not memory.reads_bank and (memory.policy is None or memory.explicit is None)
 
     @property
     def _stock_decodes(self) -> bool:
@@ -125,7 +131,7 @@ class BackendWithMemory(AttentionBackend):
         out = torch.empty_like(queries)
         memory_attention(
             queries, self._context(layer, step), out, scale=layer.scaling, soft_cap=layer.logit_cap or 0.0,
-            sinks=sinks, **read,
+            sinks=sinks, policy=self.mem_triton.policy, **read,
         )  # fmt: skip
         return out.view(q.shape[0], -1)
 

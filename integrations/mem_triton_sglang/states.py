@@ -48,4 +48,5 @@ class DeltaStates:
             rank=spec.rank, heads=spec.heads, rankwise_gates=spec.rankwise_gates, couple_lambda=spec.couple_lambda,
             update_mode=spec.update_mode, normalize_qk=spec.normalize_qk, block_size=self.page_size,
             tokens_per_state=self.page_size, max_query_len=step.max_query_len,
+            batch_invariant=self.slots.batch_invariant,
         )  # fmt: skip

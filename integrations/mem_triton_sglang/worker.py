@@ -18,6 +18,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
 from mem_triton.config import ConfigError, MemTritonConfig
+from mem_triton.ops.memory_attention import Policy
 from mem_triton.runtime.worker.attach import attention_modules
 from mem_triton_sglang.attach import attach, check_attention
 from mem_triton_sglang.carrier import carried_of, is_word
@@ -36,7 +37,7 @@ class WorkerMemory:
 
     context: where requests' own keys and values lie. on_stream: the context in which work joins the forward passes'
     stream. lock: between SGLang's thread and the channel's. reads_bank: whether a row of the coming step reads the
-    bank; without one, a prefill takes the stock path.
+    bank; without one, a prefill takes the stock path. policy: of attention; None leaves the way to each step's batch.
     """
 
     delta: DeltaStates | None
@@ -45,6 +46,7 @@ class WorkerMemory:
     on_stream: Any = contextlib.nullcontext
     lock: threading.Lock = field(default_factory=threading.Lock)
     reads_bank: bool = False
+    policy: Policy | None = None
 
     def before_step(self, batch: Any) -> None:
         """Write the coming forward pass's rows. batch: SGLang's ``ScheduleBatch``."""
@@ -97,8 +99,10 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
     shape, ranks = shape_of(runner.server_args, runner.model_config), own_ranks()
     delta = explicit = None
     context = ContextReader(runner)
+    invariant = config.deterministic or runner.server_args.enable_deterministic_inference
     if config.delta is not None:
         delta = attach(runner.model, shape, config.delta, runner.page_size, ranks.tp)
+        delta.slots.batch_invariant = invariant
     if config.memory is not None:
         from mem_triton.runtime.worker.explicit import ExplicitMemory
 
@@ -108,7 +112,8 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
             check_attention(f"layer {index}", attention, "explicit memory")
         device = next(runner.model.parameters()).device
         explicit = ExplicitMemory(shape, config.memory, sorted(attentions), ranks.tp, ranks.world, device, context)
-    return WorkerMemory(delta, explicit, context, stream_of(runner))
+    policy = Policy(batch_invariant=True) if invariant else None
+    return WorkerMemory(delta, explicit, context, stream_of(runner), policy=policy)
 
 
 def memory_of(model: nn.Module) -> WorkerMemory | None:

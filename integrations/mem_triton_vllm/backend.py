@@ -28,7 +28,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from mem_triton.config import ConfigError
-from mem_triton.ops.memory_attention import PagedContext, memory_attention
+from mem_triton.ops.memory_attention import PagedContext, Policy, memory_attention
 from mem_triton.runtime.worker.explicit import LayerMemory
 
 
@@ -95,12 +95,21 @@ class MemoryAttentionBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
         return attn_type == AttentionType.DECODER
 
 
 class MemoryAttentionImpl(AttentionImpl):
-    """One layer's attention. Without ``mem_triton_memory`` at the layer it is plain causal attention."""
+    """One layer's attention. Without ``mem_triton_memory`` at the layer it is plain causal attention.
+
+    policy: which way it takes; None leaves that to each step's batch.
+    """
+
+    policy: Policy | None = None
 
     def __init__(
         self,
@@ -173,7 +182,7 @@ class MemoryAttentionImpl(AttentionImpl):
         heads = (tokens, self.num_heads, self.head_size)
         memory_attention(
             query[:tokens].view(heads), context, output[:tokens].view(heads), scale=self.scale,
-            soft_cap=self.soft_cap, sinks=self.sinks, **read,
+            soft_cap=self.soft_cap, sinks=self.sinks, policy=self.policy, **read,
         )  # fmt: skip
         return output
 

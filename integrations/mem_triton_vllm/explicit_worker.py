@@ -17,6 +17,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
 from mem_triton.config import ConfigError, MemorySection
+from mem_triton.ops.memory_attention import Policy
 from mem_triton.runtime.worker.explicit import ExplicitMemory
 from mem_triton_vllm.backend import MemoryAttentionBackend
 from mem_triton_vllm.refusals import check_attention
@@ -29,9 +30,12 @@ BlockRow = Callable[[str], Tensor]
 
 
 def attach_explicit(
-    vllm_config: VllmConfig, model: nn.Module, section: MemorySection, block_row: BlockRow
+    vllm_config: VllmConfig, model: nn.Module, section: MemorySection, block_row: BlockRow, policy: Policy | None = None
 ) -> ExplicitMemory:
-    """Give this worker's attention layers the bank. Raises ConfigError for what memory cannot serve."""
+    """Give this worker's attention layers the bank. policy: of all of them, see ``backend.MemoryAttentionImpl``.
+
+    Raises ConfigError for what memory cannot serve.
+    """
     attentions = _attentions(vllm_config)
 
     def read_context(request_id: str, index: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -47,6 +51,7 @@ def attach_explicit(
     )
     for index, attention in attentions.items():
         attention.mem_triton_memory = memory.layer(index)
+        attention.impl.policy = policy
     logger.info("explicit memory attached: %s", memory.describe())
     return memory
 

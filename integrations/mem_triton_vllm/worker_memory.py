@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import vllm.envs as envs
 from torch import nn
 from vllm.config import VllmConfig
 
 from mem_triton.config import MemTritonConfig
+from mem_triton.ops.memory_attention import Policy
 from mem_triton.runtime.request import carried_by
 from mem_triton.runtime.slots import StateSlots
 from mem_triton_vllm.attach import attach
@@ -59,9 +61,13 @@ def attach_memory(
 
     block_row: reads a running request's row of the engine's block table.
     """
+    invariant = config.deterministic or envs.VLLM_BATCH_INVARIANT
     slots = attach(vllm_config, model, config.delta) if config.delta is not None else None
+    if slots is not None:
+        slots.batch_invariant = invariant
     if config.memory is None:
         return WorkerMemory(slots)
     from mem_triton_vllm.explicit_worker import attach_explicit
 
-    return WorkerMemory(slots, attach_explicit(vllm_config, model, config.memory, block_row))
+    policy = Policy(batch_invariant=True) if invariant else None
+    return WorkerMemory(slots, attach_explicit(vllm_config, model, config.memory, block_row, policy))

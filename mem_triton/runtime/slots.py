@@ -32,7 +32,10 @@ class StateSlots:
 
     initial: fp32 [layers, slots, state_size]; last: fp32 [layers, slots, 2, state_size];
     row_slot, row_write: int32 [slots], one entry a batch row (slot -1: start from zeros; write 0: frozen state).
+    batch_invariant: for the layers that advance the states, see ``op.delta_rule_paged``.
     """
+
+    batch_invariant = False
 
     def __init__(self, layer_indices: Sequence[int], state_size: int, slots: int, device: torch.device) -> None:
         self.layer_indices = list(layer_indices)  # this worker's layers among all of the adapter's

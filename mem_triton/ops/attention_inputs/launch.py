@@ -26,6 +26,7 @@ def prepare(
     block_size: int,
     tokens_per_state: int,
     max_query_len: int,
+    batch_invariant: bool = False,
     counter: Tensor | None = None,
     config: DeltaRuleConfig | None = None,
 ) -> None:
@@ -34,10 +35,12 @@ def prepare(
     tokens, rows, heads = qkv.shape[0], batch.seq_lens.shape[0], inputs.touched()[1]
     if tokens == 0 or rows == 0:
         return
-    step = max_query_len == 1 and heads > 0 and tuning.steps_inside(spec)
+    # Batch-invariant: the delta rule's kernel for every row, as the one launch can only take batches of single tokens.
+    step = max_query_len == 1 and heads > 0 and tuning.steps_inside(spec) and not batch_invariant
     if not step:
+        longest = 1 if batch_invariant else max_query_len
         delta_rule_launch.step_rows(
-            projections, batch.gate_bias, reads, *batch[1:], spec, block_size, tokens_per_state, max_query_len, config
+            projections, batch.gate_bias, reads, *batch[1:], spec, block_size, tokens_per_state, longest, config
         )
     if not heads:
         return

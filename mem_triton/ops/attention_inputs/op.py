@@ -27,6 +27,7 @@ def attention_inputs(
     block_size: int,
     tokens_per_state: int,
     max_query_len: int,
+    batch_invariant: bool = False,
 ) -> None:
     """Turn a step's fused projection into what attention takes, in place (δ-mem, arXiv 2605.12357, section 3).
 
@@ -34,7 +35,7 @@ def attention_inputs(
     projections: [T, P], as in ``delta_rule_paged``; may be further columns of the tensor that qkv is a part of.
     reads: fp32 [>= T, H*r], written. The states of ``batch`` advance by the step's tokens.
     A token's position is its place in its row, from ``seq_lens``. T may exceed the batch's tokens.
-    block_size, tokens_per_state, max_query_len: as in ``delta_rule_paged``.
+    block_size, tokens_per_state, max_query_len, batch_invariant: as in ``delta_rule_paged``.
 
     Example::
 
@@ -50,12 +51,12 @@ def attention_inputs(
         from mem_triton.ops.attention_inputs import launch  # Triton is there on Linux only
 
         launch.prepare(
-            qkv, projections, reads, inputs, batch, spec, block_size, tokens_per_state, max_query_len
+            qkv, projections, reads, inputs, batch, spec, block_size, tokens_per_state, max_query_len, batch_invariant
         )  # fmt: skip
         return
     delta_rule_paged(
         projections, batch.gate_bias, reads, *batch[1:], **vars(spec), block_size=block_size,
-        tokens_per_state=tokens_per_state, max_query_len=max_query_len,
+        tokens_per_state=tokens_per_state, max_query_len=max_query_len, batch_invariant=batch_invariant,
     )  # fmt: skip
     starts, tokens = batch.query_start_loc.long(), int(batch.query_start_loc[-1])
     lengths = starts.diff()

@@ -1,0 +1,28 @@
+"""The batch-invariant mode on SGLang: its own option accepts our backend, and no row changes its way for another."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from mem_triton.ops.memory_attention import Policy
+from mem_triton_sglang import BACKEND, register
+from mem_triton_sglang.backend import BackendWithMemory
+
+
+def test_deterministic_inference_takes_our_backend():
+    from sglang.srt.server_args import DETERMINISTIC_ATTENTION_BACKEND_CHOICES
+
+    register()
+    assert BACKEND in DETERMINISTIC_ATTENTION_BACKEND_CHOICES
+
+
+@pytest.mark.parametrize(
+    ("reads_bank", "policy", "stock"),
+    [(False, None, True), (True, None, False), (False, Policy(batch_invariant=True), False)],
+)
+def test_whose_prefill_it_is(reads_bank, policy, stock):
+    """Otherwise a row without memory would be stock's or ours, as its neighbours have none or some."""
+    memory = SimpleNamespace(reads_bank=reads_bank, policy=policy, explicit=object())
+    assert BackendWithMemory._stock_extends.fget(SimpleNamespace(mem_triton=memory)) is stock

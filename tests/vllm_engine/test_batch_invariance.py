@@ -1,0 +1,60 @@
+"""The batch-invariant mode in vLLM's worker: who turns it on, and that both kinds of memory hear of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mem_triton.config import parse_config
+from mem_triton.ops.memory_attention import Policy
+from mem_triton.runtime.slots import StateSlots
+from mem_triton_vllm import backend, explicit_worker, state_cache, worker_memory
+
+
+@pytest.mark.parametrize(("configured", "variable"), [(True, "0"), (False, "1"), (False, "0")])
+def test_the_option_or_vllms_own_mode_turns_it_on(configured, variable, monkeypatch):
+    slots = StateSlots([0], 64, 4, torch.device("cpu"))
+    policies = []
+    monkeypatch.setattr(worker_memory, "attach", lambda *args: slots)
+    monkeypatch.setattr(explicit_worker, "attach_explicit", lambda *args: policies.append(args[-1]))
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", variable)
+    section = {"delta": {"adapter": "a"}, "memory": {"bank": "b"}, "deterministic": configured}
+    worker_memory.attach_memory(None, None, parse_config(section), None)
+    on = configured or variable == "1"
+    assert slots.batch_invariant == on
+    assert policies == [Policy(batch_invariant=True) if on else None]
+
+
+def test_every_backend_says_that_it_can():
+    """vLLM refuses to start in its own mode otherwise."""
+    assert backend.MemoryAttentionBackend.supports_batch_invariance()
+    assert state_cache.DeltaStateBackend.supports_batch_invariance()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_both_ops_are_told(on, monkeypatch):
+    told = []
+    for name in ("delta_rule_paged", "attention_inputs"):
+        monkeypatch.setattr(state_cache, name, lambda *args, **options: told.append(options["batch_invariant"]))
+    cache = SimpleNamespace(
+        slots=SimpleNamespace(batch_invariant=on), spec=SimpleNamespace(), inputs=None,
+        _batch=lambda *args: (None,), _layout=lambda: {},
+    )  # fmt: skip
+    metadata = SimpleNamespace(max_query_len=1)
+    state_cache.DeltaStateCache.step(cache, None, None, None, metadata)
+    state_cache.DeltaStateCache.prepare(cache, None, None, None, None, metadata)
+    assert told == [on, on]
+
+
+def test_attention_is_told(monkeypatch):
+    seen = []
+    monkeypatch.setattr(backend, "memory_attention", lambda *args, policy, **options: seen.append(policy))
+    layer = backend.MemoryAttentionImpl(2, 32, 1.0)
+    tensors = [torch.zeros(1, 64) for _ in range(3)]
+    metadata = backend.MemoryAttentionMetadata(1, 1, *(torch.zeros(1, dtype=torch.int32) for _ in range(4)))
+    for policy in (None, Policy(batch_invariant=True)):
+        layer.policy = policy
+        layer.forward(SimpleNamespace(), *tensors, torch.zeros(1, 2, 16, 64), metadata, torch.zeros(1, 64))
+    assert seen == [None, Policy(batch_invariant=True)]
