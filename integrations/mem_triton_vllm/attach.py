@@ -19,10 +19,11 @@ from mem_triton.config import ConfigError, DeltaSection
 from mem_triton.runtime.slots import StateSlots
 from mem_triton.runtime.worker.attach import DeltaLayers, attention_modules, served_adapter
 from mem_triton.runtime.worker.layers import Linear, plain_linear
+from mem_triton_vllm import fused_inputs
 from mem_triton_vllm.layers import OutputWithMemory, QKVWithMemory
 from mem_triton_vllm.refusals import check_attention
 from mem_triton_vllm.shape import shape_of
-from mem_triton_vllm.state_cache import OP_NAME, DeltaStateCache
+from mem_triton_vllm.state_cache import OP_NAMES, DeltaStateCache
 
 logger = init_logger("vllm.mem_triton")
 
@@ -51,10 +52,19 @@ def attach(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection) -> 
         )
         step = functools.partial(torch.ops.mem_triton.delta_rule_layer, layer_name=cache.layer_name)
         memory = layers.memory(name, module.attn.num_heads, module.attn.num_kv_heads, step, fuse=fuse, linear=linear)
-        module.qkv_proj = QKVWithMemory(module.qkv_proj, memory)
+        obstacle = fused_inputs.obstacle(module, device)
+        if obstacle:
+            module.qkv_proj = QKVWithMemory(module.qkv_proj, memory)
+            how = f"the model's own norm and RoPE, as {obstacle}"
+        else:
+            cache.inputs = fused_inputs.head_inputs(module, memory)
+            prepare = functools.partial(
+                torch.ops.mem_triton.attention_inputs_layer, gate_bias=memory.gate_bias, layer_name=cache.layer_name
+            )
+            how = fused_inputs.install(module, memory, prepare)
         module.o_proj = OutputWithMemory(module.o_proj, memory)
-    split_graphs_at_op(vllm_config.compilation_config.splitting_ops)
-    logger.info("δ-mem attached: %s", layers.describe(tokens_per_state))
+    split_graphs_at_ops(vllm_config.compilation_config.splitting_ops)
+    logger.info("δ-mem attached: %s; %s", layers.describe(tokens_per_state), how)
     return layers.slots
 
 
@@ -66,11 +76,11 @@ def cpu_linear(weight: Tensor) -> Linear:
     return lambda x: holder.cpu_linear(x, holder.weight, None)
 
 
-def split_graphs_at_op(splitting_ops: list[str] | None) -> None:
-    """Keep the op between piecewise CUDA graphs, as attention is: it looks at the step's metadata. A list that is empty
-    or None means that there are no pieces."""
-    if splitting_ops and OP_NAME not in splitting_ops:
-        splitting_ops.append(OP_NAME)
+def split_graphs_at_ops(splitting_ops: list[str] | None) -> None:
+    """Keep our ops between piecewise CUDA graphs, as attention is: they look at the step's metadata. An empty list, or
+    None, means that there are no pieces."""
+    if splitting_ops:
+        splitting_ops += [name for name in OP_NAMES if name not in splitting_ops]
 
 
 def _check_uniform(vllm_config: VllmConfig) -> None:

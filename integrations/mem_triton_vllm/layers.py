@@ -14,7 +14,22 @@ from torch import Tensor, nn
 from mem_triton.runtime.worker.layers import DeltaMemory
 
 
-class _Wrapper(nn.Module):
+class StandIn(nn.Module):
+    """In the place of one of a model's modules, ``base``."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a model asks of its module (sizes, weights) is the module's own."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+class _Corrected(StandIn):
     """A projection followed by a correction of its output.
 
     vLLM's own models call projections with [T, width] and get (output, bias); its transformers backend has a batch
@@ -22,16 +37,8 @@ class _Wrapper(nn.Module):
     """
 
     def __init__(self, base: nn.Module, memory: DeltaMemory) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         object.__setattr__(self, "memory", memory)  # shared by two wrappers; DeltaMemory has no place of its own
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else a model asks of its projection (sizes, weights) is the projection's own."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base"), name)
 
     def forward(self, inputs: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         result = self.base(inputs)
@@ -40,14 +47,14 @@ class _Wrapper(nn.Module):
         return (corrected, *result[1:]) if isinstance(result, tuple) else corrected
 
 
-class QKVWithMemory(_Wrapper):
+class QKVWithMemory(_Corrected):
     """Stands in for ``qkv_proj``: stock projection, then the memory's read and corrections."""
 
     def correct(self, hidden: Tensor, qkv: Tensor) -> Tensor:
         return self.memory.correct_qkv(qkv, self.memory.read(hidden))
 
 
-class OutputWithMemory(_Wrapper):
+class OutputWithMemory(_Corrected):
     """Stands in for ``o_proj``: stock projection (already reduced over ranks), then Δo."""
 
     def correct(self, attended: Tensor, out: Tensor) -> Tensor:

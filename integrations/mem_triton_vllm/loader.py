@@ -16,7 +16,7 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from mem_triton_vllm import LOAD_FORMAT
+from mem_triton_vllm import LOAD_FORMAT, warmup
 from mem_triton_vllm.refusals import check_engine, check_touch_points, section_of
 
 
@@ -48,6 +48,7 @@ class MemTritonLoader(BaseModelLoader):
         with _attention_with_memory(vllm_config) if config.memory else nullcontext():
             model = self.base.load_model(vllm_config, model_config, prefix)
         _prepare(vllm_config, model, config)
+        warmup.register(vllm_config)
         return model
 
 

@@ -25,11 +25,12 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 
+from mem_triton.ops.attention_inputs import HeadInputs, StateBatch, attention_inputs
 from mem_triton.ops.delta_rule import DeltaRuleSpec, delta_rule_paged
 from mem_triton.runtime.slots import StateSlots
 from mem_triton_vllm.kv_spec import DeltaStateSpec
 
-OP_NAME = "mem_triton::delta_rule_layer"
+OP_NAMES = ("mem_triton::delta_rule_layer", "mem_triton::attention_inputs_layer")
 
 
 @dataclass
@@ -76,6 +77,10 @@ class DeltaStateBackend(AttentionBackend):
     def get_builder_cls() -> type[DeltaStateMetadataBuilder]:
         return DeltaStateMetadataBuilder
 
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
+
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[MultipleOf]:
         tokens = kv_cache_spec.tokens_per_state if kv_cache_spec is not None else 1
@@ -101,6 +106,7 @@ class DeltaStateCache(nn.Module, AttentionLayerBase):
         super().__init__()
         self.layer_name, self.spec, self.tokens_per_state = layer_name, spec, tokens_per_state
         self.slots, self.index = slots, index
+        self.inputs: HeadInputs | None = None  # what ``prepare`` does to the layer's heads
         self.kv_cache = torch.tensor([])
         layers = vllm_config.compilation_config.static_forward_context
         if layer_name in layers:
@@ -131,52 +137,75 @@ class DeltaStateCache(nn.Module, AttentionLayerBase):
 
     def step(self, projections: Tensor, gate_bias: Tensor, reads: Tensor, metadata: DeltaStateMetadata) -> None:
         """Read and update the states of all rows. projections: [tokens, P]; reads: fp32 [>= tokens, H*r], written."""
-        cells, spec = self.kv_cache.squeeze(1), self.spec
-        rows = metadata.seq_lens.shape[0]
+        batch = self._batch(gate_bias, metadata)
         delta_rule_paged(
-            projections,
-            gate_bias,
-            reads,
-            cells,
-            metadata.block_table,
-            metadata.query_start_loc,
-            metadata.seq_lens,
-            self.slots.initial[self.index],
-            self.slots.row_slot[:rows],
-            self.slots.row_write[:rows],
-            self.slots.last[self.index],
-            rank=spec.rank,
-            heads=spec.heads,
-            rankwise_gates=spec.rankwise_gates,
-            couple_lambda=spec.couple_lambda,
-            update_mode=spec.update_mode,
-            normalize_qk=spec.normalize_qk,
-            block_size=cells.shape[1] * self.tokens_per_state,
-            tokens_per_state=self.tokens_per_state,
-            max_query_len=metadata.max_query_len,
-        )
+            projections, gate_bias, reads, *batch[1:], **vars(self.spec), **self._layout(),
+            max_query_len=metadata.max_query_len, batch_invariant=self.slots.batch_invariant,
+        )  # fmt: skip
+
+    def prepare(
+        self, qkv: Tensor, projections: Tensor, gate_bias: Tensor, reads: Tensor, metadata: DeltaStateMetadata
+    ) -> None:
+        """``step``, and q | k | v of the tokens as attention takes them, in place."""
+        attention_inputs(
+            qkv, projections, reads, self.inputs, self._batch(gate_bias, metadata), self.spec, **self._layout(),
+            max_query_len=metadata.max_query_len, batch_invariant=self.slots.batch_invariant,
+        )  # fmt: skip
+
+    def _batch(self, gate_bias: Tensor, m: DeltaStateMetadata) -> StateBatch:
+        slots, rows = self.slots, m.seq_lens.shape[0]
+        return StateBatch(
+            gate_bias, self.kv_cache.squeeze(1), m.block_table, m.query_start_loc, m.seq_lens,
+            slots.initial[self.index], slots.row_slot[:rows], slots.row_write[:rows], slots.last[self.index],
+        )  # fmt: skip
+
+    def _layout(self) -> dict[str, int]:
+        cells = self.kv_cache.shape[2]
+        return {"block_size": cells * self.tokens_per_state, "tokens_per_state": self.tokens_per_state}
+
+
+def _metadata_of(layer_name: str) -> tuple[DeltaStateCache, DeltaStateMetadata] | None:
+    """A layer and its step; None in vLLM's memory profiling run, before there is a KV cache."""
+    context = get_forward_context()
+    metadata = context.attn_metadata
+    if metadata is None:
+        return None
+    metadata = metadata[layer_name] if isinstance(metadata, dict) else metadata[0][layer_name]
+    return context.no_compile_layers[layer_name], metadata
 
 
 @eager_break_during_capture
 def _delta_rule_layer(projections: Tensor, gate_bias: Tensor, reads: Tensor, layer_name: str) -> None:
-    context = get_forward_context()
-    metadata = context.attn_metadata
-    if metadata is None:  # vLLM's memory profiling run: no KV cache yet
+    found = _metadata_of(layer_name)
+    if found is None:
         reads.zero_()
         return
-    metadata = metadata[layer_name] if isinstance(metadata, dict) else metadata[0][layer_name]
-    context.no_compile_layers[layer_name].step(projections, gate_bias, reads, metadata)
+    layer, metadata = found
+    layer.step(projections, gate_bias, reads, metadata)
 
 
-def _delta_rule_layer_fake(projections: Tensor, gate_bias: Tensor, reads: Tensor, layer_name: str) -> None:
-    return None
+@eager_break_during_capture
+def _attention_inputs_layer(
+    projected: Tensor, projections: Tensor | None, reads: Tensor, gate_bias: Tensor, layer_name: str
+) -> None:
+    """projections: None = the columns of ``projected`` behind q | k | v."""
+    found = _metadata_of(layer_name)
+    if found is None:
+        reads.zero_()
+        return
+    layer, metadata = found
+    width = layer.inputs.width
+    if projections is None:
+        projections = projected[:, width : width + layer.spec.projection_width]
+    layer.prepare(projected[:, :width], projections, gate_bias, reads, metadata)
 
 
 _LIBRARY = torch.library.Library("mem_triton", "FRAGMENT")
-direct_register_custom_op(
-    "delta_rule_layer",
-    _delta_rule_layer,
-    mutates_args=["reads"],
-    fake_impl=_delta_rule_layer_fake,
-    target_lib=_LIBRARY,
-)
+for _function, _mutated in ((_delta_rule_layer, ["reads"]), (_attention_inputs_layer, ["projected", "reads"])):
+    direct_register_custom_op(
+        _function.__name__.lstrip("_"),
+        _function,
+        mutates_args=_mutated,
+        fake_impl=lambda *args, **kwargs: None,
+        target_lib=_LIBRARY,
+    )

@@ -31,6 +31,33 @@ def delta_rule() -> None:
     paged_numba.step_rows = step_rows
 
 
+def attention_inputs() -> None:
+    """δ-mem as on a GPU: norm and RoPE in its launch, on vLLM. The delta rule's own kernels are in it for prompts."""
+    delta_rule()
+    as_on_a_gpu()
+    from mem_triton.ops.attention_inputs import launch
+    from mem_triton.ops.tuning.delta_rule import select
+    from mem_triton_vllm import state_cache
+
+    def prepare(qkv, projections, reads, inputs, batch, spec, **options) -> None:
+        config = select("sm90", spec.rank)
+        launch.prepare(qkv, projections, reads, inputs, batch, spec, **options, config=config)
+        _say("scan and inputs" if options["max_query_len"] > config.max_recurrent else "inputs")
+
+    state_cache.attention_inputs = prepare
+
+
+def as_on_a_gpu() -> None:
+    """vLLM's layers as they are wired on a GPU: one matmul for all projections, norm and RoPE in the memory's op."""
+    from vllm.model_executor.layers import utils
+
+    from mem_triton_vllm import fused_inputs
+
+    fused_inputs.has_launches = lambda device: True
+    dispatch = utils.dispatch_cpu_unquantized_gemm
+    utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: dispatch(layer, remove_weight=False)
+
+
 def memory_attention() -> None:
     """The fused attention kernel."""
     interp.install()

@@ -41,20 +41,34 @@ def test_memory_changes_tokens(bench, prompts):
 
 
 def test_the_triton_kernels_in_the_worker(bench, prompts):
-    """Runner V2 with our kernels, interpreted: prefill through the chunked scan, decode through the recurrent step."""
+    """Runner V2 with our kernels, interpreted: prompts through the scan, then norm and RoPE in the memory's launch."""
     asked = [prompts[1], prompts[3], prompts[0]]
     session = {"words": {"mem_session": "alice"}}
     first = [request(p, 4, **(session if i == 1 else {})) for i, p in enumerate(asked)]
     result = run_engine(
         bench.model, [first, [request(asked[2], 4, **session)]], memory=bench.memory, runner="v2",
         max_num_batched_tokens=128,
-        tamper="tests.support.kernels_on_cpu:delta_rule",
+        tamper="tests.support.kernels_on_cpu:attention_inputs",
     )  # fmt: skip
     assert tokens(result) == [bench.fresh(p, 4) for p in asked]
     bench.forget()
     bench.generate(asked[1], 4)
     assert tokens(result, 1) == [bench.generate(asked[2], 4)]
-    assert all(f"{RAN} {kind}" in result["output"] for kind in ("scan", "step"))
+    assert all(f"{RAN} {kind}" in result["output"] for kind in ("scan and inputs", "inputs"))
+    assert "norm and RoPE in its launch" in result["output"]
+
+
+@pytest.mark.parametrize("family,compiled", [("qwen3", True), ("qwen2", False), ("llama", False)])
+def test_layers_wired_as_on_a_gpu(tmp_path, prompts, family, compiled):
+    """One matmul for all projections; corrections, q/k norm and RoPE in one op. Qwen2's projections have a bias."""
+    bench = make_bench(tmp_path, family)
+    asked = [[request(p) for p in prompts]] * 2
+    result = run_engine(
+        bench.model, asked, memory=bench.memory, enforce_eager=not compiled,
+        tamper="tests.support.kernels_on_cpu:as_on_a_gpu",
+    )  # fmt: skip
+    assert tokens(result) == tokens(result, 1) == [bench.fresh(p) for p in prompts]
+    assert "norm and RoPE in its launch, projections in the model's matmul" in result["output"]
 
 
 @pytest.mark.parametrize("family", [family for family in ADAPTERS if family != "qwen3"])

@@ -1,0 +1,117 @@
+"""Memory's kernels in vLLM's JIT warm-up: compiled before CUDA graphs are captured and requests come.
+
+vLLM's ``JitWarmupRegistry`` asks each provider that was registered while a model was loaded for its keys, once the KV
+cache is there, and has it compile them. After that its monitor (``--jit-monitor-mode error``) allows no compilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
+
+from mem_triton.runtime.worker.warmup import Batch, batches
+from mem_triton_vllm.fused_inputs import ALIGNMENT
+from mem_triton_vllm.state_cache import DeltaStateCache, DeltaStateMetadata
+
+
+class Key(NamedTuple):
+    """One launch: a layer, by its name, and a batch of padding."""
+
+    layer: str
+    batch: Batch
+
+
+class MemoryKernels:
+    """The provider. Layers that launch the same kernels on tensors of the same kind count once."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.config = vllm_config
+
+    def get_warmup_keys(self, vllm_config: VllmConfig) -> list[Key]:
+        scheduler, found = self.config.scheduler_config, {}
+        for name, layer in self.config.compilation_config.static_forward_context.items():
+            if (kind := _kind(layer)) is not None:
+                found.setdefault(kind, (name, _group(layer)))
+        return [
+            Key(name, batch)
+            for name, group in found.values()
+            for batch in batches(group, scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+        ]
+
+    def compile_many(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            layer = self.config.compilation_config.static_forward_context[key.layer]
+            (self._step_states if isinstance(layer, DeltaStateCache) else self._attend)(layer, key.batch)
+
+    def _attend(self, layer: Any, batch: Batch) -> None:
+        from mem_triton_vllm.backend import MemoryAttentionMetadata
+
+        impl, cache = layer.impl, layer.kv_cache
+        heads = torch.empty(batch.tokens, impl.num_heads * impl.head_size, dtype=cache.dtype, device=cache.device)
+        starts, lengths, blocks = self._padding(batch, cache.device)
+        metadata = MemoryAttentionMetadata(batch.tokens, batch.longest, starts, lengths, blocks, lengths)
+        impl.forward(layer, heads, heads, heads, cache, metadata, heads)
+
+    def _step_states(self, layer: DeltaStateCache, batch: Batch) -> None:
+        device, spec, dtype = layer.kv_cache.device, layer.spec, self.config.model_config.dtype
+        starts, lengths, blocks = self._padding(batch, device)
+        metadata = DeltaStateMetadata(starts, lengths, blocks, batch.longest)
+        bias = torch.zeros(spec.bias_width, device=device)
+        reads = torch.empty(batch.tokens, spec.read_width, device=device)
+        apart = torch.empty(batch.tokens, spec.projection_width, dtype=dtype, device=device)
+        if layer.inputs is None:
+            layer.step(apart, bias, reads, metadata)
+            return
+        width = layer.inputs.width
+        columns = -(-(width + spec.projection_width) // ALIGNMENT) * ALIGNMENT
+        whole = torch.empty(batch.tokens, columns, dtype=dtype, device=device)
+        folded = whole[:, width : width + spec.projection_width]
+        layer.prepare(whole[:, :width], folded, bias, reads, metadata)  # one matmul gave both
+        layer.prepare(whole.flatten()[: width * batch.tokens].view(-1, width), apart, bias, reads, metadata)  # or two
+
+    def _padding(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """query_start_loc, seq_lens and block table of a batch in which nobody asks anything."""
+        blocks = -(-self.config.model_config.max_model_len // self.config.cache_config.block_size)
+        ints = {"dtype": torch.int32, "device": device}
+        return (
+            torch.zeros(batch.rows + 1, **ints), torch.zeros(batch.rows, **ints),
+            torch.zeros(batch.rows, blocks, **ints),
+        )  # fmt: skip
+
+
+def register(vllm_config: VllmConfig) -> None:
+    """Called while the model is loaded; does nothing in runners that have no registry."""
+    JitWarmupRegistry.register(MemoryKernels(vllm_config))
+
+
+def _group(layer: Any) -> int:
+    return 1 if isinstance(layer, DeltaStateCache) else layer.impl.num_heads // layer.impl.num_kv_heads
+
+
+def _kind(layer: Any) -> tuple | None:
+    """What tells layers apart whose kernels are compiled apart; None for layers without kernels of ours."""
+    if isinstance(layer, DeltaStateCache):
+        inputs = layer.inputs
+        return ("states", layer.spec, *_describe(layer.kv_cache), *_describe(vars(inputs).values() if inputs else ()))
+    if isinstance(layer, Attention) and hasattr(layer.impl, "policy"):
+        memory = getattr(layer, "mem_triton_memory", None)
+        read = {} if memory is None else memory.read(1)
+        return ("attention", layer.impl.num_heads, layer.impl.head_size, *_describe([layer.kv_cache, *read.values()]))
+    return None
+
+
+def _describe(values: Any) -> Iterator[Any]:
+    """Of tensors, however nested: kind, strides and whether they begin on 16 bytes; of all else, itself."""
+    for value in [values] if isinstance(values, Tensor) else values:
+        if isinstance(value, Tensor):
+            yield value.dtype, value.stride(), value.data_ptr() % 16 == 0
+        elif isinstance(value, tuple):
+            yield from _describe(value)
+        else:
+            yield value
