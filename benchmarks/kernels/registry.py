@@ -34,7 +34,7 @@ from torch import Tensor
 from benchmarks.kernels.roofline import Work
 from benchmarks.kernels.shapes import Model
 
-NAMES = ("delta_rule", "memory_attention", "memory_selection", "reposition", "block_codec")
+NAMES = ("delta_rule", "attention_inputs", "memory_attention", "memory_selection", "reposition", "block_codec")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

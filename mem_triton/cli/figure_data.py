@@ -200,7 +200,7 @@ def pool_speedup(reports: list[dict[str, Any]]) -> Figure | None:
     engines = [report for report in reports if report["file"].startswith("engines-")]
     panels, sources = [], []
     rows, source = _series(kernels, "pool_batch")
-    ours = [row for row in rows if row["variant"] == _ours(rows)]
+    ours = _ours(rows)
     lines = []
     for name in dict.fromkeys(row["variant"] for row in rows if row["baseline"]):
         theirs = {row["batch"]: row for row in rows if row["variant"] == name}
@@ -231,10 +231,13 @@ def _faster(ours: dict[str, Any], theirs: dict[str, Any]) -> Point:
                  theirs["us_p90"] / ours["us_p10"])  # fmt: skip
 
 
-def _ours(rows: list[dict[str, Any]]) -> str | None:
-    own = [row for row in rows if not row["baseline"]]
-    return next((r["variant"] for r in own if "policy's choice" in (r.get("note") or "")),
-                own[0]["variant"] if own else None)  # fmt: skip
+def _ours(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each case the way that would be taken: the policy's choice, which may be another one for another batch."""
+    own: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if not row["baseline"] and (row["case"] not in own or "policy's choice" in (row.get("note") or "")):
+            own[row["case"]] = row
+    return list(own.values())
 
 
 def _series(reports: list[dict[str, Any]], series: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -251,12 +254,17 @@ def scan_time(reports: list[dict[str, Any]]) -> Figure | None:
     rows, source = _series(reports, "scan_length")
     if not rows:
         return None
-    own, lines = _ours(rows), []
-    for name in dict.fromkeys(row["variant"] for row in rows):
-        points = [Point(r["queries"], r["us"], r["us_p10"], r["us_p90"]) for r in rows if r["variant"] == name]
-        ours = name == own
-        lines.append(Line("mem_triton" if ours else name, "memory" if ours else "baseline", points))
-    floors = [Point(r["queries"], r["floor_us"]) for r in rows if r["variant"] == own and r.get("floor_us")]
+    own = _ours(rows)
+    series = {"mem_triton": own} | {
+        name: [r for r in rows if r["variant"] == name]
+        for name in dict.fromkeys(row["variant"] for row in rows if row["baseline"])
+    }
+    lines = [
+        Line(name, "memory" if one is own else "baseline",
+             [Point(r["queries"], r["us"], r["us_p10"], r["us_p90"]) for r in one])
+        for name, one in series.items()
+    ]  # fmt: skip
+    floors = [Point(r["queries"], r["floor_us"]) for r in own if r.get("floor_us")]
     if floors:
         lines.append(Line("floor: bytes and flops", FLOOR, floors))
     title = f"one layer, {rows[0]['models'].split()[0]}, {rows[0]['dtype']}"

@@ -23,6 +23,7 @@ from benchmarks.kernels.runner import Deadline, Effort, choose_cases, run_case, 
 H200 = "NVIDIA H200"
 SOME = {  # a few cases of each operation, small enough for a test
     "delta_rule": "decode x32,scan 16",
+    "attention_inputs": "decode x8,prompt",
     "memory_attention": "decode x4,prefill",
     "memory_selection": "64",
     "reposition": "load 5,move",
@@ -88,6 +89,8 @@ def off(function: Callable, which: int | str, factor: float = 1.05) -> Callable:
     [
         ("delta_rule", "delta_rule_paged", "reads", "delta_rule_paged"),
         ("delta_rule", "delta_rule_paged", "state_cache", "delta_rule_paged"),
+        ("attention_inputs", "attention_inputs", 0, "attention_inputs"),
+        ("attention_inputs", "norm_and_rope", "result", "norm and RoPE alone"),
         ("memory_attention", "memory_attention", 2, "fused"),
         ("memory_selection", "selection_weights", "result", "selection_weights"),
         ("reposition", "reposition_pages", 0, "reposition_pages"),
