@@ -38,9 +38,11 @@ def engines(rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
 
 def kernels() -> dict[str, Any]:
     def kernel(op: str, series: str, variant: str, us: float, note: str = "", **sizes: int) -> dict[str, Any]:
-        return {"op": op, "case": f"{series} {sizes}", "series": series, "variant": variant,
-                "baseline": variant not in ("ours", "fused"), "models": "qwen3-8b llama3-8b", "dtype": "bf16", "note": note, "status": "ok", "us": us,
-                "us_p10": 0.9 * us, "us_p90": 1.2 * us, "floor_us": us / 3, **sizes}  # fmt: skip
+        return {
+            "op": op, "case": f"{series} {sizes}", "series": series, "variant": variant,
+            "baseline": variant not in ("ours", "fused"), "models": "qwen3-8b llama3-8b", "dtype": "bf16",
+            "note": note, "status": "ok", "us": us, "us_p10": 0.9 * us, "us_p90": 1.2 * us, "floor_us": us / 3, **sizes,
+        }  # fmt: skip
 
     rows = []
     for batch in BATCHES:
