@@ -45,6 +45,10 @@ def create(runner: Any) -> AttentionBackend:
     backend.__class__ = type(f"{stock.__name__}WithMemory", (BackendWithMemory, stock), {})
     backend.mem_triton = memory
     backend.mem_steps = StepBuilder(runner.req_to_token_pool.req_to_token, pool.page_size)
+    if torch.device(runner.device).type != "cpu":
+        from mem_triton_sglang.warmup import warm_up
+
+        warm_up(backend, runner)
     return backend
 
 

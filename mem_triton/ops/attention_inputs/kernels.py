@@ -50,7 +50,7 @@ def treat_head(
         tl.store(head + rest, c.to(dtype), mask=last)
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # no new variant for a new batch size while serving
+@triton.jit(do_not_specialize=["num_rows", "stride_table"])  # no new variant for another batch while serving
 def inputs_kernel(
     qkv, projections, reads, delta, q_norm, k_norm, cos_sin, gate_bias, state_cache, block_table, query_start_loc,
     seq_lens, initial_states, initial_slot, write_enabled, last_states, counter, num_rows, eps,

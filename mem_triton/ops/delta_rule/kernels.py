@@ -19,7 +19,7 @@ from mem_triton.ops.delta_rule.kernel_parts import (
 )
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # no new variant for a new batch size while serving
+@triton.jit(do_not_specialize=["num_rows", "stride_table"])  # no new variant for another batch while serving
 def recurrent_kernel(
     projections, gate_bias, reads, state_cache, block_table, query_start_loc, seq_lens,
     initial_states, initial_slot, write_enabled, last_states, maps, num_rows,
@@ -85,7 +85,7 @@ def recurrent_kernel(
         tl.store(ring + element, state, mask=live & (session >= 0) & (end == last))
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "stride_table"])
 def chunk_maps_kernel(
     projections, gate_bias, state_cache, block_table, query_start_loc, seq_lens,
     initial_states, initial_slot, write_enabled, maps, num_rows,

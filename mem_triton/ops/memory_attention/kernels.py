@@ -12,7 +12,7 @@ from mem_triton.ops.memory_attention.kernel_output import is_last, merge_splits,
 from mem_triton.ops.memory_attention.kernel_parts import LOG2E, asked, attend_tile, find_row, load_part, seen_columns
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # no new variant for a new batch size while serving
+@triton.jit(do_not_specialize=["num_rows", "stride_block_table"])  # no new variant for another batch while serving
 def attention_kernel(
     query, out, lse, keys, values, block_table, query_start_loc, seq_lens, row_slot,
     page_keys, page_values, page_key_scale, page_value_scale,
