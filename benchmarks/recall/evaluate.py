@@ -10,14 +10,10 @@ session with another attribute. Intervals: Wilson, 95 %.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
-import json
 import os
-import platform
 import random
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -25,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from benchmarks import record
 from benchmarks.demo.measure import wilson
 from benchmarks.recall import data
 from benchmarks.recall.chat import ask, asking, in_context, reply_tokens, tell, telling
@@ -39,7 +36,7 @@ from mem_triton_transformers import (
 )
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "results"
+COMMAND = "python -m benchmarks.recall.evaluate"
 COUNTS = (1, 2, 4, 8, 16)
 STOCK = ("in context", "nowhere")
 MEMORY = (
@@ -138,10 +135,10 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=HERE / "adapter")
     parser.add_argument("--sessions", type=int, default=128, help="per cell and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/recall-<date>.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/recall-<cpu|gpu>-<date>.json")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    begin = time.time()
+    head, begin = record.about("recall of held-out names, by where the evidence is", COMMAND), time.time()
     model, tokenizer = load(args.model)
     found = evaluate(model, tokenizer, args.adapter, args.sessions, args.seeds)
     asked = args.sessions * len(args.seeds)
@@ -163,18 +160,14 @@ def main() -> None:
         table.add_row(where, *shown)
     Console(width=130).print(table)
     if args.save:
-        now = datetime.now(timezone.utc)
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")}
-        report = {
-            "date": now.isoformat(timespec="seconds"), "seeds": args.seeds, "seconds": round(time.time() - begin),
-            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-            "versions": {"python": platform.python_version(), **versions}, "shared_names": SHARED, 
-            "adapter": load_adapter(args.adapter).fingerprint, "cells": cells,
+        head["machine"]["threads"] = torch.get_num_threads()
+        report = head | {
+            "seconds": round(time.time() - begin), "seeds": args.seeds, "shared_names": SHARED,
+            "adapter": load_adapter(args.adapter).fingerprint, "weights_sha256": record.digests(args.model),
+            "cells": cells,
         }  # fmt: skip
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"recall-{now:%Y-%m-%d}.json"
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"kept in {path.relative_to(HERE.parents[1])}")
+        path = record.save(report, "recall")
+        print(f"kept in {path.relative_to(record.ROOT)}")
 
 
 if __name__ == "__main__":

@@ -12,15 +12,9 @@ Intervals: Wilson, 95 %.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks import record
 from benchmarks.demo.measure import wilson
-from benchmarks.demo.report import digests, machine_facts
-from benchmarks.recall.evaluate import RESULTS, load
+from benchmarks.recall.evaluate import load
 from benchmarks.recall.explicit_world import (
     MOST,
     PQ,
@@ -184,41 +178,32 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=128, help="questions per cell and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[201, 202, 203])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/recall-explicit-<date>.json")
+    parser.add_argument(
+        "--save", action="store_true", help="write benchmarks/results/recall-explicit-<cpu|gpu>-<date>.json"
+    )
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     begin = time.time()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    head = record.about("recall with the evidence only in explicit memory", "python -m benchmarks.recall.explicit")
+    head["machine"]["threads"] = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         evaluation = Evaluation(args.model, Path(folder), args.sessions, args.seeds)
         for part in args.parts:
             getattr(evaluation, part)()
             print(f"{time.time() - begin:.0f} s: {part}", flush=True)
             if args.save:  # after each part, so that a run that is stopped leaves what it found
-                save(evaluation, args, time.time() - begin, commit)
+                save(evaluation, args, head | {"seconds": round(time.time() - begin)})
     show(evaluation.cells)
 
 
-def save(evaluation: Evaluation, args: argparse.Namespace, seconds: float, commit: str) -> Path:
-    """The result file: every cell, and what is needed to get it again."""
-    now = datetime.now(timezone.utc)
-    packages = ("torch", "transformers", "tokenizers", "faiss-cpu", "safetensors")
-    report = {
-        "what": "recall with the evidence only in explicit memory",
-        "date": now.isoformat(timespec="seconds"), "commit": commit, "seconds": round(seconds),
-        "command": " ".join(["python -m benchmarks.recall.explicit", *sys.argv[1:]]),
-        "seeds": args.seeds, "questions_per_seed": args.sessions,
-        "machine": machine_facts() | {"threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "weights_sha256": {Path(k).name: v for k, v in digests(args.model).items()},
-        "right_reference_retrieved": evaluation.retrieved,
-        "cells": summary(evaluation.cells),
+def save(evaluation: Evaluation, args: argparse.Namespace, head: dict[str, Any]) -> Path:
+    """The result file: every cell, and what is needed to get it again. Later parts of a run take an earlier one's."""
+    report = head | {
+        "seeds": args.seeds, "questions_per_seed": args.sessions, "weights_sha256": record.digests(args.model),
+        "right_reference_retrieved": evaluation.retrieved, "cells": summary(evaluation.cells),
     }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
     some = "" if len(args.parts) == len(PARTS) else "-" + "-".join(args.parts).replace("_", "-")
-    path = RESULTS / f"recall-explicit{some}-{now:%Y-%m-%d}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    return path
+    return record.save(report, f"recall-explicit{some}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Times a bank with many entries on disk: adding, opening, paging, searching, and what it takes of memory.
 
-    python benchmarks/store/bank.py [--entries 1000000] [--batch 10000] [--minutes 15] [--folder DIR] [--json FILE]
+    python -m benchmarks.store.bank [--entries 1000000] [--batch 10000] [--minutes 15] [--folder DIR] [--json FILE]
 
 All but a few entries are cold (text and vector, no keys and values): the catalogue and the index are what grows.
 Texts are invented words with the frequencies of natural ones (Zipf), half of them of one of 2000 topics; a query is
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import resource
 import shutil
@@ -23,13 +21,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import torch
-import usearch
 
+from benchmarks import record
 from mem_triton.store.bank import Bank, BankSpec, NewEntry
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.fingerprint import Fingerprint
@@ -212,44 +209,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=10_000)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop adding after so many")
     parser.add_argument("--folder", type=Path, help="where the bank is made (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, help="result file (default: benchmarks/results/bank-<date>.json)")
+    parser.add_argument("--json", type=Path, help="write there, not to benchmarks/results/bank-<cpu|gpu>-<date>.json")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.read:
         print(json.dumps(read(options.read, options.entries)))
         return
-    folder = Path(tempfile.mkdtemp(prefix="bank-", dir=options.folder))
+    head = record.about("a bank of many entries on disk: adding, reading, searching", "python -m benchmarks.store.bank")
+    head["machine"]["threads"] = torch.get_num_threads()
+    head["versions"]["sqlite"] = sqlite3.sqlite_version
+    folder = Path(tempfile.mkdtemp(prefix="bank-", dir=options.folder)).resolve()
     try:
         written = write(folder / "bank", options.entries, options.batch, options.minutes)
-        command = [sys.executable, __file__, "--read", str(folder / "bank"), "--entries", str(written["entries"])]
-        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        result = {
-            "command": f"python benchmarks/store/bank.py --entries {options.entries} --minutes {options.minutes:g}",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "machine": {
-                "cpu": cpu_name(), "cores": os.cpu_count(), "threads_used": torch.get_num_threads(),
-                "load_1_min": round(os.getloadavg()[0], 2), "platform": platform.platform(),
-            },
-            "versions": {
-                "python": platform.python_version(), "usearch": usearch.__version__, "numpy": np.__version__,
-                "sqlite": sqlite3.sqlite_version, "torch": torch.__version__,
-            },
-            "entries": written["entries"],
-            "write": written,
-            "read": json.loads(answer.stdout),
-        }  # fmt: skip
+        command = [sys.executable, "-m", "benchmarks.store.bank", "--read", str(folder / "bank")]
+        command += ["--entries", str(written["entries"])]
+        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=record.ROOT)
+        report = head | {"entries": written["entries"], "write": written, "read": json.loads(answer.stdout)}
     finally:
         shutil.rmtree(folder)
-    text = json.dumps(result, indent=1)
-    print(text)
-    results = Path(__file__).parents[1] / "results"
-    (options.json or results / f"bank-{datetime.now(timezone.utc):%Y-%m-%d}.json").write_text(text + "\n")
-
-
-def cpu_name() -> str:
-    """As the kernel names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
+    path = record.write(report, options.json) if options.json else record.save(report, "bank")
+    print(json.dumps(report, indent=1))
+    print(f"kept in {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Times the fetch of 5 references into the pool by the tier they come from, beside a plain copy of the same bytes.
 
-    python benchmarks/store/pool.py [--device cuda|cpu] [--kind memory3|prefix] [--pool-dtype auto|int8|fp8]
-                                    [--references 5] [--repeats 100] [--json FILE]
+    python -m benchmarks.store.pool [--device cuda|cpu] [--kind memory3|prefix] [--pool-dtype auto|int8|fp8]
+                                    [--references 5] [--repeats 100] [--save] [--json FILE]
 
 A fetch is the way that a server's references take, in one process: ``Residency`` claims their pages, ``PageLoader``
 fills them, ``PageCourier`` hears of it, and ``before_step`` orders the next step behind the copies. What a server
@@ -15,9 +15,7 @@ GPU, each time another: the floor for "host". Pages that do not hold what they s
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import record
 from mem_triton.ops.reposition import rope_from_config
 from mem_triton.runtime.courier import PageCourier
 from mem_triton.runtime.residency import Residency
@@ -139,17 +138,6 @@ def copy_times(size: int, device: str, repeats: int) -> list[float]:
     return times[2:]
 
 
-def machine(device: str) -> dict[str, str | int]:
-    """What the figures depend on."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    found = {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
-    found |= {"torch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "CPU, no GPU"}
-    return found
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -157,10 +145,12 @@ def main() -> int:
     parser.add_argument("--pool-dtype", choices=list(DTYPES), default="auto")
     parser.add_argument("--references", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=100)
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/pool-<cpu|gpu>-<date>.json")
+    parser.add_argument("--json", type=Path, help="write the same file here")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    about = machine(args.device)
+    head = record.about("references into the pool, by the tier they come from", "python -m benchmarks.store.pool")
+    where = head["machine"]["gpu"] if args.device == "cuda" else f"a CPU, no GPU: {head['machine']['cpu']}"
     refs = [f"{number}@1" for number in range(GROUPS * args.references)]
     groups = [refs[i::GROUPS] for i in range(GROUPS)]
     rows = []
@@ -179,7 +169,7 @@ def main() -> int:
         bench = make(False)
         measured["disk"] = bench.times(max(args.repeats // 5, 5), resident=False)
         bench.loader.close()
-    print(f"{args.references} references ({args.kind}, pool {args.pool_dtype}), {size / 1e6:.2f} MB, on {about}")
+    print(f"{args.references} references ({args.kind}, pool {args.pool_dtype}), {size / 1e6:.2f} MB, on {where}")
     print(f"one copy of {size / 1e6:.2f} MB: {floor * 1e6:.0f} us, {size / floor / 1e9:.2f} GB/s")
     print(f"{'tier':>8} {'us':>10} {'10 %':>10} {'90 %':>10} {'GB/s':>8} {'of the copy':>12}")
     for tier, times in measured.items():
@@ -192,10 +182,14 @@ def main() -> int:
         rows.append(
             {"tier": tier, "us": median * 1e6, "us_p10": low * 1e6, "us_p90": high * 1e6, "bytes": size,
              "gb_per_s": speed, "of_copy": ratio, "copy_us": floor * 1e6, "kind": args.kind,
-             "pool_dtype": args.pool_dtype, "references": args.references, "repeats": len(times), **about}
+             "pool_dtype": args.pool_dtype, "references": args.references, "repeats": len(times),
+             "device": args.device}
         )  # fmt: skip
+    report = head | {"rows": rows}
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        record.write(report, args.json)
+    if args.save:
+        print(f"kept in {record.save(report, 'pool').relative_to(record.ROOT)}")
     return 0
 
 
