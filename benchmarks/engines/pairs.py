@@ -18,11 +18,13 @@ def order(repeat: int) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """memory / baseline over pairs. low, high: 95 % of the median's bootstrap over pairs; min, max: of the pairs."""
+    """memory / baseline over pairs. low, high: 95 % of the median's bootstrap over pairs, None of fewer than 3.
+    min, max: of the pairs.
+    """
 
     median: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     min: float
     max: float
     pairs: int
@@ -33,9 +35,11 @@ def ratio(baseline: Sequence[float], memory: Sequence[float]) -> Ratio:
     values = [m / b for b, m in zip(baseline, memory, strict=True)]
     if not values:
         raise ValueError("no pair was measured")
-    chance = random.Random(0)
-    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    low, high = medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES) - 1]
+    low = high = None
+    if len(values) >= 3:
+        chance = random.Random(0)
+        medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(RESAMPLES))
+        low, high = medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES) - 1]
     return Ratio(statistics.median(values), low, high, min(values), max(values), len(values))
 
 

@@ -91,7 +91,7 @@ def show(console: Console, report: dict[str, Any]) -> None:
             table.add_row(
                 *head, TITLES.get(name, name),
                 *(f"{statistics.median(values[k]):.4g}" for k in ("baseline", "memory")),
-                f"{s['median']:.3f} [{s['low']:.3f}, {s['high']:.3f}]",
+                f"{s['median']:.3f} " + ("" if s["low"] is None else f"[{s['low']:.3f}, {s['high']:.3f}]"),
                 f"{s['min']:.3f} … {s['max']:.3f}", str(s["pairs"]),
             )  # fmt: skip
     console.print(table)

@@ -191,7 +191,8 @@ def step_overhead(reports: list[dict[str, Any]]) -> Figure | None:
 
 def _overhead(batch: int, speed: dict[str, float]) -> Point:
     """speed: how much faster memory is than stock; 0.8 is 25 % more time."""
-    return Point(batch, *(100 * (1 / speed[name] - 1) for name in ("median", "high", "low")))
+    found = [speed[name] for name in ("median", "high", "low")]  # the last two are None of fewer than 3 pairs
+    return Point(batch, *(None if value is None else 100 * (1 / value - 1) for value in found))
 
 
 def pool_speedup(reports: list[dict[str, Any]]) -> Figure | None:

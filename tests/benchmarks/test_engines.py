@@ -143,6 +143,8 @@ def test_the_ratio_is_that_of_pairs():
     assert found.median == pytest.approx(1.1) == found.low == found.high and found.pairs == 6
     noisy = ratio([1] * 9, [0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6])
     assert noisy.min == 0.8 <= noisy.low < noisy.median == 1.2 < noisy.high <= 1.6 == noisy.max
+    two = ratio([1, 1], [0.9, 1.1])
+    assert (two.median, two.low, two.high, two.min) == (1.0, None, None, 0.9), "two pairs are no interval"
     with pytest.raises(ValueError, match="no pair"):
         ratio([], [])
 

@@ -154,6 +154,13 @@ def test_points_are_what_was_measured():
     assert layer[2] == (64, 32.0, pytest.approx(32 * 0.9 / 1.2), pytest.approx(32 * 1.2 / 0.9)) and step[0].y == 2.0
 
 
+def test_two_pairs_have_no_interval(tmp_path):
+    few = row("delta", 16)
+    few["metrics"]["decode_ms"]["speed"] |= {"low": None, "high": None}
+    run("plot", write(tmp_path / "results", engines_a=engines([few])), "--out", tmp_path / "figures")
+    assert Drawn(tmp_path / "figures" / "step-overhead.svg").points == {"panel-0-line-0": 1}
+
+
 def test_missing_data_is_named_with_its_command(tmp_path):
     folder = write(tmp_path / "results", rag_cpu_1=rag(), other={"nothing": 1}, bank_1={**head(), "machine": {}})
     out = run("plot", folder, "--out", tmp_path / "figures")
