@@ -26,9 +26,9 @@ def prepare(
     block_size: int,
     tokens_per_state: int,
     max_query_len: int,
-    batch_invariant: bool = False,
     counter: Tensor | None = None,
     config: DeltaRuleConfig | None = None,
+    batch_invariant: bool = False,
 ) -> None:
     """Arguments as in ``op.attention_inputs``, already checked. counter: int32 zeros, one a row; None = this stream's.
     config: of the delta rule's own kernels."""

@@ -51,7 +51,8 @@ def attention_inputs(
         from mem_triton.ops.attention_inputs import launch  # Triton is there on Linux only
 
         launch.prepare(
-            qkv, projections, reads, inputs, batch, spec, block_size, tokens_per_state, max_query_len, batch_invariant
+            qkv, projections, reads, inputs, batch, spec, block_size, tokens_per_state, max_query_len,
+            batch_invariant=batch_invariant,
         )  # fmt: skip
         return
     delta_rule_paged(
