@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from mem_triton.config import ConfigError, DeltaSection
 from mem_triton.runtime.engine_shape import EngineShape
 from mem_triton.runtime.worker.attach import DeltaLayers, attention_modules, served_adapter
-from mem_triton.runtime.worker.layers import DeltaMemory
+from mem_triton.runtime.worker.layers import DeltaMemory, has_launches
 from mem_triton_sglang.states import DeltaStates
 
 logger = logging.getLogger("sglang.mem_triton")
@@ -60,15 +61,27 @@ def attach(model: nn.Module, shape: EngineShape, section: DeltaSection, page_siz
         memory = layers.memory(name, attention.tp_q_head_num, attention.tp_k_head_num, step, fuse=False)
         # The sum over ranks comes later, fused with the next norm: one rank adds the correction for all.
         adds_output = rank == 0 or module.o_proj.reduce_results
-        _hook(module, memory, adds_output)
+        prepare = None
+        if has_launches(memory.down.device):
+            heads = attention.tp_q_head_num, attention.tp_k_head_num, attention.qk_head_dim
+            states.inputs[index] = memory.head_inputs(*heads)
+            prepare = functools.partial(_prepare, states, index)
+        _hook(module, memory, prepare, adds_output)
     logger.info("δ-mem attached: %s", layers.describe(page_size))
     return states
 
 
-def _hook(module: nn.Module, memory: DeltaMemory, adds_output: bool) -> None:
-    """Let the projections of one attention module carry the memory. Both give (output, bias)."""
+def _hook(module: nn.Module, memory: DeltaMemory, prepare: Callable[..., None] | None, adds_output: bool) -> None:
+    """Let the projections of one attention module carry the memory. Both give (output, bias).
+
+    prepare: (qkv, projections, gate_bias, reads) -> None, step and corrections in one launch; None = each on its own.
+    """
 
     def qkv(_: nn.Module, inputs: tuple[Tensor, ...], result: Any) -> Any:
+        if prepare is not None:
+            reads = memory.reads[: inputs[0].shape[0]]
+            prepare(result[0], memory.project(inputs[0]), memory.gate_bias, reads)
+            return result
         return memory.correct_qkv(result[0], memory.read(inputs[0])), *result[1:]
 
     def output(_: nn.Module, inputs: tuple[Tensor, ...], result: Any) -> Any:
@@ -79,5 +92,9 @@ def _hook(module: nn.Module, memory: DeltaMemory, adds_output: bool) -> None:
         module.o_proj.register_forward_hook(output)
 
 
-def _advance(states: DeltaStates, layer: int, projections: Tensor, gate_bias: Tensor, reads: Tensor) -> None:
-    states.advance(layer, projections, gate_bias, reads, getattr(get_attn_backend(), "mem_step", None))
+def _advance(states: DeltaStates, layer: int, *tensors: Tensor) -> None:
+    states.advance(layer, *tensors, getattr(get_attn_backend(), "mem_step", None))
+
+
+def _prepare(states: DeltaStates, layer: int, *tensors: Tensor) -> None:
+    states.prepare(layer, *tensors, getattr(get_attn_backend(), "mem_step", None))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mem_triton.ops.attention_inputs import HeadInputs, StateBatch, attention_inputs
 from mem_triton.ops.delta_rule import delta_rule_paged
 from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
 from mem_triton.runtime.slots import StateSlots
@@ -26,6 +27,7 @@ class DeltaStates:
     def __init__(self, spec: DeltaRuleSpec, slots: StateSlots, layers: int, page_size: int) -> None:
         self.spec, self.slots, self.layers, self.page_size = spec, slots, layers, page_size
         self.cells: Tensor | None = None
+        self.inputs: dict[int, HeadInputs] = {}  # layers whose corrections are added in the launch that steps
 
     @property
     def bytes_per_token(self) -> int:
@@ -39,14 +41,24 @@ class DeltaStates:
 
     def advance(self, layer: int, projections: Tensor, gate_bias: Tensor, reads: Tensor, step: Step | None) -> None:
         """Read and update one layer's states. projections: [tokens, P]; reads: fp32 [>= tokens, H*r], written."""
+        batch, layout = self._batch(layer, gate_bias, step)
+        delta_rule_paged(projections, gate_bias, reads, *batch[1:], **vars(self.spec), **layout)
+
+    def prepare(
+        self, layer: int, qkv: Tensor, projections: Tensor, gate_bias: Tensor, reads: Tensor, step: Step | None
+    ) -> None:
+        """``advance``, and the corrections of q | k | v, [tokens, q + k + v], in place."""
+        batch, layout = self._batch(layer, gate_bias, step)
+        attention_inputs(qkv, projections, reads, self.inputs[layer], batch, self.spec, **layout)
+
+    def _batch(self, layer: int, gate_bias: Tensor, step: Step | None) -> tuple[StateBatch, dict[str, int]]:
+        """A layer's states in this step, and how they lie."""
         if self.cells is None or step is None:
             raise RuntimeError("δ-mem: a forward pass came before the KV cache or without mem_triton's backend")
-        rows, spec = step.seq_lens.shape[0], self.spec
-        delta_rule_paged(
-            projections, gate_bias, reads, self.cells[layer], step.block_table, step.query_start_loc, step.seq_lens,
-            self.slots.initial[layer], self.slots.row_slot[:rows], self.slots.row_write[:rows], self.slots.last[layer],
-            rank=spec.rank, heads=spec.heads, rankwise_gates=spec.rankwise_gates, couple_lambda=spec.couple_lambda,
-            update_mode=spec.update_mode, normalize_qk=spec.normalize_qk, block_size=self.page_size,
-            tokens_per_state=self.page_size, max_query_len=step.max_query_len,
-            batch_invariant=self.slots.batch_invariant,
+        rows, slots = step.seq_lens.shape[0], self.slots
+        batch = StateBatch(
+            gate_bias, self.cells[layer], step.block_table, step.query_start_loc, step.seq_lens,
+            slots.initial[layer], slots.row_slot[:rows], slots.row_write[:rows], slots.last[layer],
         )  # fmt: skip
+        layout = {"block_size": self.page_size, "tokens_per_state": self.page_size}
+        return batch, {**layout, "max_query_len": step.max_query_len, "batch_invariant": slots.batch_invariant}

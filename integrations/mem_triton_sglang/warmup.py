@@ -53,7 +53,12 @@ def _advance(states: Any, batch: Batch, step: Step, dtype: torch.dtype) -> None:
     spec, device = states.spec, step.seq_lens.device
     projections = torch.empty(batch.tokens, spec.projection_width, dtype=dtype, device=device)
     reads = torch.empty(batch.tokens, spec.read_width, device=device)
-    states.advance(0, projections, torch.zeros(spec.bias_width, device=device), reads, step)
+    bias = torch.zeros(spec.bias_width, device=device)
+    if 0 in states.inputs:
+        qkv = torch.empty(batch.tokens, states.inputs[0].width, dtype=dtype, device=device)
+        states.prepare(0, qkv, projections, bias, reads, step)
+    else:
+        states.advance(0, projections, bias, reads, step)
 
 
 def _attend(backend: Any, layer: RadixAttention, batch: Batch, step: Step, dtype: torch.dtype) -> None:

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLine
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
 from mem_triton.ops.attention_inputs import HeadInputs
-from mem_triton.runtime.worker.layers import DeltaMemory
+from mem_triton.runtime.worker.layers import DeltaMemory, has_launches
 from mem_triton_vllm.layers import StandIn
 
 MODELS = {f"vllm.model_executor.models.{name}" for name in
@@ -47,18 +47,11 @@ def obstacle(module: nn.Module, device: torch.device) -> str | None:
     return None
 
 
-def has_launches(device: torch.device) -> bool:
-    """Whether kernels are launched there, so that fewer are better."""
-    return device.type != "cpu"
-
-
 def head_inputs(module: nn.Module, memory: DeltaMemory) -> HeadInputs:
     """What the kernel does to the heads of a module that has no ``obstacle``."""
     norms, rotary = _norms(module), module.rotary_emb
-    corrected = {x: getattr(memory, f"delta_{x}") for x in "qkv" if getattr(memory, f"delta_{x}") is not None}
-    return HeadInputs(
+    return memory.head_inputs(
         module.attn.num_heads, module.attn.num_kv_heads, module.attn.head_size,
-        corrects="".join(corrected), delta=torch.cat([*corrected.values()]) if corrected else None,
         q_norm=norms[0].weight.data if norms else None, k_norm=norms[1].weight.data if norms else None,
         eps=norms[0].variance_epsilon if norms else 0.0,
         cos_sin=rotary.cos_sin_cache, interleaved=not rotary.is_neox_style,

@@ -13,15 +13,21 @@ from tests.support.memory_scenarios import PROMPTS, ask
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("page", [pytest.param(1, marks=pytest.mark.slow), 16])
-def test_the_triton_kernels_in_the_worker(memory_bench, bench, page):
-    """Prefills through the chunked scan, decoding through the single step, attention through the fused kernel."""
+@pytest.mark.parametrize(
+    "page,tamper,ran",
+    [
+        (16, "sglang_as_on_a_gpu", ("scan and inputs", "inputs", "attention")),
+        pytest.param(1, "both", ("scan", "step", "attention"), marks=pytest.mark.slow),
+    ],
+)
+def test_the_triton_kernels_in_the_worker(memory_bench, bench, page, tamper, ran):
+    """Prompts through the scan, attention through the fused kernel; δ-mem's step with its corrections, or alone."""
     m, (short, *_, edge) = memory_bench, PROMPTS
     batch = [ask(short, 3, "beta"), ask(edge, 3)]
     result = run_engine(
         m.model, [batch], memory={**bench.memory, **m.section()}, page_size=page, chunked_prefill_size=128,
-        tamper="tests.support.kernels_on_cpu:both", env={"TRITON_INTERPRET": "1"},
+        tamper=f"tests.support.kernels_on_cpu:{tamper}", env={"TRITON_INTERPRET": "1"},
     )  # fmt: skip
     expected = [scenarios.answer(bench, m, short, "beta", count=3), scenarios.answer(bench, m, edge, count=3)]
     assert tokens(result) == expected
-    assert all(f"{RAN} {kind}" in result["output"] for kind in ("scan", "step", "attention")), result["output"][-2000:]
+    assert all(f"{RAN} {kind}" in result["output"] for kind in ran), result["output"][-2000:]

@@ -32,19 +32,30 @@ def delta_rule() -> None:
 
 
 def attention_inputs() -> None:
-    """δ-mem as on a GPU: norm and RoPE in its launch, on vLLM. The delta rule's own kernels are in it for prompts."""
+    """δ-mem in vLLM as on a GPU: norm and RoPE in its launch. The delta rule's own kernels are in it for prompts."""
     delta_rule()
     as_on_a_gpu()
-    from mem_triton.ops.attention_inputs import launch
-    from mem_triton.ops.tuning.delta_rule import select
     from mem_triton_vllm import state_cache
 
-    def prepare(qkv, projections, reads, inputs, batch, spec, **options) -> None:
-        config = select("sm90", spec.rank)
-        launch.prepare(qkv, projections, reads, inputs, batch, spec, **options, config=config)
-        _say("scan and inputs" if options["max_query_len"] > config.max_recurrent else "inputs")
+    state_cache.attention_inputs = _interpreted_inputs
 
-    state_cache.attention_inputs = prepare
+
+def sglang_as_on_a_gpu() -> None:
+    """Both memories in SGLang, with δ-mem's step and corrections in one launch."""
+    both()
+    from mem_triton_sglang import attach, states
+
+    attach.has_launches = lambda device: True
+    states.attention_inputs = _interpreted_inputs
+
+
+def _interpreted_inputs(qkv, projections, reads, inputs, batch, spec, **options) -> None:
+    from mem_triton.ops.attention_inputs import launch
+    from mem_triton.ops.tuning.delta_rule import select
+
+    config = select("sm90", spec.rank)
+    launch.prepare(qkv, projections, reads, inputs, batch, spec, **options, config=config)
+    _say("scan and inputs" if options["max_query_len"] > config.max_recurrent else "inputs")
 
 
 def as_on_a_gpu() -> None:

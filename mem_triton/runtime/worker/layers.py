@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mem_triton.delta_mem import DeltaMemLayerWeights
+from mem_triton.ops.attention_inputs import HeadInputs
 
 FUSED_ADD_WIDTH = 16
 """Up to this read width a compiled model adds Δ as multiply-adds that Inductor fuses; beyond it a matmul is cheaper."""
 
 Linear = Callable[[Tensor], Tensor]
+
+
+def has_launches(device: torch.device) -> bool:
+    """Whether kernels are launched there, so that fewer are better."""
+    return device.type != "cpu"
 
 
 def plain_linear(weight: Tensor) -> Linear:
@@ -27,12 +34,12 @@ def plain_linear(weight: Tensor) -> Linear:
 
 
 def add_correction(x: Tensor, reads: Tensor, weight: Tensor) -> None:
-    """x += reads @ weight.T, in place. x: [T, width]; reads: fp32 [T, H*r]; weight: fp32 [width, H*r], with the scale.
+    """x += reads @ weight.T, in place. x: [T, width]; reads: fp32 [T, H*r]; weight: [width, H*r], the scale in it.
 
-    The sum is in fp32 and rounded once. For 16-bit tensors this is also the quicker way on a CPU.
+    The sum is in fp32 and rounded once. Given in fp32, a weight is multiplied in fp32: the quicker way on a CPU.
     """
-    if x.dtype == torch.float32:
-        x.addmm_(reads, weight.t())
+    if x.dtype == weight.dtype:
+        x.addmm_(reads.to(x.dtype), weight.t())
     else:
         x.copy_(torch.addmm(x.float(), reads, weight.t()))
 
@@ -73,7 +80,8 @@ class DeltaMemory(nn.Module):
             self.register_buffer(name, getattr(weights, name), persistent=False)
         for name in ("delta_q", "delta_k", "delta_v", "delta_o"):
             delta = getattr(weights, name)
-            self.register_buffer(name, delta if fuse or delta is None else delta.float(), persistent=False)
+            keep = delta is None or fuse or has_launches(delta.device)
+            self.register_buffer(name, delta if keep else delta.float(), persistent=False)
         self.o_rmsnorm_eps = weights.o_rmsnorm_eps
         self.project = linear(self.down)
 
@@ -82,6 +90,13 @@ class DeltaMemory(nn.Module):
         reads = self.reads[: hidden.shape[0]]
         self.step(self.project(hidden), self.gate_bias, reads)
         return reads
+
+    def head_inputs(self, heads: int, kv_heads: int, head_dim: int, **own: Any) -> HeadInputs:
+        """This layer's corrections for ``ops.attention_inputs``. own: the model's norms and rotation there."""
+        deltas = {letter: getattr(self, f"delta_{letter}") for letter in "qkv"}
+        corrected = {letter: delta for letter, delta in deltas.items() if delta is not None}
+        delta = torch.cat([*corrected.values()]) if corrected else None
+        return HeadInputs(heads, kv_heads, head_dim, corrects="".join(corrected), delta=delta, **own)
 
     def correct_qkv(self, qkv: Tensor, reads: Tensor) -> Tensor:
         """Add Δq, Δk and Δv to the fused projection, [T, q + k + v]."""
