@@ -57,7 +57,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batches", nargs="+", type=int, default=[1, 4, 16, 64, 256] if gpu else [1, 16], metavar="N")
     add("--contexts", nargs="+", type=int, default=[1024] if gpu else [128], metavar="N", help="prompt tokens")
     add("--output", type=int, default=128 if gpu else 32, help="output tokens of a request")
-    add("--repeats", type=int, default=5, help="pairs of runs")
+    add("--repeats", type=int, default=5 if gpu else 9, help="pairs of runs")
+    add("--iterations", type=int, default=3 if gpu else 1, help="of a batch in a run of vllm bench latency")
     add("--model", default="qwen3-4b" if gpu else "qwen3-100m",
         help=f"folder, Hugging Face id, or a random model: {', '.join(made_up.SHAPES)}")  # fmt: skip
     add("--dtype", default="bfloat16" if gpu else "float32", help="the engines' --dtype")
@@ -123,7 +124,7 @@ class Course:
         kv = max(a.batches) * (longest + 64) * memories.kv_bytes_per_token(self.made)
         return Setting(
             self.made.folder, a.dtype, longest, max(a.batches), self.gpu, kv_gib=-(-kv // 2**30), eager=a.eager,
-            extra=tuple(a.engine_args.split()),
+            extra=tuple(a.engine_args.split()), iterations=a.iterations,
         )  # fmt: skip
 
     def run(self) -> None:

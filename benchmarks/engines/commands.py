@@ -21,7 +21,8 @@ class Setting:
     """What all engines of a run have in common.
 
     longest: tokens of the longest request; at_once: most requests at a time; share: of a GPU's memory, for each engine;
-    kv_gib: KV cache of a CPU engine. extra: the user's own arguments, for both sides.
+    kv_gib: KV cache of a CPU engine. extra: the user's own arguments, for both sides. iterations: of a batch in one run
+    of the latency tool, of which the median counts; few of them and more pairs see less of a machine's moods.
     """
 
     model: Path
@@ -33,6 +34,7 @@ class Setting:
     kv_gib: int = 1
     eager: bool = False
     extra: tuple[str, ...] = ()
+    iterations: int = 1
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,6 @@ class VllmTools(Side):
     """vLLM in a tool host: ``vllm bench latency`` and ``throughput``."""
 
     tools = ("latency", "throughput")
-    iterations = 3  # of a batch in one run of the latency tool; the run's value is their median
 
     def shown(self, part: str, cell: Cell) -> str:
         options = self._options(part, cell, 0, Path("result.json"))
@@ -142,7 +141,7 @@ class VllmTools(Side):
     def _options(self, part: str, cell: Cell, repeat: int, result: Path) -> list[str]:
         if part == "throughput":
             return commands.bench_throughput(cell, repeat, result)
-        return commands.bench_latency(cell, self.iterations, int((part, cell) not in self.warm), result)
+        return commands.bench_latency(cell, self.setting.iterations, int((part, cell) not in self.warm), result)
 
 
 class Served(Side):
