@@ -94,6 +94,7 @@ def sglang_server(setting: Setting) -> Launch:
     if s.gpu:
         return Launch([*command, "--mem-fraction-static", str(s.share), *s.extra], {})
     command += ["--device", "cpu", "--sampling-backend", "pytorch", "--max-total-tokens", str(s.longest * s.at_once)]
+    command += ["--sleep-on-idle"]  # its scheduler would take a core from the other side while it waits
     return Launch([*command, *s.extra], {"SGLANG_PLATFORM": "torch_cpu"})
 
 
