@@ -106,16 +106,17 @@ class QKVAsInputs(StandIn):
         self.folded = fold(base, memory, self.width)
 
     def forward(self, hidden: Tensor) -> Any:
-        flat, base = hidden.flatten(0, -2), self.base
+        flat = hidden.flatten(0, -2)
         if self.folded is not None:
             projected, projections = F.linear(flat, self.folded.weight, self.folded.bias), None
+            bias = (None,) if self.base.return_bias else ()
         else:
-            result = base(hidden)
-            projected = (result[0] if isinstance(result, tuple) else result).flatten(0, -2)
-            projections = self.memory.project(flat)
+            result = self.base(hidden)
+            out, *bias = result if isinstance(result, tuple) else (result,)
+            projected, projections = out.flatten(0, -2), self.memory.project(flat)
         self.prepare(projected, projections, self.memory.reads[: len(flat)])
         qkv = projected[:, : self.width].unflatten(0, hidden.shape[:-1])
-        return (qkv, None) if base.return_bias else qkv
+        return (qkv, *bias) if bias else qkv
 
 
 class Passed(StandIn):

