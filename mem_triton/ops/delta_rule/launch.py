@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from mem_triton.ops.delta_rule.kernels import chunk_maps_kernel, recurrent_kernel
-from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
+from mem_triton.ops.delta_rule.reference import MODES, DeltaRuleSpec
 from mem_triton.ops.tuning.delta_rule import DeltaRuleConfig, select
 
-MODES = {"standard": 0, "lambda_outside": 1, "no_lambda": 2}
 # enable_fp_fusion is pinned: Triton is about to change its default, which would change the last bits.
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 

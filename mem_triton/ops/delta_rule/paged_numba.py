@@ -13,9 +13,8 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from mem_triton.ops.delta_rule.reference import L2_NORM_EPS, DeltaRuleSpec
+from mem_triton.ops.delta_rule.reference import L2_NORM_EPS, MODES, DeltaRuleSpec
 
-MODES = {"standard": 0, "lambda_outside": 1, "no_lambda": 2}
 NULL_BLOCK = 0  # the serving engine's placeholder block: never read as a state, never written
 # Sums may be reordered, for vector instructions: always in the same way. Infinities and NaN keep their meaning.
 OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 UpdateMode = Literal["standard", "lambda_outside", "no_lambda"]
+MODES: dict[UpdateMode, int] = {"standard": 0, "lambda_outside": 1, "no_lambda": 2}
+"""What compiled code calls them."""
 L2_NORM_EPS = 1e-6
 
 
