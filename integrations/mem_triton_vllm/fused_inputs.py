@@ -114,7 +114,7 @@ class QKVAsInputs(StandIn):
             result = self.base(hidden)
             out, *bias = result if isinstance(result, tuple) else (result,)
             projected, projections = out.flatten(0, -2), self.memory.project(flat)
-        self.prepare(projected, projections, self.memory.reads[: len(flat)])
+        self.prepare(projected, projections, self.memory.reads[: flat.shape[0]])
         qkv = projected[:, : self.width].unflatten(0, hidden.shape[:-1])
         return (qkv, *bias) if bias else qkv
 
