@@ -10,7 +10,6 @@ the model's ``forward`` calls next, pass on what they get. Only for models whose
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,18 +63,26 @@ def _norms(module: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(getattr(module, name) for name in ("q_norm", "k_norm") if hasattr(module, name))
 
 
-@dataclass(frozen=True)
-class Folded:
-    """One matmul for q, k, v and, behind them, δ-mem's projections. weight: [rows, hidden]; bias: [rows] or None."""
+class Folded(nn.Module):
+    """One matmul for q, k, v and, behind them, δ-mem's projections. weight: [rows, hidden]; bias: [rows] or None.
 
-    weight: Tensor
-    bias: Tensor | None
+    method: vLLM's own way to multiply, which knows its batch-invariant mode and the platform.
+    """
+
+    def __init__(self, method: UnquantizedLinearMethod, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.method = method
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.method.apply(self, hidden, self.bias)
 
 
 def fold(base: nn.Module, memory: DeltaMemory, width: int) -> Folded | None:
-    """Rows of δ-mem's projections behind those of ``base``, whose own weight becomes a view of the whole.
+    """Rows of δ-mem's projections behind those of ``base``, whose own weight and bias become views of the whole.
 
-    So updates of weights reach it. None where it cannot be: quantised weights, LoRA, weights packed for a CPU.
+    So updates of weights reach them. None where it cannot be: quantised weights, LoRA, weights packed for a CPU.
     """
     method = getattr(base, "quant_method", None)
     if type(base) is not QKVParallelLinear or type(method) is not UnquantizedLinearMethod:
@@ -86,8 +93,11 @@ def fold(base: nn.Module, memory: DeltaMemory, width: int) -> Folded | None:
     missing = -(width + len(own)) % ALIGNMENT
     weight = torch.cat([base.weight.data, own, own.new_zeros(missing, own.shape[1])])
     base.weight.data = weight[:width]
-    bias = base.bias
-    return Folded(weight, None if bias is None else F.pad(bias.data, (0, len(weight) - width)))
+    bias = None
+    if base.bias is not None:
+        bias = F.pad(base.bias.data, (0, len(weight) - width))
+        base.bias.data = bias[:width]
+    return Folded(method, weight, bias)
 
 
 class QKVAsInputs(StandIn):
@@ -108,7 +118,7 @@ class QKVAsInputs(StandIn):
     def forward(self, hidden: Tensor) -> Any:
         flat = hidden.flatten(0, -2)
         if self.folded is not None:
-            projected, projections = F.linear(flat, self.folded.weight, self.folded.bias), None
+            projected, projections = self.folded(flat), None
             bias = (None,) if self.base.return_bias else ()
         else:
             result = self.base(hidden)

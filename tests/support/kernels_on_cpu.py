@@ -6,6 +6,8 @@ ran.
 
 from __future__ import annotations
 
+import torch
+
 from tests.support import interp
 
 RAN = "KERNEL-RAN"
@@ -67,6 +69,7 @@ def as_on_a_gpu() -> None:
     fused_inputs.has_launches = lambda device: True
     dispatch = utils.dispatch_cpu_unquantized_gemm
     utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: dispatch(layer, remove_weight=False)
+    fused_inputs.Folded.cpu_linear = staticmethod(torch.nn.functional.linear)  # vLLM's CPU way asks each layer for it
 
 
 def memory_attention() -> None:
