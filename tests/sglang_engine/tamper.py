@@ -25,14 +25,14 @@ def correction_on_every_rank() -> None:
     from mem_triton_sglang import attach
 
     stock = attach._hook
-    attach._hook = lambda module, memory, adds_output: stock(module, memory, True)
+    attach._hook = lambda *hooked: stock(*hooked[:-1], True)
 
 
 def correction_on_no_rank() -> None:
     from mem_triton_sglang import attach
 
     stock = attach._hook
-    attach._hook = lambda module, memory, adds_output: stock(module, memory, False)
+    attach._hook = lambda *hooked: stock(*hooked[:-1], False)
 
 
 def no_memory_in_radix_keys() -> None:
