@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from mem_triton.ops.delta_rule.kernel_parts import activate, cell_of, load_bias, load_start, load_token
+from mem_triton.ops.memory_attention.kernel_output import is_last
 
 
 @triton.jit
@@ -120,10 +121,8 @@ def inputs_kernel(
             WIDTH, HEAD_DIM, PAIRS, PAIR_BLOCK, REST_BLOCK, INTERLEAVED, ROWS,
         )  # fmt: skip
 
-    if STEP:
-        tl.debug_barrier()  # every thread has read the state before the one thread's atomic
-        if tl.atomic_add(counter + row, 1, sem="acq_rel") == PROGRAMS - 1:
-            tl.atomic_xchg(counter + row, 0)  # for the next launch, so that a captured graph can be replayed
+    if STEP:  # noqa: SIM102, a compile-time one
+        if is_last(counter + row, PROGRAMS):  # all others have read the old state
             change = write * v - erase * tl.sum(old * k, axis=1)
             new = keep[:, None] * old + change[:, None] * k
             if write_enabled is not None:
