@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from mem_triton.ops.delta_rule.kernels import chunk_maps_kernel, recurrent_kernel
 from mem_triton.ops.delta_rule.reference import MODES, DeltaRuleSpec
+from mem_triton.ops.tuning.architecture import architecture
 from mem_triton.ops.tuning.delta_rule import DeltaRuleConfig, select
 
 # enable_fp_fusion is pinned: Triton is about to change its default, which would change the last bits.
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """The tuning table's key of a device: "sm90", "gfx942", ..."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm{properties.major}{properties.minor}"
 
 
 def constants(spec: DeltaRuleSpec, block_size: int, tokens_per_state: int) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from mem_triton.ops import denylist
 from mem_triton.ops.memory_attention.kernels import attention_kernel
 from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.tuning.architecture import architecture
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig, select
 
 FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}
@@ -34,15 +34,6 @@ class Grid(NamedTuple):
     splits: int
     one_block: bool  # block n holds all queries of row n
     part: int = 0  # which rows: see the kernel's PART
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """The tuning table's key of a device: "sm90", "gfx942", ..."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm{properties.major}{properties.minor}"
 
 
 def channel_parts(size: int) -> tuple[int, int]:
