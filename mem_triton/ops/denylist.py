@@ -97,18 +97,24 @@ def allowed(
     size: int,
     item_bytes: int,
     rows: int,
+    group: int = 1,
     triton: str | None = None,
 ) -> FusedConfig:
     """``select(architecture, size, item_bytes, rows)``, or what runs instead of it where that is denied.
 
     Instead runs the configuration of a smaller batch: 256 rows, which give one warp group 64 of them, or 32, which go
-    to mma.sync. kernel: "attention", "shared" or "pages". A denial is logged once for each configuration, and counted.
+    to mma.sync. kernel: "attention", "shared" or "pages". group: see ``FusedConfig.holding``. A denial is logged once
+    for each configuration, and counted; ValueError where nothing is left.
     """
+
+    def choose(rows: int) -> FusedConfig:
+        return select(architecture, size, item_bytes, rows).holding(group)
+
     triton = triton or installed()
-    wanted = select(architecture, size, item_bytes, rows)
+    wanted = choose(rows)
     denied = [e for e in ENTRIES if e.hits(triton, architecture, kernel, size, wanted)]
     for fewer in (256, 32) if denied else ():
-        config = select(architecture, size, item_bytes, min(rows, fewer))
+        config = choose(min(rows, fewer))
         if any(e.hits(triton, architecture, kernel, size, config) for e in ENTRIES):
             continue
         for entry in denied:
@@ -120,7 +126,10 @@ def allowed(
             )  # fmt: skip
         return config
     if denied:
-        raise ValueError(f"{denied[0].name}: Triton {triton} leaves {kernel} nothing that may run ({denied[0].issue})")
+        raise ValueError(
+            f"{denied[0].name}: Triton {triton} leaves {kernel} nothing that may run on {architecture} for heads of "
+            f"{size} in groups of {group}; install a Triton that is not {denied[0].triton} ({denied[0].issue})"
+        )
     return wanted
 
 

@@ -39,7 +39,7 @@ def test_every_entry_hits_something_and_names_its_issue(entry: Entry):
 def test_what_runs_is_never_denied(triton: str):
     architectures = ("sm80", "sm90", "sm100", "gfx942")
     for architecture, (kernel, size, item, rows) in itertools.product(architectures, SHAPES):
-        config = allowed(kernel, SELECTS[kernel], architecture, size, item, rows, triton)
+        config = allowed(kernel, SELECTS[kernel], architecture, size, item, rows, triton=triton)
         assert not any(e.hits(triton, architecture, kernel, size, config) for e in ENTRIES), (architecture, kernel)
 
 
@@ -49,29 +49,38 @@ def test_an_entry_without_an_alternative_would_be_seen(monkeypatch):
     monkeypatch.setattr(denylist, "ENTRIES", (everything,))
     allowed.cache_clear()
     with pytest.raises(ValueError, match="nothing that may run"):
-        allowed("attention", select, "sm90", 128, 2, 8192, "3.6.0")
+        allowed("attention", select, "sm90", 128, 2, 8192, triton="3.6.0")
     allowed.cache_clear()
 
 
 def test_hopper_keeps_one_warp_group_until_triton_3_9():
     prefill = ("shared", select_shared, "sm90", 128, 2, 8192)
-    assert (allowed(*prefill, "3.9.0").block_m, allowed(*prefill, "3.9.0").warps) == (128, 8)
-    assert (allowed(*prefill, "3.7.1").block_m, allowed(*prefill, "3.7.1").warps) == (64, 4)
-    assert allowed("attention", select, "sm90", 256, 2, 256, "3.7.1").block_m == 32
+    assert (allowed(*prefill, triton="3.9.0").block_m, allowed(*prefill, triton="3.9.0").warps) == (128, 8)
+    assert (allowed(*prefill, triton="3.7.1").block_m, allowed(*prefill, triton="3.7.1").warps) == (64, 4)
+    assert allowed("attention", select, "sm90", 256, 2, 256, triton="3.7.1").block_m == 32
     decode = ("attention", select, "sm90", 128, 2, 4)
-    assert allowed(*decode, "3.6.0") == select("sm90", 128, 2, 4)
+    assert allowed(*decode, triton="3.6.0") == select("sm90", 128, 2, 4)
 
 
 def test_blackwell_multiplies_synchronously_where_tcgen05_is_wrong():
     odd, even = (("attention", select, "sm100", size, 2, 256) for size in (80, 128))
-    assert [allowed(*odd, v).block_m for v in VERSIONS] == [32, 32, 32, 64]
-    assert [allowed(*even, v).block_m for v in VERSIONS] == [32, 64, 64, 64]
+    assert [allowed(*odd, triton=v).block_m for v in VERSIONS] == [32, 32, 32, 64]
+    assert [allowed(*even, triton=v).block_m for v in VERSIONS] == [32, 64, 64, 64]
+
+
+def test_a_group_of_heads_stays_in_one_program_or_is_refused():
+    """One KV head for 64 query heads (MQA): 64 rows at least, denied or not."""
+    wide = ("attention", select, "sm100", 128, 2, 64, 64)
+    assert allowed(*wide, triton="3.9.0").block_m == 64
+    with pytest.raises(ValueError, match=r"in groups of 64; install a Triton that is not >=3\.6,<3\.7"):
+        allowed(*wide, triton="3.6.0")
+    assert allowed("attention", select, "sm90", 128, 2, 71, 71, triton="3.6.0").block_m == 128
 
 
 def test_other_architectures_are_left_alone():
     for architecture, (kernel, size, item, rows) in itertools.product(("sm80", "gfx942"), SHAPES):
         config = SELECTS[kernel](architecture, size, item, rows)
-        assert allowed(kernel, SELECTS[kernel], architecture, size, item, rows, "3.6.0") == config
+        assert allowed(kernel, SELECTS[kernel], architecture, size, item, rows, triton="3.6.0") == config
         assert denials("3.6.0", architecture) == []
 
 
@@ -80,7 +89,7 @@ def test_a_denial_is_logged_once_and_counted(caplog):
     before = denylist.APPLIED["wgmma of two warp groups"]
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            allowed("attention", select, "sm90", 256, 2, 256, "3.7.1")
+            allowed("attention", select, "sm90", 256, 2, 256, triton="3.7.1")
     assert len(caplog.records) == 1 and "issues/11047" in caplog.text and "32 rows" in caplog.text
     assert denylist.APPLIED["wgmma of two warp groups"] == before + 1
 

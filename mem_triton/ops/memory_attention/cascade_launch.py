@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -88,11 +86,10 @@ def attend_pages(
     rows, group, width = seq_lens.shape[0], query_heads // heads, table.page.shape[1]
     if tokens == 0 or (rows == 0 and merge):
         return
-    config = config or denylist.allowed(
-        "pages", select_pages, architecture(query.device), size, query.element_size(), max_query_len * group
-    )
-    if config.block_m < group:
-        config = replace(config, block_m=1 << (group - 1).bit_length())
+    if config is None:
+        key = architecture(query.device), size, query.element_size(), max_query_len * group, group
+        config = denylist.allowed("pages", select_pages, *key)
+    config = config.holding(group)
     blocks = tokens // (config.block_m // group) + rows + 1
     tiles = -(-width * page_size // config.tile)
     share = max(1, -(-width // split_count(blocks * heads, tiles, config)))

@@ -67,9 +67,7 @@ def launch_parts(query: Tensor, context: PagedContext, out: Tensor, **options: A
     for part, programs_rows in ((1, group), (2, max(group, LONG))):
         if part == 2 and context.max_query_len == 1:
             return
-        config = denylist.allowed("attention", select, architecture, size, query.element_size(), programs_rows)
-        if config.block_m < group:
-            config = replace(config, block_m=1 << (group - 1).bit_length())
+        config = denylist.allowed("attention", select, architecture, size, query.element_size(), programs_rows, group)
         if part == 1:
             cells = 1 << (rows * heads * SPLITS - 1).bit_length()  # few sizes, as they are kept
             grid = launch.Grid(rows, heads, SPLITS, one_block=True, part=part)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -98,11 +97,10 @@ def attend(
     if tokens == 0 or rows == 0:
         return
     group = query_heads // heads
-    config = config or denylist.allowed(
-        "attention", select, architecture(query.device), size, query.element_size(), group * context.max_query_len
-    )
-    if config.block_m < group:
-        config = replace(config, block_m=1 << (group - 1).bit_length())
+    if config is None:
+        key = architecture(query.device), size, query.element_size(), group * context.max_query_len, group
+        config = denylist.allowed("attention", select, *key)
+    config = config.holding(group)
     grid = choose_grid(tokens, rows, heads, group, context, config)
     if grid.splits > 1:
         workspace = workspace or workspace_for(query.device, config, size)

@@ -5,7 +5,7 @@ Chosen from registers, shared memory and occupancy (see the ahead-of-time tests)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class FusedConfig:
     max_splits: int = 32
     memory_tile: int = 32
     quantised_tile: int = 16
+
+    def holding(self, group: int) -> FusedConfig:
+        """The same with at least ``group`` rows, which no program may part: the query heads of a KV head."""
+        return self if self.block_m >= group else replace(self, block_m=1 << (group - 1).bit_length())
 
 
 _PROGRAMS = {"sm80": 216, "sm90": 264, "sm100": 296, "gfx942": 304}  # twice the multiprocessors, once on AMD
