@@ -302,6 +302,6 @@ def main(argv: list[str] | None = None) -> None:
         if path := course.keep():
             console.print(f"kept in {path} and the .csv beside it")
     elif failure:
-        Console(stderr=True, highlight=False).print(f"[bold red]{failure}")
+        Console(stderr=True, highlight=False).print(failure, style="bold red", markup=False)
     red = course is not None and any(gate["gate"] != "green" for gate in course.gates.values())
     raise SystemExit(1 if failure or red else 0)

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.engines.commands import Cell
@@ -101,4 +102,4 @@ def show(console: Console, report: dict[str, Any]) -> None:
         words += [f"room for {held['kv_cache_tokens']:,} tokens of KV cache"] if held.get("kv_cache_tokens") else []
         console.print(f"{name}: {', '.join(words)}")
     for line in report["missing"]:
-        console.print(f"[yellow]missing:[/] {line}")
+        console.print(f"[yellow]missing:[/] {escape(line)}")

@@ -61,7 +61,7 @@ def kernels(
             for case in choose_cases(operation, whose, kinds, words(cases), setup.gpu)
         ]
     except ValueError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]{error}")
+        Console(stderr=True, highlight=False).print(str(error), style="bold red", markup=False)
         raise typer.Exit(2) from None
     head = record.about("time of our operations beside floors and baselines", "python -m benchmarks.kernels")
     head |= {"device": device_name(setup), "is_gpu": setup.gpu, "note": NOTES[setup.device]}

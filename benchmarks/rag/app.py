@@ -80,7 +80,7 @@ def rag(
             with running(servers, console):
                 found = asyncio.run(course(servers, groups, shelf, tokens, alone))
         except DemoError as error:
-            Console(stderr=True, highlight=False).print(f"[bold red]{error}")
+            Console(stderr=True, highlight=False).print(str(error), style="bold red", markup=False)
             raise typer.Exit(1) from None
     read = kv_bytes(stock_model.config, kind, KV_DTYPES[dtype], groups, tokenizer)
     show(console, found, read, head["machine"])
