@@ -71,9 +71,6 @@ def examine_plugins(problems: list[str]) -> dict[str, str]:
 def _first_gpu() -> str | None:
     import torch
 
-    if not torch.cuda.is_available():
-        return None
-    properties = torch.cuda.get_device_properties(0)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm{properties.major}{properties.minor}"
+    from mem_triton.ops.tuning.architecture import architecture
+
+    return architecture(torch.device("cuda", 0)) if torch.cuda.is_available() else None
