@@ -22,7 +22,7 @@ OTHER_TESTS := $(filter-out tests/sglang_engine%,$(TESTS))
 
 # Engines take most of the time, and one thread each: two test files run side by side. Two threads of torch on a busy core
 # are ten times slower than one.
-PYTEST = -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 define run_tests
 $(if $(OTHER_TESTS),OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(OTHER_TESTS) --ignore=tests/sglang_engine -m "$(1)")
 $(if $(SGLANG_TESTS),OMP_NUM_THREADS=1 $(SGLANG_BIN)/python $(PYTEST) $(SGLANG_TESTS) -m "$(1)")

@@ -64,7 +64,7 @@ def test_smaller_pages_are_read_as_what_they_hold(memory_bench, pool_dtype):
     scenarios.smaller_pages_are_read_as_what_they_hold(memory_bench, run_engine, pool_dtype)
 
 
-@pytest.mark.parametrize("runner", ways(["v1", "v2", "v1-tp2"], soak="v1"))
+@pytest.mark.parametrize("runner", ways(["v1", "v2", "v1-tp2"], soak="v1 v1-tp2"))
 def test_a_prompt_is_captured_and_read_again(memory_bench, runner):
     result = scenarios.a_prompt_is_captured_and_read_again(
         memory_bench, run_engine, f"note-{runner}", **RUNNERS[runner]

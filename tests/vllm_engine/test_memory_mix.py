@@ -28,7 +28,7 @@ def test_lora_and_memory_together(memory_bench, lora_bench):
     scenarios.lora_and_memory_together(memory_bench, lora_bench, run_engine, **options)
 
 
-@pytest.mark.parametrize("runner", ways(RUNNERS, soak="v1"))
+@pytest.mark.parametrize("runner", ways(RUNNERS, soak="v1 v1-tp2"))
 def test_b11_retrieval_for_every_chunk_of_the_prompt_and_of_the_answer(memory_bench, runner):
     scenarios.retrieval_for_every_chunk_of_the_prompt_and_of_the_answer(memory_bench, run_engine, **RUNNERS[runner])
 

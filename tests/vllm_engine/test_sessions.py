@@ -20,7 +20,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", ways(WAYS, soak="v2"))
+@pytest.mark.parametrize("way", ways(WAYS, soak="v2 v1_tensor_parallel"))
 def test_sessions_carry_their_state_over(bench, prompts, tmp_path, way):
     scenarios.sessions_carry_their_state_over(bench, prompts, run_engine, tmp_path, 32, **WAYS[way])
 
