@@ -14,8 +14,8 @@ from torch import Tensor
 from benchmarks.kernels.registry import Case, Gate, Operation, Setup, Variant, relative_rms
 from benchmarks.kernels.roofline import Work
 from benchmarks.kernels.shapes import Model, Random
-from mem_triton.ops.attention_inputs import HeadInputs, StateBatch, attention_inputs, attention_inputs_reference
-from mem_triton.ops.delta_rule import DeltaRuleSpec, activate, delta_rule, delta_rule_paged
+from mem_triton.ops.attention_inputs import HeadInputs, attention_inputs, attention_inputs_reference
+from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch, activate, delta_rule, delta_rule_paged
 
 BLOCK = 16  # tokens of a KV block and of a state cell
 SPEC = DeltaRuleSpec(rank=8, heads=1)
@@ -130,7 +130,7 @@ def variants(case: Case, layer: Layer, setup: Setup) -> list[Variant]:
         return relative_rms((qkv if made is None else made, out), (reads, read), (last, final))
 
     def separately() -> Tensor:
-        delta_rule_paged(projections, batch.gate_bias, reads, *batch[1:], **vars(SPEC), **layout)
+        delta_rule_paged(projections, reads, batch, SPEC, **layout)
         return stock(qkv, reads, positions, inputs)
 
     without = Gate(lambda made: relative_rms((made, wanted(False)[0])), STEPWISE[case.dtype])

@@ -15,7 +15,7 @@ from benchmarks.kernels import delta_rule_baselines as baselines
 from benchmarks.kernels.registry import Case, Gate, Operation, Setup, Variant, relative_rms
 from benchmarks.kernels.roofline import Work
 from benchmarks.kernels.shapes import Model, Random
-from mem_triton.ops.delta_rule import DeltaRuleInputs, DeltaRuleSpec, activate, delta_rule, delta_rule_paged
+from mem_triton.ops.delta_rule import DeltaRuleInputs, DeltaRuleSpec, StateBatch, activate, delta_rule, delta_rule_paged
 
 BLOCK = 16  # tokens of a KV block and of a state cell
 TOLERANCE = 1e-5  # relative RMS: states and reads are fp32 whatever the projections are
@@ -25,12 +25,8 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 class Layer(NamedTuple):
     projections: Tensor  # [T, P]
-    gate_bias: Tensor
     reads: Tensor  # fp32 [T, H*r]
-    state_cache: Tensor  # NaN but for the cells that the rows start from
-    block_table: Tensor
-    query_start_loc: Tensor
-    seq_lens: Tensor
+    batch: StateBatch  # its cells are NaN but for those that the rows start from
 
 
 def cases(models: list[Model], dtype: str, gpu: bool) -> list[Case]:
@@ -64,12 +60,14 @@ def build(case: Case, device: str, seed: int) -> Layer:
         cache[table[:, (computed - 1) // BLOCK].long(), 0] = g.normal(batch, spec.state_size)
     return Layer(
         g.normal(batch * queries, spec.projection_width, dtype=case.torch_dtype),
-        torch.full((spec.bias_width,), -1.5, device=device),
         torch.empty(batch * queries, spec.read_width, device=device),
-        cache,
-        table.int(),
-        torch.arange(batch + 1, dtype=torch.int32, device=device) * queries,
-        torch.full((batch,), queries + computed, dtype=torch.int32, device=device),
+        StateBatch(
+            torch.full((spec.bias_width,), -1.5, device=device),
+            cache,
+            table.int(),
+            torch.arange(batch + 1, dtype=torch.int32, device=device) * queries,
+            torch.full((batch,), queries + computed, dtype=torch.int32, device=device),
+        ),
     )
 
 
@@ -87,32 +85,41 @@ def start_states(case: Case, layer: Layer) -> Tensor:
     spec, computed = spec_of(case), case.sizes["context"]
     shape = (case.sizes["batch"], spec.heads, spec.rank, spec.rank)
     if not computed:
-        return torch.zeros(shape, device=layer.state_cache.device)
-    return layer.state_cache[layer.block_table[:, (computed - 1) // BLOCK].long(), 0].view(shape).clone()
+        return torch.zeros(shape, device=layer.reads.device)
+    states = layer.batch
+    return states.state_cache[states.block_table[:, (computed - 1) // BLOCK].long(), 0].view(shape).clone()
 
 
 def variants(case: Case, layer: Layer, setup: Setup) -> list[Variant]:
     spec, start = spec_of(case), start_states(case, layer)
-    options = {**vars(spec), "block_size": BLOCK, "tokens_per_state": BLOCK, "max_query_len": case.sizes["queries"]}
+    projections, reads, states = layer
+    options = {"block_size": BLOCK, "tokens_per_state": BLOCK, "max_query_len": case.sizes["queries"]}
 
     @functools.cache
     def wanted() -> tuple[Tensor, Tensor]:
-        inputs = activate(layer.projections.cpu().double(), layer.gate_bias.cpu().double(), spec)
-        reads, final, _ = delta_rule(inputs, start.cpu().double(), layer.query_start_loc.cpu())
-        return reads.flatten(1), final.flatten(1)
+        inputs = activate(projections.cpu().double(), states.gate_bias.cpu().double(), spec)
+        read, final, _ = delta_rule(inputs, start.cpu().double(), states.query_start_loc.cpu())
+        return read.flatten(1), final.flatten(1)
 
     def error(_: object) -> float:
-        last = layer.state_cache[layer.block_table[:, -1].long(), 0]
-        return relative_rms((layer.reads, wanted()[0]), (last, wanted()[1]))
+        last = states.state_cache[states.block_table[:, -1].long(), 0]
+        return relative_rms((reads, wanted()[0]), (last, wanted()[1]))
 
-    ours = Variant(
-        "delta_rule_paged", lambda: delta_rule_paged(**layer._asdict(), **options), Gate(error, TOLERANCE),
-        work(case), writes=(layer.reads,), updates=(layer.state_cache,),
-    )  # fmt: skip
+    modes = {"delta_rule_paged": False}
+    if setup.gpu and case.sizes["queries"] > 1:  # elsewhere it is the same code
+        modes["delta_rule_paged, batch-invariant"] = True
+    step = functools.partial(delta_rule_paged, projections, reads, states, spec, **options)
+    ours = [
+        Variant(
+            name, functools.partial(step, batch_invariant=invariantly), Gate(error, TOLERANCE), work(case),
+            writes=(reads,), updates=(states.state_cache,),
+        )
+        for name, invariantly in modes.items()
+    ]  # fmt: skip
     batch = (case.sizes["batch"], case.sizes["queries"])
-    inputs = activate(layer.projections.float(), layer.gate_bias, spec)
+    inputs = activate(projections.float(), states.gate_bias, spec)
     inputs = DeltaRuleInputs(*(x.unflatten(0, batch) for x in inputs))  # [batch, queries, H, r]
-    return [ours, *baselines.variants(case, inputs, start, setup)]
+    return [*ours, *baselines.variants(case, inputs, start, setup)]
 
 
 OPERATION = Operation("delta_rule", cases, build, variants)

@@ -29,6 +29,7 @@ from mem_triton.ops.memory_attention import (
     reference,
 )
 from mem_triton.ops.memory_attention.policy import choose
+from mem_triton.ops.tuning.architecture import architecture
 
 TOLERANCE = {"bf16": 1e-2, "fp16": 2e-3, "fp32": 1e-5}  # relative RMS to fp64
 BLOCK, PAGE = 16, 8  # tokens of a KV block; of a page of Memory³: 8 kept of 128
@@ -163,12 +164,11 @@ def variants(case: Case, layer: Layer, setup: Setup) -> list[Variant]:
     judge, own = gate(case, layer), {"scale": scale, "lse": layer.lse, **layer.memory}
     routes = ("fused", "shared_batched") if setup.gpu and s["shared"] else ("fused",)
     chosen = policy_route(case) if setup.gpu else "fused"
+    attend_by = functools.partial(memory_attention, layer.query, layer.context, layer.out, **own)
     calls: dict[str, Callable[[], Any]] = {
-        route: functools.partial(
-            memory_attention, layer.query, layer.context, layer.out, **own, policy=Policy(route)
-        )
-        for route in routes
-    }  # fmt: skip
+        **{route: functools.partial(attend_by, policy=Policy(route)) for route in routes},
+        "fused, batch-invariant": functools.partial(attend_by, policy=Policy("fused", batch_invariant=True)),
+    }
     stock = baselines.stock(case, layer, setup)
     attend, by = baselines.with_lse(case, layer, setup, stock)
     calls[f"stock_context ({by})"] = lambda: add_memory(
@@ -183,8 +183,6 @@ def variants(case: Case, layer: Layer, setup: Setup) -> list[Variant]:
 
 
 def policy_route(case: Case) -> str:
-    from mem_triton.ops.memory_attention.launch import architecture  # Triton is there on Linux only
-
     s = case.sizes
     return choose(
         architecture(torch.device("cuda")), rows=s["batch"], max_query_len=s["queries"], shared_tokens=s["shared"],

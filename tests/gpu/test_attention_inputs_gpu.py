@@ -25,6 +25,7 @@ def call(case: InputsCase) -> None:
     attention_inputs(
         case.projected[:, : case.inputs.width], case.projections, states.reads, case.inputs, case.batch(), states.spec,
         block_size=states.block_size, tokens_per_state=states.tokens_per_state, max_query_len=states.max_query_len,
+        rounded=case.rounded,
     )  # fmt: skip
 
 

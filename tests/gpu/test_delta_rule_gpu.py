@@ -25,7 +25,7 @@ BATCHES = {  # new tokens, tokens before
 def run(case: PagedCase) -> PagedCase:
     """The case after the op ran on the GPU, back on the CPU."""
     on_gpu = case.clone().to("cuda")
-    delta_rule_paged(**on_gpu.tensors(), **on_gpu.options())
+    delta_rule_paged(*on_gpu.arguments(), **on_gpu.options())
     torch.cuda.synchronize()
     return on_gpu.to("cpu")
 
@@ -72,10 +72,10 @@ def test_graph_replay_equals_eager_bit_by_bit(batch, dtype):
     eager = run(case)
     captured = case.clone().to("cuda")
     warm = case.clone().to("cuda")
-    delta_rule_paged(**warm.tensors(), **warm.options())  # compiles outside of the capture
+    delta_rule_paged(*warm.arguments(), **warm.options())  # compiles outside of the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        delta_rule_paged(**captured.tensors(), **captured.options())
+        delta_rule_paged(*captured.arguments(), **captured.options())
     for name, tensor in captured.tensors().items():  # capture ran nothing, but be sure of the inputs
         if tensor is not None:
             tensor.copy_(getattr(case, name))
@@ -93,10 +93,10 @@ def test_one_captured_decode_graph_serves_smaller_batches():
     full = make_case(spec, [1] * rows, [20] * rows)
     static = full.clone().to("cuda")
     warm = full.clone().to("cuda")
-    delta_rule_paged(**warm.tensors(), **warm.options())
+    delta_rule_paged(*warm.arguments(), **warm.options())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        delta_rule_paged(**static.tensors(), **static.options())
+        delta_rule_paged(*static.arguments(), **static.options())
     for live in (1, 5, 8):
         case = full.clone()
         case.query_start_loc[live:] = live
@@ -127,9 +127,9 @@ def test_runs_are_bit_equal_and_do_not_depend_on_neighbours():
 
 def test_decode_makes_no_host_sync():
     case = make_case(DeltaRuleSpec(8, 1), [1] * 4, [9] * 4).to("cuda")
-    delta_rule_paged(**case.tensors(), **case.options())
+    delta_rule_paged(*case.arguments(), **case.options())
     torch.cuda.set_sync_debug_mode("error")
     try:
-        delta_rule_paged(**case.tensors(), **case.options())
+        delta_rule_paged(*case.arguments(), **case.options())
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mem_triton.ops.attention_inputs import HeadInputs, StateBatch, attention_inputs_reference
-from mem_triton.ops.delta_rule import DeltaRuleSpec
+from mem_triton.ops.attention_inputs import HeadInputs, attention_inputs_reference
+from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch
 from tests.ops.paged_case import PagedCase, assert_matches, expected, make_case, relative_rms
 
-FIELDS = StateBatch._fields
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of one rounding to the dtype
 
 
@@ -21,6 +20,7 @@ class InputsCase:
 
     states: PagedCase
     projected: Tensor  # [T, q + k + v + tail + P]
+    rounded: Tensor  # [T + 1, H*r], NaN
     inputs: HeadInputs
 
     @property
@@ -28,15 +28,15 @@ class InputsCase:
         return self.projected[:, -self.states.spec.projection_width :]
 
     def batch(self) -> StateBatch:
-        return StateBatch(**{name: getattr(self.states, name) for name in FIELDS})
+        return self.states.batch()
 
     def clone(self) -> InputsCase:
-        return replace(self, states=self.states.clone(), projected=self.projected.clone())
+        return replace(self, states=self.states.clone(), projected=self.projected.clone(), rounded=self.rounded.clone())
 
     def to(self, device: str) -> InputsCase:
         tensors = {name: x.to(device) for name, x in vars(self.inputs).items() if isinstance(x, Tensor)}
         inputs = replace(self.inputs, **tensors)
-        return InputsCase(self.states.to(device), self.projected.to(device), inputs)
+        return InputsCase(self.states.to(device), self.projected.to(device), self.rounded.to(device), inputs)
 
 
 def make_inputs(
@@ -68,7 +68,8 @@ def make_inputs(
     rows = sum(inputs.part(letter)[1] for letter in corrects) * size
     inputs = replace(inputs, delta=random(rows, spec.read_width).to(dtype) if rows else None)
     qkv = random(len(states.projections), inputs.width + 3).to(dtype)
-    return InputsCase(states, torch.cat([qkv, states.projections], dim=1), inputs)
+    rounded = torch.full((len(qkv) + 1, spec.read_width), float("nan"), dtype=dtype)
+    return InputsCase(states, torch.cat([qkv, states.projections], dim=1), rounded, inputs)
 
 
 def assert_inputs_match(after: InputsCase, before: InputsCase, tolerance: float = 2e-6) -> None:
@@ -78,6 +79,8 @@ def assert_inputs_match(after: InputsCase, before: InputsCase, tolerance: float 
     assert torch.equal(after.projections, before.projections), "the projections are an input and changed"
     assert_matches(unchanged, before.states, want, tolerance)
     live, width = int(before.states.query_start_loc[-1]), before.inputs.width
+    assert torch.equal(after.rounded[:live], after.states.reads[:live].to(after.rounded.dtype))
+    assert after.rounded[live:].isnan().all(), "a read of nobody was written"
     positions = []
     for begin, end, length in zip(
         before.states.query_start_loc[:-1].tolist(), before.states.query_start_loc[1:].tolist(),

@@ -7,12 +7,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from mem_triton.ops.delta_rule import DeltaRuleSpec, activate, delta_rule
+from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch, activate, delta_rule
 
-TENSORS = (
-    "projections", "gate_bias", "reads", "state_cache", "block_table", "query_start_loc", "seq_lens",
-    "initial_states", "initial_slot", "write_enabled", "last_states",
-)  # fmt: skip
+TENSORS = ("projections", "reads", *StateBatch._fields)
 
 
 @dataclass
@@ -39,9 +36,15 @@ class PagedCase:
     def tensors(self) -> dict[str, Tensor | None]:
         return {name: getattr(self, name) for name in TENSORS}
 
-    def options(self) -> dict:
+    def batch(self) -> StateBatch:
+        return StateBatch(**{name: getattr(self, name) for name in StateBatch._fields})
+
+    def arguments(self) -> tuple[Tensor, Tensor, StateBatch, DeltaRuleSpec]:
+        """The op's positional ones."""
+        return self.projections, self.reads, self.batch(), self.spec
+
+    def options(self) -> dict[str, int]:
         return {
-            **vars(self.spec),
             "block_size": self.block_size,
             "tokens_per_state": self.tokens_per_state,
             "max_query_len": self.max_query_len,

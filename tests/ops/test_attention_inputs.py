@@ -17,7 +17,7 @@ def run(case: InputsCase, **changed) -> InputsCase:
     arguments = {
         "qkv": after.projected[:, : case.inputs.width], "projections": after.projections, "reads": after.states.reads,
         "inputs": case.inputs, "batch": after.batch(), "spec": states.spec, "block_size": states.block_size,
-        "tokens_per_state": states.tokens_per_state, "max_query_len": states.max_query_len,
+        "tokens_per_state": states.tokens_per_state, "max_query_len": states.max_query_len, "rounded": after.rounded,
     }  # fmt: skip
     attention_inputs(**{**arguments, **changed})
     return after
@@ -41,6 +41,8 @@ def test_against_the_oracle(queries, computed, dtype, corrects, norms, rotated):
         (lambda c: {"qkv": c.projected[:3]}, "^qkv: shape"),
         (lambda c: {"qkv": c.projected.double()}, "^qkv: dtype torch.float64"),
         (lambda c: {"qkv": c.projected.T.contiguous().T}, "^qkv: the columns must be contiguous"),
+        (lambda c: {"rounded": c.rounded[:3]}, r"^rounded: shape \(3, 8\), expected a contiguous one of at least 4"),
+        (lambda c: {"rounded": c.rounded[:, 1:]}, "^rounded: shape"),
         (lambda c: {"projections": c.projections[:, 1:]}, "^projections: shape"),
         (lambda c: {"inputs": replace(c.inputs, corrects="kq")}, "^inputs.corrects: 'kq'"),
         (lambda c: {"inputs": replace(c.inputs, corrects="qk")}, r"^inputs.delta: shape \(64, 8\)"),

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from mem_triton.ops.attention_inputs import HeadInputs, StateBatch
-from mem_triton.ops.delta_rule import DeltaRuleSpec
+from mem_triton.ops.attention_inputs import HeadInputs
+from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch
 from tests.support.aot import TARGETS, Resources, check_budget, check_traffic, compile_all, compile_for
 
 pytestmark = pytest.mark.skipif(
@@ -56,8 +56,8 @@ def arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     )  # fmt: skip
     projected = bf16(1, inputs.width + -(-spec.projection_width // 16) * 16)
     return launch.kernel_arguments(
-        projected, projected[:, inputs.width :], torch.zeros(1, spec.read_width), inputs, batch, spec, 16, 16,
-        i32(1) if case.step else None,
+        projected, projected[:, inputs.width :], torch.zeros(1, spec.read_width), bf16(1, spec.read_width), inputs,
+        batch, spec, 16, 16, i32(1) if case.step else None,
     )  # fmt: skip
 
 
@@ -100,6 +100,6 @@ def test_the_step_and_three_kinds_of_heads_read_what_they_must(target: str):
     least = {
         "qkv": (2 * 3 * head, 0), "delta": (3 * head * spec.read_width, 0), "cos_sin": (2 * head, 0),
         "projections": (token, 0), "state_cache": (2 * state, 0), "initial_states": (state, 0),
-        "last_states": (state, 0), "reads": (spec.read_width * 4, 0),
+        "last_states": (state, 0), "reads": (spec.read_width * 4, 0), "rounded": (spec.read_width * 2, 0),
     }  # fmt: skip
     check_traffic(compiled()[Case("llama3-8b", True, target)], least, turns=0, excess=1.25)

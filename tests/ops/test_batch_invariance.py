@@ -52,7 +52,7 @@ def test_delta_mem_alone_in_a_batch_and_cut():
     case = make_states(DeltaRuleSpec(8, 2), [60, 1, 3], [4, 9, 0], slots=[0, 1, 2], writes=[1, 1, 1])
     case.reads[:] = 0
     whole = case.clone()
-    delta_rule_paged(*whole.tensors().values(), **whole.options(), batch_invariant=True)
+    delta_rule_paged(*whole.arguments(), **whole.options(), batch_invariant=True)
     for begin, count in ((0, 37), (37, 23)):
         step = replace(
             case, projections=case.projections[begin:][:count], reads=case.reads[begin:][:count],
@@ -60,7 +60,7 @@ def test_delta_mem_alone_in_a_batch_and_cut():
             seq_lens=torch.tensor([4 + begin + count], dtype=torch.int32), initial_slot=case.initial_slot[:1],
             write_enabled=case.write_enabled[:1], max_query_len=count,
         )  # fmt: skip
-        delta_rule_paged(*step.tensors().values(), **step.options(), batch_invariant=True)
+        delta_rule_paged(*step.arguments(), **step.options(), batch_invariant=True)
     assert torch.equal(case.reads[:60], whole.reads[:60])
 
 

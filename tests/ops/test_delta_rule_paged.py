@@ -16,7 +16,7 @@ from tests.ops.paged_case import PagedCase, assert_matches, expected, make_case,
 
 def run(case: PagedCase) -> PagedCase:
     after = case.clone()
-    delta_rule_paged(**after.tensors(), **after.options())
+    delta_rule_paged(*after.arguments(), **after.options())
     return after
 
 
@@ -63,7 +63,7 @@ def test_a3_any_split_of_a_sequence_gives_the_same_reads_and_state(cuts, span):
             query_start_loc=torch.tensor([0, end - begin], dtype=torch.int32),
             seq_lens=torch.tensor([end], dtype=torch.int32),
         )
-        delta_rule_paged(**step.tensors(), **step.options())
+        delta_rule_paged(*step.arguments(), **step.options())
     assert torch.equal(parts.reads[:total], after.reads[:total])  # bit by bit: nothing depends on the cut
     assert torch.equal(parts.state_cache, after.state_cache)
     assert torch.equal(parts.last_states[1, 1], after.last_states[1, 1])
@@ -133,7 +133,8 @@ def test_opcheck():
     for slots in (None, [1, -1]):
         case = make_case(DeltaRuleSpec(8, 1), [3, 1], [0, 9], slots=slots, writes=slots and [1, 0])
         case.reads.zero_()  # opcheck compares runs, and NaN equals nothing
-        torch.library.opcheck(torch.ops.mem_triton.delta_rule_paged, tuple(case.tensors().values()), case.options())
+        options = {**vars(case.spec), **case.options()}
+        torch.library.opcheck(torch.ops.mem_triton.delta_rule_paged, tuple(case.tensors().values()), options)
 
 
 def test_a_compiled_caller_gets_the_same_as_an_eager_one():
@@ -141,10 +142,10 @@ def test_a_compiled_caller_gets_the_same_as_an_eager_one():
     eager, traced = run(case), case.clone()
 
     @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(**tensors):
-        delta_rule_paged(**tensors, **case.options())
+    def step(*arguments):
+        delta_rule_paged(*arguments, **case.options())
 
-    step(**traced.tensors())
+    step(*traced.arguments())
     assert torch.equal(traced.state_cache, eager.state_cache) and torch.equal(traced.reads[:4], eager.reads[:4])
 
 
@@ -172,13 +173,12 @@ def test_a_compiled_caller_gets_the_same_as_an_eager_one():
 )
 def test_a_tensor_that_does_not_fit_is_named(name, spoil):
     case = make_case(DeltaRuleSpec(8, 1), [3, 1], [0, 9], slots=[0, 1], writes=[1, 1])
-    tensors = case.tensors()
-    tensors[name] = spoil(tensors[name])
+    spoilt = replace(case, **{name: spoil(getattr(case, name))})
     with pytest.raises(ValueError, match=f"^{name}: "):
-        delta_rule_paged(**tensors, **case.options())
+        delta_rule_paged(*spoilt.arguments(), **case.options())
 
 
 def test_block_size_must_hold_whole_spans():
     case = make_case(DeltaRuleSpec(8, 1), [3], [0])
     with pytest.raises(ValueError, match="block_size=8 must be a multiple of tokens_per_state=3"):
-        delta_rule_paged(**case.tensors(), **{**case.options(), "tokens_per_state": 3})
+        delta_rule_paged(*case.arguments(), **{**case.options(), "tokens_per_state": 3})

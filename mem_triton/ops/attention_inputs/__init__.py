@@ -2,6 +2,6 @@
 
 from mem_triton.ops.attention_inputs.op import attention_inputs
 from mem_triton.ops.attention_inputs.reference import attention_inputs_reference
-from mem_triton.ops.attention_inputs.types import HeadInputs, StateBatch
+from mem_triton.ops.attention_inputs.types import HeadInputs
 
-__all__ = ["HeadInputs", "StateBatch", "attention_inputs", "attention_inputs_reference"]
+__all__ = ["HeadInputs", "attention_inputs", "attention_inputs_reference"]

@@ -53,8 +53,8 @@ def treat_head(
 
 @triton.jit(do_not_specialize=["num_rows", "stride_table"])  # no new variant for another batch while serving
 def inputs_kernel(
-    qkv, projections, reads, delta, q_norm, k_norm, cos_sin, gate_bias, state_cache, block_table, query_start_loc,
-    seq_lens, initial_states, initial_slot, write_enabled, last_states, counter, num_rows, eps,
+    qkv, projections, reads, rounded, delta, q_norm, k_norm, cos_sin, gate_bias, state_cache, block_table,
+    query_start_loc, seq_lens, initial_states, initial_slot, write_enabled, last_states, counter, num_rows, eps,
     stride_qkv, stride_token, stride_read, stride_cos_sin, stride_block, stride_cell, stride_table,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, FIRST: tl.constexpr, PROGRAMS: tl.constexpr,
     CORRECT_Q: tl.constexpr, CORRECT_K: tl.constexpr, CORRECT_V: tl.constexpr, STEP: tl.constexpr,
@@ -98,6 +98,9 @@ def inputs_kernel(
             low, high = tl.where(before, middle, low), tl.where(before, high, middle)
         position = tl.load(seq_lens + low) - (tl.load(query_start_loc + low + 1) - token)
         read = tl.load(reads + tl.cast(token, tl.int64) * stride_read + rows, mask=live, other=0.0)
+    if rounded is not None:  # noqa: SIM102, a compile-time one
+        if tl.program_id(1) == 0:
+            tl.store(rounded + tl.cast(token, tl.int64) * WIDTH + rows, read.to(rounded.dtype.element_ty), mask=live)
 
     column = qkv + tl.cast(token, tl.int64) * stride_qkv + head * HEAD_DIM
     if cos_sin is not None:

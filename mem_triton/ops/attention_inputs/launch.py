@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from mem_triton.ops.attention_inputs.kernels import inputs_kernel
-from mem_triton.ops.attention_inputs.types import HeadInputs, StateBatch
+from mem_triton.ops.attention_inputs.types import HeadInputs
 from mem_triton.ops.delta_rule import launch as delta_rule_launch
 from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
+from mem_triton.ops.delta_rule.types import StateBatch
 from mem_triton.ops.tuning import attention_inputs as tuning
 from mem_triton.ops.tuning.delta_rule import DeltaRuleConfig
 
@@ -26,6 +27,7 @@ def prepare(
     block_size: int,
     tokens_per_state: int,
     max_query_len: int,
+    rounded: Tensor | None = None,
     counter: Tensor | None = None,
     config: DeltaRuleConfig | None = None,
     batch_invariant: bool = False,
@@ -39,15 +41,15 @@ def prepare(
     step = max_query_len == 1 and heads > 0 and tuning.steps_inside(spec) and not batch_invariant
     if not step:
         longest = 1 if batch_invariant else max_query_len
-        delta_rule_launch.step_rows(
-            projections, batch.gate_bias, reads, *batch[1:], spec, block_size, tokens_per_state, longest, config
-        )
+        delta_rule_launch.step_rows(projections, reads, batch, spec, block_size, tokens_per_state, longest, config)
     if not heads:
+        if rounded is not None:
+            rounded[:tokens].copy_(reads[:tokens])
         return
     if step and counter is None:
         counter = counter_for(qkv.device, rows)
     arguments, constants = kernel_arguments(
-        qkv, projections, reads, inputs, batch, spec, block_size, tokens_per_state, counter if step else None
+        qkv, projections, reads, rounded, inputs, batch, spec, block_size, tokens_per_state, counter if step else None
     )
     warps = tuning.warps(constants["PAIR_BLOCK"], constants["ROWS"])
     inputs_kernel[(rows if step else tokens, heads)](**arguments, **constants, num_warps=warps, **OPTIONS)
@@ -73,8 +75,8 @@ def counter_for(device: torch.device, rows: int) -> Tensor:
 
 
 def kernel_arguments(
-    qkv: Tensor, projections: Tensor, reads: Tensor, inputs: HeadInputs, batch: StateBatch, spec: DeltaRuleSpec,
-    block_size: int, tokens_per_state: int, counter: Tensor | None,
+    qkv: Tensor, projections: Tensor, reads: Tensor, rounded: Tensor | None, inputs: HeadInputs, batch: StateBatch,
+    spec: DeltaRuleSpec, block_size: int, tokens_per_state: int, counter: Tensor | None,
 ) -> tuple[dict, dict]:  # fmt: skip
     """The kernel's runtime and compile-time arguments by name; with a counter the kernel advances the states itself."""
     first, heads = inputs.touched()
@@ -82,9 +84,9 @@ def kernel_arguments(
     rest = inputs.head_dim - 2 * pairs
     power = lambda n: 1 << (n - 1).bit_length()  # noqa: E731
     arguments = {
-        "qkv": qkv, "projections": projections, "reads": reads, "delta": inputs.delta, "q_norm": inputs.q_norm,
-        "k_norm": inputs.k_norm, "cos_sin": inputs.cos_sin, **batch._asdict(), "counter": counter,
-        "num_rows": batch.seq_lens.shape[0], "eps": inputs.eps,
+        "qkv": qkv, "projections": projections, "reads": reads, "rounded": rounded, "delta": inputs.delta,
+        "q_norm": inputs.q_norm, "k_norm": inputs.k_norm, "cos_sin": inputs.cos_sin, **batch._asdict(),
+        "counter": counter, "num_rows": batch.seq_lens.shape[0], "eps": inputs.eps,
         "stride_qkv": qkv.stride(0), "stride_token": projections.stride(0), "stride_read": reads.stride(0),
         "stride_cos_sin": inputs.cos_sin.stride(0) if inputs.cos_sin is not None else 0,
         "stride_block": batch.state_cache.stride(0), "stride_cell": batch.state_cache.stride(1),

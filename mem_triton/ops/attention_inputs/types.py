@@ -1,25 +1,10 @@
-"""Arguments of ``attention_inputs``, grouped by what they are about."""
+"""What ``attention_inputs`` is told of a layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
-
-
-class StateBatch(NamedTuple):
-    """One step's rows and their states: the arguments of ``delta_rule.delta_rule_paged`` of the same names."""
-
-    gate_bias: Tensor
-    state_cache: Tensor
-    block_table: Tensor
-    query_start_loc: Tensor
-    seq_lens: Tensor
-    initial_states: Tensor | None = None
-    initial_slot: Tensor | None = None
-    write_enabled: Tensor | None = None
-    last_states: Tensor | None = None
 
 
 @dataclass(frozen=True)

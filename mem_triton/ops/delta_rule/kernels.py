@@ -21,7 +21,7 @@ from mem_triton.ops.delta_rule.kernel_parts import (
 
 @triton.jit(do_not_specialize=["num_rows", "stride_table"])  # no new variant for another batch while serving
 def recurrent_kernel(
-    projections, gate_bias, reads, state_cache, block_table, query_start_loc, seq_lens,
+    projections, reads, gate_bias, state_cache, block_table, query_start_loc, seq_lens,
     initial_states, initial_slot, write_enabled, last_states, maps, num_rows,
     stride_token, stride_read, stride_block, stride_cell, stride_table,
     RANK: tl.constexpr, HEADS: tl.constexpr, RANKWISE: tl.constexpr, COUPLED: tl.constexpr, MODE: tl.constexpr,

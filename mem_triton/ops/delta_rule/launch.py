@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mem_triton.ops.delta_rule.kernels import chunk_maps_kernel, recurrent_kernel
 from mem_triton.ops.delta_rule.reference import MODES, DeltaRuleSpec
+from mem_triton.ops.delta_rule.types import StateBatch
 from mem_triton.ops.tuning.architecture import architecture
 from mem_triton.ops.tuning.delta_rule import DeltaRuleConfig, select
 
@@ -36,16 +37,8 @@ def program_shape(config: DeltaRuleConfig, spec: DeltaRuleSpec, chunked: bool) -
 
 def step_rows(
     projections: Tensor,
-    gate_bias: Tensor,
     reads: Tensor,
-    state_cache: Tensor,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    initial_states: Tensor | None,
-    initial_slot: Tensor | None,
-    write_enabled: Tensor | None,
-    last_states: Tensor | None,
+    batch: StateBatch,
     spec: DeltaRuleSpec,
     block_size: int,
     tokens_per_state: int,
@@ -57,9 +50,9 @@ def step_rows(
     Arguments as in ``op.delta_rule_paged``. The grid depends on shapes and ``max_query_len`` alone.
     """
     config = config or select(architecture(projections.device), spec.rank)
-    tokens, num_rows = projections.shape[0], seq_lens.shape[0]
-    batch = (block_table, query_start_loc, seq_lens, initial_states, initial_slot, write_enabled)
-    strides = (*state_cache.stride()[:2], block_table.stride(0))
+    tokens, num_rows = projections.shape[0], batch.seq_lens.shape[0]
+    states = batch[:-1]  # all but last_states, which the first launch does not write
+    strides = (*batch.state_cache.stride()[:2], batch.block_table.stride(0))
     fixed = constants(spec, block_size, tokens_per_state)
     if num_rows == 0 or tokens == 0:
         return
@@ -73,11 +66,11 @@ def step_rows(
     options = {"num_warps": warps, **OPTIONS}
     if chunk:
         chunk_maps_kernel[grid](
-            projections, gate_bias, state_cache, *batch, maps, num_rows, projections.stride(0), *strides,
+            projections, *states, maps, num_rows, projections.stride(0), *strides,
             **fixed, ROWS=rows, CHUNK=chunk, **options,
         )  # fmt: skip
     recurrent_kernel[grid](
-        projections, gate_bias, reads, state_cache, *batch, last_states, maps, num_rows,
+        projections, reads, *batch, maps, num_rows,
         projections.stride(0), reads.stride(0), *strides,
         **fixed, ROWS=rows, CHUNK=chunk, **options,
     )  # fmt: skip

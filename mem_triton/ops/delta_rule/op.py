@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mem_triton.ops.delta_rule.reference import DeltaRuleSpec, UpdateMode
+from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
+from mem_triton.ops.delta_rule.types import StateBatch
 
 _SCHEMA = """delta_rule_paged(
-    Tensor projections, Tensor gate_bias, Tensor(a!) reads, Tensor(b!) state_cache, Tensor block_table,
+    Tensor projections, Tensor(a!) reads, Tensor gate_bias, Tensor(b!) state_cache, Tensor block_table,
     Tensor query_start_loc, Tensor seq_lens, Tensor? initial_states, Tensor? initial_slot, Tensor? write_enabled,
     Tensor(c!)? last_states, *, int rank, int heads, bool rankwise_gates, bool couple_lambda, str update_mode,
     bool normalize_qk, int block_size, int tokens_per_state, int max_query_len, bool batch_invariant=False) -> ()"""
@@ -19,77 +20,61 @@ _SCHEMA = """delta_rule_paged(
 
 def delta_rule_paged(
     projections: Tensor,
-    gate_bias: Tensor,
     reads: Tensor,
-    state_cache: Tensor,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    initial_states: Tensor | None = None,
-    initial_slot: Tensor | None = None,
-    write_enabled: Tensor | None = None,
-    last_states: Tensor | None = None,
+    batch: StateBatch,
+    spec: DeltaRuleSpec,
     *,
-    rank: int,
-    heads: int,
-    rankwise_gates: bool,
-    couple_lambda: bool,
-    update_mode: UpdateMode,
-    normalize_qk: bool,
     block_size: int,
     tokens_per_state: int,
     max_query_len: int,
     batch_invariant: bool = False,
 ) -> None:
-    """Read and update the states of a varlen batch of N rows, in place (δ-mem, arXiv 2605.12357, section 3).
+    """Read and update the states of a varlen batch, in place (δ-mem, arXiv 2605.12357, section 3).
 
     projections: [T, P] fp32, bf16 or fp16, laid out q | k | v | beta [| lambda]; T may exceed the batch's tokens.
-    gate_bias: fp32 [bias_width]. reads: fp32 [>= T, H*r], written for every token of a row, before its own write.
-    state_cache: fp32 [blocks, cells, H*r*r]; cell (b, i) holds the state after the last processed token among the
-    ``tokens_per_state`` tokens i of block b. block_table: int32 [N, max_blocks]; block 0 holds no state, takes none.
-    query_start_loc: int32 [N + 1]; row n has tokens [n] ... [n + 1] - 1, none = the row is padding and is not touched.
-    seq_lens: int32 [N], each row's length after this step. A row that has no tokens behind it starts from
-    ``initial_states[initial_slot]`` (fp32 [S, H*r*r], int32 [N]; -1 = zeros), any other from its last token's cell.
-    write_enabled: int32 [N]; 0 = the row's state stays as it is: it is read, and carried from cell to cell unchanged.
-    last_states: fp32 [S, 2, H*r*r]; a row with a slot leaves the state after its last token at [slot, (len - 1) % 2].
+    reads: fp32 [>= T, H*r], written for every token of a row, before its own write.
+    block_size: tokens of a block of ``batch``, a multiple of tokens_per_state, the tokens of a state's cell.
     max_query_len: at least the longest row's tokens in this step, a host integer (it picks the kernels).
     batch_invariant: a row's bits depend neither on the other rows nor on how its tokens come in steps: on a GPU, too,
     it is walked token by token then, however long.
 
+    Example::
+
+        delta_rule_paged(hidden @ adapter.down.T, reads, StateBatch(gate_bias, cache, block_table, starts, lengths),
+                         spec, block_size=16, tokens_per_state=16, max_query_len=1)
+
     No host sync and no data-dependent shape on a GPU. ValueError names the tensor that does not fit.
     """
     # The op boundary is for tracers (torch.compile, fake tensors); without one it would only cost 40 us a layer.
-    traced = torch.compiler.is_compiling() or type(projections) is not Tensor
-    (torch.ops.mem_triton.delta_rule_paged if traced else _run)(
-        projections, gate_bias, reads, state_cache, block_table, query_start_loc, seq_lens,
-        initial_states, initial_slot, write_enabled, last_states,
-        rank=rank, heads=heads, rankwise_gates=rankwise_gates, couple_lambda=couple_lambda, update_mode=update_mode,
-        normalize_qk=normalize_qk, block_size=block_size, tokens_per_state=tokens_per_state,
-        max_query_len=max_query_len, batch_invariant=batch_invariant,
+    if not torch.compiler.is_compiling() and type(projections) is Tensor:
+        return _run(projections, reads, batch, spec, block_size, tokens_per_state, max_query_len, batch_invariant)
+    return torch.ops.mem_triton.delta_rule_paged(
+        projections, reads, *batch, rank=spec.rank, heads=spec.heads, rankwise_gates=spec.rankwise_gates,
+        couple_lambda=spec.couple_lambda, update_mode=spec.update_mode, normalize_qk=spec.normalize_qk,
+        block_size=block_size, tokens_per_state=tokens_per_state, max_query_len=max_query_len,
+        batch_invariant=batch_invariant,
     )  # fmt: skip
 
 
-def _run(
-    projections, gate_bias, reads, state_cache, block_table, query_start_loc, seq_lens,
-    initial_states, initial_slot, write_enabled, last_states, *, rank, heads, rankwise_gates, couple_lambda,
-    update_mode, normalize_qk, block_size, tokens_per_state, max_query_len, batch_invariant=False,
+def _traced(
+    projections, reads, *batch, rank, heads, rankwise_gates, couple_lambda, update_mode, normalize_qk,
+    block_size, tokens_per_state, max_query_len, batch_invariant=False,
 ):  # fmt: skip
     spec = DeltaRuleSpec(rank, heads, rankwise_gates, couple_lambda, update_mode, normalize_qk)
-    tensors = (
-        projections, gate_bias, reads, state_cache, block_table, query_start_loc, seq_lens,
-        initial_states, initial_slot, write_enabled, last_states,
-    )  # fmt: skip
-    check(*tensors, spec, block_size, tokens_per_state)
+    layout = (block_size, tokens_per_state, max_query_len, batch_invariant)
+    _run(projections, reads, StateBatch(*batch), spec, *layout)
+
+
+def _run(projections, reads, batch, spec, block_size, tokens_per_state, max_query_len, batch_invariant):
+    check(projections, reads, batch, spec, block_size, tokens_per_state)
     if batch_invariant:
         max_query_len = 1  # as if no row were long enough for chunks
     if projections.device.type == "cpu":
-        from mem_triton.ops.delta_rule import paged_numba  # numba takes half a second to import
-
-        paged_numba.step_rows(*tensors, spec, block_size, tokens_per_state, max_query_len)
+        from mem_triton.ops.delta_rule import paged_numba as path  # numba takes half a second to import
     else:
-        from mem_triton.ops.delta_rule import launch  # Triton is there on Linux only
+        from mem_triton.ops.delta_rule import launch as path  # Triton is there on Linux only
 
-        launch.step_rows(*tensors, spec, block_size, tokens_per_state, max_query_len)
+    path.step_rows(projections, reads, batch, spec, block_size, tokens_per_state, max_query_len)
 
 
 def _fits(shape: torch.Size, expected: tuple[int | None, ...]) -> bool:
@@ -100,11 +85,10 @@ def _fits(shape: torch.Size, expected: tuple[int | None, ...]) -> bool:
 
 
 def check(
-    projections, gate_bias, reads, state_cache, block_table, query_start_loc, seq_lens,
-    initial_states, initial_slot, write_enabled, last_states, spec, block_size, tokens_per_state,
-) -> None:  # fmt: skip
+    projections: Tensor, reads: Tensor, batch: StateBatch, spec: DeltaRuleSpec, block_size: int, tokens_per_state: int
+) -> None:
     """Raise a ValueError that names the first tensor whose shape, dtype or layout the op cannot take."""
-    rows, size = seq_lens.shape[0], spec.state_size
+    rows, size = batch.seq_lens.shape[0], spec.state_size
     if block_size % tokens_per_state:
         raise ValueError(f"block_size={block_size} must be a multiple of tokens_per_state={tokens_per_state}")
     if projections.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -114,16 +98,16 @@ def check(
     device = projections.device
     for name, tensor, shape, dtype in (
         ("projections", projections, (None, spec.projection_width), projections.dtype),
-        ("gate_bias", gate_bias, (spec.bias_width,), torch.float32),
+        ("gate_bias", batch.gate_bias, (spec.bias_width,), torch.float32),
         ("reads", reads, (None, spec.read_width), torch.float32),
-        ("state_cache", state_cache, (None, block_size // tokens_per_state, size), torch.float32),
-        ("block_table", block_table, (rows, None), torch.int32),
-        ("query_start_loc", query_start_loc, (rows + 1,), torch.int32),
-        ("seq_lens", seq_lens, (rows,), torch.int32),
-        ("initial_states", initial_states, (None, size), torch.float32),
-        ("initial_slot", initial_slot, (rows,), torch.int32),
-        ("write_enabled", write_enabled, (rows,), torch.int32),
-        ("last_states", last_states, (None, 2, size), torch.float32),
+        ("state_cache", batch.state_cache, (None, block_size // tokens_per_state, size), torch.float32),
+        ("block_table", batch.block_table, (rows, None), torch.int32),
+        ("query_start_loc", batch.query_start_loc, (rows + 1,), torch.int32),
+        ("seq_lens", batch.seq_lens, (rows,), torch.int32),
+        ("initial_states", batch.initial_states, (None, size), torch.float32),
+        ("initial_slot", batch.initial_slot, (rows,), torch.int32),
+        ("write_enabled", batch.write_enabled, (rows,), torch.int32),
+        ("last_states", batch.last_states, (None, 2, size), torch.float32),
     ):
         if tensor is None:
             continue
@@ -135,15 +119,15 @@ def check(
             raise ValueError(f"{name}: the last dimension must be contiguous, its stride is {tensor.stride(-1)}")
         if tensor.device != device:
             raise ValueError(f"{name}: on {tensor.device}, projections on {device}")
-    for name, tensor in (("initial_states", initial_states), ("last_states", last_states)):
+    for name, tensor in (("initial_states", batch.initial_states), ("last_states", batch.last_states)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: must be contiguous, its strides are {tensor.stride()}")
-    if initial_slot is None and (initial_states is not None or last_states is not None):
+    if batch.initial_slot is None and (batch.initial_states is not None or batch.last_states is not None):
         raise ValueError("initial_slot: needed to place initial_states or last_states")
 
 
 _LIBRARY = torch.library.Library("mem_triton", "FRAGMENT")
 _LIBRARY.define(_SCHEMA)
 for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("delta_rule_paged", _run, _device)
+    _LIBRARY.impl("delta_rule_paged", _traced, _device)
 torch.library.register_fake("mem_triton::delta_rule_paged", lambda *args, **kwargs: None, lib=_LIBRARY)

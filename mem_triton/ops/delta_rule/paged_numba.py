@@ -14,6 +14,7 @@ from numba import njit
 from torch import Tensor
 
 from mem_triton.ops.delta_rule.reference import L2_NORM_EPS, MODES, DeltaRuleSpec
+from mem_triton.ops.delta_rule.types import StateBatch
 
 NULL_BLOCK = 0  # the serving engine's placeholder block: never read as a state, never written
 # Sums may be reordered, for vector instructions: always in the same way. Infinities and NaN keep their meaning.
@@ -23,16 +24,8 @@ _NO_SLOTS, _NO_STATES, _NO_RING = np.empty(0, np.int32), np.empty((0, 0), np.flo
 
 def step_rows(
     projections: Tensor,
-    gate_bias: Tensor,
     reads: Tensor,
-    state_cache: Tensor,
-    block_table: Tensor,
-    query_start_loc: Tensor,
-    seq_lens: Tensor,
-    initial_states: Tensor | None,
-    initial_slot: Tensor | None,
-    write_enabled: Tensor | None,
-    last_states: Tensor | None,
+    batch: StateBatch,
     spec: DeltaRuleSpec,
     block_size: int,
     tokens_per_state: int,
@@ -44,10 +37,9 @@ def step_rows(
         return absent if tensor is None else tensor.numpy()
 
     _advance(
-        projections.float().numpy(), gate_bias.numpy(), reads.numpy(), state_cache.numpy(), block_table.numpy(),
-        query_start_loc.numpy(), seq_lens.numpy(),
-        array(initial_states, _NO_STATES), array(initial_slot, _NO_SLOTS), array(write_enabled, _NO_SLOTS),
-        array(last_states, _NO_RING),
+        projections.float().numpy(), reads.numpy(), *(tensor.numpy() for tensor in batch[:5]),
+        array(batch.initial_states, _NO_STATES), array(batch.initial_slot, _NO_SLOTS),
+        array(batch.write_enabled, _NO_SLOTS), array(batch.last_states, _NO_RING),
         spec.rank, spec.heads, spec.rankwise_gates, spec.couple_lambda, MODES[spec.update_mode], spec.normalize_qk,
         block_size, tokens_per_state,
     )  # fmt: skip
@@ -73,12 +65,12 @@ def _sigmoid(x):
 
 
 @njit(
-    "void(f4[:,:], f4[:], f4[:,:], f4[:,:,:], i4[:,:], i4[:], i4[:], f4[:,:], i4[:], i4[:], f4[:,:,:],"
+    "void(f4[:,:], f4[:,:], f4[:], f4[:,:,:], i4[:,:], i4[:], i4[:], f4[:,:], i4[:], i4[:], f4[:,:,:],"
     "i8, i8, b1, b1, i8, b1, i8, i8)",
     **OPTIONS,
 )
 def _advance(
-    projections, gate_bias, reads, cache, block_table, starts, lengths, initial, slots, writes, ring,
+    projections, reads, gate_bias, cache, block_table, starts, lengths, initial, slots, writes, ring,
     rank, heads, rankwise, coupled, mode, normalize, block_size, span,
 ):  # fmt: skip
     """Arrays as the op's tensors; those that are not given are empty. The state is [H*r, r]: rows never mix."""

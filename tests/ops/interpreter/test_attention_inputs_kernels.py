@@ -25,7 +25,8 @@ def run(case: InputsCase, order: str = "forward", counter: torch.Tensor | None =
     with sanitize(order) as findings:
         launch.prepare(
             after.projected[:, : case.inputs.width], after.projections, after.states.reads, case.inputs, after.batch(),
-            states.spec, states.block_size, states.tokens_per_state, states.max_query_len, counter, CONFIG,
+            states.spec, states.block_size, states.tokens_per_state, states.max_query_len, after.rounded, counter,
+            CONFIG,
         )  # fmt: skip
     assert not findings, "\n".join(findings)
     assert not counter.any(), "a replayed graph would find a counter that is not zero"

@@ -113,7 +113,7 @@ def delta(case, batch_invariant: bool):
     config = replace(select("sm90", 8), max_recurrent=16, chunk=16)  # so that few tokens make a long prompt
     longest = 1 if batch_invariant else case.max_query_len  # as the op has it
     launch.step_rows(
-        *after.tensors().values(), case.spec, case.block_size, case.tokens_per_state, longest, config
+        *after.arguments(), case.block_size, case.tokens_per_state, longest, config
     )  # fmt: skip
     return after
 

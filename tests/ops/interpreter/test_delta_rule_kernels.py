@@ -23,9 +23,7 @@ def run(case: PagedCase, config: DeltaRuleConfig, order: str = "forward") -> Pag
     """The case after the kernels ran on a copy of it; fails on any finding of the memory checker."""
     after = case.clone()
     with sanitize(order) as findings:
-        launch.step_rows(
-            *after.tensors().values(), case.spec, case.block_size, case.tokens_per_state, case.max_query_len, config
-        )
+        launch.step_rows(*after.arguments(), case.block_size, case.tokens_per_state, case.max_query_len, config)
     assert not findings, "\n".join(findings)
     return after
 
@@ -104,7 +102,7 @@ def test_strided_tensors(config):
     reads = torch.full((len(case.reads), 11), float("nan"))
     strided = replace(case, state_cache=wide[:, 1], projections=projections[:, :32], reads=reads[:, 2:10])
     with sanitize() as findings:
-        launch.step_rows(*strided.tensors().values(), case.spec, 8, 4, case.max_query_len, config)
+        launch.step_rows(*strided.arguments(), 8, 4, case.max_query_len, config)
     assert not findings, findings
     assert_matches(strided, case, want)
     assert wide[:, [0, 2]].isnan().all() and reads[:, [0, 1, 10]].isnan().all()
@@ -149,7 +147,7 @@ def test_a3_any_split_of_a_sequence_gives_the_same_reads_and_state(split, first,
             query_start_loc=torch.tensor([0, end - begin], dtype=torch.int32),
             seq_lens=torch.tensor([end], dtype=torch.int32),
         )
-        launch.step_rows(*part.tensors().values(), spec, 8, span, end - begin, config)
+        launch.step_rows(*part.arguments(), 8, span, end - begin, config)
     assert relative_rms(parts.reads[:total], after.reads[:total].double()) <= 1e-6
     assert relative_rms(parts.state_cache, after.state_cache.double()) <= 1e-6
     end = (1, (total - 1) % 2)
@@ -196,7 +194,7 @@ def test_long_rows_stay_within_1e_5_of_fp64(chunked, tokens):
     case = make_case(spec, [tokens], [0], block_size=16, tokens_per_state=16)
     case.gate_bias.fill_(-3.0)  # slow forgetting: errors add up over long stretches
     config = replace(select("sm90", 4), max_recurrent=0 if chunked else 1 << 30)
-    launch.step_rows(*case.tensors().values(), spec, 16, 16, tokens, config)
+    launch.step_rows(*case.arguments(), 16, 16, tokens, config)
     inputs = activate(case.projections.double(), case.gate_bias.double(), spec)
     reads, final, _ = delta_rule(inputs)
     assert relative_rms(case.reads[:tokens], reads.flatten(1)) <= 1e-5
