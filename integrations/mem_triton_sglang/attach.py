@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.layers.linear import QKVParallelLinear
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_context import get_attn_backend
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from mem_triton.config import ConfigError, DeltaSection
 from mem_triton.runtime.engine_shape import EngineShape
 from mem_triton.runtime.worker.attach import DeltaLayers, attention_modules, served_adapter
+from mem_triton.runtime.worker.folding import fold
 from mem_triton.runtime.worker.layers import DeltaMemory, has_launches
 from mem_triton_sglang.states import DeltaStates
 
@@ -55,41 +58,62 @@ def attach(model: nn.Module, shape: EngineShape, section: DeltaSection, page_siz
         check_attention(name, module.attn, "δ-mem")
     layers = DeltaLayers(adapter, modules, shape, rank, next(model.parameters()).device)
     states = DeltaStates(layers.spec, layers.slots, len(layers.weights), page_size)
+    launches = has_launches(layers.reads.device)
+    rounded, how = layers.reads.to(shape.dtype) if launches else None, "no layer of it is on this rank"
     for index, name in enumerate(layers.weights):
         module, attention = modules[name], modules[name].attn
         step = functools.partial(_advance, states, index)
-        memory = layers.memory(name, attention.tp_q_head_num, attention.tp_k_head_num, step, fuse=False)
+        heads = attention.tp_q_head_num, attention.tp_k_head_num
+        memory = layers.memory(name, *heads, step, fuse=False, rounded=rounded)
+        if launches:
+            states.inputs[index] = memory.head_inputs(*heads, attention.qk_head_dim)
+            how = _prepare_in_one_launch(module.qkv_proj, memory, functools.partial(_prepare, states, index))
+        else:
+            how = "operators of their own, as a CPU launches nothing"
+            module.qkv_proj.register_forward_hook(functools.partial(_read_and_correct, memory))
         # The sum over ranks comes later, fused with the next norm: one rank adds the correction for all.
-        adds_output = rank == 0 or module.o_proj.reduce_results
-        prepare = None
-        if has_launches(memory.down.device):
-            heads = attention.tp_q_head_num, attention.tp_k_head_num, attention.qk_head_dim
-            states.inputs[index] = memory.head_inputs(*heads)
-            prepare = functools.partial(_prepare, states, index)
-        _hook(module, memory, prepare, adds_output)
-    logger.info("δ-mem attached: %s", layers.describe(page_size))
+        if rank == 0 or module.o_proj.reduce_results:
+            module.o_proj.register_forward_hook(functools.partial(_correct_output, memory))
+    logger.info("δ-mem attached: %s; %s", layers.describe(page_size), how)
     return states
 
 
-def _hook(module: nn.Module, memory: DeltaMemory, prepare: Callable[..., None] | None, adds_output: bool) -> None:
-    """Let the projections of one attention module carry the memory. Both give (output, bias).
+def _read_and_correct(memory: DeltaMemory, _: nn.Module, inputs: tuple[Tensor, ...], result: Any) -> Any:
+    """Hook on ``qkv_proj``; projections give (output, bias)."""
+    return memory.correct_qkv(result[0], memory.read(inputs[0])), *result[1:]
 
-    prepare: (qkv, projections, gate_bias, reads) -> None, step and corrections in one launch; None = each on its own.
+
+def _correct_output(memory: DeltaMemory, _: nn.Module, inputs: tuple[Tensor, ...], result: Any) -> Any:
+    """Hook on ``o_proj``."""
+    return memory.correct_output(result[0]), *result[1:]
+
+
+def _prepare_in_one_launch(qkv_proj: nn.Module, memory: DeltaMemory, prepare: Callable[..., None]) -> str:
+    """Step and corrections behind the projection, whose matmul gives δ-mem's projections, too, where it can.
+
+    prepare: (qkv, projections, gate_bias, reads, rounded) -> None. Returns how, for the log.
     """
+    width, end = sum(memory.sizes), sum(memory.sizes) + len(memory.down)
 
-    def qkv(_: nn.Module, inputs: tuple[Tensor, ...], result: Any) -> Any:
-        if prepare is not None:
-            reads = memory.reads[: inputs[0].shape[0]]
-            prepare(result[0], memory.project(inputs[0]), memory.gate_bias, reads)
-            return result
-        return memory.correct_qkv(result[0], memory.read(inputs[0])), *result[1:]
+    def advance(qkv: Tensor, projections: Tensor) -> None:
+        prepare(qkv, projections, memory.gate_bias, memory.reads[: len(qkv)], memory.rounded[: len(qkv)])
 
-    def output(_: nn.Module, inputs: tuple[Tensor, ...], result: Any) -> Any:
-        return memory.correct_output(result[0]), *result[1:]
+    def whole(hidden: Tensor) -> tuple[Tensor, None]:
+        projected = folded(hidden)
+        advance(projected[:, :width], projected[:, width:end])
+        return projected[:, :width], None
 
-    module.qkv_proj.register_forward_hook(qkv)
-    if adds_output:
-        module.o_proj.register_forward_hook(output)
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...], result: Any) -> Any:
+        advance(result[0], memory.project(inputs[0]))
+        return result
+
+    folded = fold(qkv_proj, memory, QKVParallelLinear, UnquantizedLinearMethod)
+    if folded is None:
+        qkv_proj.register_forward_hook(hook)
+    else:
+        qkv_proj.forward = whole  # of this module alone; its class, parameters and hooks stay
+    whose = "their own" if folded is None else "the model's"
+    return f"step and corrections in one launch, projections in {whose} matmul"
 
 
 def _advance(states: DeltaStates, layer: int, *tensors: Tensor) -> None:

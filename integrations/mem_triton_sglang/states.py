@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mem_triton.ops.attention_inputs import HeadInputs, StateBatch, attention_inputs
-from mem_triton.ops.delta_rule import delta_rule_paged
-from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
+from mem_triton.ops.attention_inputs import HeadInputs, attention_inputs
+from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch, delta_rule_paged
 from mem_triton.runtime.slots import StateSlots
 from mem_triton_sglang.step import Step
 
@@ -42,14 +41,15 @@ class DeltaStates:
     def advance(self, layer: int, projections: Tensor, gate_bias: Tensor, reads: Tensor, step: Step | None) -> None:
         """Read and update one layer's states. projections: [tokens, P]; reads: fp32 [>= tokens, H*r], written."""
         batch, layout = self._batch(layer, gate_bias, step)
-        delta_rule_paged(projections, gate_bias, reads, *batch[1:], **vars(self.spec), **layout)
+        delta_rule_paged(projections, reads, batch, self.spec, **layout)
 
     def prepare(
-        self, layer: int, qkv: Tensor, projections: Tensor, gate_bias: Tensor, reads: Tensor, step: Step | None
-    ) -> None:
-        """``advance``, and the corrections of q | k | v, [tokens, q + k + v], in place."""
+        self, layer: int, qkv: Tensor, projections: Tensor, gate_bias: Tensor, reads: Tensor, rounded: Tensor | None,
+        step: Step | None,
+    ) -> None:  # fmt: skip
+        """``advance``, and the corrections of q | k | v, [tokens, q + k + v], in place. rounded: reads for Δo."""
         batch, layout = self._batch(layer, gate_bias, step)
-        attention_inputs(qkv, projections, reads, self.inputs[layer], batch, self.spec, **layout)
+        attention_inputs(qkv, projections, reads, self.inputs[layer], batch, self.spec, rounded=rounded, **layout)
 
     def _batch(self, layer: int, gate_bias: Tensor, step: Step | None) -> tuple[StateBatch, dict[str, int]]:
         """A layer's states in this step, and how they lie."""

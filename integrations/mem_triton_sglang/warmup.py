@@ -15,6 +15,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 
 from mem_triton.ops.memory_attention import memory_attention
 from mem_triton.runtime.worker.attach import attention_modules
+from mem_triton.runtime.worker.folding import empty_projections
 from mem_triton.runtime.worker.warmup import Batch, batches
 from mem_triton_sglang.shape import shape_of
 from mem_triton_sglang.step import Step
@@ -51,14 +52,16 @@ def _padding(backend: Any, batch: Batch, width: int) -> Step:
 
 def _advance(states: Any, batch: Batch, step: Step, dtype: torch.dtype) -> None:
     spec, device = states.spec, step.seq_lens.device
-    projections = torch.empty(batch.tokens, spec.projection_width, dtype=dtype, device=device)
     reads = torch.empty(batch.tokens, spec.read_width, device=device)
     bias = torch.zeros(spec.bias_width, device=device)
-    if 0 in states.inputs:
-        qkv = torch.empty(batch.tokens, states.inputs[0].width, dtype=dtype, device=device)
-        states.prepare(0, qkv, projections, bias, reads, step)
-    else:
+    if 0 not in states.inputs:
+        projections = torch.empty(batch.tokens, spec.projection_width, dtype=dtype, device=device)
         states.advance(0, projections, bias, reads, step)
+        return
+    widths = states.inputs[0].width, spec.projection_width
+    rounded = reads.to(dtype) if states.rounds else None
+    for qkv, projections in empty_projections(batch.tokens, *widths, dtype, device):
+        states.prepare(0, qkv, projections, bias, reads, rounded, step)
 
 
 def _attend(backend: Any, layer: RadixAttention, batch: Batch, step: Step, dtype: torch.dtype) -> None:

@@ -13,19 +13,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
 from mem_triton.ops.attention_inputs import HeadInputs
+from mem_triton.runtime.worker.folding import fold
 from mem_triton.runtime.worker.layers import DeltaMemory, has_launches
 from mem_triton_vllm.layers import StandIn
 
 MODELS = {f"vllm.model_executor.models.{name}" for name in
           ("llama.LlamaAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention")}  # fmt: skip
-ALIGNMENT = 32  # columns; what lies behind q, k and v must not spoil the alignment of the next token's row
 
 
 def obstacle(module: nn.Module, device: torch.device) -> str | None:
@@ -63,43 +62,6 @@ def _norms(module: nn.Module) -> tuple[nn.Module, ...]:
     return tuple(getattr(module, name) for name in ("q_norm", "k_norm") if hasattr(module, name))
 
 
-class Folded(nn.Module):
-    """One matmul for q, k, v and, behind them, δ-mem's projections. weight: [rows, hidden]; bias: [rows] or None.
-
-    method: vLLM's own way to multiply, which knows its batch-invariant mode and the platform.
-    """
-
-    def __init__(self, method: UnquantizedLinearMethod, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.method = method
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", bias, persistent=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.method.apply(self, hidden, self.bias)
-
-
-def fold(base: nn.Module, memory: DeltaMemory, width: int) -> Folded | None:
-    """Rows of δ-mem's projections behind those of ``base``, whose own weight and bias become views of the whole.
-
-    So updates of weights reach them. None where it cannot be: quantised weights, LoRA, weights packed for a CPU.
-    """
-    method = getattr(base, "quant_method", None)
-    if type(base) is not QKVParallelLinear or type(method) is not UnquantizedLinearMethod:
-        return None
-    if base.gather_output or base.skip_bias_add or base.weight.shape[0] != width:
-        return None
-    own = memory.down
-    missing = -(width + len(own)) % ALIGNMENT
-    weight = torch.cat([base.weight.data, own, own.new_zeros(missing, own.shape[1])])
-    base.weight.data = weight[:width]
-    bias = None
-    if base.bias is not None:
-        bias = F.pad(base.bias.data, (0, len(weight) - width))
-        base.bias.data = bias[:width]
-    return Folded(method, weight, bias)
-
-
 class QKVAsInputs(StandIn):
     """Stands in for ``qkv_proj``: gives q, k and v as attention takes them.
 
@@ -113,7 +75,7 @@ class QKVAsInputs(StandIn):
         super().__init__(base)
         object.__setattr__(self, "memory", memory)  # shared with the output's wrapper
         self.width, self.prepare = sum(memory.sizes), prepare
-        self.folded = fold(base, memory, self.width)
+        self.folded = fold(base, memory, QKVParallelLinear, UnquantizedLinearMethod)
 
     def forward(self, hidden: Tensor) -> Any:
         flat = hidden.flatten(0, -2)

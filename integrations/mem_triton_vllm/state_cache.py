@@ -25,8 +25,8 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 
-from mem_triton.ops.attention_inputs import HeadInputs, StateBatch, attention_inputs
-from mem_triton.ops.delta_rule import DeltaRuleSpec, delta_rule_paged
+from mem_triton.ops.attention_inputs import HeadInputs, attention_inputs
+from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch, delta_rule_paged
 from mem_triton.runtime.slots import StateSlots
 from mem_triton_vllm.kv_spec import DeltaStateSpec
 
@@ -137,9 +137,8 @@ class DeltaStateCache(nn.Module, AttentionLayerBase):
 
     def step(self, projections: Tensor, gate_bias: Tensor, reads: Tensor, metadata: DeltaStateMetadata) -> None:
         """Read and update the states of all rows. projections: [tokens, P]; reads: fp32 [>= tokens, H*r], written."""
-        batch = self._batch(gate_bias, metadata)
         delta_rule_paged(
-            projections, gate_bias, reads, *batch[1:], **vars(self.spec), **self._layout(),
+            projections, reads, self._batch(gate_bias, metadata), self.spec, **self._layout(),
             max_query_len=metadata.max_query_len, batch_invariant=self.slots.batch_invariant,
         )  # fmt: skip
 

@@ -15,8 +15,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 
+from mem_triton.runtime.worker.folding import empty_projections
 from mem_triton.runtime.worker.warmup import Batch, batches
-from mem_triton_vllm.fused_inputs import ALIGNMENT
 from mem_triton_vllm.state_cache import DeltaStateCache, DeltaStateMetadata
 
 
@@ -64,16 +64,13 @@ class MemoryKernels:
         metadata = DeltaStateMetadata(starts, lengths, blocks, batch.longest)
         bias = torch.zeros(spec.bias_width, device=device)
         reads = torch.empty(batch.tokens, spec.read_width, device=device)
-        apart = torch.empty(batch.tokens, spec.projection_width, dtype=dtype, device=device)
         if layer.inputs is None:
+            apart = torch.empty(batch.tokens, spec.projection_width, dtype=dtype, device=device)
             layer.step(apart, bias, reads, metadata)
             return
-        width = layer.inputs.width
-        columns = -(-(width + spec.projection_width) // ALIGNMENT) * ALIGNMENT
-        whole = torch.empty(batch.tokens, columns, dtype=dtype, device=device)
-        folded = whole[:, width : width + spec.projection_width]
-        layer.prepare(whole[:, :width], folded, bias, reads, metadata)  # one matmul gave both
-        layer.prepare(whole.flatten()[: width * batch.tokens].view(-1, width), apart, bias, reads, metadata)  # or two
+        widths = layer.inputs.width, spec.projection_width
+        for qkv, projections in empty_projections(batch.tokens, *widths, dtype, device):
+            layer.prepare(qkv, projections, bias, reads, metadata)
 
     def _padding(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """query_start_loc, seq_lens and block table of a batch in which nobody asks anything."""

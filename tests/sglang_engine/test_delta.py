@@ -37,6 +37,15 @@ def test_a9_tokens_equal_transformers_cold_and_from_the_radix_cache(bench, promp
     assert result["facts"]["overlap"] == (way != "no_overlap") and result["facts"]["backend"] == "mem_triton"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_pipeline_rank_without_memory(tmp_path, prompts, layer):
+    """Two ranks, one of which has no layer of the adapter."""
+    bench = make_bench(tmp_path, target_layers=(layer,))
+    result = run_engine(bench.model, [[request(p) for p in prompts]], memory=bench.memory, pp_size=2)
+    assert tokens(result) == [bench.fresh(p) for p in prompts]
+
+
 def test_memory_changes_tokens(bench, prompts):
     """Without this the comparison above would prove nothing."""
     stock = run_engine(bench.model, [[request(p) for p in prompts]])

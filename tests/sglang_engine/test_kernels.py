@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 @pytest.mark.parametrize(
     "page,tamper,ran",
     [
-        (16, "sglang_as_on_a_gpu", ("scan and inputs", "inputs", "attention")),
+        (16, "sglang_as_on_a_gpu", ("one matmul", "scan and inputs", "inputs", "attention")),
         pytest.param(1, "both", ("scan", "step", "attention"), marks=pytest.mark.slow),
     ],
 )

@@ -24,6 +24,6 @@ def test_serving_launches_nothing_that_is_cold(memory_bench, bench):
         tamper="tests.support.warmup_on_cpu:sglang", env={"TRITON_INTERPRET": "1"},
     )["output"]  # fmt: skip
     assert WARMED in output and COLD not in output, [line for line in output.splitlines() if COLD in line][:5]
-    for kernel in ("attention_kernel", "recurrent_kernel", "chunk_maps_kernel"):
+    for kernel in ("attention_kernel", "recurrent_kernel", "chunk_maps_kernel", "inputs_kernel"):
         assert f"{SERVED} {kernel}" in output, output[-2000:]
     assert all(f"{MISSED} {control}" in output for control in FORGETFUL), "a control that nothing would notice"

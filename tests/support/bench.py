@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,12 +57,13 @@ class Bench:
         return self.generate(prompt, count)
 
 
-def make_bench(folder: Path, family: str = "qwen3") -> Bench:
+def make_bench(folder: Path, family: str = "qwen3", **config: Any) -> Bench:
+    """config: keys of the adapter's configuration, over those of the family."""
     from mem_triton_transformers import apply_mem_triton
 
     size = {"hidden": 128} if family == "qwen2" else {}  # its heads are hidden / heads wide; vLLM's CPU kernel wants 32
     model = tiny_model(family, **size)
-    adapter = random_adapter(model, **ADAPTERS[family])
+    adapter = random_adapter(model, **ADAPTERS[family] | config)
     bench = Bench(save_tiny_model(folder / "model", family, **size), save_adapter(adapter, folder / "adapter"), model)
     apply_mem_triton(model, {"delta": {"adapter": adapter}})
     return bench

@@ -43,10 +43,18 @@ def attention_inputs() -> None:
 
 
 def sglang_as_on_a_gpu() -> None:
-    """Both memories in SGLang, with δ-mem's step and corrections in one launch."""
+    """Both memories in SGLang: δ-mem's step and corrections in one launch, its projections in the model's matmul."""
     both()
     from mem_triton_sglang import attach, states
 
+    fold = attach.fold
+
+    def say_and_fold(*arguments):
+        folded = fold(*arguments)
+        _say("two matmuls" if folded is None else "one matmul")
+        return folded
+
+    attach.fold = say_and_fold
     attach.has_launches = lambda device: True
     states.attention_inputs = _interpreted_inputs
 
@@ -64,12 +72,13 @@ def as_on_a_gpu() -> None:
     """vLLM's layers as they are wired on a GPU: one matmul for all projections, norm and RoPE in the memory's op."""
     from vllm.model_executor.layers import utils
 
+    from mem_triton.runtime.worker import folding
     from mem_triton_vllm import fused_inputs
 
     fused_inputs.has_launches = lambda device: True
     dispatch = utils.dispatch_cpu_unquantized_gemm
     utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: dispatch(layer, remove_weight=False)
-    fused_inputs.Folded.cpu_linear = staticmethod(torch.nn.functional.linear)  # vLLM's CPU way asks each layer for it
+    folding.Folded.cpu_linear = staticmethod(torch.nn.functional.linear)  # vLLM's CPU way asks each layer for it
 
 
 def memory_attention() -> None:

@@ -39,7 +39,7 @@ def vllm() -> None:
 
 def sglang() -> None:
     """SGLang warms up where it makes its attention backend."""
-    kernels_on_cpu.both()
+    kernels_on_cpu.sglang_as_on_a_gpu()
     _attention_as_on_a_gpu()
     from mem_triton_sglang import backend, warmup
 

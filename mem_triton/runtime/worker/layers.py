@@ -63,6 +63,8 @@ class DeltaMemory(nn.Module):
     step: (projections [T, P], gate_bias, reads [T, H*r]) -> None; the engine's way to advance this layer's states by
         the step's tokens and to write what they read.
     linear: makes the engine's best matmul with a weight.
+    rounded: the reads in the model's dtype, [tokens of the longest step, H*r], if ``step`` or what stands for it writes
+        them: what Δo multiplies then.
     """
 
     def __init__(
@@ -73,9 +75,10 @@ class DeltaMemory(nn.Module):
         step: Callable[[Tensor, Tensor, Tensor], None],
         fuse: bool,
         linear: Callable[[Tensor], Linear] = plain_linear,
+        rounded: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.sizes, self.reads, self.step, self.fuse = sizes, reads, step, fuse
+        self.sizes, self.reads, self.step, self.fuse, self.rounded = sizes, reads, step, fuse, rounded
         for name in ("down", "gate_bias", "o_rmsnorm_weight"):
             self.register_buffer(name, getattr(weights, name), persistent=False)
         for name in ("delta_q", "delta_k", "delta_v", "delta_o"):
@@ -120,5 +123,5 @@ class DeltaMemory(nn.Module):
             return out + F.rms_norm(delta, delta.shape[-1:], self.o_rmsnorm_weight, self.o_rmsnorm_eps).to(out.dtype)
         if self.fuse:
             return fused_correction(out, reads, self.delta_o)
-        add_correction(out, reads, self.delta_o)
+        add_correction(out, reads if self.rounded is None else self.rounded[: out.shape[0]], self.delta_o)
         return out
