@@ -59,7 +59,7 @@ def _advance(states: Any, batch: Batch, step: Step, dtype: torch.dtype) -> None:
         states.advance(0, projections, bias, reads, step)
         return
     widths = states.inputs[0].width, spec.projection_width
-    rounded = reads.to(dtype) if states.rounds else None
+    rounded = reads.to(dtype)
     for qkv, projections in empty_projections(batch.tokens, *widths, dtype, device):
         states.prepare(0, qkv, projections, bias, reads, rounded, step)
 

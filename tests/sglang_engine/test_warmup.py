@@ -14,7 +14,6 @@ pytestmark = pytest.mark.engine
 SHORT, LONG = PROMPTS[0], PROMPTS[1] * 3
 
 
-@pytest.mark.slow
 def test_serving_launches_nothing_that_is_cold(memory_bench, bench):
     """Block tables are as wide here as the longest row of the step, which may not matter."""
     m = memory_bench
