@@ -279,6 +279,16 @@ def test_graph_and_tail_together_give_the_exact_answer(indexed):
     check_searches(Bank.open(indexed.path))
 
 
+def test_a_search_looks_at_more_nodes_of_a_larger_graph(indexed, monkeypatch):
+    """What a million entries need is measured: ``benchmarks/store/bank.py`` refuses times below 95 % of the nearest."""
+    for share, least, nodes in ((2, 1, 190), (640, 192, 192)):
+        monkeypatch.setattr(vectors, "ENTRIES_AN_EXPANSION", share)
+        reader = Bank.open(indexed.path)
+        monkeypatch.setattr(vectors, "EXPANSION_SEARCH", least)
+        reader.search(text_of(3), 5)
+        assert reader.vectors._scopes[""].graph.expansion_search == nodes
+
+
 def test_what_is_not_current_is_not_found(indexed):
     indexed.delete("e7")
     indexed.update("e8", NewEntry("e8", "Something else entirely, about whales."))
