@@ -8,16 +8,17 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from usearch.index import Index
 
 from mem_triton.store import vectors
 from mem_triton.store.bank import Bank, BankError, NewEntry
-from mem_triton.store.index import EmbedderError, embedder_from
+from mem_triton.store.index import EmbedderError, LexicalEmbedder, embedder_from
 from tests.store.bank_case import block, spec
 
 ROOT = Path(__file__).parents[2]
@@ -287,6 +288,30 @@ def test_a_search_looks_at_more_nodes_of_a_larger_graph(indexed, monkeypatch):
         monkeypatch.setattr(vectors, "EXPANSION_SEARCH", least)
         reader.search(text_of(3), 5)
         assert reader.vectors._scopes[""].graph.expansion_search == nodes
+
+
+def lost_by(add: Callable) -> int:
+    """Entries that do not find themselves in a graph to which eight threads have added them, in ten attempts."""
+    embedded, lost = LexicalEmbedder(64).embed([text_of(i) for i in range(380)]), 0
+    for _ in range(10):
+        graph = Index(ndim=64, metric="cos", dtype="i8")
+        for first in range(0, 380, 95):
+            add(graph, np.arange(first, first + 95), embedded[first : first + 95], 8)
+        assert len(graph) == 380
+        lost += sum(i not in graph.search(embedded[i], 36, threads=1).keys for i in range(380))
+    return lost
+
+
+def test_threads_lose_no_entry_and_the_control():
+    assert lost_by(vectors._add) == 0
+    assert lost_by(lambda graph, seqs, some, threads: graph.add(seqs, some, threads=threads)) > 0, "usearch is mended"
+
+
+def test_the_same_text_many_times_is_found(tmp_path, small_graphs):
+    with Bank.create(tmp_path / "bank", spec()) as bank:
+        bank.add([NewEntry(f"e{i}", "Ten times the same. " if i % 10 else text_of(i)) for i in range(400)])
+        assert graphs(bank)[""][1] == 400
+        assert min(h.score for h in bank.search("Ten times the same.", 100)) > 0.999
 
 
 def test_what_is_not_current_is_not_found(indexed):
