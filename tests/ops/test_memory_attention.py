@@ -328,3 +328,24 @@ def test_a_tensor_that_does_not_fit_is_named(name, spoil):
 def test_an_unknown_route_is_refused():
     with pytest.raises(ValueError, match="route="):
         Policy("fastest")
+
+
+def test_b12_five_references_are_no_launch_more_and_few_keys_more(monkeypatch):
+    """What can be counted of a decode step's overhead; its time is in ``benchmarks``."""
+    from mem_triton.ops.memory_attention import launch
+
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: launches.append((grid, arguments["num_warps"], arguments["num_stages"]))
+
+    monkeypatch.setattr(launch, "attention_kernel", Kernel())
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm90")
+    case = make_case([(1, 1023)] * 8, heads=(32, 8), size=128, dtype=BF16, memories=[[(8, 0, FOREVER)] * 5] * 8)
+    for batch in (case, case.without_memory()):
+        launch.attend(batch.query, batch.context, batch.out, lse=batch.lse, **batch.reads())
+    assert len(launches) == 2 and launches[0] == launches[1]
+    seen = case.table.tokens * (torch.arange(case.table.tokens.shape[1]) < case.table.count[:, None])
+    keys = seen[case.row_slot.long()].sum(1)
+    assert (keys == 40).all() and float((keys / case.context.seq_lens).max()) < 0.04
