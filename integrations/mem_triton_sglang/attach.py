@@ -71,11 +71,15 @@ def attach(model: nn.Module, shape: EngineShape, section: DeltaSection, page_siz
         else:
             how = "operators of their own, as a CPU launches nothing"
             module.qkv_proj.register_forward_hook(functools.partial(_read_and_correct, memory))
-        # The sum over ranks comes later, fused with the next norm: one rank adds the correction for all.
-        if rank == 0 or module.o_proj.reduce_results:
+        if _adds_output(module, rank):
             module.o_proj.register_forward_hook(functools.partial(_correct_output, memory))
     logger.info("δ-mem attached: %s; %s", layers.describe(page_size), how)
     return states
+
+
+def _adds_output(module: nn.Module, rank: int) -> bool:
+    """Whether this rank adds Δo: one does for all, where the sum over ranks comes later, fused with the next norm."""
+    return rank == 0 or module.o_proj.reduce_results
 
 
 def _read_and_correct(memory: DeltaMemory, _: nn.Module, inputs: tuple[Tensor, ...], result: Any) -> Any:

@@ -24,15 +24,13 @@ def cells_forget_prefixes() -> None:
 def correction_on_every_rank() -> None:
     from mem_triton_sglang import attach
 
-    stock = attach._hook
-    attach._hook = lambda *hooked: stock(*hooked[:-1], True)
+    attach._adds_output = lambda module, rank: True
 
 
 def correction_on_no_rank() -> None:
     from mem_triton_sglang import attach
 
-    stock = attach._hook
-    attach._hook = lambda *hooked: stock(*hooked[:-1], False)
+    attach._adds_output = lambda module, rank: False
 
 
 def no_memory_in_radix_keys() -> None:

@@ -61,8 +61,7 @@ class Demo:
 
     @property
     def engines(self) -> int:
-        names = (" ".join(p.cmdline()) for p in self.seen if p.is_running())
-        return sum(self.worker in name for name in names)
+        return sum(self.worker in _command(process) for process in self.seen)
 
     def survivors(self) -> list[psutil.Process]:
         """Processes of the demo that outlive it, after a moment of grace for the kernel; killed then, so that a failed
@@ -71,3 +70,10 @@ class Demo:
         for process in alive:
             process.kill()
         return alive
+
+
+def _command(process: psutil.Process) -> str:
+    """Empty of one that has ended, or is about to."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
