@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from usearch.index import Index
 
 from mem_triton.store.catalogue import Catalogue, unpack
@@ -32,11 +31,12 @@ SMALLEST_GRAPH, LARGEST_TAIL = 8192, 32768
 WIDEST = 4096
 """Most candidates looked at one by one before a search with a rare filter looks at all that the filter allows."""
 CONNECTIVITY, EXPANSION_ADD, EXPANSION_SEARCH = 16, 64, 192
+ADDING_THREADS = 1
+"""More lose entries: nodes that are added at once do not see each other, and some end up with no way that leads to them
+(usearch 2.26: 3 in 1,000 of 16 threads). Looking for those takes longer than a few threads save."""
 ENTRIES_AN_EXPANSION = 640
 """A search looks at EXPANSION_SEARCH nodes of a graph, or at one for so many entries if that is more: of a million, 192
 nodes find 83 % of the five nearest, 1,536 find 96 % (hashed words, ``benchmarks/store/bank.py``)."""
-TWINS, SAME = 5, 1e-4
-"""An entry is found if it is among so many nearest, or if all these are as near as this: one text many times."""
 
 
 @dataclass
@@ -210,7 +210,7 @@ class VectorIndex:
                     ndim=vectors.shape[1], metric="cos", dtype="i8", connectivity=CONNECTIVITY,
                     expansion_add=EXPANSION_ADD, expansion_search=EXPANSION_SEARCH,
                 )  # fmt: skip
-            _add(graph, seqs, vectors, torch.get_num_threads())
+            graph.add(seqs, vectors, threads=ADDING_THREADS)
             through = int(seqs[-1])
         self._growing[tenant] = graph
         path = self.folder / f"{uuid.uuid4().hex}.usearch"
@@ -222,23 +222,6 @@ class VectorIndex:
             )
         if file is not None:
             (self.folder / file[0]).unlink(missing_ok=True)  # readers that have it mapped keep it
-
-
-def _add(graph: Index, seqs: np.ndarray, vectors: np.ndarray, threads: int) -> None:
-    """Add entries, each of which then finds itself.
-
-    Threads that add at once may leave a node to which no other points (usearch 2.26: 3 in 1,000 with 16 threads). Such
-    ones are taken out and added again, one after the other.
-    """
-    graph.add(seqs, vectors, threads=threads)
-    for _ in range(3):
-        near = graph.search(vectors, min(TWINS, len(graph)), threads=threads)
-        keys, distances = (x.reshape(len(seqs), -1) for x in (near.keys, near.distances))
-        lost = ~((keys == seqs[:, None].astype(keys.dtype)).any(1) | (distances[:, -1] <= SAME))
-        if not lost.any():
-            return
-        graph.remove(seqs[lost], threads=1)
-        graph.add(seqs[lost], vectors[lost], threads=1)
 
 
 def _order(hit: Hit) -> tuple[float, str]:

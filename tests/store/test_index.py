@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -290,21 +290,20 @@ def test_a_search_looks_at_more_nodes_of_a_larger_graph(indexed, monkeypatch):
         assert reader.vectors._scopes[""].graph.expansion_search == nodes
 
 
-def lost_by(add: Callable) -> int:
-    """Entries that do not find themselves in a graph to which eight threads have added them, in ten attempts."""
+def lost_by(threads: int) -> int:
+    """Entries that do not find themselves in a graph to which so many threads have added them, in ten attempts."""
     embedded, lost = LexicalEmbedder(64).embed([text_of(i) for i in range(380)]), 0
     for _ in range(10):
         graph = Index(ndim=64, metric="cos", dtype="i8")
         for first in range(0, 380, 95):
-            add(graph, np.arange(first, first + 95), embedded[first : first + 95], 8)
-        assert len(graph) == 380
+            graph.add(np.arange(first, first + 95), embedded[first : first + 95], threads=threads)
         lost += sum(i not in graph.search(embedded[i], 36, threads=1).keys for i in range(380))
     return lost
 
 
-def test_threads_lose_no_entry_and_the_control():
-    assert lost_by(vectors._add) == 0
-    assert lost_by(lambda graph, seqs, some, threads: graph.add(seqs, some, threads=threads)) > 0, "usearch is mended"
+def test_no_entry_is_lost_to_threads_and_the_control():
+    assert lost_by(vectors.ADDING_THREADS) == 0
+    assert lost_by(8) > 0, "usearch is mended: more threads may add"
 
 
 def test_the_same_text_many_times_is_found(tmp_path, small_graphs):
