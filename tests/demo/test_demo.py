@@ -52,6 +52,7 @@ def test_ctrl_c_leaves_no_server(folders, tmp_path):
     assert demo.survivors() == []
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_a_dying_server_shows_its_log(folders, tmp_path):
     """The adapter's config is there and wrong: the δ-mem server refuses, and the others go down with it."""

@@ -1,4 +1,7 @@
-"""Real vLLM with δ-mem against transformers, token for token in fp32: every way in which the engine may batch."""
+"""Real vLLM with δ-mem against transformers, token for token in fp32: every way in which the engine may batch.
+
+Compiled: ``test_launches.py``.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ WAYS = {
     "v1": {},
     "v2": {"runner": "v2"},
     "v2_async": {"runner": "v2", "force_async": True},
-    "v1_compiled": {"enforce_eager": False},
     "v1_tensor_parallel": {"tensor_parallel_size": 2},
     "v2_tensor_parallel": {"runner": "v2", "tensor_parallel_size": 2, "env": EAGER},
     "v2_pipeline_parallel": {"runner": "v2", "pipeline_parallel_size": 2, "env": EAGER},
@@ -69,12 +71,9 @@ def test_the_triton_kernels_in_the_worker(bench, prompts):
     assert "norm and RoPE in its launch" in result["output"]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("family", ways(["qwen3", "qwen2", "llama"], soak="llama"))
 def test_layers_wired_as_on_a_gpu(tmp_path, prompts, family):
-    """One matmul for all projections; corrections, q/k norm and RoPE in one op. Qwen2's projections have a bias.
-
-    Compiled: ``test_launches.py``.
-    """
+    """One matmul for all projections; corrections, q/k norm and RoPE in one op. Qwen2's projections have a bias."""
     bench = make_bench(tmp_path, family)
     asked = [[request(p) for p in prompts]] * 2
     result = run_engine(

@@ -1,4 +1,4 @@
-"""How many kernels a step launches, read off the code that the compiler makes of the real model, stock and with δ-mem.
+"""Real vLLM compiled: its answers, and how many kernels a step launches, read off the code that the compiler makes.
 
 On a CPU vLLM compiles a whole step as one graph. What it calls one after the other is what a GPU would launch: fused
 pointwise code, matmuls and the engine's own ops. (There, where vLLM splits the graph at the ops, the copy of the reads
@@ -7,8 +7,10 @@ that this graph makes in each layer falls away too.)
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -19,40 +21,54 @@ pytestmark = pytest.mark.engine
 
 LAYERS = 2
 CALL = re.compile(r"\[__output_code\] {8,}(?:buf\d+ = )?(cpp_fused|extern_kernels\.\w+|torch\.ops\.[\w.]+)\w*\(")
+KINDS = {"cpp": "fused", "mem_triton": "ours", "mm": "matmul", "extern": "matmul"}
+AS_ON_A_GPU = {"tamper": "tests.support.kernels_on_cpu:as_on_a_gpu"}
 
 
-def launches(bench, asked: list[list[int]], tmp_path, **options) -> tuple[Counter[str], list[list[int]]]:
-    """Calls of a compiled step by kind: "fused", "matmul", "ours", "engine"; and the tokens of the answers."""
-    caches = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    result = run_engine(
-        bench.model, [[request(prompt) for prompt in asked]], enforce_eager=False,
-        env={"TORCH_LOGS": "output_code", "VLLM_DISABLE_COMPILE_CACHE": "1", **caches}, **options,
-    )  # fmt: skip
-    kinds = {"cpp": "fused", "mem_triton": "ours", "mm": "matmul", "extern": "matmul"}
+@pytest.fixture(scope="module")
+def compiled(bench, prompts, tmp_path_factory):
+    """name -> result of a compiled engine: "stock", "cpu" (with δ-mem) or "gpu" (with it, wired as there).
+
+    All prompts are asked twice. A compilation takes half a minute, so each engine runs once.
+    """
+    sides = {"stock": {}, "cpu": {"memory": bench.memory}, "gpu": {"memory": bench.memory, **AS_ON_A_GPU}}
+
+    @functools.cache
+    def run(name: str) -> dict[str, Any]:
+        cache = tmp_path_factory.mktemp(name)
+        caches = {"VLLM_CACHE_ROOT": str(cache / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+        return run_engine(
+            bench.model, [[request(prompt) for prompt in prompts]] * 2, enforce_eager=False, **sides[name],
+            env={"TORCH_LOGS": "output_code", "VLLM_DISABLE_COMPILE_CACHE": "1", **caches},
+        )  # fmt: skip
+
+    return run
+
+
+def launches(result: dict[str, Any]) -> Counter[str]:
+    """Calls of a compiled step by kind: "fused", "matmul", "ours", "engine"."""
     calls = CALL.findall(result["output"])
-    counted = Counter(next((kind for word, kind in kinds.items() if word in call), "engine") for call in calls)
-    return counted, tokens(result)
+    return Counter(next((kind for word, kind in KINDS.items() if word in call), "engine") for call in calls)
 
 
-def test_launches_per_layer(bench, prompts, tmp_path):
-    """δ-mem as it is wired on a GPU takes the model's matmuls and at most one launch a layer more than stock; and its
-    answers are those of transformers."""
-    stock, _ = launches(bench, prompts, tmp_path / "stock")
+@pytest.mark.parametrize("wiring", ["cpu", "gpu"])
+def test_a9_tokens_equal_transformers_cold_and_from_the_prefix_cache(compiled, bench, prompts, wiring):
+    result = compiled(wiring)
+    assert tokens(result, 0) == tokens(result, 1) == [bench.fresh(p) for p in prompts]
+    assert [answer["cached"] for answer in result["rounds"][1]] == [0, 0, 128, 64], "states came with their blocks"
+
+
+def test_launches_per_layer(compiled):
+    """δ-mem as it is wired on a GPU takes the model's matmuls and at most one launch a layer more than stock."""
+    stock, ours = launches(compiled("stock")), launches(compiled("gpu"))
     assert stock["fused"] >= 4 * LAYERS and stock["matmul"] >= 4 * LAYERS and stock["engine"] == 2 * LAYERS, stock
-    tamper = "tests.support.kernels_on_cpu:as_on_a_gpu"
-    ours, answers = launches(bench, prompts, tmp_path / "ours", memory=bench.memory, tamper=tamper)
-    assert answers == [bench.fresh(p) for p in prompts]
     assert ours["ours"] == LAYERS and ours["engine"] == stock["engine"]
     assert ours["matmul"] == stock["matmul"], "the projections are rows of the model's own matmul"
     assert sum(ours.values()) <= sum(stock.values()) + LAYERS, (stock, ours)
 
 
-@pytest.mark.slow  # a minute, like each compilation
-def test_without_the_one_launch_there_are_more(bench, prompts, tmp_path):
+def test_without_the_one_launch_there_are_more(compiled):
     """Negative control: wired as on a CPU, the projections have a matmul of their own, and norm and RoPE a launch."""
-    stock, plain = (
-        launches(bench, prompts[:1], tmp_path / ("plain" if memory else "stock"), memory=memory)[0]
-        for memory in (None, bench.memory)
-    )
+    stock, plain = launches(compiled("stock")), launches(compiled("cpu"))
     assert plain["matmul"] == stock["matmul"] + LAYERS
     assert sum(plain.values()) > sum(stock.values()) + 2 * LAYERS, (stock, plain)

@@ -24,7 +24,7 @@ RUNNERS = {
 TAMPER = "tests.vllm_engine.tamper"
 
 
-@pytest.mark.parametrize("runner", ways(RUNNERS, soak="v2 v1-compiled"))
+@pytest.mark.parametrize("runner", ways(RUNNERS, soak="v2 v1-compiled v2-pp2"))
 def test_b6_b10_every_row_has_its_own_memory(memory_bench, runner):
     scenarios.every_row_has_its_own_memory(memory_bench, run_engine, BLOCK, **RUNNERS[runner])
 

@@ -81,7 +81,7 @@ def test_dtypes(batch, dtype):
     assert_inputs_match(run(case), case)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     batch=st.lists(st.tuples(st.sampled_from([0, 1, 1, 3]), st.integers(0, 12)), min_size=1, max_size=4),
     decode=st.booleans(),

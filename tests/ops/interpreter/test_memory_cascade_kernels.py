@@ -243,7 +243,7 @@ def test_merge_kernel_is_the_torch_merge(size, dtype):
 rows = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12)), min_size=1, max_size=4)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     rows=rows,
     kind=st.sampled_from(list(KINDS)),
