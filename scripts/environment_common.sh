@@ -73,11 +73,10 @@ begin() { # begin WORD: an environment with pip, an older one if it is usable; n
   fi
   : >"$log"
   pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
-  install=("${pip[@]}" install --no-compile) # what is imported is compiled then, a small part of all that is installed
 }
 
 install_cpu_torch() { # install_cpu_torch WHY
-  step "torch $CPU_TORCH" "${install[@]}" "torch==$CPU_TORCH" || {
+  step "torch $CPU_TORCH" "${pip[@]}" install "torch==$CPU_TORCH" || {
     grep -qE 'No matching distribution found for torch|no matching distribution|satisfies the requirement torch' "$log" || failed "pip install torch==$CPU_TORCH"
     fail "pip cannot find torch $CPU_TORCH, $1." \
       "PyPI does not carry it: it is one of PyTorch's own CPU wheels. Tell pip where those are, and run the same command again:

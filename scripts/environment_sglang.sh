@@ -20,13 +20,13 @@ say "setting up $VENV with $engine; this happens once and takes a few minutes"
 begin "$engine"
 ours=(-e ".[demo,test-engine]" -e tests/sglang_platform)
 if [ "$engine" = sglang ]; then
-  step "sglang 0.5.23, mem_triton and its tools" "${install[@]}" "sglang==0.5.23" "${ours[@]}" || failed "pip install"
+  step "sglang 0.5.23, mem_triton and its tools" "${pip[@]}" install "sglang==0.5.23" "${ours[@]}" || failed "pip install"
 else
   install_cpu_torch "a build of torch for CPUs that SGLang works with"
   # By themselves: their metadata ask for CUDA builds of torch, which these parts of them do not need.
-  step "sglang 0.5.23" "${install[@]}" --no-deps sglang==0.5.23 torchvision==0.28.0 xgrammar==0.2.7 soundfile==0.13.1 \
+  step "sglang 0.5.23" "${pip[@]}" install --no-deps sglang==0.5.23 torchvision==0.28.0 xgrammar==0.2.7 soundfile==0.13.1 \
     apache-tvm-ffi==0.1.11 || failed "pip install sglang"
-  step "its other parts, mem_triton and its tools" "${install[@]}" "torch==$CPU_TORCH" \
+  step "its other parts, mem_triton and its tools" "${pip[@]}" install "torch==$CPU_TORCH" \
     -r scripts/sglang_cpu_requirements.txt "${ours[@]}" || failed "pip install"
   # Executed by every Python of this environment as it starts, SGLang's spawned processes among them.
   "$VENV/bin/python" -c 'import pathlib, sysconfig

@@ -18,7 +18,7 @@ say "setting up $VENV with Triton $TRITON; this happens once and takes about a m
 begin "triton-$TRITON"
 install_cpu_torch "which the tests of the kernels run on"
 # numpy 2.5 refuses what the interpreter of Triton before 3.9 does with loop bounds that lie in memory.
-step "Triton $TRITON and the tests' tools" "${install[@]}" "triton==$TRITON" "numpy<2.5" "hypothesis>=6.100" \
+step "Triton $TRITON and the tests' tools" "${pip[@]}" install "triton==$TRITON" "numpy<2.5" "hypothesis>=6.100" \
   "packaging>=23" "pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6" "setuptools" || failed "pip install"
 printf '%s' "$key" >"$stamp"
 say "$VENV is ready"
