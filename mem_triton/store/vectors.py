@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch  # noqa: F401, before usearch: loaded after it, faiss crashes when it trains a codec
 from usearch.index import Index
 
 from mem_triton.store.catalogue import Catalogue, unpack

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from usearch.index import Index
 
 from mem_triton.store import vectors
 from mem_triton.store.bank import Bank, BankError, NewEntry
@@ -292,8 +291,10 @@ def test_a_search_looks_at_more_nodes_of_a_larger_graph(indexed, monkeypatch):
 
 def test_one_thread_builds_the_graph_and_every_entry_finds_itself(tmp_path, small_graphs, monkeypatch):
     """Several threads lose entries, now and then (see ``vectors.ADDING_THREADS``): too seldom for a control."""
-    add, threads = Index.add, set()
-    monkeypatch.setattr(Index, "add", lambda *args, **options: (threads.add(options["threads"]), add(*args, **options)))
+    add, threads = vectors.Index.add, set()
+    monkeypatch.setattr(
+        vectors.Index, "add", lambda *args, **options: (threads.add(options["threads"]), add(*args, **options))
+    )
     with Bank.create(tmp_path / "bank", spec()) as bank:
         for first in range(0, 380, 95):
             bank.add(entries(range(first, first + 95)))
