@@ -59,7 +59,8 @@ def attach(model: nn.Module, shape: EngineShape, section: DeltaSection, page_siz
     layers = DeltaLayers(adapter, modules, shape, rank, next(model.parameters()).device)
     states = DeltaStates(layers.spec, layers.slots, len(layers.weights), page_size)
     launches = has_launches(layers.reads.device)
-    rounded, how = layers.reads.to(shape.dtype) if launches else None, "no layer of it is on this rank"
+    rounded = layers.reads.to(shape.dtype) if launches else None
+    how = "no layer of it is on this rank"
     for index, name in enumerate(layers.weights):
         module, attention = modules[name], modules[name].attn
         step = functools.partial(_advance, states, index)

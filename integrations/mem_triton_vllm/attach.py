@@ -44,7 +44,8 @@ def attach(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection) -> 
 
     tokens_per_state = _tokens_per_state(vllm_config, section)
     fuse = vllm_config.compilation_config.mode != CompilationMode.NONE
-    linear, how = cpu_linear if device.type == "cpu" else plain_linear, "no layer of it is on this rank"
+    linear = cpu_linear if device.type == "cpu" else plain_linear
+    how = "no layer of it is on this rank"
     for index, name in enumerate(layers.weights):
         module = modules[name]
         cache = DeltaStateCache(
