@@ -16,10 +16,10 @@ from benchmarks.kernels.roofline import Work
 from benchmarks.kernels.shapes import Model, Random
 from mem_triton.ops.attention_inputs import HeadInputs, attention_inputs, attention_inputs_reference
 from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch, activate, delta_rule, delta_rule_paged
+from mem_triton.runtime.worker.folding import columns
 
 BLOCK = 16  # tokens of a KV block and of a state cell
 SPEC = DeltaRuleSpec(rank=8, heads=1)
-ALIGNMENT = 32  # columns of the fused projection
 ROUNDED = {"bf16": 4e-3, "fp16": 5e-4, "fp32": 1e-5}  # q, k and v are rounded once
 STEPWISE = {"bf16": 2e-2, "fp16": 2e-3, "fp32": 1e-5}  # and after every step where each is an operator
 
@@ -65,7 +65,7 @@ def build(case: Case, device: str, seed: int) -> Layer:
         torch.arange(batch + 1, **integers) * queries,
         torch.full((batch,), length, **integers),
     )
-    width = -(-(inputs.width + SPEC.projection_width) // ALIGNMENT) * ALIGNMENT
+    width = columns(inputs.width, SPEC.projection_width)
     reads = torch.empty(tokens, SPEC.read_width, device=device)
     positions = torch.arange(s["context"], length, device=device).repeat(batch)
     return Layer(g.normal(tokens, width, dtype=dtype), reads, inputs, states, positions)
