@@ -17,6 +17,7 @@ from tests.vllm_engine.case import MARK
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+CHECKOUT = os.pathsep.join([str(ROOT), str(ROOT / "integrations")])  # not what may be installed beside it
 DEFAULTS = {
     "enforce_eager": True,
     "max_model_len": 512,
@@ -46,11 +47,11 @@ def environment(runner: str = "v1", **extra: str) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TRITON_DEFAULT_FP_FUSION": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": CHECKOUT,
     }
     env.pop("TRITON_INTERPRET", None)
     if runner == "v2":
-        env |= {"MEM_TRITON_TEST_V2": "1", "PYTHONPATH": f"{HERE / 'shim'}{os.pathsep}{ROOT}"}
+        env |= {"MEM_TRITON_TEST_V2": "1", "PYTHONPATH": os.pathsep.join([str(HERE / "shim"), CHECKOUT])}
     return env | extra
 
 
