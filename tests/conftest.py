@@ -1,8 +1,12 @@
-"""The order of the tests."""
+"""The sources that the tests import, and the order of the tests."""
 
 from __future__ import annotations
 
 import pytest
+
+from tests.support import checkout
+
+checkout.prefer()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

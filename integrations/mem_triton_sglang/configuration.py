@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,20 @@ def configured() -> MemTritonConfig | None:
     return config
 
 
-def register_resolution() -> None:
-    """Hang our checks and defaults into the resolution of SGLang's arguments (its own extension point)."""
-    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+def register_resolution(undo: ExitStack) -> None:
+    """Hang our checks and defaults into the resolution of SGLang's arguments (its own extension point).
 
-    register_resolution_hook("handle_cuda_graph_config")(_before_graphs)
-    register_resolution_hook("handle_attention_backend_compatibility")(_after_backends)
-    register_resolution_hook("handle_other_validations")(_validate)
+    ``undo`` takes them out again.
+    """
+    from sglang.srt.arg_groups.resolution_hooks import _HOOKS, register_resolution_hook
+
+    for step, ours in (
+        ("handle_cuda_graph_config", _before_graphs),
+        ("handle_attention_backend_compatibility", _after_backends),
+        ("handle_other_validations", _validate),
+    ):
+        register_resolution_hook(step)(ours)
+        undo.callback(_HOOKS[step].remove, ours)
 
 
 def _before_graphs(server_args: Any, previous: Any) -> None:

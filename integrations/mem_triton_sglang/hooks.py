@@ -6,7 +6,9 @@ each process that starts an engine with memory looks whether they are in place.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from importlib import import_module
+from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -32,11 +34,19 @@ HOOKS: dict[str, tuple[str, HookType]] = {
 """Function of SGLang -> (ours, when it is called)."""
 
 
-def register_hooks() -> None:
-    """Hand the table to SGLang's registry, which applies it."""
+def register_hooks(undo: ExitStack) -> None:
+    """Hand the table to SGLang's registry, which applies it. ``undo`` takes it back."""
     for target, (ours, when) in HOOKS.items():
         module, _, name = ours.partition(":")
-        HookRegistry.register(target, getattr(import_module(module), name), when)
+        hook = getattr(import_module(module), name)
+        undo.callback(_forget, target, hook)
+        HookRegistry.register(target, hook, when)
+
+
+def _forget(target: str, hook: Any) -> None:
+    others = [entry for entry in HookRegistry._hooks.pop(target, []) if entry[1] is not hook]
+    if others:
+        HookRegistry._hooks[target] = others
 
 
 def check_hooks() -> None:

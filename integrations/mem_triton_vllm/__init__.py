@@ -6,41 +6,74 @@ format, two constructors look whether the configuration asks for memory, and blo
 
 from __future__ import annotations
 
+import logging
+from contextlib import ExitStack
 from typing import Any
 
 LOAD_FORMAT = "mem_triton"
+
+logger = logging.getLogger("vllm.mem_triton")
 
 
 def register() -> None:
     """Called by vLLM in each of its processes; calling it again is harmless.
 
-    In a vLLM that lacks what the integration builds on, the engine keeps working and only the load format is refused.
+    Raises nothing but KeyboardInterrupt, as vLLM would end with it. Where anything fails, the engine is the stock one
+    and the load format, if it can be registered at all, is refused with the cause.
     """
+    try:
+        _register()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # an engine without memory must run whatever becomes of ours, a SystemExit included
+        logger.error("mem_triton is off, --load-format %s cannot be used: %s", LOAD_FORMAT, _said(error))
+
+
+def _register() -> None:
     from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     if LOAD_FORMAT in _LOAD_FORMAT_TO_MODEL_LOADER:
         return
     try:
-        from mem_triton_vllm import block_keys, front_end, loader
-    except ImportError as error:
-        register_model_loader(LOAD_FORMAT)(_refusal(BaseModelLoader, error))
-        return
-    register_model_loader(LOAD_FORMAT)(loader.MemTritonLoader)
-    front_end.install()
-    block_keys.install()
+        loader = _installed()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        logger.debug("mem_triton is off", exc_info=True)
+        loader = _refusal(error)
+    register_model_loader(LOAD_FORMAT)(loader)
 
 
-def _refusal(base: type, error: ImportError) -> type:
-    """A loader that says which vLLM is needed."""
+def _installed() -> type:
+    """The loader, with every patch in place; where one fails, none is."""
+    from mem_triton_vllm import block_keys, front_end, loader
+
+    with ExitStack() as undo:
+        front_end.install(undo)
+        block_keys.install(undo)
+        undo.pop_all()
+    return loader.MemTritonLoader
+
+
+def _refusal(error: BaseException) -> type:
+    """A loader that says why memory is off, and which vLLM is needed."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    cause = _said(error)
 
     def __init__(self: Any, load_config: Any) -> None:
-        from mem_triton.compat import TESTED_VERSIONS, UnsupportedVersionError, require
+        from mem_triton.compat import TESTED_VERSIONS, UnsupportedVersionError, installed_version
 
-        version = require("vllm")
         raise UnsupportedVersionError(
-            f"vLLM {version} lacks what mem_triton builds on: {error}. Supported: vllm{TESTED_VERSIONS['vllm']}"
+            f"vLLM {installed_version('vllm')} lacks what mem_triton builds on: {cause}. "
+            f"Supported: vllm{TESTED_VERSIONS['vllm']}"
         )
 
-    abstract = {name: (lambda self, *a, **k: None) for name in base.__abstractmethods__}
-    return type("MemTritonRefusal", (base,), {**abstract, "__init__": __init__})
+    abstract = {name: (lambda self, *a, **k: None) for name in BaseModelLoader.__abstractmethods__}
+    return type("MemTritonRefusal", (BaseModelLoader,), {**abstract, "__init__": __init__})
+
+
+def _said(error: BaseException) -> str:
+    """An exception as one line: what it says, and its type where that is not plain from it."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ImportError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -9,6 +9,7 @@ What is patched: one function, in the engine-core process; it changes nothing fo
 from __future__ import annotations
 
 import functools
+from contextlib import ExitStack
 from typing import Any
 
 from vllm.v1.core import kv_cache_utils
@@ -19,10 +20,12 @@ from mem_triton.store.plan import from_carried, seen_between
 _MARK = "_mem_triton"
 
 
-def install() -> None:
-    """Wrap vLLM's function; calling it again is harmless."""
-    if not hasattr(kv_cache_utils.generate_block_hash_extra_keys, _MARK):
-        kv_cache_utils.generate_block_hash_extra_keys = _with_memory(kv_cache_utils.generate_block_hash_extra_keys)
+def install(undo: ExitStack) -> None:
+    """Wrap vLLM's function; calling it again is harmless. ``undo`` puts it back."""
+    stock = kv_cache_utils.generate_block_hash_extra_keys
+    if not hasattr(stock, _MARK):
+        undo.callback(setattr, kv_cache_utils, "generate_block_hash_extra_keys", stock)
+        kv_cache_utils.generate_block_hash_extra_keys = _with_memory(stock)
 
 
 def _with_memory(stock: Any) -> Any:

@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 from collections.abc import AsyncGenerator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
@@ -100,16 +101,18 @@ def add_report(output: RequestOutput, reading: Reading | None) -> None:
         output.kv_transfer_params = {**extras, "mem_triton": reading.report()}
 
 
-def install() -> None:
+def install(undo: ExitStack) -> None:
     """Let engines whose configuration has a ``mem_triton`` section become their counterparts with memory.
 
-    Only the two constructors are wrapped; an engine without the section is the stock class, untouched.
+    Only the two constructors are wrapped; an engine without the section is the stock class, untouched. ``undo``
+    puts them back.
     """
     from mem_triton_vllm.async_engine import AsyncLLMWithMemory
     from mem_triton_vllm.sync_engine import LLMEngineWithMemory
 
     for stock, with_memory in ((AsyncLLM, AsyncLLMWithMemory), (LLMEngine, LLMEngineWithMemory)):
         if not getattr(stock.__init__, "_mem_triton", False):
+            undo.callback(setattr, stock, "__init__", stock.__init__)
             stock.__init__ = _checking_init(stock.__init__, with_memory)
 
 

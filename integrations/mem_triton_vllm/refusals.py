@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from importlib import import_module
 
+import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 
@@ -137,6 +138,12 @@ def _takes(path: str, *parameters: str) -> bool:
     return set(parameters) <= set(inspect.signature(target).parameters)
 
 
+def _registered(path: str) -> bool:
+    module, _, name = path.partition(":")
+    ops = [op.partition("::") for op in getattr(import_module(module), name)]
+    return all(hasattr(getattr(torch.ops, namespace), op) for namespace, _, op in ops)
+
+
 TOUCH_POINTS: dict[str, Callable[[], bool]] = {
     "register_model_loader": lambda: _takes("vllm.model_executor.model_loader:register_model_loader", "load_format"),
     "AsyncLLM.generate": lambda: _takes("vllm.v1.engine.async_llm:AsyncLLM.generate", "prompt", "sampling_params"),
@@ -167,6 +174,10 @@ TOUCH_POINTS: dict[str, Callable[[], bool]] = {
     "backend selection": lambda: _has("vllm.v1.attention.selector:_cached_get_attn_backend", "cache_clear"),
     "AttentionImpl": lambda: _has("vllm.v1.attention.backend:AttentionImpl", "forward"),
     "RequestOutput.kv_transfer_params": lambda: _takes("vllm.outputs:RequestOutput", "kv_transfer_params"),
+    "eager_break_during_capture": lambda: _takes(
+        "vllm.compilation.breakable_cudagraph:eager_break_during_capture", "fn"
+    ),
+    "op registration": lambda: _registered("mem_triton_vllm.state_cache:OP_NAMES"),
     "block hash of cache_salt": lambda: (
         "cache_salt" in inspect.getsource(import_module("vllm.v1.core.kv_cache_utils").generate_block_hash_extra_keys)
     ),
@@ -182,7 +193,7 @@ def check_touch_points(points: dict[str, Callable[[], bool]] = TOUCH_POINTS) -> 
         try:
             if not present():
                 missing.append(name)
-        except (ImportError, AttributeError, TypeError, ValueError):
+        except Exception:  # whatever a moved seam raises when it is looked for
             missing.append(name)
     if missing:
         raise UnsupportedVersionError(

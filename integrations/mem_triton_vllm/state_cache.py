@@ -16,7 +16,6 @@ from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -30,7 +29,14 @@ from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch, delta_rule_page
 from mem_triton.runtime.slots import StateSlots
 from mem_triton_vllm.kv_spec import DeltaStateSpec
 
-OP_NAMES = ("mem_triton::delta_rule_layer", "mem_triton::attention_inputs_layer")
+SCHEMAS = {
+    "delta_rule_layer": "(Tensor projections, Tensor gate_bias, Tensor(a2!) reads, str layer_name) -> ()",
+    "attention_inputs_layer": (
+        "(Tensor(a0!) projected, Tensor? projections, Tensor(a2!) reads, Tensor gate_bias, str layer_name) -> ()"
+    ),
+}
+"""Ops of this module. Written out: what torch infers from a function depends on how vLLM has wrapped it."""
+OP_NAMES = tuple(f"mem_triton::{name}" for name in SCHEMAS)
 
 
 @dataclass
@@ -173,7 +179,6 @@ def _metadata_of(layer_name: str) -> tuple[DeltaStateCache, DeltaStateMetadata] 
     return context.no_compile_layers[layer_name], metadata
 
 
-@eager_break_during_capture
 def _delta_rule_layer(projections: Tensor, gate_bias: Tensor, reads: Tensor, layer_name: str) -> None:
     found = _metadata_of(layer_name)
     if found is None:
@@ -183,7 +188,6 @@ def _delta_rule_layer(projections: Tensor, gate_bias: Tensor, reads: Tensor, lay
     layer.step(projections, gate_bias, reads, metadata)
 
 
-@eager_break_during_capture
 def _attention_inputs_layer(
     projected: Tensor, projections: Tensor | None, reads: Tensor, gate_bias: Tensor, layer_name: str
 ) -> None:
@@ -200,11 +204,8 @@ def _attention_inputs_layer(
 
 
 _LIBRARY = torch.library.Library("mem_triton", "FRAGMENT")
-for _function, _mutated in ((_delta_rule_layer, ["reads"]), (_attention_inputs_layer, ["projected", "reads"])):
-    direct_register_custom_op(
-        _function.__name__.lstrip("_"),
-        _function,
-        mutates_args=_mutated,
-        fake_impl=lambda *args, **kwargs: None,
-        target_lib=_LIBRARY,
-    )
+for (_name, _schema), _function in zip(SCHEMAS.items(), (_delta_rule_layer, _attention_inputs_layer), strict=True):
+    _LIBRARY.define(_name + _schema)
+    for _device in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, eager_break_during_capture(_function), _device)
+    torch.library.register_fake(f"mem_triton::{_name}", lambda *args, **kwargs: None, lib=_LIBRARY)

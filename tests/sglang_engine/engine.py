@@ -17,8 +17,8 @@ from typing import Any
 from tests.sglang_engine.case import MARK, TAMPER
 from tests.sglang_engine.zygote import Zygote
 from tests.support.cases import result_of
+from tests.support.checkout import ROOT, python_path
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT = 600.0  # seconds of a case
 SPAWN = bool(os.environ.get("MEM_TRITON_TEST_SPAWN"))  # everything starts as users start it
 DEFAULTS = {
@@ -43,9 +43,7 @@ def environment(**extra: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(ROOT), str(ROOT / "integrations"), os.environ.get("PYTHONPATH")])
-        ),
+        "PYTHONPATH": python_path(),
     }
     env.pop("TRITON_INTERPRET", None)
     return env | extra

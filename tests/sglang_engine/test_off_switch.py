@@ -103,6 +103,59 @@ def test_a_foreign_sglang_keeps_working_and_refuses_the_backend(tmp_path):
     assert result.returncode == 0 and "mem_triton is off" in result.stderr, result.stderr[-3000:]
 
 
+BROKEN = """
+import os, pytest, sys
+from sglang.srt.arg_groups import resolution_hooks
+from sglang.srt.layers.attention import attention_registry
+from sglang.srt.plugins.hook_registry import HookRegistry
+import mem_triton_sglang
+BACKENDS = attention_registry.ATTENTION_BACKENDS
+
+class Raises:
+    error = None
+    def find_spec(self, name, path=None, target=None):
+        if name == "mem_triton_sglang.radix_keys":  # in the middle of the table of hooks
+            raise self.error
+
+def stock():
+    return not HookRegistry._hooks and not any(resolution_hooks._HOOKS.values())
+
+def refuses(*said):
+    mem_triton_sglang.register()
+    assert stock(), (HookRegistry._hooks, resolution_hooks._HOOKS)
+    with pytest.raises(RuntimeError) as refusal:
+        BACKENDS["mem_triton"](None)
+    assert all(word in str(refusal.value) for word in (*said, "sglang>=0.5.23")), refusal.value
+    del BACKENDS["mem_triton"]
+
+sys.meta_path.insert(0, Raises())
+for error in (RuntimeError("a"), SyntaxError("b"), AttributeError("c"), OSError("d"), SystemExit(3), MemoryError()):
+    Raises.error = error
+    refuses(type(error).__name__, str(error))
+del sys.meta_path[0]
+
+steps = resolution_hooks._OVERRIDABLE_HOOKS
+resolution_hooks._OVERRIDABLE_HOOKS = frozenset({"handle_cuda_graph_config"})
+refuses("not an overridable resolution hook")  # after all hooks and the first step
+
+resolution_hooks._OVERRIDABLE_HOOKS = steps
+register_backend, attention_registry.register_attention_backend = attention_registry.register_attention_backend, None
+mem_triton_sglang.register()  # nothing to hang a refusal on: it is logged
+assert "mem_triton" not in BACKENDS
+
+attention_registry.register_attention_backend = register_backend
+mem_triton_sglang.register()  # control: without the fault there is a backend with its hooks
+assert not stock() and "mem_triton" in BACKENDS
+"""
+
+
+def test_fault_versions_no_failure_of_ours_reaches_sglang(tmp_path):
+    config = write_config({"delta": {"adapter": "nobody/nothing"}}, tmp_path)
+    result = python(BROKEN, fresh=True, SGLANG_PLUGINS="other", MEM_TRITON_CONFIG=str(config))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "mem_triton is off, --attention-backend mem_triton cannot be used" in result.stderr
+
+
 @pytest.fixture(scope="module")
 def resolved(bench, tmp_path_factory) -> list[str]:
     """What SGLang says to each of REFUSED, and to plain options."""

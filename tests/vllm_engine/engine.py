@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from tests.support.cases import result_of
+from tests.support.checkout import ROOT, python_path
 from tests.vllm_engine.case import MARK
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-CHECKOUT = os.pathsep.join([str(ROOT), str(ROOT / "integrations")])  # not what may be installed beside it
 DEFAULTS = {
     "enforce_eager": True,
     "max_model_len": 512,
@@ -47,11 +46,11 @@ def environment(runner: str = "v1", **extra: str) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TRITON_DEFAULT_FP_FUSION": "1",
-        "PYTHONPATH": CHECKOUT,
+        "PYTHONPATH": python_path(),
     }
     env.pop("TRITON_INTERPRET", None)
     if runner == "v2":
-        env |= {"MEM_TRITON_TEST_V2": "1", "PYTHONPATH": os.pathsep.join([str(HERE / "shim"), CHECKOUT])}
+        env |= {"MEM_TRITON_TEST_V2": "1", "PYTHONPATH": python_path(HERE / "shim")}
     return env | extra
 
 

@@ -59,6 +59,86 @@ def test_a_foreign_vllm_keeps_working_and_refuses_the_load_format():
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+BREAKABLE = """
+import torch
+from mem_triton_vllm import LOAD_FORMAT, loader, register, state_cache
+register()
+from vllm.compilation.breakable_cudagraph import is_breakable_cudagraph_enabled
+from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER
+assert is_breakable_cudagraph_enabled()
+assert _LOAD_FORMAT_TO_MODEL_LOADER[LOAD_FORMAT] is loader.MemTritonLoader
+for (name, schema), mutated in zip(state_cache.SCHEMAS.items(), (["reads"], ["projected", "reads"]), strict=True):
+    function = getattr(state_cache, f"_{name}")
+    function.__annotations__ = {k: eval(v, vars(state_cache)) for k, v in function.__annotations__.items()}
+    assert torch.library.infer_schema(function, mutates_args=mutated) == schema, name
+from mem_triton_vllm.refusals import TOUCH_POINTS, check_touch_points
+check_touch_points()
+state_cache.OP_NAMES = "mem_triton::gone",
+assert not TOUCH_POINTS["op registration"](), "an op that is not registered is seen"
+"""
+
+
+def test_fault_versions_vllm_may_wrap_what_our_ops_call():
+    """With the variable, which vLLM sets itself for some models, it wraps functions before they become ops."""
+    env = environment(VLLM_PLUGINS="", VLLM_USE_BREAKABLE_CUDAGRAPH="1")
+    result = subprocess.run([sys.executable, "-c", BREAKABLE], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+BROKEN = """
+import pytest, sys
+from vllm.config.load import LoadConfig
+from vllm.model_executor import model_loader
+from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER as FORMATS, get_model_loader
+import mem_triton_vllm
+from mem_triton_vllm import block_keys, front_end
+
+class Raises:
+    error = None
+    def find_spec(self, name, path=None, target=None):
+        if name == "mem_triton_vllm.loader":
+            raise self.error
+
+UNPATCHED = snapshot()
+def refuses(*said):
+    mem_triton_vllm.register()
+    assert snapshot() == UNPATCHED, "the stock engine is untouched"
+    with pytest.raises(RuntimeError) as refusal:
+        get_model_loader(LoadConfig(load_format="mem_triton"))
+    assert all(word in str(refusal.value) for word in (*said, "vllm>=0.32")), refusal.value
+    del FORMATS["mem_triton"]
+
+sys.meta_path.insert(0, Raises())
+for error in (RuntimeError("a"), SyntaxError("b"), AttributeError("c"), OSError("d"), SystemExit(3), MemoryError()):
+    Raises.error = error
+    refuses(type(error).__name__, str(error))
+del sys.meta_path[0]
+
+def fails(undo):
+    raise ValueError("the second patch")
+install, block_keys.install = block_keys.install, fails  # after the constructors are patched
+refuses("ValueError: the second patch")
+
+model_loader.register_model_loader, kept = fails, model_loader.register_model_loader
+mem_triton_vllm.register()  # nothing to hang a refusal on: it is logged
+assert snapshot() == UNPATCHED and "mem_triton" not in FORMATS
+
+del sys.modules["mem_triton_vllm.loader"], mem_triton_vllm.loader
+Raises.error, block_keys.install, model_loader.register_model_loader = KeyboardInterrupt(), install, kept
+sys.meta_path.insert(0, Raises())
+with pytest.raises(KeyboardInterrupt):
+    mem_triton_vllm.register()  # control: the wish to end is no failure of ours
+"""
+
+
+def test_fault_versions_no_failure_of_ours_reaches_vllm():
+    code = UNPATCHED.partition("before =")[0] + BROKEN
+    env = environment(VLLM_PLUGINS="")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "mem_triton is off, --load-format mem_triton cannot be used" in result.stderr + result.stdout
+
+
 @pytest.mark.engine
 def test_without_the_flag_logprobs_are_bit_identical(bench, prompts):
     rounds = [[request(p, logprobs=5) for p in prompts]]
