@@ -14,19 +14,16 @@ vLLM carries them in ``vllm_xargs`` (HTTP) or ``SamplingParams.extra_args`` (Pyt
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mem_triton import ids as names
 from mem_triton.config import nearest_name_hint
 
 WORDS = ("mem_session", "mem_write", "mem_reset", "mem_ids", "mem_top_k", "mem_capture", "mem_tenant")
 CARRIER = "mem_triton"
 """Key under which the front end hands the resolved request to the workers; clients may not set it."""
-
-_SESSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_ENTRY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 
 
 class RequestError(ValueError):
@@ -74,11 +71,21 @@ def _ids(words: Mapping[str, Any]) -> tuple[str, ...] | None:
     ids = [ids] if isinstance(ids, str) else ids
     if not isinstance(ids, (list, tuple)):
         raise RequestError("mem_ids", f'must be a list of ids like "alice" or "alice@2", got {ids!r}')
-    for id in ids:
-        name, at, version = id.partition("@") if isinstance(id, str) else ("", "", "")
-        if not _ENTRY_ID.fullmatch(name) or (at and not version.isdecimal()):
-            raise RequestError("mem_ids", f'{id!r} is no id; ids look like "alice" or "alice@2"')
-    return tuple(dict.fromkeys(ids))  # an entry named twice is one memory
+    found = [_id(id) for id in ids]
+    return tuple(dict.fromkeys(found))  # an entry named twice is one memory
+
+
+def _id(word: Any) -> str:
+    if names.split_places(word):
+        return word
+    if (reference := names.split_reference(word)) is None:
+        old = isinstance(word, str) and names.OLD_ID.fullmatch(word.partition("@")[0])
+        hint = "; an entry of an older bank gets another id by `mem-triton bank rename`" if old else ""
+        raise RequestError(
+            "mem_ids", f'{word!r} is no id; ids look like "alice", "alice@2" or, in a document, "alice#0"{hint}'
+        )
+    id, version = reference
+    return id if version is None else f"{id}@{version}"
 
 
 def _top_k(words: Mapping[str, Any]) -> int | None:
@@ -92,17 +99,15 @@ def _top_k(words: Mapping[str, Any]) -> int | None:
 
 def _capture(words: Mapping[str, Any]) -> str | None:
     value = words.get("mem_capture")
-    if value is not None and not (isinstance(value, str) and _ENTRY_ID.fullmatch(value)):
-        raise RequestError(
-            "mem_capture", f"must be 1 to 128 letters, digits, '.', '_', ':', '/' or '-' (no '@'), got {value!r}"
-        )
+    if value is not None and not names.is_id(value):
+        raise RequestError("mem_capture", f"must be {names.ID_RULE}, got {value!r}")
     return value
 
 
 def _tenant(words: Mapping[str, Any]) -> str:
     value = words.get("mem_tenant", "")
-    if not (isinstance(value, str) and (value == "" or _SESSION_NAME.fullmatch(value))):
-        raise RequestError("mem_tenant", f"must be 1 to 128 letters, digits, '.', '_' or '-', got {value!r}")
+    if value != "" and not names.is_name(value):
+        raise RequestError("mem_tenant", f"must be {names.NAME_RULE}, got {value!r}")
     return value
 
 
@@ -118,10 +123,8 @@ def parse_request(extra_args: Mapping[str, Any] | None) -> MemoryRequest:
         if isinstance(name, str) and name.startswith("mem_") and name not in WORDS:
             raise RequestError(name, "unknown memory word." + nearest_name_hint(name, WORDS))
     session = words.get("mem_session")
-    if session is not None and not (isinstance(session, str) and _SESSION_NAME.fullmatch(session)):
-        raise RequestError(
-            "mem_session", "must be 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit"
-        )
+    if session is not None and not names.is_name(session):
+        raise RequestError("mem_session", f"must be {names.NAME_RULE}")
     request = MemoryRequest(
         session, _flag(words, "mem_write", True), _flag(words, "mem_reset", False), _ids(words), _top_k(words),
         _capture(words), _tenant(words),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,14 +10,13 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mem_triton import ids
 from mem_triton.config import nearest_name_hint
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.errors import BankError, UnknownEntryError
 from mem_triton.store.fingerprint import Fingerprint
 
 SCHEMA_VERSION = 1
-ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
-REF = re.compile(rf"({ID.pattern})@([1-9][0-9]{{0,8}})")
 Dtype = Literal["float32", "bfloat16", "float16"]
 Codec = Literal["fp32", "bf16", "fp16", "fp8", "int8", "pq"]
 
@@ -93,7 +91,7 @@ class BankSpec(BaseModel):
 
 @dataclass(frozen=True)
 class NewEntry:
-    """An entry to be written. id: 1 to 128 letters, digits and . _ - : / without "@".
+    """An entry to be written. id: see ``mem_triton.ids``.
 
     block: in the bank's layers, heads and dtype; None for a cold entry, which has its text only until ``Bank.fill``.
     tenant: whose it is, "" for everybody's. token_ids: the text's, kept for later encoding. content_key: whatever else
@@ -157,18 +155,20 @@ def content_hash(text: str, token_ids: Sequence[int] | None = None, content_key:
 
 def check_id(id: str) -> str:
     """An entry's id. Raises BankError if it has another form."""
-    if not isinstance(id, str) or not ID.fullmatch(id):
-        raise BankError(
-            f"id {id!r}: must be 1 to 128 letters, digits and . _ - : / (no @: versions are given by the bank)", str(id)
-        )
+    if not ids.is_id(id):
+        raise BankError(f"id {id!r}: must be {ids.ID_RULE}", str(id))
     return id
 
 
 def split_ref(id_or_ref: str) -> tuple[str, int | None]:
-    """("alice", 3) of "alice@3", ("alice", None) of "alice". Raises UnknownEntryError for what can name no entry."""
+    """("alice", 3) of "alice@3", ("alice", None) of "alice". Raises UnknownEntryError for what can name no entry.
+
+    Ids of banks that are older than today's grammar of ids are found by it, too.
+    """
+    if (reference := ids.split_reference(id_or_ref)) is not None:
+        return reference
     if isinstance(id_or_ref, str):
-        if match := REF.fullmatch(id_or_ref):
-            return match[1], int(match[2])
-        if ID.fullmatch(id_or_ref):
-            return id_or_ref, None
+        id, at, version = id_or_ref.partition("@")
+        if ids.OLD_ID.fullmatch(id) and (not at or ids.VERSION.fullmatch(version)):
+            return id, int(version) if at else None
     raise UnknownEntryError(str(id_or_ref))

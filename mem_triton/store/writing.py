@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mem_triton import ids
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.catalogue import CURRENT, DELETED, SUPERSEDED, pack
 from mem_triton.store.errors import BankError, ForeignTenantError, UnknownEntryError
@@ -181,8 +182,8 @@ def check_entry(bank: Bank, entry: NewEntry) -> str:
             raise wrong(name, f"is {type(getattr(entry, name)).__name__}, expected a string")
     if not entry.text.strip():
         raise wrong("text", "is empty; leave the entry out")
-    if len(entry.tenant) > 128 or any(ord(c) < 32 for c in entry.tenant):
-        raise wrong("tenant", "must be at most 128 printable characters")
+    if entry.tenant and not ids.is_name(entry.tenant):
+        raise wrong("tenant", f"must be at most 128 characters ({ids.NAME_RULE}), got {entry.tenant[:200]!r}")
     try:
         entry.text.encode()
         metadata = json.dumps(dict(entry.metadata), allow_nan=False, ensure_ascii=False)
