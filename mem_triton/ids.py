@@ -1,7 +1,7 @@
 """One grammar of the names of entries, tenants and sessions, for banks, the command line and requests alike.
 
-A reference is an id with a version, ``contract@2``. ``contract#0``, ``contract#2-5`` and ``contract#*`` name references that
-a document was cut into, in the document's order (``store.documents``).
+A reference is an id with a version, ``contract@2``. ``contract#0``, ``contract#2-5`` and ``contract#*`` name references
+that a document was cut into, in the document's order (``store.documents``).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ OLD_ID = re.compile(r"[A-Za-z0-9._:/-]{1,128}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _PLACES = re.compile(r"\*|(0|[1-9][0-9]{0,8})(?:-([0-9]{1,9}))?")
 ENCODED = "xn--"
-"""Start of a part of an id that is punycode, the encoding of international domain names: file names of any script become
-ids, no two the same one, and ``.encode().decode("punycode")`` of the rest gives the name back."""
+"""Start of a part of an id that is punycode, the encoding of international domain names: file names of any script
+become ids, no two the same one, and ``.encode().decode("punycode")`` of the rest gives the name back."""
 
 
 def is_id(value: Any) -> bool:
