@@ -69,6 +69,20 @@ def _row(entry: EntryInfo) -> list[Any]:
     return [entry.ref, entry.tenant or "-", entry.tokens if entry.has_block else "cold", entry.source or "-", text]
 
 
+def _say_unnameable(path: Path, entries: list[EntryInfo]) -> None:
+    from mem_triton.store.documents import unnameable
+
+    ids, tenants = unnameable(entries)
+    if ids:
+        output.note(f"no request can name {_some(ids)}: mem-triton bank rename {path} {ids[0]} NEW-ID")
+    if tenants:
+        output.note(f"no request can name tenant {_some(tenants)}: mem-triton bank rename {path} OLD NEW --tenant")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 @app.command("list")
 def list_entries(
     path: BankPath,
@@ -76,16 +90,34 @@ def list_entries(
     after: Annotated[Optional[str], typer.Option(help="Entries behind this id.")] = None,  # noqa: UP045
     limit: Annotated[int, typer.Option(min=1, help="Most entries to show.")] = 100,
     cold: Annotated[bool, typer.Option("--cold", help="Only entries without keys and values.")] = False,
+    document: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The references of this document, in its order: requests can name them DOCUMENT#0, #1, ..."),
+    ] = None,
+    source: Annotated[Optional[str], typer.Option(help="Entries of this file, in its order.")] = None,  # noqa: UP045
     json: Json = False,
 ) -> None:
-    """Entries in order of their ids."""
+    """Entries in order of their ids, or of their document."""
+    from mem_triton.store.documents import in_order, of_source, references
+
     with _open(path) as bank:
-        entries = bank.list(tenant=tenant, after=after, limit=limit, only_cold=cold)
+        more = False
+        if document is not None:
+            entries = references(bank, document, tenant)
+        elif source is not None:
+            entries = in_order(e for e in of_source(bank, source) if tenant is None or e.tenant in ("", tenant))
+        else:
+            entries = bank.list(tenant=tenant, after=after, limit=limit, only_cold=cold)
+            more = len(entries) == limit
     if json:
         return output.print_json([asdict(entry) for entry in entries])
-    output.print_table(["ref", "tenant", "tokens", "source", "text"], [_row(entry) for entry in entries], wide="text")
-    if len(entries) == limit:
-        output.console(stderr=True).print(f"more: --after {entries[-1].id}", style="dim")
+    columns, rows = ["ref", "tenant", "tokens", "source", "text"], [_row(entry) for entry in entries]
+    if document is not None:
+        columns, rows = ["name", *columns], [[f"{document}#{i}", *row] for i, row in enumerate(rows)]
+    output.print_table(columns, rows, wide="text")
+    _say_unnameable(path, entries)
+    if more:
+        output.note(f"more: --after {entries[-1].id}")
 
 
 @app.command()
@@ -105,18 +137,24 @@ def search(
         return output.print_json([{"score": score, **asdict(entry)} for score, entry in found])
     rows = [[f"{score:.3f}", *_row(entry)] for score, entry in found]
     output.print_table(["score", "ref", "tenant", "tokens", "source", "text"], rows, wide="text")
+    _say_unnameable(path, [entry for _, entry in found])
 
 
 @app.command()
 def show(
     path: BankPath,
-    id: Annotated[str, typer.Argument(metavar="ID", help='"id" or "id@version".', show_default=False)],
+    id: Annotated[str, typer.Argument(metavar="ID", help='"id", "id@version" or "document#0".', show_default=False)],
     tenant: Annotated[Optional[str], typer.Option(help="As this tenant; any if absent.")] = None,  # noqa: UP045
     json: Json = False,
 ) -> None:
     """One entry: its text, where it is from, and the tokens it keeps."""
+    from mem_triton.store.documents import resolve_all
+
     with _open(path) as bank:
-        entry = bank.resolve(id, tenant=tenant or "", any_tenant=tenant is None)
+        found = resolve_all(bank, id, tenant=tenant or "", any_tenant=tenant is None)
+        if len(found) != 1:
+            raise ValueError(f"ID: {id} names {len(found)} references; show one of them, like {found[0].ref}")
+        (entry,) = found
         fields: dict[str, Any] = asdict(entry)
         if entry.has_block:
             block = bank.load(entry.ref)
@@ -133,15 +171,63 @@ def show(
 @app.command()
 def delete(
     path: BankPath,
-    ids: Annotated[list[str], typer.Argument(metavar="ID...", help='"id" for all versions, or "id@version".')],
+    ids: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(
+            metavar="[ID]...", help='"id" for all versions, "id@version", "document#*".', show_default=False
+        ),
+    ] = None,
+    source: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="All entries of this file; may be given again."),
+    ] = None,
+    tenant: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Only what belongs to this tenant.", show_default="anybody's"),
+    ] = None,
 ) -> None:
-    """Take entries out. `compact` frees their room."""
+    """Take entries out. `compact` frees their room.
+
+    A version alone leaves the earlier ones: the id then names the newest that is left.
+    """
+    from mem_triton.store.documents import of_source, resolve_all
+
+    if not ids and not source:
+        raise ValueError("ID: name entries, or give --source FILE")
     with _open(path, writable=True) as bank:
-        for id in ids:  # all are there before the first one goes
-            bank.resolve(id, any_tenant=True)
-        for id in ids:
-            bank.delete(id)
-    print(f"deleted {len(ids)}")
+        chosen: dict[str, None] = {}  # all are there before the first one goes
+        for id in ids or []:
+            found = resolve_all(bank, id, tenant=tenant or "", any_tenant=tenant is None)
+            chosen |= dict.fromkeys([id] if "#" not in id else [entry.id for entry in found])
+        for file in source or []:
+            found = of_source(bank, file, tenant)
+            if not found:
+                raise ValueError(f"--source: no entry is from {file}; `mem-triton bank list` shows sources")
+            chosen |= dict.fromkeys(entry.id for entry in found)
+        chosen = {id: None for id in chosen if id.partition("@")[0] == id or id.partition("@")[0] not in chosen}
+        for id in chosen:
+            bank.delete(id, tenant=tenant)
+        names = dict.fromkeys(id.partition("@")[0] for id in chosen)
+        left = [bank.resolve(id, any_tenant=True) for id in names if bank.catalogue.find(id)]
+    print(f"deleted {len(chosen)}" + "".join(f"; {entry.ref} is the newest again" for entry in left))
+
+
+@app.command()
+def rename(
+    path: BankPath,
+    old: Annotated[str, typer.Argument(help="The id, or with --tenant the tenant, as it is.", show_default=False)],
+    new: Annotated[str, typer.Argument(help="As it shall be.", show_default=False)],
+    tenant: Annotated[bool, typer.Option("--tenant", help="Rename a tenant instead of an entry.")] = False,
+) -> None:
+    """Give an entry with all its versions another id, or a tenant another name."""
+    from mem_triton.store import writing
+
+    with _open(path, writable=True) as bank:
+        if tenant:
+            count = writing.rename_tenant(bank, old, new)
+            print(f"{count} entries belong to {new} now")
+        else:
+            print(f"{old} is {writing.rename(bank, old, new)} now")
 
 
 @app.command()

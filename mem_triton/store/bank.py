@@ -198,8 +198,8 @@ class Bank:
     def delete(self, id_or_ref: str, tenant: str | None = None) -> None:
         """Hide an entry with all its versions, or one version alone. Numbers of versions are never given twice.
 
-        If the one version was the newest, the id names nothing any more until ``add`` makes the next; earlier ones
-        stay loadable. tenant: refuse what is not this tenant's own.
+        If the one version was the newest, the id names the newest one that is left. tenant: refuse what is not this
+        tenant's own.
         """
         writing.delete(self, id_or_ref, tenant)
 

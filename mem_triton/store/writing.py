@@ -118,7 +118,63 @@ def delete(bank: Bank, id_or_ref: str, tenant: str | None) -> None:
             db.execute("UPDATE ids SET current = NULL WHERE id = ?", (id,))
             return
         db.execute(f"UPDATE entries SET state = {DELETED} WHERE seq = ?", (seq,))
-        db.execute("UPDATE ids SET current = NULL WHERE id = ? AND current = ?", (id, seq))
+        if db.execute("UPDATE ids SET current = NULL WHERE id = ? AND current = ?", (id, seq)).rowcount:
+            make_current(db, id)
+    bank.vectors.keep_up({owner})
+
+
+def make_current(db: Any, id: str) -> None:
+    """The newest version of an id that is left is what it names again.
+
+    It gets a new ``seq``: indexes and open readers look for what is new behind those that they know.
+    """
+    newest = "SELECT seq FROM entries WHERE id = ? AND state < 2 ORDER BY version DESC LIMIT 1"
+    if (found := db.execute(newest, (id,)).fetchone()) is None:
+        return
+    db.execute("UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'entries'")
+    ((seq,),) = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchall()
+    db.execute(f"UPDATE entries SET seq = ?, state = {CURRENT} WHERE seq = ?", (seq, *found))
+    db.execute("UPDATE vectors SET seq = ? WHERE seq = ?", (seq, *found))
+    db.execute("UPDATE ids SET current = ? WHERE id = ?", (seq, id))
+
+
+@writer
+def rename(bank: Bank, old: str, new: str) -> str:
+    """Give an entry with all its versions another id; the reference of the newest one.
+
+    Numbers of versions stay given under the old id. Raises UnknownEntryError, and BankError if the new id is taken.
+    """
+    check_id(new)
+    found = bank.catalogue.find(split_ref(old)[0], "id, version, tenant")
+    if found is None or old != found[0]:
+        raise UnknownEntryError(old)
+    if bank.catalogue.read("SELECT 1 FROM ids WHERE id = ?", new):
+        raise BankError(f'id "{new}" is taken; choose another', new)
+    with bank.catalogue.write() as db:
+        db.execute("INSERT INTO ids SELECT ?, tenant, last_version, current FROM ids WHERE id = ?", (new, old))
+        db.execute("UPDATE ids SET current = NULL WHERE id = ?", (old,))
+        db.execute("UPDATE entries SET id = ? WHERE id = ?", (new, old))
+    return f"{new}@{found[1]}"
+
+
+@writer
+def rename_tenant(bank: Bank, old: str, new: str) -> int:
+    """Give all entries of a tenant to another one that has none, under the same ids; how many entries.
+
+    Raises BankError for a name that no request can say, and for one that is in use.
+    """
+    if not ids.is_name(new):
+        raise BankError(f"tenant {new!r}: must be {ids.NAME_RULE}")
+    if not old or not bank.catalogue.read("SELECT 1 FROM ids WHERE tenant = ? LIMIT 1", old):
+        raise BankError(f"tenant {old!r} has no entries here")
+    if bank.catalogue.read("SELECT 1 FROM ids WHERE tenant = ? LIMIT 1", new):
+        raise BankError(f"tenant {new!r} is there already; its entries would be mixed with others'")
+    with bank.catalogue.write() as db:
+        db.execute("UPDATE ids SET tenant = ? WHERE tenant = ?", (new, old))
+        count = db.execute("UPDATE entries SET tenant = ? WHERE tenant = ?", (new, old)).rowcount
+        db.execute("DELETE FROM index_files WHERE tenant = ?", (old,))
+    bank.vectors.keep_up({new})
+    return count
 
 
 @writer

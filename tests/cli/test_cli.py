@@ -21,6 +21,7 @@ from mem_triton.cli import main
 from mem_triton.memory3 import Writer
 from mem_triton.store.bank import Bank
 from tests.memory3.support import RECALL, TEXT
+from tests.store.bank_case import entry, spec
 from tests.support.models import save_tiny_model
 
 MODEL = str(RECALL)
@@ -39,13 +40,18 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
-def run(*arguments: object, code: int = 0, process: bool = False) -> str:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run(*arguments: object, code: int = 0, process: bool = False, terminal: bool = False) -> str:
     """Run a command; in this process, which has the libraries loaded, unless the test is about processes."""
     if process:
         result = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240, env=environment())
         got, out, err = result.returncode, result.stdout, result.stderr
     else:
-        streams = io.StringIO(), io.StringIO()
+        streams = Terminal() if terminal else io.StringIO(), io.StringIO()
         with (
             patch.object(sys, "argv", ["mem-triton", *map(str, arguments)]),
             contextlib.redirect_stdout(streams[0]),
@@ -275,3 +281,37 @@ def test_the_doctor_sees_plugins_shut_out(monkeypatch):
     assert "VLLM_PLUGINS='another' keeps vllm from loading mem_triton" in out and "not measured" in out
     monkeypatch.setenv("VLLM_PLUGINS", "another,mem_triton")
     assert "all well" in run("doctor")
+
+
+def test_fault25_ids_are_printed_whole(tmp_path, monkeypatch):
+    ids = ["n/" + "x" * 110 + str(i) for i in range(2)]
+    with Bank.create(tmp_path / "bank", spec()) as bank:
+        bank.add([entry(id, i, tenant="a" * 60, source="s" * 90) for i, id in enumerate(ids)])
+        bank.add([entry("short", 5, "word " * 200)])
+    for arguments in (["list"], ["search", "--tenant", "a" * 60]):
+        query = ["locker"] if arguments[0] == "search" else []
+        out = run("bank", *arguments[:1], tmp_path / "bank", *query, *arguments[1:])
+        assert all(f"{id}@1" in out for id in ids) and len(out.splitlines()) == 4, "a row is a line"
+        monkeypatch.setenv("COLUMNS", "60")
+        on_terminal = run("bank", *arguments[:1], tmp_path / "bank", *query, *arguments[1:], terminal=True)
+        assert all(f"{id}@1" in on_terminal for id in ids), "not even a narrow terminal cuts them"
+    assert run("bank", "search", tmp_path / "bank", "word").splitlines()[0].startswith("score")
+    score = json.loads(run("bank", "search", tmp_path / "bank", "word word", "--json"))[0]["score"]
+    assert f"{score:.3f}  short@1" in run("bank", "search", tmp_path / "bank", "word word")
+
+
+def test_fault25_a_version_is_deleted_alone_and_ids_are_renamed(tmp_path):
+    with Bank.create(tmp_path / "bank", spec()) as bank:
+        bank.add([entry("a", 1), entry("b", 2, source="notes.md"), entry("c", 3, source="notes.md:7", tenant="t")])
+        bank.update("a", entry("a", 4))
+    bank = tmp_path / "bank"
+    assert run("bank", "delete", bank, "a@2") == "deleted 1; a@1 is the newest again\n"
+    assert run("bank", "rename", bank, "a", "docs/a") == "a is docs/a@1 now\n"
+    assert "unknown" in refused("bank", "rename", bank, "a", "z") and "is taken" in refused(
+        "bank", "rename", bank, "b", "docs/a"
+    )
+    assert run("bank", "rename", bank, "t", "acme", "--tenant") == "1 entries belong to acme now\n"
+    assert "name entries" in refused("bank", "delete", bank)
+    assert "no entry is from gone.md" in refused("bank", "delete", bank, "--source", "gone.md")
+    assert run("bank", "delete", bank, "docs/a@1", "docs/a", "--source", "notes.md") == "deleted 3\n"
+    assert run("bank", "info", bank, "--json").count('"entries": 0')

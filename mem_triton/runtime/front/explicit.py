@@ -23,7 +23,8 @@ from mem_triton.runtime.front.asked import Asked
 from mem_triton.runtime.request import MemoryRequest, RequestError
 from mem_triton.runtime.residency import PoolCapacityError, Residency, Ticket
 from mem_triton.runtime.worker.layout import join_captured, layout_of, open_bank
-from mem_triton.store.bank import Bank, BankError, NewEntry
+from mem_triton.store.bank import Bank, BankError, EntryInfo, NewEntry
+from mem_triton.store.documents import resolve_all
 from mem_triton.store.plan import FOREVER, Attachment, to_carried
 
 WRITER_WAIT = 10.0
@@ -153,21 +154,21 @@ class ExplicitFrontEnd:
     def _resolve(self, request: MemoryRequest) -> tuple[str, ...]:
         if request.ids is None:
             return self._default
-        refs, pages = [], 0
+        infos: dict[str, EntryInfo] = {}  # by reference: "alice" and "alice@1" may be one entry
         for id in request.ids:
             try:
-                info = self.bank.resolve(id, tenant=request.tenant)
+                named = resolve_all(self.bank, id, tenant=request.tenant)
             except BankError as error:
                 raise RequestError("mem_ids", str(error)) from None
-            if not info.has_block:
+            if any(not info.has_block for info in named):
                 raise RequestError("mem_ids", f'"{id}" has text but no keys and values yet; run mem-triton write again')
-            refs.append(info.ref)
-            pages += self.residency.pages_for(info.tokens)
+            infos |= {info.ref: info for info in named}
+        pages = sum(self.residency.pages_for(info.tokens) for info in infos.values())
         if pages > self.layout.max_pages:
             raise RequestError(
                 "mem_ids", f"need {pages} memory pages, a request may use {self.layout.max_pages}; name fewer entries"
             )
-        return tuple(dict.fromkeys(refs))
+        return tuple(infos)
 
     def _check_capture(self, request: MemoryRequest, asked: Asked) -> dict[str, Any]:
         spec = self.bank.spec
