@@ -44,10 +44,11 @@ class Service:
             for ref, pages, _ in orders:
                 self.memory.explicit.loader.load(ref, pages)
 
-    def pages_state(self) -> dict[str, dict[str, Any]]:
-        """What has been filled since the last call: reference -> None, or its error; and the loader's counts."""
+    def pages_state(self, heard: list[str]) -> dict[str, dict[str, Any]]:
+        """What has been filled, less what the front end has ``heard``: reference -> None, or its error; and the
+        loader's counts."""
         loader = self.memory.explicit.loader
-        return {"finished": loader.finished(), "stats": loader.stats()}
+        return {"finished": loader.outcomes(heard), "stats": loader.stats()}
 
     def capture_state(self, lease: str) -> dict[str, Any]:
         """{"file": path} of this rank's part of a kept prompt, {"error": reason}, {} while it is written."""

@@ -7,14 +7,17 @@ and a step submits those that are ready.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from mem_triton.runtime.courier import PageCourier
-from mem_triton.runtime.front.memory import Opened
+from mem_triton.runtime.front.asynchronous import CAPTURE_SECONDS
+from mem_triton.runtime.front.loads import LoadWait
+from mem_triton.runtime.front.memory import MemoryLoadError, Opened
+from mem_triton.runtime.front.searches import Found, Searches
 from mem_triton.runtime.front.segments import NORMAL_ENDS
 from mem_triton.runtime.request import RequestError
 from mem_triton_vllm import front_end
@@ -35,6 +38,7 @@ class _Running:
     prompt_tokens: int = 0
     segments: OutputSegments | None = None  # None: no bank is read
     generated: int = 0
+    wait: LoadWait = field(default_factory=LoadWait)
 
 
 class LLMEngineWithMemory(LLMEngine):
@@ -46,6 +50,7 @@ class LLMEngineWithMemory(LLMEngine):
         """Tables of the requests with memory."""
         explicit = self.memory.explicit
         self._courier = PageCourier(explicit.residency) if explicit is not None else None
+        self._searches = Searches()
         self._running: dict[str, _Running] = {}
         self._put_off: list[str] = []  # waiting for their pages, in order
         self._external_ids: dict[str, str] = {}  # vLLM's internal request id -> the caller's
@@ -60,9 +65,11 @@ class LLMEngineWithMemory(LLMEngine):
                 return self._submit(request_id, running)
             running.prompt, ids = front_end.prompt_ids_of(self, prompt)
             running.prompt_tokens = len(ids)
-            self.memory.explicit.retrieve(opened.reading, ids)
+            explicit, reading = self.memory.explicit, opened.reading
+            found = self._searches.wait(explicit.find, reading, ids) if reading.top_k else Found()
+            explicit.attach(reading, ids, found)
             running.segments = self.memory.segments(opened, ids, params)
-            self.memory.explicit.claim(opened.reading)
+            explicit.claim(reading)
         except RequestError as error:
             self.memory.close(opened)
             raise front_end.refused(error) from None
@@ -113,18 +120,17 @@ class LLMEngineWithMemory(LLMEngine):
         """Carry pages one round further and submit what they have made ready; outputs of requests that failed."""
         if self._courier is None:
             return []
-        if orders := self._courier.orders():
-            self.collective_rpc(front_end.LOAD_PAGES, args=(orders,))
-        if self._courier.busy:
-            self._courier.settle(self.collective_rpc(front_end.PAGES_STATE))
+        self._carry_pages()
         failed = []
         for request_id in list(self._put_off):
             running = self._running[request_id]
             pending = running.opened.reading.pending
-            failure = next((t.state for t in pending if t.state.startswith("failed")), None)
-            if failure is not None:
-                failed.append(self._fail(request_id, failure))
-            elif not pending:
+            try:
+                running.wait.look(pending)
+            except MemoryLoadError as error:
+                failed.append(self._fail(request_id, str(error)))
+                continue
+            if not pending:
                 self._put_off.remove(request_id)
                 try:
                     self._submit(request_id, running)
@@ -132,6 +138,17 @@ class LLMEngineWithMemory(LLMEngine):
                     self.memory.close(self._forget(request_id).opened)
                     raise
         return failed
+
+    def _carry_pages(self) -> None:
+        """Tell the workers what to load, and hear what they have loaded."""
+        if orders := self._courier.orders():
+            try:
+                self.collective_rpc(front_end.LOAD_PAGES, args=(orders,))
+            except BaseException:
+                self._courier.undelivered(orders)
+                raise
+        if self._courier.busy:
+            self._courier.settle(self.collective_rpc(front_end.PAGES_STATE, args=(self._courier.heard(),)))
 
     def _fail(self, request_id: str, reason: str) -> RequestOutput:
         """A request whose memory could not be read ends alone, with the reason in its report."""
@@ -153,7 +170,9 @@ class LLMEngineWithMemory(LLMEngine):
         if not output.finished:
             return seen
         if running.segments is not None and not running.segments.done:
-            self.memory.explicit.refresh(reading, running.prompt_tokens, running.segments.generated)
+            explicit, generated = self.memory.explicit, running.segments.generated
+            found = self._searches.wait(explicit.find_next, reading, running.prompt_tokens, generated)
+            explicit.refresh(reading, len(generated), found)
             self._put_off.append(output.request_id)
             return seen
         self._forget(output.request_id)
@@ -178,11 +197,14 @@ class LLMEngineWithMemory(LLMEngine):
 
     def _captured(self, reading: Any) -> list[dict[str, Any]]:
         files: dict[int, dict[str, Any]] = {}
+        until = time.monotonic() + CAPTURE_SECONDS
         while True:
             answers = self.collective_rpc(front_end.CAPTURE_STATE, args=(reading.capture["lease"],))
             files |= {rank: answer for rank, answer in enumerate(answers) if answer}
             if len(files) == len(answers):
                 return list(files.values())
+            if time.monotonic() > until:
+                return [*files.values(), {"error": f"its keys and values were not written in {CAPTURE_SECONDS:.0f} s"}]
             time.sleep(POLL_SECONDS)
 
     def _forget(self, request_id: str) -> _Running:

@@ -35,10 +35,11 @@ def load_pages(self: WorkerBase, orders: list[Order]) -> None:
         _memory(self).explicit.loader.load(ref, pages)
 
 
-def pages_state(self: WorkerBase) -> dict[str, dict[str, Any]]:
-    """What has been filled since the last call: reference -> None, or why it could not be; and the loader's counts."""
+def pages_state(self: WorkerBase, heard: list[str]) -> dict[str, dict[str, Any]]:
+    """What has been filled, less what the front end has ``heard``: reference -> None, or why it could not be; and the
+    loader's counts."""
     loader = _memory(self).explicit.loader
-    return {"finished": loader.finished(), "stats": loader.stats()}
+    return {"finished": loader.outcomes(heard), "stats": loader.stats()}
 
 
 def capture_state(self: WorkerBase, lease: str) -> dict[str, Any]:

@@ -17,6 +17,11 @@ LATE_COMMITS = Counter(
 REFRESH_OFF = Counter(
     "mem_triton:refresh_off", "Requests whose references stay as they are while they answer, and why", ["reason"]
 )
+SEARCH_FAILURES = Counter(
+    "mem_triton:search_failures", "Requests answered without references because their search failed", ["reason"]
+)
+DEFAULTS_LOST = Counter("mem_triton:defaults_lost", "Default entries that requests are served without")
+FEWER_REFERENCES = Counter("mem_triton:fewer_references", "Requests whose references did not all fit")
 REFRESH_FAILURES = Counter("mem_triton:refresh_failures", "Refreshes that found no references or no room for them")
 WORKER_POOL = Gauge(
     "mem_triton:worker_pool",

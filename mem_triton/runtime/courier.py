@@ -3,9 +3,12 @@
 Engine-neutral and without input or output of its own; an engine's front end sends the orders over its RPC::
 
     if orders := courier.orders():
-        rpc("load_pages", orders)
+        rpc("load_pages", orders)             # courier.undelivered(orders) if it raised
     if courier.busy:
-        courier.settle(rpc("pages_state"))
+        courier.settle(rpc("pages_state", courier.heard()))
+
+Both calls can be made again: a worker takes an order once, and repeats what it has loaded until it hears that the
+front end knows.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ class PageCourier:
 
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
-        self._answers: dict[str, list[str | None]] = {}  # reference under way -> an answer a worker: None or its error
+        self._answers: dict[str, dict[int, str | None]] = {}  # reference under way -> worker -> None or its error
+        self._undelivered: dict[str, Order] = {}
+        self._heard: set[str] = set()
 
     @property
     def busy(self) -> bool:
@@ -34,23 +39,38 @@ class PageCourier:
 
     def orders(self) -> list[Order]:
         """Loads that the workers have not been told of."""
-        loads = self._residency.take_loads()
-        self._answers |= {load.ref: [] for load in loads}
-        return [(load.ref, list(load.pages), load.tokens) for load in loads]
+        orders = {load.ref: (load.ref, list(load.pages), load.tokens) for load in self._residency.take_loads()}
+        orders, self._undelivered = self._undelivered | orders, {}
+        self._answers |= {ref: {} for ref in orders}
+        self._heard -= orders.keys()  # what a worker says of them from now on is news
+        return list(orders.values())
+
+    def undelivered(self, orders: Sequence[Order]) -> None:
+        """The call that carried these orders failed: they are handed out again."""
+        self._undelivered |= {order[0]: order for order in orders}
+
+    def heard(self) -> list[str]:
+        """References whose loads the workers need not report any more."""
+        return sorted(self._heard)
 
     def settle(self, answers: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
-        """One answer a worker. "finished": what it has loaded since it was last asked, each with None or its error;
+        """One answer a worker. "finished": what it has loaded and was not told to forget, each with None or its error;
         "stats": its counts, for ``/metrics``.
 
         An entry is loaded when all workers say so. If one failed, its pages are free once all are through with it.
         """
+        self._heard.clear()
         for worker, answer in enumerate(answers):
             for ref, error in answer["finished"].items():
-                self._answers[ref].append(error)
+                if ref in self._answers:
+                    self._answers[ref][worker] = error
+                else:
+                    self._heard.add(ref)  # said before
             for what, count in answer["stats"].items():
                 counters.WORKER_POOL.labels(str(worker), what).set(count)
         for ref in [ref for ref, given in self._answers.items() if len(given) == len(answers)]:
-            errors = [error for error in self._answers.pop(ref) if error]
+            self._heard.add(ref)
+            errors = [error for error in self._answers.pop(ref).values() if error]
             if errors:
                 self._residency.failed(ref, errors[0])
             else:

@@ -39,11 +39,15 @@ class Load:
 
 @dataclass
 class Ticket:
-    """A request's claim on its entries. state: "ready", "loading", "waiting" for free pages, or "failed: reason"."""
+    """A request's claim on its entries. state: "ready", "loading", "waiting" for free pages, or "failed: reason".
+
+    failed: the entry that could not be loaded.
+    """
 
     owner: str
     tokens: Mapping[str, int]  # ref -> tokens
     state: str = "waiting"
+    failed: str | None = None
     pages: dict[str, tuple[int, ...]] = field(default_factory=dict)  # ref -> its pages in order
 
 
@@ -107,7 +111,8 @@ class Residency:
         """The workers could not load it: its tickets fail, its pages are free, the next request tries again."""
         with self._lock:
             for owner in self._ledger.entries[ref].owners:
-                self._tickets[owner].state = f"failed: {ref}: {reason}"
+                ticket = self._tickets[owner]
+                ticket.state, ticket.failed = f"failed: {ref}: {reason}", ref
             self._ledger.drop(ref)
             self._admit_waiting()
 

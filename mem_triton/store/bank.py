@@ -41,7 +41,7 @@ from mem_triton.store.files import WriterLock, write_durably
 from mem_triton.store.fingerprint import Fingerprint
 from mem_triton.store.index import Embedder, embedder_from
 from mem_triton.store.shards import Shards, codec_of, runs
-from mem_triton.store.spec import BankSpec, EntryInfo, Hit, NewEntry, content_hash
+from mem_triton.store.spec import BankSpec, EntryInfo, Hit, NewEntry, content_hash, split_ref
 from mem_triton.store.vectors import VectorIndex
 
 __all__ = [
@@ -227,6 +227,10 @@ class Bank:
             raise ForeignTenantError(id_or_ref)
         return info
 
+    def has_known(self, id_or_ref: str) -> bool:
+        """Whether there ever was an entry of this id, deleted or not."""
+        return bool(self.catalogue.read("SELECT 1 FROM ids WHERE id = ?", split_ref(id_or_ref)[0]))
+
     def token_ids(self, ref: str) -> list[int] | None:
         """The tokens that an entry was written with, if they were given."""
         row = self.catalogue.find(ref, "token_ids")
@@ -240,15 +244,18 @@ class Bank:
         layers: Sequence[int] | None = None,
         heads: slice | None = None,
         dtype: torch.dtype | None = None,
+        deleted: bool = False,
     ) -> MemoryBlock:
         """An entry's block, or the part of it in some layers and KV heads; no more is read than that.
 
-        layers: indices of the model's layers, in any order. dtype: None for the bank's.
+        layers: indices of the model's layers, in any order. dtype: None for the bank's. deleted: a version that was
+        deleted may be read until ``compact`` drops it, for requests that were admitted before.
         Raises UnknownEntryError, and BankError for a cold entry, a layer that the bank has not, or a damaged shard.
         """
         stored = self._stored_layers(layers)
         for attempt in range(3):
-            row = self.catalogue.find(ref, "shard, row, (SELECT name FROM shards s WHERE s.shard = entries.shard)")
+            name = "(SELECT name FROM shards s WHERE s.shard = entries.shard)"
+            row = self.catalogue.find(ref, f"shard, row, {name}", deleted)
             if row is None:
                 raise UnknownEntryError(ref)
             if row[0] is None:

@@ -126,13 +126,16 @@ class Catalogue:
         rows = self.read("SELECT value FROM meta WHERE key = ?", key)
         return rows[0][0] if rows else None
 
-    def find(self, id_or_ref: str, columns: str = "seq") -> tuple | None:
-        """``columns`` of an entry that is not deleted; the newest version for an id."""
+    def find(self, id_or_ref: str, columns: str = "seq", deleted: bool = False) -> tuple | None:
+        """``columns`` of an entry; the newest version for an id. deleted: a version that was deleted is found, too."""
         id, version = split_ref(id_or_ref)
         if version is None:
             rows = self.read(f"SELECT {columns} FROM entries WHERE seq = (SELECT current FROM ids WHERE id = ?)", id)
         else:
-            rows = self.read(f"SELECT {columns} FROM entries WHERE id = ? AND version = ? AND state < 2", id, version)
+            rows = self.read(
+                f"SELECT {columns} FROM entries WHERE id = ? AND version = ? AND state < ?",
+                id, version, 3 if deleted else 2,
+            )  # fmt: skip
         return rows[0] if rows else None
 
     def info(self, id_or_ref: str) -> EntryInfo:

@@ -122,7 +122,14 @@ class Fetcher:
         if self._on_gpu:
             torch.cuda.set_device(self._pool.device)  # a thread's own; else page-locking would touch the first GPU
         while (fetch := source.get()) is not None:
-            self._do([fetch] + (self._those_behind(fetch) if source is self._host_queue else []))
+            batch = [fetch] + (self._those_behind(fetch) if source is self._host_queue else [])
+            try:
+                self._do(batch)
+            except Exception as problem:  # the thread lives on: others queue behind it
+                logger.exception("mem_triton: entries could not be loaded")
+                for fetch in batch:
+                    fetch.error = f"{type(problem).__name__}: {problem}"
+                    self._over(fetch)
 
     def _those_behind(self, fetch: Fetch) -> list[Fetch]:
         """Small host hits that wait as well: one copy order and one wait for all of them."""

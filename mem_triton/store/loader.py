@@ -6,7 +6,7 @@ Which entry goes into which pages is decided by the front end (``runtime.residen
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mem_triton.store.block import MemoryBlock
@@ -23,12 +23,14 @@ class PageLoader:
 
         loader.load("alice@1", pages=[3, 9])
         ...
-        loader.finished()                         # {"alice@1": None}, or the error's text instead of None
+        loader.outcomes()                         # {"alice@1": None}, or the error's text instead of None
+        loader.outcomes(heard=["alice@1"])        # {}
     """
 
     def __init__(
         self, pool: PagePool, read: Callable[[str], MemoryBlock], host_bytes: int = 0, workers: int = 2
     ) -> None:
+        self._under_way: dict[str, tuple[int, ...]] = {}  # reference -> the pages that are being filled with it
         self._finished: dict[str, str | None] = {}
         self._copied: list[Any] = []  # finished copies that the steps' stream is not ordered behind yet
         self._lock = threading.Lock()
@@ -37,8 +39,14 @@ class PageLoader:
     def load(self, ref: str, pages: Sequence[int]) -> None:
         """Start to fill ``pages`` with an entry; returns at once. What lay in them before is nobody's any more.
 
-        Called in the thread that queues the engine's steps: the copy comes after those that are queued.
+        An order that is under way already changes nothing. Called in the thread that queues the engine's steps: the
+        copy comes after those that are queued.
         """
+        with self._lock:
+            if self._under_way.get(ref) == tuple(pages):
+                return
+            self._under_way[ref] = tuple(pages)
+            self._finished.pop(ref, None)
         self._fetcher.start(Fetch(ref, tuple(pages), after=[self._fetcher.copies.mark()]))
 
     def before_step(self) -> None:
@@ -48,11 +56,21 @@ class PageLoader:
                 copied, self._copied = self._copied, []
             self._fetcher.copies.join(copied)
 
-    def finished(self) -> dict[str, str | None]:
-        """Entries filled since the last call, each with None, or with the reason why it could not be loaded."""
+    def outcomes(self, heard: Iterable[str] = ()) -> dict[str, str | None]:
+        """Entries that were filled, each with None, or with the reason why it could not be loaded.
+
+        heard: those that the caller knows of; they are forgotten, all others are said again next time.
+        """
         with self._lock:
-            finished, self._finished = self._finished, {}
-            return finished
+            for ref in heard:
+                self._finished.pop(ref, None)
+            return dict(self._finished)
+
+    def finished(self) -> dict[str, str | None]:
+        """``outcomes``, each handed out once: for callers in the same process, whose calls cannot get lost."""
+        finished = self.outcomes()
+        self.outcomes(heard=finished)
+        return finished
 
     def stats(self) -> dict[str, int]:
         """Counts since the start: "hits.host", "misses.host", "bytes.disk", "evictions.host", ..."""
@@ -64,6 +82,7 @@ class PageLoader:
 
     def _over(self, fetch: Fetch) -> None:
         with self._lock:
+            self._under_way.pop(fetch.ref, None)
             self._finished[fetch.ref] = fetch.error
             if fetch.copied is not None:
                 self._copied.append(fetch.copied)

@@ -9,7 +9,7 @@ Engine-neutral, made by the front end, carried with the request, and obeyed by t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 FOREVER = 2**31 - 1
@@ -37,6 +37,18 @@ def to_carried(plan: Iterable[Attachment]) -> list[list[Any]]:
 def from_carried(data: Sequence[Sequence[Any]]) -> tuple[Attachment, ...]:
     """The plan that ``to_carried`` wrote."""
     return tuple(Attachment(str(ref), int(first), int(end), score) for ref, first, end, score in data)
+
+
+def joined(plan: Iterable[Attachment]) -> tuple[Attachment, ...]:
+    """The plan with one attachment for neighbouring or overlapping stretches that see the same reference."""
+    parts: dict[str, list[Attachment]] = {}
+    for a in sorted(plan, key=lambda a: a.first):
+        before = parts.setdefault(a.ref, [])
+        if before and a.first <= before[-1].end:
+            before[-1] = replace(before[-1], end=max(before[-1].end, a.end))
+        elif a.first < a.end:
+            before.append(a)
+    return tuple(a for some in parts.values() for a in some)
 
 
 def seen_between(plan: Iterable[Attachment], start: int, end: int) -> tuple[str, ...]:

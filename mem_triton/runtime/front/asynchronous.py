@@ -1,27 +1,26 @@
 """What an asyncio engine awaits for a request's memory: filled pages before it runs, commits and captures after it.
 
-The engine hands in how its workers are called; all of it runs in the event loop that serves the requests.
+The engine hands in how its workers are called; all of it runs in the event loop that serves the requests. A client may
+leave at any ``await``: what changes state shared with others runs in tasks that belong to no client.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import logging
+import time
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from mem_triton.runtime.courier import PageCourier
 from mem_triton.runtime.front.explicit import Reading
-from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLoadError, Opened
+from mem_triton.runtime.front.loads import POLL_SECONDS, Alive, Call, PageLoads, always
+from mem_triton.runtime.front.memory import MemoryFrontEnd, Opened
+from mem_triton.runtime.front.searches import Found, Searches
 
-POLL_SECONDS = 0.002
+CAPTURE_SECONDS = 60.0
+"""Seconds that an answer waits for its prompt's keys and values to be written, before the capture has failed."""
 
-Call = Callable[..., Awaitable[list[Any]]]
-"""call(method, *args) -> one answer a worker."""
-Alive = Callable[[], Awaitable[None]]
-"""Raises what ends a wait: the client has hung up, or the request was aborted."""
-
-
-async def _always() -> None: ...
+logger = logging.getLogger(__name__)
 
 
 class AsyncMemory:
@@ -29,65 +28,85 @@ class AsyncMemory:
 
     def __init__(self, memory: MemoryFrontEnd, call: Call) -> None:
         self.memory, self._call = memory, call
-        self._courier = PageCourier(memory.explicit.residency) if memory.explicit is not None else None
-        self._carrying = asyncio.Lock()
+        self._loads = PageLoads(memory.explicit.residency, call) if memory.explicit is not None else None
+        self._searches = Searches()
+        self._owned: set[asyncio.Task[Any]] = set()
 
     async def claim(self, reading: Reading, prompt_ids: Sequence[int]) -> None:
         """Complete the plan and pin its pages. Raises RequestError if it never fits."""
         explicit = self.memory.explicit
-        await asyncio.to_thread(explicit.retrieve, reading, prompt_ids)
+        found = await self._searches.outcome(explicit.find, reading, prompt_ids) if reading.top_k else Found()
+        explicit.attach(reading, prompt_ids, found)
         explicit.claim(reading)
 
     async def refresh(self, reading: Reading, prompt_tokens: int, generated: Sequence[int]) -> None:
         """New references for what was just said, if there are any and they fit."""
-        await asyncio.to_thread(self.memory.explicit.refresh, reading, prompt_tokens, generated)
+        explicit = self.memory.explicit
+        found = await self._searches.outcome(explicit.find_next, reading, prompt_tokens, generated)
+        explicit.refresh(reading, len(generated), found)
 
-    async def fill(self, reading: Reading, alive: Alive = _always) -> None:
+    async def fill(self, reading: Reading, alive: Alive = always) -> None:
         """Wait until every page that the request reads is filled; others go on meanwhile. Raises MemoryLoadError.
 
         alive: looked at in every round.
         """
-        while pending := reading.pending:
-            if failure := next((t.state for t in pending if t.state.startswith("failed")), None):
-                raise MemoryLoadError(failure)
-            await alive()
-            if self._carrying.locked():
-                await asyncio.sleep(POLL_SECONDS)
-            else:
-                await self._carry_pages()
-
-    async def _carry_pages(self) -> None:
-        """One round of orders and answers; one task at a time does it for all."""
-        async with self._carrying:
-            if orders := self._courier.orders():
-                await self._call("load_pages", orders)
-            if self._courier.busy:
-                self._courier.settle(await self._call("pages_state"))
-        await asyncio.sleep(POLL_SECONDS)
+        await self._loads.wait(lambda: reading.pending, alive)
 
     async def end(self, opened: Opened, prompt_tokens: int, generated: int, normal: bool) -> None:
         """Keep what the request asked to keep, unpin its pages, commit its session. normal: neither aborted nor failed.
 
-        The next request finds the session free when this returns. What fails leaves ``opened`` to be closed.
+        The next request finds the session free when this returns. A caller who leaves meanwhile changes nothing of
+        it; what fails leaves ``opened`` to be closed, by the caller if he is still there.
         """
+        await self._own(self._end(opened, prompt_tokens, generated, normal), opened)
+
+    async def _own(self, work: Coroutine[Any, Any, None], opened: Opened) -> None:
+        """Run ``work`` to its end, whether its caller stays or not."""
+        task = asyncio.create_task(work)
+        self._owned.add(task)
+        task.add_done_callback(self._owned.discard)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.done():
+                task.add_done_callback(lambda done: self._over(done, opened))
+            raise
+
+    def _over(self, task: asyncio.Task[None], opened: Opened) -> None:
+        """An ending whose caller has left is over."""
+        self.memory.close(opened)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("memory of a request whose client had left: %s", task.exception())
+
+    async def _end(self, opened: Opened, prompt_tokens: int, generated: int, normal: bool) -> None:
         reading, lease, sessions = opened.reading, opened.lease, self.memory.sessions
-        if reading is not None:
-            if reading.capture is not None and normal:
-                await asyncio.to_thread(self.memory.explicit.keep, reading, await self._captured(reading))
-            self.memory.explicit.close(reading)
-        if not (normal and lease is not None and sessions.writes(lease)):
-            self.memory.close(opened)
-            return
-        arguments = sessions.take_arguments(lease, prompt_tokens, generated)
-        parts = await self._call("take_state", *arguments)
-        opened.lease = None  # the commit closes it, even when the caller is gone before it is written
-        await asyncio.shield(asyncio.to_thread(sessions.commit, lease, arguments[1], parts))
+        commits = normal and lease is not None and sessions.writes(lease)
+        if commits:
+            opened.lease = None  # this task's, even when the caller closes what he opened
+        try:
+            if reading is not None:
+                if reading.capture is not None and normal:
+                    await asyncio.to_thread(self.memory.explicit.keep, reading, await self._captured(reading))
+                self.memory.explicit.close(reading)
+            if not commits:
+                self.memory.close(opened)
+                return
+            arguments = sessions.take_arguments(lease, prompt_tokens, generated)
+            parts = await self._call("take_state", *arguments)
+        except BaseException:
+            opened.lease = lease
+            raise
+        await asyncio.to_thread(sessions.commit, lease, arguments[1], parts)
 
     async def _captured(self, reading: Reading) -> list[dict[str, Any]]:
+        """Each rank's file of a kept prompt, or its error."""
         files: dict[int, dict[str, Any]] = {}
+        until = time.monotonic() + CAPTURE_SECONDS
         while True:
             answers = await self._call("capture_state", reading.capture["lease"])
             files |= {rank: answer for rank, answer in enumerate(answers) if answer}
             if len(files) == len(answers):
                 return list(files.values())
+            if time.monotonic() > until:
+                return [*files.values(), {"error": f"its keys and values were not written in {CAPTURE_SECONDS:.0f} s"}]
             await asyncio.sleep(POLL_SECONDS)

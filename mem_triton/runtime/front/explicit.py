@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from mem_triton.config import ConfigError, MemorySection
 from mem_triton.memory3 import Retriever
 from mem_triton.runtime import counters
 from mem_triton.runtime.engine_shape import EngineShape
+from mem_triton.runtime.fitting import fitting, most_pages
 from mem_triton.runtime.front.asked import Asked
+from mem_triton.runtime.front.searches import Found
 from mem_triton.runtime.request import MemoryRequest, RequestError
 from mem_triton.runtime.residency import PoolCapacityError, Residency, Ticket
 from mem_triton.runtime.worker.layout import join_captured, layout_of, open_bank
-from mem_triton.store.bank import Bank, BankError, EntryInfo, NewEntry
+from mem_triton.store.bank import Bank, BankError, EntryInfo, NewEntry, UnknownEntryError
 from mem_triton.store.documents import resolve_all
 from mem_triton.store.plan import FOREVER, Attachment, to_carried
 
@@ -42,6 +44,9 @@ class Reading:
     top_k: int = 0  # references a chunk, 0: no retrieval
     refreshes: bool = False
     note: str | None = None  # why references are not refreshed
+    retrieval_note: str | None = None  # why there are fewer references than asked for, or none
+    tokens: dict[str, int] = field(default_factory=dict)  # of every reference of the plan
+    closed: bool = False
     capture: dict[str, Any] | None = None
     captured: dict[str, str] | None = None
     tickets: list[Ticket] = field(default_factory=list)
@@ -64,6 +69,8 @@ class Reading:
                 for (first, end), entries in sorted(spans.items())
             ]
         }
+        if self.retrieval_note:
+            report["retrieval"] = self.retrieval_note
         if self.note:
             report["refresh"] = f"off: {self.note}"
         if self.captured is not None:
@@ -86,6 +93,7 @@ class ExplicitFrontEnd:
         obstacle: str | None = None,
     ) -> None:
         self.section, self.obstacle, self.max_model_len = section, obstacle, shape.max_model_len
+        self.longest_step = min(shape.max_step_tokens, shape.max_model_len)  # tokens of one request in one step
         self.bank = open_bank(shape, section)
         self.layout = layout_of(shape, section, self.bank.spec)
         self.residency = Residency(self.layout.num_pages, self.layout.page_tokens, self.layout.page_bytes)
@@ -106,15 +114,49 @@ class ExplicitFrontEnd:
         """Whether requests that say nothing read memory, too."""
         return bool(self._default) or (self.section.retrieval is not None and self.section.retrieval.top_k > 0)
 
-    def _pin_default(self) -> tuple[str, ...]:
-        """What requests read that name nothing; it stays on the device."""
+    def _pin_default(self) -> dict[str, int]:
+        """What requests read that name nothing, with its tokens; these versions stay on the device.
+
+        An entry that was deleted since the configuration was written is left out, with a warning.
+        """
         try:
-            infos = [self.bank.resolve(id) for id in self.section.default]
-            if infos:
-                self.residency.pin({info.ref: info.tokens for info in infos})
+            infos = [info for id in self.section.default if (info := self._resolve_default(id)) is not None]
+            tokens = {info.ref: info.tokens for info in infos}
+            if cold := next((info.ref for info in infos if not info.has_block), None):
+                raise ConfigError(
+                    f'mem_triton.memory.default: "{cold}" has text but no keys and values; run mem-triton write again'
+                )
+            plan = tuple(map(Attachment, tokens))
+            if (pages := self._most_pages(plan, tokens)) > self.layout.max_pages:
+                raise ConfigError(
+                    f"mem_triton.memory.default: need {pages} memory pages, a request may use {self.layout.max_pages}"
+                )
+            if tokens:
+                self.residency.pin(tokens)
         except (BankError, PoolCapacityError) as error:
             raise ConfigError(f"mem_triton.memory.default: {error}") from None
-        return tuple(info.ref for info in infos)
+        return tokens
+
+    def _resolve_default(self, id: str) -> EntryInfo | None:
+        try:
+            return self.bank.resolve(id)
+        except UnknownEntryError:
+            if not self.bank.has_known(id):
+                raise
+            self._leave_out(id, "it was deleted from the bank")
+            return None
+
+    def _leave_out(self, id: str, why: str) -> None:
+        counters.DEFAULTS_LOST.inc()
+        self._logger.warning(
+            'mem_triton.memory.default: requests are served without "%s": %s; take it out of the configuration', id, why
+        )
+
+    def _lose_defaults(self, failed: Set[str]) -> None:
+        """Default entries whose keys and values are gone are left out from now on; the server goes on."""
+        for ref in failed & self._default.keys():
+            del self._default[ref]
+            self._leave_out(ref, "its keys and values cannot be read any more")
 
     def open(self, request: MemoryRequest, asked: Asked) -> Reading | None:
         """Check a request's words; None if it reads and keeps nothing. Raises RequestError, with nothing scheduled."""
@@ -127,7 +169,7 @@ class ExplicitFrontEnd:
             raise RequestError(word, self.obstacle)
         if asked.unfit:
             raise RequestError(word, f"{asked.unfit} cannot use explicit memory")
-        reading = Reading(request, tuple(Attachment(ref) for ref in refs), top_k)
+        reading = Reading(request, tuple(map(Attachment, refs)), top_k, tokens=dict(refs))
         if top_k and self.section.retrieval.refresh:
             reading.note, reading.refreshes = asked.fixed, asked.fixed is None
             if reading.note:
@@ -151,10 +193,11 @@ class ExplicitFrontEnd:
             return request.top_k
         return 0 if request.ids is not None else self.section.retrieval.top_k  # ids of one's own: these and no others
 
-    def _resolve(self, request: MemoryRequest) -> tuple[str, ...]:
+    def _resolve(self, request: MemoryRequest) -> Mapping[str, int]:
+        """The references that a request names, or the default ones, with their tokens."""
         if request.ids is None:
             return self._default
-        infos: dict[str, EntryInfo] = {}  # by reference: "alice" and "alice@1" may be one entry
+        tokens: dict[str, int] = {}  # by reference: "alice" and "alice@1" may be one entry
         for id in request.ids:
             try:
                 named = resolve_all(self.bank, id, tenant=request.tenant)
@@ -162,13 +205,16 @@ class ExplicitFrontEnd:
                 raise RequestError("mem_ids", str(error)) from None
             if any(not info.has_block for info in named):
                 raise RequestError("mem_ids", f'"{id}" has text but no keys and values yet; run mem-triton write again')
-            infos |= {info.ref: info for info in named}
-        pages = sum(self.residency.pages_for(info.tokens) for info in infos.values())
-        if pages > self.layout.max_pages:
+            tokens |= {info.ref: info.tokens for info in named}
+        if (pages := self._most_pages(tuple(map(Attachment, tokens)), tokens)) > self.layout.max_pages:
             raise RequestError(
                 "mem_ids", f"need {pages} memory pages, a request may use {self.layout.max_pages}; name fewer entries"
             )
-        return tuple(infos)
+        return tokens
+
+    def _most_pages(self, plan: Sequence[Attachment], tokens: Mapping[str, int]) -> int:
+        """Pages that one step of a request with this plan may see."""
+        return most_pages(plan, lambda ref: self.residency.pages_for(tokens[ref]), self.longest_step)
 
     def _check_capture(self, request: MemoryRequest, asked: Asked) -> dict[str, Any]:
         spec = self.bank.spec
@@ -183,20 +229,48 @@ class ExplicitFrontEnd:
             raise RequestError("mem_capture", f"keeps one request's prompt: set n to 1, got {asked.answers}")
         return {"lease": uuid.uuid4().hex, "folder": str(self.bank.path / INCOMING)}
 
-    def retrieve(self, reading: Reading, prompt_ids: Sequence[int]) -> None:
-        """Complete the plan of a request that retrieves: each chunk of its prompt is a query (Memory³ §2.4)."""
+    def find(self, reading: Reading, prompt_ids: Sequence[int]) -> tuple[Attachment, ...]:
+        """What a request retrieves: each chunk of its prompt is a query (Memory³ §2.4). Changes nothing."""
+        if not reading.top_k:
+            return ()
+        return self.retriever.plan(
+            list(prompt_ids), top_k=reading.top_k, tenant=reading.request.tenant, refreshes=reading.refreshes,
+            attached=reading.plan,
+        )  # fmt: skip
+
+    def attach(self, reading: Reading, prompt_ids: Sequence[int], found: Found) -> None:
+        """Complete the plan with what was found, as far as it fits; a search that failed leaves it as it is."""
         if reading.capture is not None:
             reading.capture["tokens"] = len(prompt_ids)
             reading.capture["prompt_ids"] = list(prompt_ids)
-        if reading.top_k:
-            found = self.retriever.plan(
-                list(prompt_ids),
-                top_k=reading.top_k,
-                tenant=reading.request.tenant,
-                refreshes=reading.refreshes,
-                attached=reading.plan,
-            )
-            reading.plan += tuple(found)
+        if found.failure is not None:
+            reading.retrieval_note = f"off: {found.failure}"
+        else:
+            self._extend(reading, found.plan)
+
+    def retrieve(self, reading: Reading, prompt_ids: Sequence[int]) -> None:
+        """``find`` and ``attach`` for a caller that waits for the search itself."""
+        self.attach(reading, prompt_ids, Found(self.find(reading, prompt_ids)))
+
+    def _extend(self, reading: Reading, found: Sequence[Attachment]) -> int:
+        """Add retrieved references that fit to the plan; returns how many did not."""
+        tokens = {a.ref: self._tokens_of(reading, a.ref) for a in (*reading.plan, *found)}
+        kept = sum(self.residency.pages_for(n) for ref, n in self._default.items() if ref not in tokens)
+        plan = fitting(
+            (*reading.plan, *found), lambda ref: self.residency.pages_for(tokens[ref]), window=self.longest_step,
+            table_pages=self.layout.max_pages, pool_pages=self.layout.num_pages - kept,
+        )  # fmt: skip
+        left_out = len(reading.plan) + len(found) - len(plan)
+        if left_out:
+            counters.FEWER_REFERENCES.inc()
+            reading.retrieval_note = f"{left_out} references did not fit into the memory pages of a request"
+        reading.plan, reading.tokens = plan, {a.ref: tokens[a.ref] for a in plan}
+        return left_out
+
+    def _tokens_of(self, reading: Reading, ref: str) -> int:
+        if ref in reading.tokens:
+            return reading.tokens[ref]
+        return self.bank.resolve(ref, tenant=reading.request.tenant).tokens
 
     def cut(self, reading: Reading, prompt_tokens: int, max_tokens: int | None) -> tuple[int, int]:
         """(tokens of each engine request that serves the answer, tokens of the whole answer); without refreshes it is
@@ -205,42 +279,48 @@ class ExplicitFrontEnd:
         limit = room if max_tokens is None else min(max_tokens, room)
         return (self.section.retrieval.every if reading.refreshes else limit), limit
 
-    def refresh(self, reading: Reading, prompt_tokens: int, generated: Sequence[int]) -> None:
-        """Fetch references for the tokens just generated, seen by the next ``every`` ones, and pin their pages.
+    def find_next(
+        self, reading: Reading, prompt_tokens: int, generated: Sequence[int]
+    ) -> tuple[Attachment, ...]:  # fmt: skip
+        """The references for the tokens just generated, seen by the next ``every`` ones. Changes nothing."""
+        plan = self.retriever.extend(
+            reading.plan, prompt_tokens, list(generated), top_k=reading.top_k, tenant=reading.request.tenant
+        )
+        return plan[len(reading.plan) :]
 
-        The answer goes on in any case: without new references where the search fails or the pool has no room now.
+    def refresh(self, reading: Reading, generated: int, found: Found) -> None:
+        """Add what ``find_next`` found for the ``generated`` tokens so far to the plan, and pin its pages.
+
+        The answer goes on in any case: without new references where the search failed or the pool has no room now.
         A request that held pages and waited for more could wait for another one that does the same.
         """
-        before, claims = reading.plan, len(reading.tickets)
-        try:
-            reading.plan = self.retriever.extend(
-                before, prompt_tokens, list(generated), top_k=reading.top_k, tenant=reading.request.tenant
-            )
-            self.claim(reading)
-            reason = None
-        except (BankError, RequestError, OSError) as error:
-            reason = str(error)
-        for ticket in reading.tickets[claims:]:
-            if ticket.state == "waiting":
-                reason = "the pool has no free pages"
+        before, tokens, claims = reading.plan, reading.tokens, len(reading.tickets)
+        reason = found.failure
+        if reason is None:
+            try:
+                self._extend(reading, found.plan)
+                self.claim(reading)
+            except (BankError, RequestError, OSError) as error:
+                reason = str(error)
+        if any(ticket.state == "waiting" for ticket in reading.tickets[claims:]):
+            reason = "the pool has no free pages"
         if reason is None:
             return
         for ticket in reading.tickets[claims:]:
             self.residency.release(ticket.owner)
         del reading.tickets[claims:]
-        reading.plan, reading.note = before, f"after {len(generated)} tokens: {reason}"
+        reading.plan, reading.tokens, reading.note = before, tokens, f"after {generated} tokens: {reason}"
         counters.REFRESH_FAILURES.inc()
         self._logger.warning("references are not refreshed: %s", reason)
 
     def claim(self, reading: Reading) -> None:
-        """Pin the pages of what the plan names and no earlier claim does. Raises RequestError if it never fits."""
+        """Pin the pages of what the plan names and no earlier claim does; nothing for a request that is over.
+
+        Raises RequestError if it never fits.
+        """
         held = {ref for ticket in reading.tickets for ref in ticket.tokens}
-        tokens = {
-            a.ref: self.bank.resolve(a.ref, tenant=reading.request.tenant).tokens
-            for a in reading.plan
-            if a.ref not in held
-        }
-        if not tokens:
+        tokens = {a.ref: self._tokens_of(reading, a.ref) for a in reading.plan if a.ref not in held}
+        if not tokens or reading.closed:
             return
         try:
             reading.tickets.append(self.residency.request(f"{reading.id}:{len(reading.tickets)}", tokens))
@@ -249,6 +329,9 @@ class ExplicitFrontEnd:
 
     def close(self, reading: Reading) -> None:
         """The request is over, however it ended: its pages may go when somebody needs the room."""
+        reading.closed = True
+        if failed := {ticket.failed for ticket in reading.tickets if ticket.failed is not None}:
+            self._lose_defaults(failed)
         for ticket in reading.tickets:
             self.residency.release(ticket.owner)
         reading.tickets.clear()

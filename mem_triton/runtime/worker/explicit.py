@@ -64,7 +64,7 @@ class ExplicitMemory:
         )
 
         def read(ref: str) -> Any:
-            block = self.bank.load(ref, layers=list(own), heads=heads)
+            block = self.bank.load(ref, layers=list(own), heads=heads, deleted=True)
             return place(block, list(own.values()), spec.kind, spec.reference_tokens)
 
         self.loader = PageLoader(self.pool, read, host_bytes=int(section.host_gib * GIB))

@@ -91,7 +91,7 @@ def _max_pages(shape: EngineShape, section: MemorySection, spec: BankSpec, page_
     tokens = spec.keep_tokens or spec.reference_tokens
     top_k = max(section.retrieval.top_k, 64)  # a request may ask for more than the default
     retrieved = chunks * min(top_k, 64) * -(-tokens // page_tokens)
-    return max(named, min(retrieved, num_pages))
+    return max(named, min(retrieved, 4 * num_pages))  # an entry counts once for each stretch of tokens that sees it
 
 
 def join_captured(spec: BankSpec, files: Sequence[str]) -> MemoryBlock:
