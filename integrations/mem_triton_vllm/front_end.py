@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from mem_triton.runtime.front.asked import Asked
 from mem_triton.runtime.front.memory import MemoryFrontEnd, Opened
 from mem_triton.runtime.front.sessions import SessionFrontEnd
 from mem_triton.runtime.request import CARRIER, RequestError
+from mem_triton_vllm.answer_text import AnswerText
 from mem_triton_vllm.refusals import (
     check_engine,
     check_touch_points,
@@ -36,11 +37,11 @@ from mem_triton_vllm.refusals import (
     section_of,
     session_obstacle,
 )
-from mem_triton_vllm.segments import OutputSegments, fixed
+from mem_triton_vllm.segments import OutputSegments, fixed, fixed_by_engine
 from mem_triton_vllm.shape import shape_of
 
 if TYPE_CHECKING:
-    from mem_triton.runtime.front.explicit import Reading
+    from mem_triton.runtime.front.explicit import ExplicitFrontEnd, Reading
 
 TAKE_STATE = "mem_triton_take_state"
 LOAD_PAGES = "mem_triton_load_pages"
@@ -52,6 +53,9 @@ CAPTURE_STATE = "mem_triton_capture_state"
 class VLLMFrontEnd(MemoryFrontEnd):
     """Opens and closes the memory of each request; one per engine front end.
 
+    tokenizer: the model's, when it is asked for; None where an engine has none. fixed_all: why no answer of this engine
+    can have its references refreshed, None if they can.
+
     Example::
 
         opened = front_end.open_request(prompt, params)          # VLLMValidationError -> HTTP 400
@@ -60,13 +64,22 @@ class VLLMFrontEnd(MemoryFrontEnd):
         front_end.close(opened)
     """
 
+    def __init__(
+        self, sessions: SessionFrontEnd | None, explicit: ExplicitFrontEnd | None,
+        tokenizer: Callable[[], Any] | None = None, fixed_all: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(sessions, explicit)
+        self.tokenizer, self._fixed = tokenizer, fixed_all
+
     def open_request(self, prompt: Any, params: Any, lora: Any = None) -> Opened:
         """Check a request's words. Raises VLLMValidationError, which vLLM answers with HTTP 400."""
+        if isinstance(prompt, EngineCoreRequest):
+            params = prompt.params  # those are what vLLM runs
         if not isinstance(params, SamplingParams):
             return Opened()
-        unfit = "streaming inputs" if isinstance(prompt, AsyncGenerator) else None
+        asked = Asked(params.n, lora is not None, _unfit(prompt), self._fixed or fixed(params))
         try:
-            return self.open(params.extra_args, Asked(params.n, lora is not None, unfit, fixed(params)))
+            return self.open(params.extra_args, asked)
         except RequestError as error:
             raise refused(error) from None
 
@@ -75,12 +88,17 @@ class VLLMFrontEnd(MemoryFrontEnd):
         if carried := self.carried(opened):  # a plain request carries nothing
             params = copy.copy(params)
             params.extra_args = {**(params.extra_args or {}), CARRIER: carried}
+        if isinstance(prompt, EngineCoreRequest):
+            prompt = copy.copy(prompt)
+            prompt.sampling_params = params
         return (_salt(prompt, opened.lease.key) if opened.lease is not None else prompt), params
 
     def segments(self, opened: Opened, prompt_ids: list[int], params: SamplingParams) -> OutputSegments:
         """How the answer is cut."""
         every, limit = self.explicit.cut(opened.reading, len(prompt_ids), params.max_tokens)
-        return OutputSegments(prompt_ids, params, every, limit)
+        spells = opened.reading.refreshes and params.detokenize and self.tokenizer is not None
+        text = AnswerText(self.tokenizer(), prompt_ids, params) if spells else None
+        return OutputSegments(prompt_ids, params, every, limit, text)
 
 
 def refused(error: RequestError) -> VLLMValidationError:
@@ -124,7 +142,11 @@ def _checking_init(stock_init: Any, with_memory: type) -> Any:
             return stock_init(self, vllm_config, *args, **kwargs)
         check_touch_points()
         check_engine(vllm_config)
-        memory = _front_end(vllm_config, config, lambda ids: self.renderer.get_tokenizer().decode(ids))
+
+        def tokenizer() -> Any:
+            return self.renderer.get_tokenizer()
+
+        memory = _front_end(vllm_config, config, lambda ids: tokenizer().decode(ids), tokenizer)
         stock_init(self, vllm_config, *args, **kwargs)
         self.memory, self.__class__ = memory, with_memory
         self.start_memory()
@@ -133,18 +155,27 @@ def _checking_init(stock_init: Any, with_memory: type) -> Any:
     return __init__
 
 
-def _front_end(vllm_config: VllmConfig, config: MemTritonConfig, decode: Any) -> VLLMFrontEnd:
+def _front_end(vllm_config: VllmConfig, config: MemTritonConfig, decode: Any, tokenizer: Any = None) -> VLLMFrontEnd:
     """Both halves, as configured, before the engine starts: what cannot work is said at once."""
     shape, sessions, explicit = shape_of(vllm_config), None, None
+    if vllm_config.model_config.skip_tokenizer_init:
+        decode = tokenizer = None
     if config.delta is not None:
         adapter = load_adapter(config.delta.adapter, config.delta.revision)
         sessions = SessionFrontEnd(shape, config, adapter, session_obstacle(vllm_config))
     if config.memory is not None:
         from mem_triton.runtime.front.explicit import ExplicitFrontEnd
 
-        skips = vllm_config.model_config.skip_tokenizer_init
-        explicit = ExplicitFrontEnd(shape, config.memory, None if skips else decode, explicit_obstacle(vllm_config))
-    return VLLMFrontEnd(sessions, explicit)
+        explicit = ExplicitFrontEnd(shape, config.memory, decode, explicit_obstacle(vllm_config))
+    return VLLMFrontEnd(sessions, explicit, tokenizer, fixed_by_engine(vllm_config))
+
+
+def _unfit(prompt: Any) -> str | None:
+    """The kind of prompt that memory cannot serve, None for tokens."""
+    if isinstance(prompt, AsyncGenerator):
+        return "streaming inputs"
+    embeds = prompt.get("prompt_embeds") if isinstance(prompt, dict) else getattr(prompt, "prompt_embeds", None)
+    return None if embeds is None else "prompts given as embeddings"
 
 
 def prompt_ids_of(engine: Any, prompt: Any) -> tuple[Any, list[int]]:
@@ -152,7 +183,7 @@ def prompt_ids_of(engine: Any, prompt: Any) -> tuple[Any, list[int]]:
     if isinstance(prompt, EngineCoreRequest):
         return prompt, list(prompt.prompt_token_ids or ())
     if not (isinstance(prompt, dict) and "prompt_token_ids" in prompt):
-        from vllm.inputs import parse_model_prompt
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
 
         renderer = engine.renderer
         parsed = parse_model_prompt(engine.model_config, prompt)

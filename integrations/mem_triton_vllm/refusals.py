@@ -150,6 +150,16 @@ TOUCH_POINTS: dict[str, Callable[[], bool]] = {
     "AsyncLLM.collective_rpc": lambda: _takes("vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", "method", "args"),
     "LLMEngine.add_request": lambda: _takes("vllm.v1.engine.llm_engine:LLMEngine.add_request", "prompt", "params"),
     "LLMEngine.step": lambda: _has("vllm.v1.engine.llm_engine:LLMEngine", "step", "abort_request", "collective_rpc"),
+    "SamplingParams": lambda: _has("vllm.sampling_params:SamplingParams", "__struct_fields__", "detokenize", "n"),
+    "parse_model_prompt": lambda: _takes(
+        "vllm.renderers.inputs.preprocess:parse_model_prompt", "model_config", "prompt"
+    ),
+    "render_cmpl": lambda: _takes("vllm.renderers.base:BaseRenderer.render_cmpl", "prompts", "tok_params"),
+    "IncrementalDetokenizer": lambda: (
+        _takes("vllm.v1.engine.detokenizer:IncrementalDetokenizer.from_new_request", "tokenizer", "request")
+        and _takes("vllm.v1.engine.detokenizer:IncrementalDetokenizer.get_next_output_text", "finished", "delta")
+    ),
+    "LogprobsProcessor": lambda: _has("vllm.v1.engine.logprobs:LogprobsProcessor", "_verify_tokens"),
     "SamplingParams.extra_args": lambda: _takes("vllm.sampling_params:SamplingParams.from_optional", "extra_args"),
     "NewRequestData.sampling_params": lambda: _has("vllm.v1.core.sched.output:NewRequestData", "sampling_params"),
     "WorkerBase": lambda: _has("vllm.v1.worker.worker_base:WorkerBase", "get_model"),

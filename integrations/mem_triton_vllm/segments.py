@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Any
 
-from vllm.outputs import RequestOutput
+import numpy as np
+from vllm.config import VllmConfig
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from mem_triton.runtime.front.segments import Segments
+from mem_triton_vllm.answer_text import CONTEXT, AnswerText
+
+CUTTABLE = frozenset(
+    [
+        "temperature", "top_p", "top_k", "min_p", "seed", "logit_bias", "allowed_token_ids", "stop_token_ids",
+        "ignore_eos", "max_tokens", "logprobs", "logprob_token_ids", "detokenize", "skip_special_tokens",
+        "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "stream_interval", "extra_args",
+        "skip_clone", "skip_reading_prefix_cache",
+        "repetition_penalty",  # it counts the prompt, too
+        "_eos_token_id", "_all_stop_token_ids", "_watermarking_skipped", "output_text_buffer_length",  # vLLM's own
+    ]
+)  # fmt: skip
+"""Parameters that mean the same in a continuation: none of them looks back over the answer's own tokens."""
 
 
 def fixed(params: SamplingParams) -> str | None:
     """Why this request's references cannot be refreshed while it answers, None if they can.
 
-    A continuation starts a new engine request, so whatever the engine counts over the answer would start over.
+    A continuation starts a new engine request, so whatever the engine counts over the answer would start over. So does
+    what a parameter asks that is not among ``CUTTABLE``, later versions' parameters among them.
     """
     reasons = {
         "several answers (n)": params.n != 1,
@@ -22,12 +40,35 @@ def fixed(params: SamplingParams) -> str | None:
         "presence or frequency penalties": bool(params.presence_penalty or params.frequency_penalty),
         "prompt log-probabilities": params.prompt_logprobs is not None,
         "min_tokens": params.min_tokens > 0,
+        "bad_words": bool(params.bad_words),
     }
-    return next((name for name, present in reasons.items() if present), None)
+    named = next((name for name, present in reasons.items() if present), None)
+    return named or next((name for name in said_parameters(params) if name not in CUTTABLE), None)
+
+
+def said_parameters(params: SamplingParams) -> list[str]:
+    """Names of the parameters that are not vLLM's defaults."""
+    plain, names = SamplingParams(), SamplingParams.__struct_fields__
+    return [name for name in names if _differs(getattr(params, name), getattr(plain, name))]
+
+
+def _differs(value: Any, plain: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return True
+    return value != plain and bool(value or plain)  # an empty list says no more than none
+
+
+def fixed_by_engine(vllm_config: VllmConfig) -> str | None:
+    """Why no request of this engine can have its references refreshed, None if they can."""
+    if vllm_config.model_config.logits_processors:
+        return "custom logits processors"
+    return "watermarks" if getattr(vllm_config, "watermark_config", None) is not None else None
 
 
 class OutputSegments(Segments):
     """Cuts an answer into vLLM's requests, and puts their outputs together.
+
+    text: makes the answer's text of its tokens; None where vLLM's own is right.
 
     Example::
 
@@ -37,10 +78,13 @@ class OutputSegments(Segments):
             plan = extend(plan, segments.generated)
     """
 
-    def __init__(self, prompt_ids: list[int], params: SamplingParams, every: int, limit: int) -> None:
+    def __init__(
+        self, prompt_ids: list[int], params: SamplingParams, every: int, limit: int, text: AnswerText | None = None
+    ) -> None:
         super().__init__(prompt_ids, every, limit)
-        self._params = params
-        self._before: RequestOutput | None = None  # all earlier segments as one output
+        self._params, self._delta = params, params.output_kind is RequestOutputKind.DELTA
+        self._text = text
+        self._before: CompletionOutput | None = None  # all earlier segments as one
         self._cached: int | None = None
         self._fresh: list[int] = []  # this segment's tokens so far
 
@@ -50,37 +94,64 @@ class OutputSegments(Segments):
         params.max_tokens = self.room
         if params.seed is not None:
             params.seed += self.index  # the same noise again would repeat itself
+        if self._text is not None and params.logprobs is None and params.logprob_token_ids is None:
+            params.detokenize = False  # nobody reads it
         return params
 
     def take(self, output: RequestOutput) -> list[RequestOutput]:
         """What the caller sees of one engine output: nothing, or one output of the whole answer."""
-        answer = output.outputs[0]
-        delta = self._params.output_kind is RequestOutputKind.DELTA
-        self._fresh = self._fresh + list(answer.token_ids) if delta else list(answer.token_ids)
+        if self._params.n != 1:  # never cut, see ``fixed``
+            self.done = output.finished
+            return [output]
+        piece, start, known = output.outputs[0], len(self.generated), len(self._fresh)
+        fresh = list(piece.token_ids) if self._delta else list(piece.token_ids)[known:]
+        self._fresh = [*self._fresh, *fresh]
+        answer = copy.copy(piece)
+        if self._text is not None:
+            self._spell(answer, start, known if self._delta else 0)
         if output.finished:
-            self.end(self._fresh, answer.finish_reason)
+            self.end(self._fresh, piece.finish_reason)
             self._fresh = []
-        merged = self._merged(output, delta)
+        if self._text is not None:
+            self._text.take(fresh, ended_by_token=piece.finish_reason == "stop")
+            answer.text = self._text.seen(self.done, self._delta)
+        merged = self._merged(output, answer, start)
         if not self.done and output.finished:
             merged.finished = False
-            merged.outputs[0].finish_reason = merged.outputs[0].stop_reason = None
-            self._before = None if delta else merged
+            answer.finish_reason = answer.stop_reason = None
+            self._before = answer
             if self._params.output_kind is RequestOutputKind.FINAL_ONLY:
                 return []
         return [merged]
 
-    def _merged(self, output: RequestOutput, delta: bool) -> RequestOutput:
+    def _spell(self, answer: CompletionOutput, start: int, first: int) -> None:
+        """Give log-probabilities the text of their tokens again where it depends on tokens of earlier segments.
+
+        start: the answer's tokens before this segment. first: place in the segment of the answer's first.
+        """
+        if start == 0 or answer.logprobs is None or first >= CONTEXT:
+            return
+        tokens = [*self.generated, *self._fresh]
+        answer.logprobs = [
+            self._text.spelled(entry, tokens[: start + place]) if place < CONTEXT else entry
+            for place, entry in enumerate(answer.logprobs, first)
+        ]
+
+    def _merged(self, output: RequestOutput, answer: CompletionOutput, start: int) -> RequestOutput:
         merged = copy.copy(output)
-        merged.prompt_token_ids = self.own_prompt
-        answer = copy.copy(output.outputs[0])
-        merged.outputs = [answer]
+        merged.prompt_token_ids, merged.outputs = self.own_prompt, [answer]
         if self._cached is None:
             self._cached = output.num_cached_tokens
         merged.num_cached_tokens = self._cached  # the first segment's: later ones find their own text in the cache
-        if delta or self._before is None:
+        if (earlier := self._before) is None:
             return merged
-        earlier = self._before.outputs[0]
-        answer.text = earlier.text + answer.text
+        if answer.weight_versions is not None:
+            spans = [replace(s, start=s.start + start, end=s.end + start) for s in answer.weight_versions]
+            answer.weight_versions = [*(earlier.weight_versions or ()), *spans]
+        if self._delta:
+            return merged
+        if self._text is None:
+            answer.text = earlier.text + answer.text
         answer.token_ids = [*earlier.token_ids, *answer.token_ids]
         if earlier.cumulative_logprob is not None and answer.cumulative_logprob is not None:
             answer.cumulative_logprob += earlier.cumulative_logprob

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -31,14 +32,20 @@ class Server(ServerProcess):
         assert response.status_code == 200, response.text
         return response.json()["choices"][0]["token_ids"]
 
-    def stream(self, prompt: list[int], max_tokens: int, words: Any = None) -> Iterator[list[int]]:
-        """Token ids as they come."""
+    def events(self, prompt: list[int], max_tokens: int, words: Any = None, **fields: Any) -> Iterator[dict[str, Any]]:
+        """A stream's parts as they come."""
         body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-        body |= {"stream": True, "return_token_ids": True, self.words_field: words}
+        body |= {"stream": True, "return_token_ids": True, self.words_field: words, **fields}
         with self.http.stream("POST", "/v1/completions", json=body) as lines:
             for line in lines.iter_lines():
                 if line.startswith("data: {"):
-                    yield json.loads(line[6:])["choices"][0]["token_ids"] or []
+                    yield json.loads(line[6:])
+
+    def stream(self, prompt: list[int], max_tokens: int, words: Any = None) -> Iterator[list[int]]:
+        """Token ids as they come."""
+        with contextlib.closing(self.events(prompt, max_tokens, words)) as events:
+            for event in events:
+                yield event["choices"][0]["token_ids"] or []
 
 
 def memory_flags(section: dict) -> list[str]:

@@ -105,6 +105,56 @@ def test_a_tenant_reads_its_own_and_what_is_public(front_end):
         assert [a.ref for a in opened.reading.plan] == [f"{i}@1" for i in ids]
 
 
+def test_fault27_prompt_embeddings_are_refused_by_name_where_memory_would_be_read(front_end):
+    import torch
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    embeds = {"type": "embeds", "prompt_embeds": torch.zeros(3, 8)}
+    front_end.explicit._default, kept = ("alpha@1",), front_end.explicit._default
+    try:
+        for words in (None, {"mem_ids": ["beta"]}, {"mem_capture": "x"}):
+            with pytest.raises(VLLMValidationError, match="prompts given as embeddings cannot use explicit memory"):
+                front_end.open_request(embeds, SamplingParams(extra_args=words))
+        opened = front_end.open_request(embeds, SamplingParams(extra_args={"mem_ids": []}))
+        assert opened.reading is None, "without memory they are served"
+    finally:
+        front_end.explicit._default = kept
+
+
+def test_fault27_a_prompt_that_reaches_the_engine_unrendered_is_rendered_as_vllm_does(front_end):
+    from types import SimpleNamespace as Engine
+
+    from mem_triton_vllm.front_end import prompt_ids_of
+
+    seen = []
+    renderer = Engine(
+        default_cmpl_tok_params="tok", render_cmpl=lambda prompts, params: seen.append(prompts) or prompts
+    )
+    engine = Engine(model_config=Engine(is_encoder_decoder=False), renderer=renderer)
+    prompt_ids_of(engine, "who has the key?")
+    assert seen == [[{"prompt": "who has the key?"}]]
+
+
+def test_fault06_words_of_a_rendered_engine_request_are_those_that_vllm_runs(front_end):
+    """vLLM takes the parameters inside such a request and not those beside it."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine import EngineCoreRequest
+
+    def request(**words):
+        params = SamplingParams(extra_args=words)
+        return EngineCoreRequest("r", [1, 2], None, params, None, 0.0, None, None, None)
+
+    with pytest.raises(VLLMValidationError, match="nobody"):
+        front_end.open_request(request(mem_ids=["nobody"]), SamplingParams())
+    asked = request(mem_ids=["alpha"])
+    opened = front_end.open_request(asked, SamplingParams())
+    prompt, _ = front_end.carry(asked, asked.sampling_params, opened)
+    assert prompt.sampling_params.extra_args["mem_triton"]["memory"]["plan"][0][0] == "alpha@1"
+    assert "mem_triton" not in asked.sampling_params.extra_args, "the caller's own is untouched"
+
+
 @pytest.fixture(scope="module")
 def front_end(memory_bench):
     """The front end of a server of the prefix bank, without its engine."""

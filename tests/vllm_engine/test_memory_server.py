@@ -9,6 +9,7 @@ import pytest
 from tests.support import server_scenarios as scenarios
 from tests.support.memory_bench import SECRET, MemoryBench, make_memory_bench, reference
 from tests.support.memory_scenarios import PROMPTS, three_pages
+from tests.support.models import tiny_tokenizer
 from tests.support.server_scenarios import at_once, ids, whole
 from tests.vllm_engine.server import Server, memory_flags
 
@@ -80,18 +81,64 @@ def test_captures_that_end_together_are_all_kept(server, memory_bench):
     scenarios.captures_that_end_together_are_all_kept(server, memory_bench)
 
 
-def test_retrieval_over_http_streams_one_answer(memory_bench, tmp_path):
-    b, prompt = memory_bench, reference(3) + reference(9)
-    section = b.section(b.references, retrieval={"top_k": 2, "every": 32})
-    server = Server(str(b.model), str(tmp_path / "server.log"), memory_flags(section))
+@pytest.mark.parametrize("kind", ["plain", "streamed", "chat"])
+def test_fault04_every_answer_of_several_comes_whole(server, memory_bench, kind):
+    b, prompt, several = memory_bench, PROMPTS[1], {"n": 3, "temperature": 1.0, "top_k": 1}
+    if kind == "plain":
+        found = server.complete(prompt, words=ids("beta"), **several).json()
+        assert [c["token_ids"] for c in found["choices"]] == [b.after(prompt, "beta")] * 3
+        assert server.report(server.complete(prompt, words=ids("beta"), **several)) == {"references": whole("beta")}
+    elif kind == "chat":
+        found = server.chat("who?", 12, words=ids("beta"), ignore_eos=True, **several).json()
+        assert len({c["message"]["content"] for c in found["choices"]}) == 1 and len(found["choices"]) == 3
+    else:
+        *parts, found = server.events(prompt, 12, ids("beta"), stream_options={"include_usage": True}, **several)
+        choices = [c for part in parts for c in part["choices"]]
+        tokens = {i: [t for c in choices if c["index"] == i for t in c["token_ids"] or ()] for i in range(3)}
+        assert tokens == dict.fromkeys(range(3), b.after(prompt, "beta"))
+        assert sorted(c["index"] for c in choices if c["finish_reason"]) == [0, 1, 2]
+    assert found["usage"]["completion_tokens"] == 36
+
+
+@pytest.fixture(scope="module")
+def retrieving(memory_bench, tmp_path_factory) -> Iterator[Server]:
+    """The bank of references; new ones after every 32 tokens."""
+    log = tmp_path_factory.mktemp("retrieving") / "server.log"
+    section = memory_bench.section(memory_bench.references, retrieval={"top_k": 2, "every": 32})
+    server = Server(str(memory_bench.model), str(log), memory_flags(section))
     try:
-        server.wait()
-        expected, _ = b.retrieving(prompt, 70, top_k=2, every=32)
-        assert [t for part in server.stream(prompt, 70) for t in part] == expected
-        assert at_once(4, lambda _: server.tokens(prompt, 70)) == [expected] * 4
-        assert server.tokens(prompt, words={"mem_top_k": 0}) == b.generate(prompt)
-        assert server.report(server.chat("who?", 40))["references"]
-        assert server.complete(prompt, 12, n=2, temperature=1.0).status_code == 200
-        assert server.metric("mem_triton:refresh_off_total") > 0
+        yield server.wait()
     finally:
         server.stop()
+
+
+def test_retrieval_over_http_streams_one_answer(retrieving, memory_bench):
+    b, server, prompt = memory_bench, retrieving, reference(3) + reference(9)
+    expected, _ = b.retrieving(prompt, 70, top_k=2, every=32)
+    assert [t for part in server.stream(prompt, 70) for t in part] == expected
+    assert at_once(4, lambda _: server.tokens(prompt, 70)) == [expected] * 4
+    assert server.tokens(prompt, words={"mem_top_k": 0}) == b.generate(prompt)
+    assert server.report(server.chat("who?", 40))["references"]
+    assert server.complete(prompt, 12, n=2, temperature=1.0).status_code == 200
+    assert server.metric("mem_triton:refresh_off_total") > 0
+
+
+def test_fault05_text_is_that_of_the_tokens_across_refreshes(retrieving):
+    """The tiny model says bytes, and few of them are characters of their own."""
+    decode = tiny_tokenizer().decode
+    for seed in range(4):
+        asked = {"temperature": 1.0, "seed": seed, "allowed_token_ids": list(range(150, 260))}
+        plain = retrieving.complete(PROMPTS[1], 70, **asked).json()["choices"][0]
+        assert len(plain["token_ids"]) == 70 and plain["text"] == decode(plain["token_ids"])
+        choices = [c for part in retrieving.events(PROMPTS[1], 70, **asked) for c in part["choices"]]
+        assert [t for c in choices for t in c["token_ids"] or ()] == plain["token_ids"]
+        assert "".join(c["text"] for c in choices) == plain["text"]
+
+
+def test_fault06_bad_words_hold_across_what_would_have_been_a_cut(retrieving):
+    """Of two letters one may not follow the other: the answer stays in one piece, and its report says why."""
+    first, second = tiny_tokenizer().encode("AB", add_special_tokens=False)
+    asked = {"temperature": 1.0, "seed": 1, "allowed_token_ids": [first, second], "bad_words": ["AB"]}
+    answer = retrieving.complete(PROMPTS[1], 100, **asked)
+    assert "AB" not in answer.json()["choices"][0]["text"]
+    assert "bad_words" in retrieving.report(answer)["refresh"]

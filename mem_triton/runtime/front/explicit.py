@@ -168,7 +168,7 @@ class ExplicitFrontEnd:
         if self.obstacle:
             raise RequestError(word, self.obstacle)
         if asked.unfit:
-            raise RequestError(word, f"{asked.unfit} cannot use explicit memory")
+            raise RequestError(word, f"{asked.unfit} cannot use explicit memory; with mem_ids [] they use none")
         reading = Reading(request, tuple(map(Attachment, refs)), top_k, tokens=dict(refs))
         if top_k and self.section.retrieval.refresh:
             reading.note, reading.refreshes = asked.fixed, asked.fixed is None
