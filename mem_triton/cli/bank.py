@@ -55,8 +55,12 @@ def create(
 @app.command()
 def info(path: BankPath, json: Json = False) -> None:
     """What a bank holds, and which model it belongs to."""
+    from mem_triton.store.reindexing import outdated
+
     with _open(path) as bank:
         fields = {**bank.spec.model_dump(mode="json"), **bank.stats(), "revision": bank.revision}
+        if old := outdated(bank):
+            output.note(old)
     if json:
         return output.print_json(fields)
     fingerprint = fields.pop("fingerprint")
@@ -130,7 +134,11 @@ def search(
     json: Json = False,
 ) -> None:
     """The entries nearest in meaning, best first: what retrieval would find."""
+    from mem_triton.store.reindexing import outdated
+
     with _open(path) as bank:
+        if old := outdated(bank):
+            output.note(old)
         hits = bank.search(query, top_k, tenant=tenant, source=source)
         found = [(hit.score, bank.resolve(hit.ref, tenant=tenant)) for hit in hits]
     if json:
@@ -252,6 +260,16 @@ def compact(path: BankPath, json: Json = False) -> None:
     if json:
         return output.print_json(report)
     output.print_fields(report)
+
+
+@app.command()
+def reindex(path: BankPath) -> None:
+    """Embed all texts anew with today's version of the bank's embedder."""
+    from mem_triton.store.reindexing import reindex as again
+
+    with _open(path, writable=True) as bank:
+        count = again(bank)
+    print(f"reindexed {count}")
 
 
 @app.command()

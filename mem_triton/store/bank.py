@@ -39,7 +39,7 @@ from mem_triton.store.errors import (
 )
 from mem_triton.store.files import WriterLock, write_durably
 from mem_triton.store.fingerprint import Fingerprint
-from mem_triton.store.index import Embedder, embedder_from
+from mem_triton.store.index import FEATURES, Embedder, embedder_from, features_of
 from mem_triton.store.shards import Shards, codec_of, runs
 from mem_triton.store.spec import BankSpec, EntryInfo, Hit, NewEntry, content_hash, split_ref
 from mem_triton.store.vectors import VectorIndex
@@ -73,7 +73,7 @@ class Bank:
         self.shards = Shards(path / "shards", spec, codec_of(spec, catalogue.meta("codec_state")))
         self.vectors = VectorIndex(path / "index", catalogue)
         self.writing = threading.RLock()  # one thread at a time
-        self._lock, self._embedder = lock, embedder
+        self._lock, self._embedder, self._features = lock, embedder, None
 
     @classmethod
     def create(cls, path: str | Path, spec: BankSpec, codec_state: bytes | None = None) -> Bank:
@@ -91,7 +91,7 @@ class Bank:
             codec_of(spec, codec_state)
             for leftover in path.glob("catalogue.sqlite*"):  # of a creation that did not get as far as bank.json
                 leftover.unlink()
-            meta = {"bank": uuid.uuid4().hex, "codec_state": codec_state}
+            meta = {"bank": uuid.uuid4().hex, "codec_state": codec_state, "features": FEATURES}
             catalogue = Catalogue.create(path / "catalogue.sqlite", meta)
             text = spec.model_dump_json(indent=1) + "\n"
             write_durably(path / "bank.json", lambda temporary: temporary.write_text(text))  # last: now it is a bank
@@ -154,8 +154,12 @@ class Bank:
     @property
     def embedder(self) -> Embedder:
         """The embedder of its specification, made when first needed. Raises EmbedderError, BankError."""
+        features = features_of(self.spec.embedder, self.catalogue.meta("features"))
         if self._embedder is None:
-            self._embedder = embedder_from(self.spec.embedder)
+            self._embedder, self._features = embedder_from(self.spec.embedder, features), features
+        elif self._features not in (None, features):  # somebody has reindexed it
+            self._embedder, self._features = embedder_from(self.spec.embedder, features), features
+            self.vectors = VectorIndex(self.path / "index", self.catalogue)
         dim = self.catalogue.meta("dim")
         if dim not in (None, self._embedder.dim):
             raise BankError(

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import os
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +29,38 @@ GRAMS = (3, 4)
 """Lengths of character n-grams: forms of a word share most of them."""
 CHUNK = 1024
 """Texts embedded at a time."""
+FEATURES = 2
+"""Version of the lexical embedder's features; a bank says which its vectors have (``Bank.create``, ``reindex``).
+
+1: words between blanks of the text as it is written. 2: NFKC, marks belong to their words, n-grams of characters in
+scripts without blanks.
+"""
+_CJK = (
+    "\u1100-\u11ff\u3005-\u3007\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u3131-\u318e"
+    "\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\U00020000-\U000323af"
+)
+"""Hangul, Kana, Bopomofo and Han: few blanks, or particles at every word; counted as characters and pairs."""
+_UNSPACED = "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ecd\u1000-\u103f\u1780-\u17d3"
+"""Thai, Lao, Burmese and Khmer: no blanks, several letters a syllable; counted as pairs and triples."""
+
+
+@cache
+def _tokens() -> re.Pattern[str]:
+    marks = "".join(chr(c) for c in range(0x300, 0x10000) if unicodedata.category(chr(c)) in ("Mn", "Mc"))
+    word = rf"(?:(?![{_CJK}{_UNSPACED}])[\w{marks}])+"
+    return re.compile(rf"(?P<cjk>[{_CJK}]+)|(?P<unspaced>[{_UNSPACED}]+)|{word}")
+
+
+def tokens_of(text: str) -> list[str]:
+    """What the lexical embedder counts: words, without case and in Unicode's NFKC; n-grams where words have no ends."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    tokens: list[str] = []
+    for match in _tokens().finditer(folded):
+        run = match.group()
+        sizes = {"cjk": (1, 2), "unspaced": (2, 3)}.get(match.lastgroup or "")
+        grams = [run[i : i + n] for n in sizes or () for i in range(len(run) - n + 1)]
+        tokens += grams or [run]
+    return tokens
 
 
 class Embedder(Protocol):
@@ -41,8 +74,8 @@ class Embedder(Protocol):
         ...
 
 
-def embedder_from(spec: str) -> Embedder:
-    """An embedder by its name.
+def embedder_from(spec: str, features: int = FEATURES) -> Embedder:
+    """An embedder by its name. features: version of the lexical one's, for banks that were written with an older one.
 
     "lexical" or "lexical:<dim>": hashed words and character n-grams, offline, the same in every process.
     "sentence-transformers:<model or folder>": any such model, on the CPU.
@@ -51,9 +84,11 @@ def embedder_from(spec: str) -> Embedder:
     """
     kind, _, rest = spec.partition(":")
     if kind == "lexical":
-        if rest and not (rest.isdigit() and 16 <= int(rest) <= 65536):
+        if rest and not (rest.isascii() and rest.isdigit() and len(rest) < 9 and 16 <= int(rest) <= 65536):
             raise EmbedderError(f'embedder "{spec}": the length {rest!r} must be a number from 16 to 65536')
-        return LexicalEmbedder(int(rest or LEXICAL_DIM))
+        if features not in range(1, FEATURES + 1):
+            raise EmbedderError(f'embedder "{spec}": its features are of version {features}; upgrade mem_triton')
+        return LexicalEmbedder(int(rest or LEXICAL_DIM), features)
     if kind == "sentence-transformers":
         if not rest:
             raise EmbedderError(f'embedder "{spec}": name the model, as in "sentence-transformers:all-MiniLM-L6-v2"')
@@ -69,15 +104,21 @@ def embedder_from(spec: str) -> Embedder:
     raise EmbedderError(f'embedder "{spec}" is unknown.{hint}')
 
 
+def features_of(spec: str, stored: int | None) -> int:
+    """Version of the features of a bank's vectors. stored: what its catalogue says; older ones say nothing."""
+    return (stored or 1) if spec.partition(":")[0] == "lexical" else FEATURES
+
+
 class LexicalEmbedder:
     """Hashed bag of words and character n-grams: dim signed sums, sublinear in a word's count, of unit length.
 
     A word weighs more the longer it is, which in most languages tells names and nouns from "of" and "the"; half of its
-    weight lies on the word itself and half on its n-grams. Texts without a letter or digit hash as a whole.
+    weight lies on the word itself and half on its n-grams; see ``tokens_of``. Texts without a letter or digit hash as a
+    whole. features: see FEATURES.
     """
 
-    def __init__(self, dim: int = LEXICAL_DIM) -> None:
-        self.dim = dim
+    def __init__(self, dim: int = LEXICAL_DIM, features: int = FEATURES) -> None:
+        self.dim, self.features = dim, features
         self.name = "lexical" if dim == LEXICAL_DIM else f"lexical:{dim}"
         self._word = lru_cache(1 << 16)(self._features)
 
@@ -91,7 +132,7 @@ class LexicalEmbedder:
         found = [  # (text, word, how often)
             (i, words.setdefault(word, len(words)), count)
             for i, text in enumerate(texts)
-            for word, count in Counter(WORD.findall(text.casefold()) or [text]).items()
+            for word, count in Counter(self._words(text) or [text]).items()
         ]
         rows, columns, counts = np.array(found).T
         features = [self._word(word) for word in words]
@@ -107,11 +148,16 @@ class LexicalEmbedder:
         sums[norms[:, 0] == 0, 0] = 1  # every feature cancelled: still a unit vector
         return (sums / np.where(norms == 0, 1, norms)).astype(np.float32)
 
+    def _words(self, text: str) -> list[str]:
+        if self.features == 1:
+            return WORD.findall(text.casefold())
+        return tokens_of(text)
+
     def _features(self, word: str) -> tuple[np.ndarray, np.ndarray]:
         """(places in a vector, signed weights) of a word and its n-grams."""
         edged = f"<{word}>"
         grams = [edged[i : i + n] for n in GRAMS for i in range(len(edged) - n + 1)]
-        hashes = np.array([zlib.crc32(f.encode()) for f in (word, *grams)], np.uint64)
+        hashes = np.array([zlib.crc32(f.encode(errors="surrogatepass")) for f in (word, *grams)], np.uint64)
         hashes = (hashes * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(20)  # crc32 alone is linear: mix its bits
         signs = np.where(hashes & np.uint64(1), 1.0, -1.0)
         each = np.array([1.0] + [1 / math.sqrt(max(len(grams), 1))] * len(grams))

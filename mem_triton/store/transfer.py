@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mem_triton.store.catalogue import CURRENT, SUPERSEDED, pack
 from mem_triton.store.errors import BankError, BankModelError, ForeignTenantError, UnknownEntryError
 from mem_triton.store.files import write_durably
+from mem_triton.store.index import features_of
 from mem_triton.store.shards import Row
 from mem_triton.store.spec import split_ref
 from mem_triton.store.writing import COLUMNS, register, same_block, set_sink, writer
@@ -134,7 +135,11 @@ def _check_alike(bank: Bank, other: Bank) -> None:
 
 def _copy(source: Bank, target: Bank, seqs: list[int], fills: dict[int, int]) -> list[str]:
     """Copy versions, and the blocks of cold ones (source's seq -> target's), bit for bit, in one transaction."""
-    same_vectors = source.spec.embedder == target.spec.embedder
+    embedders = [
+        (bank.spec.embedder, features_of(bank.spec.embedder, bank.catalogue.meta("features")))
+        for bank in (source, target)
+    ]
+    same_vectors = embedders[0] == embedders[1]
     filled: list[int] = []
 
     def rows() -> Iterator[Row]:
