@@ -122,6 +122,8 @@ class Course:
         longest = max(a.contexts) + a.output + (text if "text" in a.memory else 0) + 16
         longest = max(longest, 256)  # the gate's prompts
         kv = max(a.batches) * (longest + 64) * memories.kv_bytes_per_token(self.made)
+        if "pool" in (*a.parts, *a.memory):
+            longest += a.pool_tokens  # named memory counts against the context
         return Setting(
             self.made.folder, a.dtype, longest, max(a.batches), self.gpu, kv_gib=-(-kv // 2**30), eager=a.eager,
             extra=tuple(a.engine_args.split()), iterations=a.iterations,

@@ -77,11 +77,14 @@ class TokenizerManagerWithMemory(TokenizerManager):
             sessions = SessionFrontEnd(shape, config, adapter)
         if config.memory is not None:
             decode = None if self.tokenizer is None else self.tokenizer.decode
-            explicit = ExplicitFrontEnd(shape, config.memory, decode)
+            explicit = ExplicitFrontEnd(shape, config.memory, decode, render=self.tokenizer and self._render)
         client = Client(ranks=shape.tp_size * len(shape.pp_spans))
         self.memory = MemoryFrontEnd(sessions, explicit)
         self._waits = AsyncMemory(self.memory, client.call)
         self._running: dict[str, _Running] = {}
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     async def generate_request(self, obj: Any, request: Any = None) -> AsyncGenerator[Any, None]:
         if not self._is_concerned(obj):
@@ -154,7 +157,10 @@ class TokenizerManagerWithMemory(TokenizerManager):
         try:
             if words is not None and not isinstance(words, dict):
                 raise RequestError("custom_params", f"must be an object of names and values, got {words!r}")
-            asked = Asked(answers, obj.lora_path is not None, _unfit(obj), fixed(obj, obj.sampling_params))
+            prompt_tokens = None if obj.input_ids is None else len(obj.input_ids)
+            asked = Asked(
+                answers, obj.lora_path is not None, _unfit(obj), fixed(obj, obj.sampling_params), prompt_tokens
+            )
             opened = self.memory.open(words, asked)
         except RequestError as error:
             counters.REFUSALS.labels(error.field).inc()

@@ -77,7 +77,8 @@ class VLLMFrontEnd(MemoryFrontEnd):
             params = prompt.params  # those are what vLLM runs
         if not isinstance(params, SamplingParams):
             return Opened()
-        asked = Asked(params.n, lora is not None, _unfit(prompt), self._fixed or fixed(params))
+        fixed_by = self._fixed or fixed(params)
+        asked = Asked(params.n, lora is not None, _unfit(prompt), fixed_by, _prompt_tokens(prompt))
         try:
             return self.open(params.extra_args, asked)
         except RequestError as error:
@@ -160,13 +161,17 @@ def _front_end(vllm_config: VllmConfig, config: MemTritonConfig, decode: Any, to
     shape, sessions, explicit = shape_of(vllm_config), None, None
     if vllm_config.model_config.skip_tokenizer_init:
         decode = tokenizer = None
+
+    def render(messages: list[dict[str, str]]) -> str:
+        return tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
     if config.delta is not None:
         adapter = load_adapter(config.delta.adapter, config.delta.revision)
         sessions = SessionFrontEnd(shape, config, adapter, session_obstacle(vllm_config))
     if config.memory is not None:
         from mem_triton.runtime.front.explicit import ExplicitFrontEnd
 
-        explicit = ExplicitFrontEnd(shape, config.memory, decode, explicit_obstacle(vllm_config))
+        explicit = ExplicitFrontEnd(shape, config.memory, decode, explicit_obstacle(vllm_config), tokenizer and render)
     return VLLMFrontEnd(sessions, explicit, tokenizer, fixed_by_engine(vllm_config))
 
 
@@ -176,6 +181,12 @@ def _unfit(prompt: Any) -> str | None:
         return "streaming inputs"
     embeds = prompt.get("prompt_embeds") if isinstance(prompt, dict) else getattr(prompt, "prompt_embeds", None)
     return None if embeds is None else "prompts given as embeddings"
+
+
+def _prompt_tokens(prompt: Any) -> int | None:
+    """How long a rendered prompt is; None while it is text."""
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else getattr(prompt, "prompt_token_ids", prompt)
+    return len(ids) if isinstance(ids, list) else None
 
 
 def prompt_ids_of(engine: Any, prompt: Any) -> tuple[Any, list[int]]:

@@ -34,13 +34,14 @@ class Retriever:
 
     def plan(
         self, prompt_ids: Sequence[int], *, top_k: int | None = None, tenant: str = "", refreshes: bool = False,
-        attached: Sequence[Attachment] = (),
+        attached: Sequence[Attachment] = (), question: str | None = None,
     ) -> tuple[Attachment, ...]:  # fmt: skip
         """The prompt's references. Chunk c's are seen by chunk c alone; the last one's also by what is generated.
 
         That is by the first ``every`` generated tokens if the references are refreshed then, else to the end. A last
         chunk that is not full asks with the prompt's last ``every`` tokens, so that its query is not a word or two.
-        attached: what the request reads anyway; nothing that it sees is retrieved a second time.
+        attached: what the request reads anyway; nothing that it sees is retrieved a second time. question: what the
+        last chunk asks with instead, because its tokens are not all the user's: a system prompt, a template's markers.
         """
         plan: list[Attachment] = []
         length = len(prompt_ids)
@@ -49,7 +50,9 @@ class Retriever:
             seen_until = end
             if end == length:
                 seen_until = length + self.every if refreshes else FOREVER
-            query = prompt_ids[max(0, end - self.every) : end]
+            query = self.decode(list(prompt_ids[max(0, end - self.every) : end]))
+            if end == length and question is not None:
+                query = question
             plan += self._attachments(query, first, seen_until, top_k, tenant, attached)
         return tuple(plan)
 
@@ -66,14 +69,14 @@ class Retriever:
         first = prompt_tokens + chunks * self.every
         if chunks == 0 or any(a.first == first and a.score is not None for a in plan):
             return tuple(plan)
-        query = generated[(chunks - 1) * self.every : chunks * self.every]
+        query = self.decode(list(generated[(chunks - 1) * self.every : chunks * self.every]))
         return (*plan, *self._attachments(query, first, first + self.every, top_k, tenant, plan))
 
     def _attachments(
-        self, query: Sequence[int], first: int, end: int, top_k: int | None, tenant: str, attached: Sequence[Attachment]
+        self, query: str, first: int, end: int, top_k: int | None, tenant: str, attached: Sequence[Attachment]
     ) -> list[Attachment]:
         seen = {a.ref for a in attached if a.first < end and first < a.end}  # twice in a softmax is twice the weight
-        hits = self._search(self.decode(list(query)), self.top_k if top_k is None else top_k, tenant)
+        hits = self._search(query, self.top_k if top_k is None else top_k, tenant)
         return [Attachment(hit.ref, first, end, float(hit.score)) for hit in hits if hit.ref not in seen]
 
     def _search(self, text: str, top_k: int, tenant: str) -> list[Hit]:

@@ -8,6 +8,7 @@ vLLM carries them in ``vllm_xargs`` (HTTP) or ``SamplingParams.extra_args`` (Pyt
     {"mem_write": 0}                             # this request writes no memory (with no session: the plain model)
     {"mem_ids": ["alice", "paris@2"]}            # attend to these entries of the bank
     {"mem_top_k": 3}                             # three retrieved references a chunk (0: none for this request)
+    {"mem_query": "the key of the east door"}    # what references are searched by (a chat's last user message else)
     {"mem_capture": "contract"}                  # keep this prompt's keys and values as the bank's entry "contract"
     {"mem_tenant": "acme"}                       # see acme's entries besides the public ones
 """
@@ -21,7 +22,8 @@ from typing import Any
 from mem_triton import ids as names
 from mem_triton.config import nearest_name_hint
 
-WORDS = ("mem_session", "mem_write", "mem_reset", "mem_ids", "mem_top_k", "mem_capture", "mem_tenant")
+WORDS = ("mem_session", "mem_write", "mem_reset", "mem_ids", "mem_top_k", "mem_query", "mem_capture", "mem_tenant")
+LONGEST_QUERY = 4096
 CARRIER = "mem_triton"
 """Key under which the front end hands the resolved request to the workers; clients may not set it."""
 
@@ -40,7 +42,7 @@ class MemoryRequest:
 
     ids: entries to attend to, None if the request names none (an empty tuple: explicitly no entry).
     top_k: references a chunk, None for the server's setting. capture: id to keep the prompt under. tenant: "" is
-    public.
+    public. query: what references are searched by, None for what the prompt says.
     """
 
     session: str | None = None
@@ -50,6 +52,7 @@ class MemoryRequest:
     top_k: int | None = None
     capture: str | None = None
     tenant: str = ""
+    query: str | None = None
 
 
 def carried_by(params: Any) -> Mapping[str, Any] | None:
@@ -97,6 +100,13 @@ def _top_k(words: Mapping[str, Any]) -> int | None:
     return int(value)
 
 
+def _query(words: Mapping[str, Any]) -> str | None:
+    value = words.get("mem_query")
+    if value is not None and not (isinstance(value, str) and value.strip() and len(value) <= LONGEST_QUERY):
+        raise RequestError("mem_query", f"must be text of 1 to {LONGEST_QUERY} characters, got {value!r:.80}")
+    return value
+
+
 def _capture(words: Mapping[str, Any]) -> str | None:
     value = words.get("mem_capture")
     if value is not None and not names.is_id(value):
@@ -127,7 +137,7 @@ def parse_request(extra_args: Mapping[str, Any] | None) -> MemoryRequest:
         raise RequestError("mem_session", f"must be {names.NAME_RULE}")
     request = MemoryRequest(
         session, _flag(words, "mem_write", True), _flag(words, "mem_reset", False), _ids(words), _top_k(words),
-        _capture(words), _tenant(words),
+        _capture(words), _tenant(words), query=_query(words),
     )  # fmt: skip
     if request.reset and session is None:
         raise RequestError("mem_reset", "needs mem_session, the session to reset")

@@ -77,6 +77,10 @@ def test_what_explicit_memory_cannot_serve_is_refused(server, memory_bench):
     assert response.status_code == 400 and "LoRA" in response.text
 
 
+def test_fault15_memory_beyond_the_context_is_400(server):
+    scenarios.memory_beyond_the_context_is_400(server)
+
+
 def test_many_requests_share_three_pages(server, memory_bench):
     scenarios.many_requests_share_three_pages(server, memory_bench)
 

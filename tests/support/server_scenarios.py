@@ -140,6 +140,15 @@ def bad_words_are_400(server: ServerProcess, prompt: list[int], words: Any, mess
 # Explicit memory, of a server with three pages.
 
 
+def memory_beyond_the_context_is_400(server: ServerProcess, context: int = 4096) -> None:
+    """Entry alpha has 40 tokens."""
+    for stream in (False, True):
+        response = server.complete([5] * (context - 36), 4, words=ids("alpha"), stream=stream)
+        assert response.status_code == 400, response.text
+        assert "40 tokens" in response.text and f"{context} tokens" in response.text
+    assert server.complete([5] * (context - 42), 4, words=ids("alpha")).json()["usage"]["completion_tokens"] == 2
+
+
 def many_requests_share_three_pages(server: ServerProcess, b: MemoryBench) -> None:
     names = ("alpha", "beta", "gamma")
     answers = at_once(12, lambda i: server.tokens(PROMPTS[i % 4], words=ids(names[i % 3])))

@@ -105,6 +105,71 @@ def test_a_tenant_reads_its_own_and_what_is_public(front_end):
         assert [a.ref for a in opened.reading.plan] == [f"{i}@1" for i in ids]
 
 
+def test_fault15_memory_beyond_the_models_context_is_refused_and_the_answer_ends_within_it(memory_bench):
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    front = front_end_of(memory_bench.model, memory_bench.section(), max_model_len=96)
+
+    def opened(prompt: int, *ids: str):
+        params = SamplingParams(extra_args={"mem_ids": list(ids)}, max_tokens=90)
+        return front.open_request({"prompt_token_ids": [5] * prompt}, params), params
+
+    for ids, prompt, numbers in (
+        (["delta"], 4, "101 tokens.*96 tokens"),
+        (["alpha"], 56, "40 tokens.*of 56.*96 tokens"),
+    ):
+        with pytest.raises(VLLMValidationError, match=numbers):
+            opened(prompt, *ids)
+    asked, params = opened(50, "alpha")
+    front.explicit.retrieve(asked.reading, [5] * 50)
+    assert front.segments(asked, [5] * 50, params).params().max_tokens == 96 - 50 - 40
+    assert "memory takes 40 of 96" in asked.reading.report()["context"]
+
+
+def test_fault15_default_entries_beyond_the_models_context_are_refused_at_start(memory_bench):
+    from mem_triton.config import ConfigError
+
+    with pytest.raises(ConfigError, match=r"memory\.default: the entries have 101 tokens.*context of 96 tokens"):
+        front_end_of(memory_bench.model, memory_bench.section(default=["delta"]), max_model_len=96)
+
+
+def test_fault15_fewer_references_are_retrieved_where_the_context_has_no_room(memory_bench):
+    section = memory_bench.section(memory_bench.references, retrieval={"top_k": 4, "every": 32})
+    front = front_end_of(memory_bench.model, section, max_model_len=64)
+    for prompt, seen in ((20, 4), (46, 2), (62, 0)):
+        reading = front.open_request({"prompt_token_ids": [5] * prompt}, params_of()).reading
+        front.explicit.retrieve(reading, [5] * prompt)
+        assert len({a.ref for a in reading.plan if a.end > prompt}) == seen, "references keep 8 tokens each"
+        assert ("context of 64 tokens" in reading.report().get("retrieval", "")) == (seen < 4)
+
+
+def test_fault06_entries_that_are_named_switch_retrieval_off_and_the_answer_says_so(memory_bench):
+    section = memory_bench.section(memory_bench.references, retrieval={"top_k": 2, "every": 32})
+    front = front_end_of(memory_bench.model, section)
+    reading = front.open_request([5] * 9, params_of(mem_ids=["ref-5"])).reading
+    front.explicit.retrieve(reading, [5] * 9)
+    assert [a.ref for a in reading.plan] == ["ref-5@1"] and "mem_top_k" in reading.report()["retrieval"]
+    reading = front.open_request([5] * 9, params_of(mem_ids=["ref-5"], mem_top_k=2)).reading
+    front.explicit.retrieve(reading, [5] * 9)
+    assert len(reading.plan) == 3 and "retrieval" not in reading.report(), "both, when both are said"
+
+
+def test_fault24_the_last_user_message_is_what_vllm_searches_for(memory_bench):
+    from tests.support.models import tiny_tokenizer
+
+    section = memory_bench.section(memory_bench.references, retrieval={"top_k": 1, "every": 64})
+    front = front_end_of(memory_bench.model, section, tokenizer=tiny_tokenizer)
+    tokenizer, searched = tiny_tokenizer(), []
+    front.explicit.retriever._search = lambda text, *rest: searched.append(text) or []
+    chat = [("system", "Be brief. " * 30), ("user", "Hello"), ("assistant", "Hi."), ("user", "Who has the key?")]
+    messages = [{"role": role, "content": text} for role, text in chat]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    reading = front.open_request({"prompt_token_ids": ids}, params_of()).reading
+    front.explicit.retrieve(reading, ids)
+    assert searched[-1] == "Who has the key?" and len(searched) > 3
+
+
 def test_fault27_prompt_embeddings_are_refused_by_name_where_memory_would_be_read(front_end):
     import torch
     from vllm import SamplingParams
@@ -155,16 +220,27 @@ def test_fault06_words_of_a_rendered_engine_request_are_those_that_vllm_runs(fro
     assert "mem_triton" not in asked.sampling_params.extra_args, "the caller's own is untouched"
 
 
-@pytest.fixture(scope="module")
-def front_end(memory_bench):
-    """The front end of a server of the prefix bank, without its engine."""
+def params_of(**words):
+    from vllm import SamplingParams
+
+    return SamplingParams(extra_args=words or None)
+
+
+def front_end_of(model, section, tokenizer=None, max_model_len=512):
+    """A server's front end without its engine. tokenizer: makes the model's."""
     from vllm.engine.arg_utils import EngineArgs
 
     from mem_triton_vllm.front_end import _front_end
     from mem_triton_vllm.refusals import section_of
 
     config = EngineArgs(
-        model=str(memory_bench.model), load_format="mem_triton", dtype="float32", max_model_len=512,
-        additional_config={"mem_triton": memory_bench.section()},
+        model=str(model), load_format="mem_triton", dtype="float32", max_model_len=max_model_len,
+        additional_config={"mem_triton": section},
     ).create_engine_config()  # fmt: skip
-    return _front_end(config, section_of(config), decode=str)
+    return _front_end(config, section_of(config), tokenizer().decode if tokenizer else str, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def front_end(memory_bench):
+    """The front end of a server of the prefix bank, without its engine."""
+    return front_end_of(memory_bench.model, memory_bench.section())

@@ -57,6 +57,10 @@ def test_bad_words_are_400_that_name_the_id(server, words, message):
     scenarios.bad_words_are_400(server, PROMPTS[0], words, message)
 
 
+def test_fault15_memory_beyond_the_context_is_400(server):
+    scenarios.memory_beyond_the_context_is_400(server)
+
+
 def test_many_requests_share_three_pages(server, memory_bench):
     scenarios.many_requests_share_three_pages(server, memory_bench)
 

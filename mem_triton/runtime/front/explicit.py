@@ -17,11 +17,12 @@ from typing import Any
 
 from mem_triton.config import ConfigError, MemorySection
 from mem_triton.memory3 import Retriever
-from mem_triton.runtime import counters
+from mem_triton.runtime import context, counters
 from mem_triton.runtime.engine_shape import EngineShape
 from mem_triton.runtime.fitting import fitting, most_pages
 from mem_triton.runtime.front.asked import Asked
 from mem_triton.runtime.front.searches import Found
+from mem_triton.runtime.front.user_turn import LastUserMessage, Render
 from mem_triton.runtime.request import MemoryRequest, RequestError
 from mem_triton.runtime.residency import PoolCapacityError, Residency, Ticket
 from mem_triton.runtime.worker.layout import join_captured, layout_of, open_bank
@@ -46,6 +47,8 @@ class Reading:
     note: str | None = None  # why references are not refreshed
     retrieval_note: str | None = None  # why there are fewer references than asked for, or none
     tokens: dict[str, int] = field(default_factory=dict)  # of every reference of the plan
+    prompt_tokens: int = 0
+    context_note: str | None = None  # why the answer may have fewer tokens than asked for
     closed: bool = False
     capture: dict[str, Any] | None = None
     captured: dict[str, str] | None = None
@@ -71,6 +74,8 @@ class Reading:
         }
         if self.retrieval_note:
             report["retrieval"] = self.retrieval_note
+        if self.context_note:
+            report["context"] = self.context_note
         if self.note:
             report["refresh"] = f"off: {self.note}"
         if self.captured is not None:
@@ -82,7 +87,7 @@ class ExplicitFrontEnd:
     """Resolves, retrieves and claims; one per engine front end.
 
     decode: token ids to text, None without a tokenizer. obstacle: why this engine, as it is configured, cannot have
-    explicit memory; None if it can.
+    explicit memory; None if it can. render: messages to the chat template's text, None where there is no template.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class ExplicitFrontEnd:
         section: MemorySection,
         decode: Callable[[list[int]], str] | None,
         obstacle: str | None = None,
+        render: Render | None = None,
     ) -> None:
         self.section, self.obstacle, self.max_model_len = section, obstacle, shape.max_model_len
         self.longest_step = min(shape.max_step_tokens, shape.max_model_len)  # tokens of one request in one step
@@ -106,6 +112,7 @@ class ExplicitFrontEnd:
             if decode is None:
                 raise ConfigError("mem_triton.memory.retrieval needs a tokenizer; drop --skip-tokenizer-init")
             r = section.retrieval
+            self.last_user_message = LastUserMessage(decode, render, self._logger)
             self.retriever = Retriever(self.bank, decode=decode, every=r.every, min_score=r.min_score)
         self._default = self._pin_default()
 
@@ -131,6 +138,8 @@ class ExplicitFrontEnd:
                 raise ConfigError(
                     f"mem_triton.memory.default: need {pages} memory pages, a request may use {self.layout.max_pages}"
                 )
+            if why := context.beyond(sum(tokens.values()), 1, self.max_model_len):
+                raise ConfigError(f"mem_triton.memory.default: {why}")
             if tokens:
                 self.residency.pin(tokens)
         except (BankError, PoolCapacityError) as error:
@@ -170,6 +179,9 @@ class ExplicitFrontEnd:
         if asked.unfit:
             raise RequestError(word, f"{asked.unfit} cannot use explicit memory; with mem_ids [] they use none")
         reading = Reading(request, tuple(map(Attachment, refs)), top_k, tokens=dict(refs))
+        self._check_context(reading, 1 if asked.prompt_tokens is None else asked.prompt_tokens)
+        if request.ids is not None and request.top_k is None and self.concerns_all and refs:
+            reading.retrieval_note = "off: mem_ids names what to read; with mem_top_k references are retrieved, too"
         if top_k and self.section.retrieval.refresh:
             reading.note, reading.refreshes = asked.fixed, asked.fixed is None
             if reading.note:
@@ -186,12 +198,16 @@ class ExplicitFrontEnd:
 
     def _top_k(self, request: MemoryRequest) -> int:
         if self.section.retrieval is None:
-            if request.top_k:
-                raise RequestError("mem_top_k", "this server does not retrieve; set mem_triton.memory.retrieval")
+            if request.top_k or request.query is not None:
+                word = "mem_top_k" if request.top_k else "mem_query"
+                raise RequestError(word, "this server does not retrieve; set mem_triton.memory.retrieval")
             return 0
-        if request.top_k is not None:
-            return request.top_k
-        return 0 if request.ids is not None else self.section.retrieval.top_k  # ids of one's own: these and no others
+        named = request.top_k is None and request.ids is not None  # ids of one's own: these and no others
+        top_k = 0 if named else self.section.retrieval.top_k if request.top_k is None else request.top_k
+        if request.query is not None and not top_k:
+            why = "mem_ids names what to read; add mem_top_k for both" if named else "mem_top_k is 0"
+            raise RequestError("mem_query", f"nothing is retrieved: {why}")
+        return top_k
 
     def _resolve(self, request: MemoryRequest) -> Mapping[str, int]:
         """The references that a request names, or the default ones, with their tokens."""
@@ -233,39 +249,51 @@ class ExplicitFrontEnd:
         """What a request retrieves: each chunk of its prompt is a query (Memory³ §2.4). Changes nothing."""
         if not reading.top_k:
             return ()
+        every = self.section.retrieval.every
         return self.retriever.plan(
             list(prompt_ids), top_k=reading.top_k, tenant=reading.request.tenant, refreshes=reading.refreshes,
-            attached=reading.plan,
+            attached=reading.plan, question=reading.request.query or self.last_user_message.of(prompt_ids, every),
         )  # fmt: skip
 
     def attach(self, reading: Reading, prompt_ids: Sequence[int], found: Found) -> None:
         """Complete the plan with what was found, as far as it fits; a search that failed leaves it as it is."""
+        reading.prompt_tokens = len(prompt_ids)
+        self._check_context(reading, reading.prompt_tokens)
         if reading.capture is not None:
             reading.capture["tokens"] = len(prompt_ids)
             reading.capture["prompt_ids"] = list(prompt_ids)
         if found.failure is not None:
             reading.retrieval_note = f"off: {found.failure}"
         else:
-            self._extend(reading, found.plan)
+            self._extend(reading, found.plan, reading.prompt_tokens)
 
     def retrieve(self, reading: Reading, prompt_ids: Sequence[int]) -> None:
         """``find`` and ``attach`` for a caller that waits for the search itself."""
         self.attach(reading, prompt_ids, Found(self.find(reading, prompt_ids)))
 
-    def _extend(self, reading: Reading, found: Sequence[Attachment]) -> int:
-        """Add retrieved references that fit to the plan; returns how many did not."""
+    def _extend(self, reading: Reading, found: Sequence[Attachment], context_tokens: int) -> None:
+        """Add retrieved references that fit to the plan. context_tokens: of the prompt and the answer so far."""
         tokens = {a.ref: self._tokens_of(reading, a.ref) for a in (*reading.plan, *found)}
         kept = sum(self.residency.pages_for(n) for ref, n in self._default.items() if ref not in tokens)
         plan = fitting(
             (*reading.plan, *found), lambda ref: self.residency.pages_for(tokens[ref]), window=self.longest_step,
             table_pages=self.layout.max_pages, pool_pages=self.layout.num_pages - kept,
         )  # fmt: skip
-        left_out = len(reading.plan) + len(found) - len(plan)
-        if left_out:
-            counters.FEWER_REFERENCES.inc()
-            reading.retrieval_note = f"{left_out} references did not fit into the memory pages of a request"
-        reading.plan, reading.tokens = plan, {a.ref: tokens[a.ref] for a in plan}
-        return left_out
+        read = context.within(plan, tokens, self.max_model_len - context_tokens - 1)
+        for left_out, what in (
+            (len(reading.plan) + len(found) - len(plan), "the memory pages of a request"),
+            (len(plan) - len(read), f"the model's context of {self.max_model_len} tokens"),
+        ):
+            if left_out:
+                counters.FEWER_REFERENCES.inc()
+                reading.retrieval_note = f"{left_out} references did not fit into {what}"
+        reading.plan, reading.tokens = read, {a.ref: tokens[a.ref] for a in read}
+
+    def _check_context(self, reading: Reading, prompt_tokens: int) -> None:
+        """Raises RequestError if what the request names, its prompt and a token of the answer exceed the context."""
+        memory = context.named_tokens(reading.plan, reading.tokens)
+        if why := context.beyond(memory, prompt_tokens, self.max_model_len):
+            raise RequestError("mem_ids", why)
 
     def _tokens_of(self, reading: Reading, ref: str) -> int:
         if ref in reading.tokens:
@@ -274,14 +302,12 @@ class ExplicitFrontEnd:
 
     def cut(self, reading: Reading, prompt_tokens: int, max_tokens: int | None) -> tuple[int, int]:
         """(tokens of each engine request that serves the answer, tokens of the whole answer); without refreshes it is
-        one piece. max_tokens: what the request allows, None if as many as fit."""
-        room = max(1, self.max_model_len - prompt_tokens)
-        limit = room if max_tokens is None else min(max_tokens, room)
+        one piece. max_tokens: what the request allows, None if as many as fit: the context holds named entries, too."""
+        memory = context.named_tokens(reading.plan, reading.tokens)
+        limit, reading.context_note = context.answer_limit(max_tokens, memory, prompt_tokens, self.max_model_len)
         return (self.section.retrieval.every if reading.refreshes else limit), limit
 
-    def find_next(
-        self, reading: Reading, prompt_tokens: int, generated: Sequence[int]
-    ) -> tuple[Attachment, ...]:  # fmt: skip
+    def find_next(self, reading: Reading, prompt_tokens: int, generated: Sequence[int]) -> tuple[Attachment, ...]:
         """The references for the tokens just generated, seen by the next ``every`` ones. Changes nothing."""
         plan = self.retriever.extend(
             reading.plan, prompt_tokens, list(generated), top_k=reading.top_k, tenant=reading.request.tenant
@@ -298,7 +324,7 @@ class ExplicitFrontEnd:
         reason = found.failure
         if reason is None:
             try:
-                self._extend(reading, found.plan)
+                self._extend(reading, found.plan, reading.prompt_tokens + generated)
                 self.claim(reading)
             except (BankError, RequestError, OSError) as error:
                 reason = str(error)

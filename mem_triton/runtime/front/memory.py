@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mem_triton.runtime.front.sessions import SessionFrontEnd
 
 DELTA_WORDS = ("mem_session", "mem_write", "mem_reset")
-EXPLICIT_WORDS = ("mem_ids", "mem_top_k", "mem_capture", "mem_tenant")
+EXPLICIT_WORDS = ("mem_ids", "mem_top_k", "mem_query", "mem_capture", "mem_tenant")
 
 
 class MemoryLoadError(RuntimeError):
