@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mem_triton import ids as names
+
+_KEY = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*|sha256:[0-9A-Fa-f]{64}")
 
 
 class ConfigError(ValueError):
@@ -68,6 +73,8 @@ class MemorySection(_Section):
     pool_dtype: "auto" holds pages in the model's dtype; "int8" and "fp8" hold twice or four times as many.
     page_tokens: tokens of a page; None chooses 8 for Memory³'s sparse references and 16 for prefixes.
     default: ids attached to every request that names none. retrieval: off if absent; requests then name ids.
+    capture: whether requests may keep what they say as entries (``mem_capture``): "off"; "own", in a namespace that
+        ``mem-triton write`` does not use; "tenant", only those with a tenant, for that tenant alone.
     """
 
     bank: Path
@@ -77,12 +84,47 @@ class MemorySection(_Section):
     page_tokens: int | None = Field(default=None, ge=1, le=256)
     default: tuple[str, ...] = ()
     retrieval: RetrievalSection | None = None
+    capture: Literal["off", "own", "tenant"] = "off"
+
+
+class TenantsSection(_Section):
+    """Who may speak for which tenant; without it ``mem_tenant`` is a label that every client may choose.
+
+    keys: API keys of the server, as "env:VARIABLE" or "sha256:HEX", never in plain text, each with its tenant.
+    header: the HTTP header in which a proxy that you trust, and that sets it on every request, names the tenant.
+    """
+
+    keys: dict[str, str] | None = None
+    header: str | None = Field(default=None, pattern=r"^[A-Za-z0-9-]+$")
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _check_keys(cls, keys: Any) -> Any:
+        if keys is None:
+            return None
+        if not isinstance(keys, Mapping) or not keys:
+            raise ValueError('must be an object like {"env:ACME_KEY": "acme"}')
+        for number, (key, tenant) in enumerate(keys.items(), start=1):
+            if not isinstance(key, str) or not _KEY.fullmatch(key):  # never shown: it may be the key itself
+                raise ValueError(
+                    f'key {number} is neither "env:VARIABLE" nor "sha256:" and 64 hexadecimal digits '
+                    "(printf %s KEY | sha256sum)"
+                )
+            if not names.is_name(tenant):
+                raise ValueError(f"tenant {tenant!r}: must be {names.NAME_RULE}")
+        return keys
+
+    @model_validator(mode="after")
+    def _check_one(self) -> TenantsSection:
+        if (self.keys is None) == (self.header is None):
+            raise ValueError("needs keys or header, and not both")
+        return self
 
 
 class MemTritonConfig(_Section):
     """The ``mem_triton`` section of an engine's configuration.
 
-    delta: δ-mem, off if absent. memory: explicit memory, off if absent.
+    delta: δ-mem, off if absent. memory: explicit memory, off if absent. tenants: what binds requests to tenants.
     session_dir: folder for committed session states; None keeps them in the server's memory only.
     deterministic: memory's own kernels give a row the same bits in any batch; ``ops/memory_attention/invariant.py``
         says what is promised. The engine's own such mode turns this on, too; for whole answers both are needed.
@@ -92,6 +134,7 @@ class MemTritonConfig(_Section):
 
     delta: DeltaSection | None = None
     memory: MemorySection | None = None
+    tenants: TenantsSection | None = None
     deterministic: bool = False
     session_dir: Path | None = None
     max_sessions: int = Field(default=4096, ge=1)
@@ -112,11 +155,12 @@ def parse_config(data: Mapping[str, Any]) -> MemTritonConfig:
             ("delta",): DeltaSection,
             ("memory",): MemorySection,
             ("memory", "retrieval"): RetrievalSection,
+            ("tenants",): TenantsSection,
         }
         lines = []
         for item in error.errors():
             where = ".".join(("mem_triton", *map(str, item["loc"])))
-            text = item["msg"]
+            text = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
                 known = sections[tuple(item["loc"][:-1])].model_fields
                 text = "unknown key." + nearest_name_hint(str(item["loc"][-1]), known)

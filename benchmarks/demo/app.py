@@ -123,7 +123,7 @@ def make_servers(
     sections = {
         "stock": None,
         "δ-mem": {"delta": {"adapter": str(adapter)}, "session_dir": str(folder / "sessions")},
-        "bank": {"memory": {"bank": str(bank), "pool_gib": 0.1}},
+        "bank": {"memory": {"bank": str(bank), "pool_gib": 0.1, "capture": "own"}},
     }
     servers = []
     for (name, section), port in zip(sections.items(), ports, strict=True):

@@ -151,8 +151,8 @@ SESSION = Memory(
 """δ-mem: a state of the session."""
 ENTRY = Memory(
     tell=lambda p: {"mem_capture": p.session},
-    ask=lambda p: {"mem_ids": [p.session]},
-    speed=lambda p: {"mem_ids": [p.session]},  # attends to the entry's pages at every token
+    ask=lambda p: {"mem_ids": [f"capture:{p.session}"]},
+    speed=lambda p: {"mem_ids": [f"capture:{p.session}"]},  # attends to the entry's pages at every token
 )
 """Explicit memory: what was told is kept as an entry of the bank."""
 

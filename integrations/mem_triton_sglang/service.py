@@ -16,7 +16,7 @@ from mem_triton_sglang.worker import WorkerMemory
 def serve_memory(memory: WorkerMemory, rank: int) -> None:
     """Answer calls from now on, in a thread that ends with the process."""
     service = Service(memory)
-    names = ("take_state", "load_pages", "pages_state", "capture_state")
+    names = ("take_state", "load_pages", "pages_state", "capture_state", "drop_captures")
     serve(rank, {name: getattr(service, name) for name in names})
 
 
@@ -57,3 +57,8 @@ class Service:
                 return self.memory.explicit.captures.state(lease)
         except KeyError as error:
             return {"error": str(error)}
+
+    def drop_captures(self, leases: list[str]) -> None:
+        """Forget captures; nothing of them stays here or on the disk."""
+        with self.memory.lock:
+            self.memory.explicit.captures.drop(leases)

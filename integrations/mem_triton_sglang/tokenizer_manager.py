@@ -11,11 +11,13 @@ import contextlib
 import copy
 import functools
 import time
+import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
+from fastapi import HTTPException
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.managers.utils import is_health_check_generate_req
@@ -24,11 +26,14 @@ from mem_triton.config import MemTritonConfig
 from mem_triton.delta_mem import load_adapter
 from mem_triton.runtime import counters
 from mem_triton.runtime.front.asked import Asked
-from mem_triton.runtime.front.asynchronous import AsyncMemory
+from mem_triton.runtime.front.asynchronous import AsyncMemory, Said
+from mem_triton.runtime.front.captures import CaptureError
+from mem_triton.runtime.front.chat import chat_frame
 from mem_triton.runtime.front.explicit import ExplicitFrontEnd
 from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLoadError, Opened
 from mem_triton.runtime.front.segments import NORMAL_ENDS
 from mem_triton.runtime.front.sessions import SessionFrontEnd
+from mem_triton.runtime.front.tenants import Tenants
 from mem_triton.runtime.request import RequestError
 from mem_triton_sglang.answer import Answer, fixed
 from mem_triton_sglang.carrier import is_word, packed
@@ -51,6 +56,8 @@ class _Running:
     obj: GenerateReqInput
     request: Any  # fastapi's, None from ``Engine``
     opened: Opened
+    alone: bool = True  # not one of several in one HTTP request
+    said: list[int] = field(default_factory=list)  # the answer's tokens, of a request that is captured
     aborted: bool = False
     looked: float = 0.0
 
@@ -77,9 +84,11 @@ class TokenizerManagerWithMemory(TokenizerManager):
             sessions = SessionFrontEnd(shape, config, adapter)
         if config.memory is not None:
             decode = None if self.tokenizer is None else self.tokenizer.decode
-            explicit = ExplicitFrontEnd(shape, config.memory, decode, render=self.tokenizer and self._render)
+            frame = functools.cache(lambda: None if self.tokenizer is None else chat_frame(self.tokenizer))
+            render = self.tokenizer and self._render
+            explicit = ExplicitFrontEnd(shape, config.memory, decode, render=render, frame=frame)
         client = Client(ranks=shape.tp_size * len(shape.pp_spans))
-        self.memory = MemoryFrontEnd(sessions, explicit)
+        self.memory = MemoryFrontEnd(sessions, explicit, Tenants(config.tenants))
         self._waits = AsyncMemory(self.memory, client.call)
         self._running: dict[str, _Running] = {}
 
@@ -132,7 +141,7 @@ class TokenizerManagerWithMemory(TokenizerManager):
         running: list[_Running] = []
         try:
             for part in parts:  # all words are checked before anything runs
-                running.append(self._open(part, request, obj.parallel_sample_num))
+                running.append(self._open(part, request, obj.parallel_sample_num, alone=False))
             generators = [self._run(one) for one in running]
             if obj.stream:
                 streams = self._stream_batch_responses(generators, [part.rid for part in parts])
@@ -150,17 +159,18 @@ class TokenizerManagerWithMemory(TokenizerManager):
             async for response in responses:
                 yield response
 
-    def _open(self, obj: GenerateReqInput, request: Any, answers: int) -> _Running:
+    def _open(self, obj: GenerateReqInput, request: Any, answers: int, alone: bool = True) -> _Running:
         """Check a request's words. Raises RequestError."""
         obj.sampling_params = self._with_preferred(obj.sampling_params)
         words = obj.sampling_params.get("custom_params")
         try:
             if words is not None and not isinstance(words, dict):
                 raise RequestError("custom_params", f"must be an object of names and values, got {words!r}")
-            prompt_tokens = None if obj.input_ids is None else len(obj.input_ids)
             asked = Asked(
-                answers, obj.lora_path is not None, _unfit(obj), fixed(obj, obj.sampling_params), prompt_tokens
-            )
+                answers, obj.lora_path is not None, _unfit(obj), fixed(obj, obj.sampling_params),
+                prompt_tokens=None if obj.input_ids is None else len(obj.input_ids),
+                headers=None if request is None else getattr(request, "headers", {}),  # None: from ``Engine``
+            )  # fmt: skip
             opened = self.memory.open(words, asked)
         except RequestError as error:
             counters.REFUSALS.labels(error.field).inc()
@@ -168,7 +178,7 @@ class TokenizerManagerWithMemory(TokenizerManager):
         if obj.rid in self._running:
             self.memory.close(opened)
             raise ValueError(f"Duplicate request ID detected: {obj.rid}")
-        self._running[obj.rid] = running = _Running(obj, request, opened)
+        self._running[obj.rid] = running = _Running(obj, request, opened, alone)
         return running
 
     def _close(self, running: _Running) -> None:
@@ -181,8 +191,11 @@ class TokenizerManagerWithMemory(TokenizerManager):
         try:
             async with contextlib.aclosing(self._outputs(running)) as outputs:
                 async for out in outputs:
+                    if running.opened.capture is not None:
+                        news = bool(running.obj.stream) and self.incremental_streaming_output
+                        running.said = (running.said if news else []) + list(out["output_ids"])
                     if out["meta_info"]["finish_reason"] is not None:
-                        await self._finish(out, running.opened)
+                        await self._finish(out, running)
                         self._close(running)  # now: who reads no further may keep this generator for long
                     yield out
         finally:
@@ -260,13 +273,34 @@ class TokenizerManagerWithMemory(TokenizerManager):
             async for out in outputs:
                 yield out
 
-    async def _finish(self, out: dict[str, Any], opened: Opened) -> None:
+    async def _finish(self, out: dict[str, Any], running: _Running) -> None:
         """Commit, keep and release what the request leaves; its last output says what it saw."""
-        meta, reading = out["meta_info"], opened.reading
+        meta, opened = out["meta_info"], running.opened
         normal = meta["finish_reason"]["type"] in NORMAL_ENDS
-        await self._waits.end(opened, meta.get("prompt_tokens", 0), meta.get("completion_tokens", 0), normal)
-        if reading is not None:
-            meta["mem_triton"] = reading.report()
+        read = functools.partial(self._read_capture, running.obj.extra_key)
+        said = Said(running.obj.input_ids or (), running.said, read)
+        await self._waits.end(opened, meta.get("prompt_tokens", 0), meta.get("completion_tokens", 0), normal, said)
+        if (report := opened.report()) is not None:
+            meta["mem_triton"] = report
+        if opened.capture is not None and opened.capture.error is not None:
+            self._capture_failed(out, running, opened.capture.error)
+
+    async def _read_capture(self, client_key: str | None, ids: list[int], opened: Opened) -> None:
+        """Run the request that reads what is kept."""
+        params = {"max_new_tokens": 1, "temperature": 0.0}
+        obj = GenerateReqInput(input_ids=ids, sampling_params=params, rid=uuid.uuid4().hex, extra_key=client_key)
+        obj.normalize_batch_and_arguments()
+        async with contextlib.aclosing(self._generate(obj, _Running(obj, None, opened))) as outputs:
+            async for _ in outputs:
+                pass
+
+    def _capture_failed(self, out: dict[str, Any], running: _Running, error: CaptureError) -> None:
+        """Say so as SGLang says that a request has failed: by the HTTP status, or in the last output where a stream or
+        others' answers would be lost. The answer comes along."""
+        if running.request is not None and running.alone and not running.obj.stream:
+            answer = f". The answer was: {out['text']}" if out.get("text") else ""
+            raise HTTPException(error.status, f"{error}{answer}")
+        out["meta_info"]["finish_reason"] = {"type": "abort", "message": str(error), "status_code": error.status}
 
 
 def _speaks(params: dict[str, Any]) -> bool:

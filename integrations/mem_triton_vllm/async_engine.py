@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import uuid
 import weakref
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -12,17 +13,22 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from mem_triton.runtime.front.asynchronous import AsyncMemory
+from mem_triton.runtime.front.asynchronous import AsyncMemory, Said
 from mem_triton.runtime.front.memory import Opened
 from mem_triton.runtime.front.segments import NORMAL_ENDS
 from mem_triton.runtime.request import RequestError
-from mem_triton_vllm import front_end
+from mem_triton_vllm import callers, front_end
+from mem_triton_vllm.capture import capture_failed, reading_request, tokens_so_far
 from mem_triton_vllm.front_end import VLLMFrontEnd
+
+CHAT = "chatcmpl-"
+"""Start of the ids of vLLM's chat requests."""
 
 
 class AsyncLLMWithMemory(AsyncLLM):
     """Requests may have a session and read a bank. Bad words raise at the call, before any response has begun."""
 
+    SERVES = True  # HTTP requests come in here
     memory: VLLMFrontEnd
 
     def start_memory(self) -> None:
@@ -31,7 +37,9 @@ class AsyncLLMWithMemory(AsyncLLM):
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        opened = self.memory.open_request(prompt, sampling_params, kwargs.get("lora_request"))
+        opened = self.memory.open_request(
+            prompt, sampling_params, kwargs.get("lora_request"), callers.headers(), request_id.startswith(CHAT)
+        )
         stream = self._generate(prompt, sampling_params, request_id, kwargs, opened, begun := [])
         # A stream that nobody ever reads runs no code of its own. One that was read closes its memory itself, and may
         # be gone while its commit is still being written.
@@ -47,22 +55,34 @@ class AsyncLLMWithMemory(AsyncLLM):
             outputs = super().generate(*self.memory.carry(prompt, params, opened), request_id, **kwargs)
         else:
             outputs = self._read_and_generate(prompt, params, request_id, kwargs, opened)
-        generated = 0
+        generated, said = 0, []
         try:
             async for output in outputs:
                 generated = front_end.count_tokens(output, params.output_kind, generated)
+                if opened.capture is not None:
+                    said = tokens_so_far(output, params.output_kind, said)
                 if output.finished:
-                    await self._finish(output, opened, generated)
+                    read = functools.partial(self._read_capture, prompt)
+                    await self._finish(output, opened, generated, Said(output.prompt_token_ids or (), said, read))
+                    if opened.capture is not None and opened.capture.error is not None:
+                        raise capture_failed(opened.capture, output, params.output_kind)
                 yield output  # the last one only after the commit, so that the next request finds the session free
         finally:
             self.memory.close(opened)
             await outputs.aclose()
 
-    async def _finish(self, output: RequestOutput, opened: Opened, generated: int) -> None:
+    async def _finish(self, output: RequestOutput, opened: Opened, generated: int, said: Said) -> None:
         """Commit, keep and release what the request leaves, and say what it saw."""
         normal = output.outputs[0].finish_reason in NORMAL_ENDS
-        await self._waits.end(opened, len(output.prompt_token_ids or ()), generated, normal)
-        front_end.add_report(output, opened.reading)
+        await self._waits.end(opened, len(output.prompt_token_ids or ()), generated, normal, said)
+        front_end.add_report(output, opened)
+
+    async def _read_capture(self, prompt: Any, ids: list[int], opened: Opened) -> None:
+        """Run the engine request that reads what is kept."""
+        request = self.memory.carry(*reading_request(prompt, ids), opened)
+        async with contextlib.aclosing(super().generate(*request, f"mem_triton-capture-{uuid.uuid4().hex}")) as outputs:
+            async for _ in outputs:
+                pass
 
     async def _read_and_generate(
         self, prompt: Any, params: SamplingParams, request_id: str, kwargs: dict[str, Any], opened: Opened

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,12 @@ from mem_triton.config import MemTritonConfig
 from mem_triton.delta_mem import load_adapter
 from mem_triton.runtime import counters
 from mem_triton.runtime.front.asked import Asked
+from mem_triton.runtime.front.chat import chat_frame
 from mem_triton.runtime.front.memory import MemoryFrontEnd, Opened
 from mem_triton.runtime.front.sessions import SessionFrontEnd
+from mem_triton.runtime.front.tenants import Tenants
 from mem_triton.runtime.request import CARRIER, RequestError
+from mem_triton_vllm import callers
 from mem_triton_vllm.answer_text import AnswerText
 from mem_triton_vllm.refusals import (
     check_engine,
@@ -41,12 +44,13 @@ from mem_triton_vllm.segments import OutputSegments, fixed, fixed_by_engine
 from mem_triton_vllm.shape import shape_of
 
 if TYPE_CHECKING:
-    from mem_triton.runtime.front.explicit import ExplicitFrontEnd, Reading
+    from mem_triton.runtime.front.explicit import ExplicitFrontEnd
 
 TAKE_STATE = "mem_triton_take_state"
 LOAD_PAGES = "mem_triton_load_pages"
 PAGES_STATE = "mem_triton_pages_state"
 CAPTURE_STATE = "mem_triton_capture_state"
+DROP_CAPTURES = "mem_triton_drop_captures"
 """Worker methods, called by name over vLLM's collective RPC; see ``worker``."""
 
 
@@ -66,19 +70,26 @@ class VLLMFrontEnd(MemoryFrontEnd):
 
     def __init__(
         self, sessions: SessionFrontEnd | None, explicit: ExplicitFrontEnd | None,
-        tokenizer: Callable[[], Any] | None = None, fixed_all: str | None = None,
+        tokenizer: Callable[[], Any] | None = None, fixed_all: str | None = None, tenants: Tenants | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(sessions, explicit)
+        super().__init__(sessions, explicit, tenants)
         self.tokenizer, self._fixed = tokenizer, fixed_all
 
-    def open_request(self, prompt: Any, params: Any, lora: Any = None) -> Opened:
-        """Check a request's words. Raises VLLMValidationError, which vLLM answers with HTTP 400."""
+    def open_request(
+        self, prompt: Any, params: Any, lora: Any = None, headers: Mapping[str, str] | None = None, chat: bool = False
+    ) -> Opened:
+        """Check a request's words. Raises VLLMValidationError, which vLLM answers with HTTP 400.
+
+        headers: of the HTTP request, None from Python code. chat: its prompt is known to be a chat.
+        """
         if isinstance(prompt, EngineCoreRequest):
             params = prompt.params  # those are what vLLM runs
         if not isinstance(params, SamplingParams):
             return Opened()
+        if _has_images(prompt) and (params.extra_args or {}).get("mem_capture") is not None:
+            raise refused(RequestError("mem_capture", "keeps text: a prompt with images, audio or video is more"))
         fixed_by = self._fixed or fixed(params)
-        asked = Asked(params.n, lora is not None, _unfit(prompt), fixed_by, _prompt_tokens(prompt))
+        asked = Asked(params.n, lora is not None, _unfit(prompt), fixed_by, _prompt_tokens(prompt), headers, chat)
         try:
             return self.open(params.extra_args, asked)
         except RequestError as error:
@@ -113,11 +124,11 @@ def count_tokens(output: RequestOutput, kind: RequestOutputKind, before: int) ->
     return before + tokens if kind is RequestOutputKind.DELTA else tokens
 
 
-def add_report(output: RequestOutput, reading: Reading | None) -> None:
+def add_report(output: RequestOutput, opened: Opened) -> None:
     """What the request saw, in the response's field for KV-related extras; OpenAI's protocol has no other."""
-    if reading is not None:
+    if (report := opened.report()) is not None:
         extras = dict(output.kv_transfer_params or {})
-        output.kv_transfer_params = {**extras, "mem_triton": reading.report()}
+        output.kv_transfer_params = {**extras, "mem_triton": report}
 
 
 def install(undo: ExitStack) -> None:
@@ -143,6 +154,8 @@ def _checking_init(stock_init: Any, with_memory: type) -> Any:
             return stock_init(self, vllm_config, *args, **kwargs)
         check_touch_points()
         check_engine(vllm_config)
+        if config.tenants is not None and with_memory.SERVES:
+            callers.install()
 
         def tokenizer() -> Any:
             return self.renderer.get_tokenizer()
@@ -171,8 +184,11 @@ def _front_end(vllm_config: VllmConfig, config: MemTritonConfig, decode: Any, to
     if config.memory is not None:
         from mem_triton.runtime.front.explicit import ExplicitFrontEnd
 
-        explicit = ExplicitFrontEnd(shape, config.memory, decode, explicit_obstacle(vllm_config), tokenizer and render)
-    return VLLMFrontEnd(sessions, explicit, tokenizer, fixed_by_engine(vllm_config))
+        frame = functools.cache(lambda: None if tokenizer is None else chat_frame(tokenizer()))
+        explicit = ExplicitFrontEnd(
+            shape, config.memory, decode, explicit_obstacle(vllm_config), tokenizer and render, frame
+        )  # fmt: skip
+    return VLLMFrontEnd(sessions, explicit, tokenizer, fixed_by_engine(vllm_config), Tenants(config.tenants))
 
 
 def _unfit(prompt: Any) -> str | None:
@@ -187,6 +203,12 @@ def _prompt_tokens(prompt: Any) -> int | None:
     """How long a rendered prompt is; None while it is text."""
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else getattr(prompt, "prompt_token_ids", prompt)
     return len(ids) if isinstance(ids, list) else None
+
+
+def _has_images(prompt: Any) -> bool:
+    if isinstance(prompt, dict):
+        return prompt.get("type") == "multimodal" or bool(prompt.get("multi_modal_data"))
+    return bool(getattr(prompt, "mm_features", None))
 
 
 def prompt_ids_of(engine: Any, prompt: Any) -> tuple[Any, list[int]]:

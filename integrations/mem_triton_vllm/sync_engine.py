@@ -15,12 +15,14 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from mem_triton.runtime.courier import PageCourier
 from mem_triton.runtime.front.asynchronous import CAPTURE_SECONDS
+from mem_triton.runtime.front.captures import Capture
 from mem_triton.runtime.front.loads import LoadWait
 from mem_triton.runtime.front.memory import MemoryLoadError, Opened
 from mem_triton.runtime.front.searches import Found, Searches
 from mem_triton.runtime.front.segments import NORMAL_ENDS
 from mem_triton.runtime.request import RequestError
 from mem_triton_vllm import front_end
+from mem_triton_vllm.capture import reading_request, tokens_so_far
 from mem_triton_vllm.front_end import VLLMFrontEnd
 from mem_triton_vllm.segments import OutputSegments
 
@@ -39,11 +41,15 @@ class _Running:
     segments: OutputSegments | None = None  # None: no bank is read
     generated: int = 0
     wait: LoadWait = field(default_factory=LoadWait)
+    said: list[int] = field(default_factory=list)  # the answer's tokens, of a request that is captured
+    held: RequestOutput | None = None  # the last output, while what is kept is read
+    kept: list[int] = field(default_factory=list)  # its tokens
 
 
 class LLMEngineWithMemory(LLMEngine):
     """Requests may have a session and read a bank."""
 
+    SERVES = False
     memory: VLLMFrontEnd
 
     def start_memory(self) -> None:
@@ -114,7 +120,10 @@ class LLMEngineWithMemory(LLMEngine):
         for request_id in request_ids:
             request_id = self._external_ids.get(request_id, request_id)
             if request_id in self._running:
-                self.memory.close(self._forget(request_id).opened)
+                running = self._forget(request_id)
+                self.memory.close(running.opened)
+                if running.held is not None:
+                    self._drop(running.opened.capture)
 
     def _submit_ready(self) -> list[RequestOutput]:
         """Carry pages one round further and submit what they have made ready; outputs of requests that failed."""
@@ -158,15 +167,19 @@ class LLMEngineWithMemory(LLMEngine):
         self.memory.close(running.opened)
         answer = CompletionOutput(0, "", [], None, None, finish_reason="error")
         output = RequestOutput(request_id, None, running.segments.prompt_ids, None, [answer], finished=True)
-        front_end.add_report(output, reading)
+        front_end.add_report(output, running.opened)
         return output
 
     def _advance(self, output: RequestOutput, running: _Running) -> list[RequestOutput]:
         """What the caller sees of one engine output of a request with memory."""
+        if running.held is not None:
+            return [self._kept(output.request_id)] if output.finished else []
         reading = running.opened.reading
         seen = running.segments.take(output) if running.segments is not None else [output]
         for merged in seen:
             running.generated = front_end.count_tokens(merged, running.params.output_kind, running.generated)
+            if running.opened.capture is not None:
+                running.said = tokens_so_far(merged, running.params.output_kind, running.said)
         if not output.finished:
             return seen
         if running.segments is not None and not running.segments.done:
@@ -176,30 +189,82 @@ class LLMEngineWithMemory(LLMEngine):
             self._put_off.append(output.request_id)
             return seen
         self._forget(output.request_id)
-        self._finish(seen[-1], running)
-        return seen
-
-    def _finish(self, output: RequestOutput, running: _Running) -> None:
-        opened, lease, sessions = running.opened, running.opened.lease, self.memory.sessions
         normal = output.outputs[0].finish_reason in NORMAL_ENDS
+        capture = running.opened.capture if normal else None
+        if capture is not None:
+            capture.watched = True
         try:
-            if opened.reading is not None:
-                if opened.reading.capture is not None and normal:
-                    self.memory.explicit.keep(opened.reading, self._captured(opened.reading))
-                front_end.add_report(output, opened.reading)
+            self._finish(seen[-1], running, normal)
+        except BaseException:
+            if capture is not None:
+                self.memory.explicit.captures.discard(capture)
+            raise
+        if capture is None or not self._read_capture(output.request_id, running, seen[-1]):
+            front_end.add_report(seen[-1], running.opened)
+            return seen
+        return seen[:-1]
+
+    def _finish(self, output: RequestOutput, running: _Running, normal: bool) -> None:
+        """Commit the session and unpin the pages. The answer is whole: a commit that fails is a warning beside it."""
+        opened, lease, sessions = running.opened, running.opened.lease, self.memory.sessions
+        try:
             if normal and lease is not None and sessions.writes(lease):
                 arguments = sessions.take_arguments(lease, len(output.prompt_token_ids or ()), running.generated)
                 parts = self.collective_rpc(front_end.TAKE_STATE, args=arguments)
                 opened.lease = None  # the commit closes it
-                sessions.commit(lease, arguments[1], parts)
+                try:
+                    sessions.commit(lease, arguments[1], parts)
+                except Exception as error:  # counted where it happened
+                    opened.warnings.append(sessions.not_committed(lease, error))
         finally:
             self.memory.close(opened)
 
-    def _captured(self, reading: Any) -> list[dict[str, Any]]:
+    def _read_capture(self, request_id: str, running: _Running, output: RequestOutput) -> bool:
+        """Submit the engine request that reads what is kept, and hold the answer's last output until then.
+
+        False if there is nothing to wait for: the capture has failed.
+        """
+        capture, captures = running.opened.capture, self.memory.explicit.captures
+        try:
+            ids = captures.tokens(capture, output.prompt_token_ids or (), running.said)
+            request = self.memory.carry(*reading_request(running.prompt, ids), self.memory.open_capture(capture, ids))
+            internal_id = super().add_request(request_id, *request)
+        except Exception as error:
+            captures.failed(capture, error)
+            captures.discard(capture)
+            output.outputs[0].finish_reason = "error"
+            return False
+        running.held, running.kept = output, ids
+        self._running[request_id] = running
+        self._external_ids[internal_id] = request_id
+        return True
+
+    def _kept(self, request_id: str) -> RequestOutput:
+        """What was kept has been read: make an entry of it. Returns the answer's last output, which was held."""
+        running = self._forget(request_id)
+        capture, captures = running.opened.capture, self.memory.explicit.captures
+        try:
+            captures.keep(capture, running.kept, self._captured(capture))
+        except Exception as error:
+            captures.failed(capture, error)
+            running.held.outputs[0].finish_reason = "error"
+        finally:
+            self._drop(capture)
+        front_end.add_report(running.held, running.opened)
+        return running.held
+
+    def _drop(self, capture: Capture) -> None:
+        """Leave nothing of a capture behind, in the workers or on the disk."""
+        try:
+            self.collective_rpc(front_end.DROP_CAPTURES, args=([capture.lease],))
+        finally:
+            self.memory.explicit.captures.discard(capture)
+
+    def _captured(self, capture: Capture) -> list[dict[str, Any]]:
         files: dict[int, dict[str, Any]] = {}
         until = time.monotonic() + CAPTURE_SECONDS
         while True:
-            answers = self.collective_rpc(front_end.CAPTURE_STATE, args=(reading.capture["lease"],))
+            answers = self.collective_rpc(front_end.CAPTURE_STATE, args=(capture.lease,))
             files |= {rank: answer for rank, answer in enumerate(answers) if answer}
             if len(files) == len(answers):
                 return list(files.values())

@@ -50,6 +50,11 @@ def capture_state(self: WorkerBase, lease: str) -> dict[str, Any]:
         return {"error": str(error)}
 
 
+def drop_captures(self: WorkerBase, leases: list[str]) -> None:
+    """Forget captures; nothing of them stays here or on the disk."""
+    _memory(self).explicit.captures.drop(leases)
+
+
 def install() -> None:
     """Add the methods to vLLM's workers in this process."""
     methods = {
@@ -57,6 +62,7 @@ def install() -> None:
         front_end.LOAD_PAGES: load_pages,
         front_end.PAGES_STATE: pages_state,
         front_end.CAPTURE_STATE: capture_state,
+        front_end.DROP_CAPTURES: drop_captures,
     }
     for name, method in methods.items():
         setattr(WorkerBase, name, method)

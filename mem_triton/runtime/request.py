@@ -9,8 +9,9 @@ vLLM carries them in ``vllm_xargs`` (HTTP) or ``SamplingParams.extra_args`` (Pyt
     {"mem_ids": ["alice", "paris@2"]}            # attend to these entries of the bank
     {"mem_top_k": 3}                             # three retrieved references a chunk (0: none for this request)
     {"mem_query": "the key of the east door"}    # what references are searched by (a chat's last user message else)
-    {"mem_capture": "contract"}                  # keep this prompt's keys and values as the bank's entry "contract"
-    {"mem_tenant": "acme"}                       # see acme's entries besides the public ones
+    {"mem_capture": "contract"}                  # keep what this prompt says as an entry of the bank
+    {"mem_capture": "contract", "mem_capture_answer": 1, "mem_replace": 1}     # with the answer, in place of an earlier
+    {"mem_tenant": "acme"}                       # see acme's entries and sessions besides the public entries
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from typing import Any
 from mem_triton import ids as names
 from mem_triton.config import nearest_name_hint
 
-WORDS = ("mem_session", "mem_write", "mem_reset", "mem_ids", "mem_top_k", "mem_query", "mem_capture", "mem_tenant")
+WORDS = (
+    "mem_session", "mem_write", "mem_reset", "mem_ids", "mem_top_k", "mem_query", "mem_capture", "mem_capture_answer",
+    "mem_replace", "mem_tenant",
+)  # fmt: skip
 LONGEST_QUERY = 4096
 CARRIER = "mem_triton"
 """Key under which the front end hands the resolved request to the workers; clients may not set it."""
@@ -41,8 +45,9 @@ class MemoryRequest:
     """One request's memory words, checked. session: name or None. write: update the state while generating.
 
     ids: entries to attend to, None if the request names none (an empty tuple: explicitly no entry).
-    top_k: references a chunk, None for the server's setting. capture: id to keep the prompt under. tenant: "" is
-    public. query: what references are searched by, None for what the prompt says.
+    top_k: references a chunk, None for the server's setting. capture: name to keep the prompt under, capture_answer:
+    with its answer, replace: in place of an earlier capture. tenant: "" is public. query: what references are searched
+    by, None for what the prompt says.
     """
 
     session: str | None = None
@@ -53,6 +58,8 @@ class MemoryRequest:
     capture: str | None = None
     tenant: str = ""
     query: str | None = None
+    capture_answer: bool = False
+    replace: bool = False
 
 
 def carried_by(params: Any) -> Mapping[str, Any] | None:
@@ -137,8 +144,12 @@ def parse_request(extra_args: Mapping[str, Any] | None) -> MemoryRequest:
         raise RequestError("mem_session", f"must be {names.NAME_RULE}")
     request = MemoryRequest(
         session, _flag(words, "mem_write", True), _flag(words, "mem_reset", False), _ids(words), _top_k(words),
-        _capture(words), _tenant(words), query=_query(words),
+        _capture(words), _tenant(words), _query(words), _flag(words, "mem_capture_answer", False),
+        _flag(words, "mem_replace", False),
     )  # fmt: skip
+    for name in ("mem_capture_answer", "mem_replace"):
+        if name in words and request.capture is None:
+            raise RequestError(name, "needs mem_capture, the name to keep the prompt under")
     if request.reset and session is None:
         raise RequestError("mem_reset", "needs mem_session, the session to reset")
     if request.reset and not request.write:

@@ -13,6 +13,7 @@ import torch
 
 from mem_triton import ids
 from mem_triton.store.block import MemoryBlock
+from mem_triton.store.captured import EVERYBODY, SOURCE, is_captured
 from mem_triton.store.catalogue import CURRENT, DELETED, SUPERSEDED, pack
 from mem_triton.store.errors import BankError, ForeignTenantError, UnknownEntryError
 from mem_triton.store.shards import Row, Shard
@@ -229,6 +230,8 @@ def next_version(bank: Bank, entry: NewEntry, update: bool) -> int:
 def check_entry(bank: Bank, entry: NewEntry) -> str:
     """The entry's metadata as JSON. Raises BankError naming the field that is wrong."""
     check_id(entry.id)
+    if is_captured(entry.id) and entry.source != SOURCE:
+        raise BankError(f'id "{entry.id}": what begins so is kept for captures (mem_capture); choose another', entry.id)
 
     def wrong(field: str, what: str) -> BankError:
         return BankError(f'entry "{entry.id}": {field}: {what}', entry.id)
@@ -238,7 +241,7 @@ def check_entry(bank: Bank, entry: NewEntry) -> str:
             raise wrong(name, f"is {type(getattr(entry, name)).__name__}, expected a string")
     if not entry.text.strip():
         raise wrong("text", "is empty; leave the entry out")
-    if entry.tenant and not ids.is_name(entry.tenant):
+    if entry.tenant not in ("", EVERYBODY) and not ids.is_name(entry.tenant):
         raise wrong("tenant", f"must be at most 128 characters ({ids.NAME_RULE}), got {entry.tenant[:200]!r}")
     try:
         entry.text.encode()

@@ -43,9 +43,9 @@ def test_a_retracted_request_is_kept_whole(memory_bench):
     b, texts = memory_bench, [tokens_of(70 + i, 40 + 9 * i) for i in range(4)]
     rounds = [
         [ask(text, 60, mem_capture=f"back-{i}") for i, text in enumerate(texts)],
-        [ask(PROMPTS[0], 12, f"back-{i}") for i in range(4)],
+        [ask(PROMPTS[0], 12, f"capture:back-{i}") for i in range(4)],
     ]
-    result = run_engine(b.model, rounds, memory=b.section(), env={"SGLANG_TEST_RETRACT": "1"})
+    result = run_engine(b.model, rounds, memory=b.section(capture="own"), env={"SGLANG_TEST_RETRACT": "1"})
     assert sum(answer["retractions"] for answer in result["rounds"][0]) > 0
     assert tokens(result) == [b.generate(text, 60) for text in texts]
     assert tokens(result, 1) == [b.generate(text + PROMPTS[0]) for text in texts]
@@ -61,7 +61,7 @@ def test_a_capture_of_the_wrong_tokens_would_be_seen(memory_bench):
 def test_a_bank_of_references_keeps_no_prompts(memory_bench):
     b = memory_bench
     rounds = [[ask(PROMPTS[0], mem_capture="x")], [ask(PROMPTS[0])]]
-    result = run_engine(b.model, rounds, memory=b.section(b.references), errors_are_results=True)
+    result = run_engine(b.model, rounds, memory=b.section(b.references, capture="own"), errors_are_results=True)
     error = result["rounds"][0]["error"]
     assert error.startswith("mem_capture") and 'this bank is of kind "memory3"' in error
     assert tokens(result, 1) == [b.generate(PROMPTS[0])], "the engine lives"

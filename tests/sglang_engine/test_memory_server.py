@@ -21,7 +21,7 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def server(memory_bench, start_server) -> Server:
     """The bank of whole texts behind three pages: whoever wants another entry waits for its turn."""
-    return start_server(memory_bench.model, three_pages(memory_bench))
+    return start_server(memory_bench.model, three_pages(memory_bench, capture="own"))
 
 
 def test_memory_over_http_and_what_was_read_is_in_the_answer(server, memory_bench):
@@ -181,14 +181,16 @@ def test_an_entry_that_cannot_be_read_fails_its_request_alone(server, memory_ben
     server.tokens(text, 2, {"mem_capture": "far"})  # lies in a file of its own, which nobody has opened yet
     shards.rename(shards.with_name("away"))
     try:
-        failed = server.generate(PROMPTS[1], words=ids("far"))
-        assert failed.status_code == 500 and "far@1" in failed.text and "missing" in failed.text
-        (out,) = server.stream(PROMPTS[1], 12, ids("far"))
+        failed = server.generate(PROMPTS[1], words=ids("capture:far"))
+        assert failed.status_code == 500 and "capture:far@1" in failed.text and "missing" in failed.text
+        (out,) = server.stream(PROMPTS[1], 12, ids("capture:far"))
         assert out["meta_info"]["finish_reason"]["type"] == "abort" and not out["output_ids"]
         assert server.tokens(PROMPTS[1]) == b.after(PROMPTS[1]), "others go on"
     finally:
         shards.with_name("away").rename(shards)
-    assert server.tokens(PROMPTS[1], words=ids("far")) == b.generate(text + PROMPTS[1]), "the next one tries again"
+    assert server.tokens(PROMPTS[1], words=ids("capture:far")) == b.generate(text + PROMPTS[1]), (
+        "the next one tries again"
+    )
     assert pinned(server) == 0
 
 

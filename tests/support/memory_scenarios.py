@@ -73,10 +73,10 @@ def sparse_references_beside_a_constant_prefix(b: MemoryBench, run: Run, **optio
     assert expected[3] != expected[2]
 
 
-def three_pages(b: MemoryBench) -> dict[str, Any]:
+def three_pages(b: MemoryBench, **options: Any) -> dict[str, Any]:
     """A pool that holds no more than entry alpha."""
     page = 2 * 2 * 16 * 2 * 32 * 4  # layers, KV heads, tokens, K and V, head size, fp32
-    return b.section(pool_gib=3.5 * page / 2**30)
+    return b.section(pool_gib=3.5 * page / 2**30, **options)
 
 
 def a_pool_too_small_for_all_serves_them_in_turn(b: MemoryBench, run: Run, **options: Any) -> None:
@@ -105,21 +105,21 @@ def without_memory_in_the_cache_keys_wrong_tokens_appear(b: MemoryBench, run: Ru
 def a_prompt_is_captured_and_read_again(b: MemoryBench, run: Run, id: str = "note", **options: Any) -> Any:
     """Beside a request that keeps nothing; the second time part of the prompt is cached. Returns the run's result."""
     short, middle, *_ = PROMPTS
-    text = tokens_of(50, 70)
+    text, name, id = tokens_of(50, 70), id, f"capture:{id}"
     rounds = [
-        [ask(text, mem_capture=id), ask(middle)],
+        [ask(text, mem_capture=name), ask(middle)],
         [ask(short, 12, id), ask(text[:20], 12, f"{id}@1")],
-        [ask(text + middle, 1, mem_capture=id)],
+        [ask(text + middle, 1, mem_capture=name, mem_replace=1)],
         [ask(short, 12, id), ask(short, 12, f"{id}@1")],
     ]
-    result = run(b.model, rounds, memory=b.section(), **options)
+    result = run(b.model, rounds, memory=b.section(capture="own"), **options)
     assert tokens(result) == [b.generate(text), b.generate(middle)], "keeping a prompt changes no answer"
     assert result["rounds"][0][0]["memory"]["capture"] == {"id": f"{id}@1"}
     assert tokens(result, 1) == [b.generate(text + short), b.generate(text + text[:20])]
     assert result["rounds"][2][0]["memory"]["capture"] == {"id": f"{id}@2"}
     assert tokens(result, 3) == [b.generate(text + middle + short), b.generate(text + short)]
     with Bank.open(b.prefixes) as bank:
-        assert bank.load(f"{id}@2").tokens == bank.resolve(id).tokens == len(text + middle)
+        assert bank.load(f"{id}@2").tokens == bank.resolve(id, any_tenant=True).tokens == len(text + middle)
     assert not list((b.prefixes / "incoming").iterdir()), "the ranks' files are gone"
     return result
 
@@ -128,17 +128,17 @@ def prompts_captured_at_once_are_kept_apart(b: MemoryBench, run: Run, **options:
     texts = [tokens_of(60 + i, 20 + 13 * i) for i in range(6)]
     rounds = [
         [ask(text, 1 + 5 * i, mem_capture=f"many-{i}") for i, text in enumerate(texts)],
-        [ask(PROMPTS[0], 12, f"many-{i}") for i in range(6)],
+        [ask(PROMPTS[0], 12, f"capture:many-{i}") for i in range(6)],
     ]
-    result = run(b.model, rounds, memory=b.section(), **options)
+    result = run(b.model, rounds, memory=b.section(capture="own"), **options)
     assert tokens(result, 1) == [b.generate(text + PROMPTS[0]) for text in texts]
 
 
 def a_capture_of_the_wrong_tokens_would_be_seen(b: MemoryBench, run: Run, tamper: str, **options: Any) -> None:
     text = tokens_of(51, 45)
-    rounds = [[ask(text, mem_capture="wrong")], [ask(PROMPTS[0], 12, "wrong")]]
-    result = run(b.model, rounds, memory=b.section(), tamper=tamper, **options)
-    assert result["rounds"][0][0]["memory"]["capture"] == {"id": "wrong@1"}
+    rounds = [[ask(text, mem_capture="wrong")], [ask(PROMPTS[0], 12, "capture:wrong")]]
+    result = run(b.model, rounds, memory=b.section(capture="own"), tamper=tamper, **options)
+    assert result["rounds"][0][0]["memory"]["capture"] == {"id": "capture:wrong@1"}
     assert tokens(result, 1) != [b.generate(text + PROMPTS[0])]
 
 

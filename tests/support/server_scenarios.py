@@ -189,9 +189,9 @@ def a_waiting_client_that_leaves_is_forgotten(server: ServerProcess, b: MemoryBe
 def a_prompt_is_captured(server: ServerProcess, b: MemoryBench) -> None:
     text = tokens_of(60, 37)
     answer = server.complete(text, 3, words={"mem_capture": "http-note", "mem_tenant": "acme"})
-    assert server.report(answer)["capture"] == {"id": "http-note@1"}
-    assert server.tokens(PROMPTS[0], words=ids("http-note", mem_tenant="acme")) == b.generate(text + PROMPTS[0])
-    assert server.complete(PROMPTS[0], words=ids("http-note")).status_code == 400, "it is acme's"
+    assert server.report(answer)["capture"] == {"id": f"{(note := 'capture.acme:http-note')}@1"}
+    assert server.tokens(PROMPTS[0], words=ids(note, mem_tenant="acme")) == b.generate(text + PROMPTS[0])
+    assert server.complete(PROMPTS[0], words=ids(note)).status_code == 400, "it is acme's"
     assert server.metric("mem_triton:captures_total") > 0
 
 
@@ -199,4 +199,4 @@ def captures_that_end_together_are_all_kept(server: ServerProcess, b: MemoryBenc
     texts = [tokens_of(70 + i, 16 + i) for i in range(8)]
     at_once(8, lambda i: server.tokens(texts[i], 2, words={"mem_capture": f"together-{i}"}))
     for i in (0, 3, 7):
-        assert server.tokens(PROMPTS[0], words=ids(f"together-{i}")) == b.generate(texts[i] + PROMPTS[0])
+        assert server.tokens(PROMPTS[0], words=ids(f"capture:together-{i}")) == b.generate(texts[i] + PROMPTS[0])

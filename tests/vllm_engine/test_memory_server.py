@@ -25,7 +25,7 @@ def memory_bench(tmp_path_factory) -> MemoryBench:
 def server(memory_bench, tmp_path_factory) -> Iterator[Server]:
     """The bank of whole texts behind three pages: whoever wants another entry waits for its turn."""
     log = tmp_path_factory.mktemp("server") / "server.log"
-    server = Server(str(memory_bench.model), str(log), memory_flags(three_pages(memory_bench)))
+    server = Server(str(memory_bench.model), str(log), memory_flags(three_pages(memory_bench, capture="own")))
     try:
         yield server.wait()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -11,7 +12,8 @@ class Asked:
 
     unfit: the kind of request that memory cannot serve, "streaming inputs" for example, None for plain tokens.
     fixed: why its references cannot change while it answers, None if they can. prompt_tokens: of its prompt, None if
-    that is text still.
+    that is text still. headers: of the HTTP request that it came with, by which it is known whom it speaks for; None if
+    Python code sends it. chat: its prompt is known to be a chat.
     """
 
     answers: int = 1
@@ -19,3 +21,5 @@ class Asked:
     unfit: str | None = None
     fixed: str | None = None
     prompt_tokens: int | None = None
+    headers: Mapping[str, str] | None = None
+    chat: bool = False

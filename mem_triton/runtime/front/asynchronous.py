@@ -7,11 +7,14 @@ leave at any ``await``: what changes state shared with others runs in tasks that
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from mem_triton.runtime.front.captures import Capture
 from mem_triton.runtime.front.explicit import Reading
 from mem_triton.runtime.front.loads import POLL_SECONDS, Alive, Call, PageLoads, always
 from mem_triton.runtime.front.memory import MemoryFrontEnd, Opened
@@ -21,6 +24,18 @@ CAPTURE_SECONDS = 60.0
 """Seconds that an answer waits for its prompt's keys and values to be written, before the capture has failed."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a request said that may be kept: its prompt's tokens, and its answer's.
+
+    read: runs an engine request of these tokens and this memory to its end.
+    """
+
+    prompt_ids: Sequence[int]
+    answer: Sequence[int]
+    read: Callable[[list[int], Opened], Awaitable[None]]
 
 
 class AsyncMemory:
@@ -52,13 +67,17 @@ class AsyncMemory:
         """
         await self._loads.wait(lambda: reading.pending, alive)
 
-    async def end(self, opened: Opened, prompt_tokens: int, generated: int, normal: bool) -> None:
-        """Keep what the request asked to keep, unpin its pages, commit its session. normal: neither aborted nor failed.
+    async def end(
+        self, opened: Opened, prompt_tokens: int, generated: int, normal: bool, said: Said | None = None
+    ) -> None:
+        """Unpin a request's pages, commit its session, keep what it asked to keep. normal: neither aborted nor failed.
 
         The next request finds the session free when this returns. A caller who leaves meanwhile changes nothing of
-        it; what fails leaves ``opened`` to be closed, by the caller if he is still there.
+        it; what fails leaves ``opened`` to be closed, by the caller if he is still there. The answer is whole by now,
+        so a session that cannot be committed is a warning beside it, and a capture that fails has an ``error``.
+        said: what may be kept.
         """
-        await self._own(self._end(opened, prompt_tokens, generated, normal), opened)
+        await self._own(self._end(opened, prompt_tokens, generated, normal, said), opened)
 
     async def _own(self, work: Coroutine[Any, Any, None], opened: Opened) -> None:
         """Run ``work`` to its end, whether its caller stays or not."""
@@ -78,15 +97,24 @@ class AsyncMemory:
         if not task.cancelled() and task.exception() is not None:
             logger.error("memory of a request whose client had left: %s", task.exception())
 
-    async def _end(self, opened: Opened, prompt_tokens: int, generated: int, normal: bool) -> None:
+    async def _end(self, opened: Opened, prompt_tokens: int, generated: int, normal: bool, said: Said | None) -> None:
+        capture = opened.capture if normal and said is not None else None
+        if capture is None:
+            return await self._commit(opened, prompt_tokens, generated, normal)
+        capture.watched = True
+        try:
+            await self._commit(opened, prompt_tokens, generated, normal)
+            await self._keep(capture, said)
+        finally:
+            self.memory.explicit.captures.discard(capture)
+
+    async def _commit(self, opened: Opened, prompt_tokens: int, generated: int, normal: bool) -> None:
         reading, lease, sessions = opened.reading, opened.lease, self.memory.sessions
         commits = normal and lease is not None and sessions.writes(lease)
         if commits:
             opened.lease = None  # this task's, even when the caller closes what he opened
         try:
             if reading is not None:
-                if reading.capture is not None and normal:
-                    await asyncio.to_thread(self.memory.explicit.keep, reading, await self._captured(reading))
                 self.memory.explicit.close(reading)
             if not commits:
                 self.memory.close(opened)
@@ -96,14 +124,33 @@ class AsyncMemory:
         except BaseException:
             opened.lease = lease
             raise
-        await asyncio.to_thread(sessions.commit, lease, arguments[1], parts)
+        try:
+            await asyncio.to_thread(sessions.commit, lease, arguments[1], parts)
+        except Exception as error:  # counted where it happened
+            opened.warnings.append(sessions.not_committed(lease, error))
 
-    async def _captured(self, reading: Reading) -> list[dict[str, Any]]:
+    async def _keep(self, capture: Capture, said: Said) -> None:
+        """Make an entry of what a request said, or note why there is none; nothing stays behind in the workers."""
+        captures, opened = self.memory.explicit.captures, None
+        try:
+            ids = captures.tokens(capture, said.prompt_ids, said.answer)
+            opened = self.memory.open_capture(capture, ids)
+            await said.read(ids, opened)
+            await asyncio.to_thread(captures.keep, capture, ids, await self._captured(capture))
+        except Exception as error:
+            captures.failed(capture, error)
+        finally:
+            if opened is not None:
+                self.memory.close(opened)
+                with contextlib.suppress(Exception):  # workers that cannot be asked are gone
+                    await self._call("drop_captures", [capture.lease])
+
+    async def _captured(self, capture: Capture) -> list[dict[str, Any]]:
         """Each rank's file of a kept prompt, or its error."""
         files: dict[int, dict[str, Any]] = {}
         until = time.monotonic() + CAPTURE_SECONDS
         while True:
-            answers = await self._call("capture_state", reading.capture["lease"])
+            answers = await self._call("capture_state", capture.lease)
             files |= {rank: answer for rank, answer in enumerate(answers) if answer}
             if len(files) == len(answers):
                 return list(files.values())

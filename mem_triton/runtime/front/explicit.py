@@ -8,11 +8,9 @@ worker can serve it at any time, and the keys of its prefix say what its KV depe
 from __future__ import annotations
 
 import logging
-import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mem_triton.config import ConfigError, MemorySection
@@ -21,19 +19,17 @@ from mem_triton.runtime import context, counters
 from mem_triton.runtime.engine_shape import EngineShape
 from mem_triton.runtime.fitting import fitting, most_pages
 from mem_triton.runtime.front.asked import Asked
+from mem_triton.runtime.front.captures import Capture, Captures
+from mem_triton.runtime.front.chat import ChatFrame
 from mem_triton.runtime.front.searches import Found
 from mem_triton.runtime.front.user_turn import LastUserMessage, Render
 from mem_triton.runtime.request import MemoryRequest, RequestError
 from mem_triton.runtime.residency import PoolCapacityError, Residency, Ticket
-from mem_triton.runtime.worker.layout import join_captured, layout_of, open_bank
-from mem_triton.store.bank import Bank, BankError, EntryInfo, NewEntry, UnknownEntryError
+from mem_triton.runtime.worker.layout import layout_of, open_bank
+from mem_triton.store.bank import BankError, EntryInfo, UnknownEntryError
+from mem_triton.store.captured import reader_of
 from mem_triton.store.documents import resolve_all
 from mem_triton.store.plan import FOREVER, Attachment, to_carried
-
-WRITER_WAIT = 10.0
-"""Seconds that a capture waits for another process that writes the bank."""
-INCOMING = "incoming"
-"""Folder of a bank where workers put what they captured until the front end has made an entry of it."""
 
 
 @dataclass
@@ -50,8 +46,7 @@ class Reading:
     prompt_tokens: int = 0
     context_note: str | None = None  # why the answer may have fewer tokens than asked for
     closed: bool = False
-    capture: dict[str, Any] | None = None
-    captured: dict[str, str] | None = None
+    capture: Capture | None = None
     tickets: list[Ticket] = field(default_factory=list)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -78,8 +73,8 @@ class Reading:
             report["context"] = self.context_note
         if self.note:
             report["refresh"] = f"off: {self.note}"
-        if self.captured is not None:
-            report["capture"] = self.captured
+        if self.capture is not None:
+            report["capture"] = self.capture.report()
         return report
 
 
@@ -88,6 +83,7 @@ class ExplicitFrontEnd:
 
     decode: token ids to text, None without a tokenizer. obstacle: why this engine, as it is configured, cannot have
     explicit memory; None if it can. render: messages to the chat template's text, None where there is no template.
+    frame: how its chats look, asked for when a request is captured.
     """
 
     def __init__(
@@ -97,6 +93,7 @@ class ExplicitFrontEnd:
         decode: Callable[[list[int]], str] | None,
         obstacle: str | None = None,
         render: Render | None = None,
+        frame: Callable[[], ChatFrame | None] = lambda: None,
     ) -> None:
         self.section, self.obstacle, self.max_model_len = section, obstacle, shape.max_model_len
         self.longest_step = min(shape.max_step_tokens, shape.max_model_len)  # tokens of one request in one step
@@ -105,8 +102,10 @@ class ExplicitFrontEnd:
         self.residency = Residency(self.layout.num_pages, self.layout.page_tokens, self.layout.page_bytes)
         self.bank_key = self.layout.cache_key(self.bank)
         self.decode, self.retriever = decode, None
-        self._writing = threading.Lock()  # captures that end together are kept one after the other
         self._logger = logging.getLogger(f"{shape.engine.lower()}.mem_triton")
+        self.captures = Captures(
+            self.bank, self.layout, section.capture, shape.max_model_len, decode, frame, self._logger
+        )
         self._said: set[str] = set()
         if section.retrieval is not None:
             if decode is None:
@@ -187,7 +186,7 @@ class ExplicitFrontEnd:
             if reading.note:
                 self._count_fixed(reading.note)
         if request.capture is not None:
-            reading.capture = self._check_capture(request, asked)
+            reading.capture = self.captures.check(request, asked)
         return reading
 
     def _count_fixed(self, reason: str) -> None:
@@ -216,7 +215,7 @@ class ExplicitFrontEnd:
         tokens: dict[str, int] = {}  # by reference: "alice" and "alice@1" may be one entry
         for id in request.ids:
             try:
-                named = resolve_all(self.bank, id, tenant=request.tenant)
+                named = resolve_all(self.bank, id, tenant=reader_of(id, request.tenant))
             except BankError as error:
                 raise RequestError("mem_ids", str(error)) from None
             if any(not info.has_block for info in named):
@@ -232,19 +231,6 @@ class ExplicitFrontEnd:
         """Pages that one step of a request with this plan may see."""
         return most_pages(plan, lambda ref: self.residency.pages_for(tokens[ref]), self.longest_step)
 
-    def _check_capture(self, request: MemoryRequest, asked: Asked) -> dict[str, Any]:
-        spec = self.bank.spec
-        if spec.kind != "prefix":
-            raise RequestError(
-                "mem_capture",
-                f'keeps whole prompts, and this bank is of kind "{spec.kind}"; use one of kind "prefix"',
-            )
-        if asked.lora:
-            raise RequestError("mem_capture", "a prompt read through a LoRA adapter would not fit the plain model")
-        if asked.answers != 1:
-            raise RequestError("mem_capture", f"keeps one request's prompt: set n to 1, got {asked.answers}")
-        return {"lease": uuid.uuid4().hex, "folder": str(self.bank.path / INCOMING)}
-
     def find(self, reading: Reading, prompt_ids: Sequence[int]) -> tuple[Attachment, ...]:
         """What a request retrieves: each chunk of its prompt is a query (Memory³ §2.4). Changes nothing."""
         if not reading.top_k:
@@ -256,12 +242,14 @@ class ExplicitFrontEnd:
         )  # fmt: skip
 
     def attach(self, reading: Reading, prompt_ids: Sequence[int], found: Found) -> None:
-        """Complete the plan with what was found, as far as it fits; a search that failed leaves it as it is."""
+        """Complete the plan with what was found, as far as it fits; a search that failed leaves it as it is.
+
+        Raises RequestError for a prompt that does not fit or cannot be captured.
+        """
         reading.prompt_tokens = len(prompt_ids)
         self._check_context(reading, reading.prompt_tokens)
         if reading.capture is not None:
-            reading.capture["tokens"] = len(prompt_ids)
-            reading.capture["prompt_ids"] = list(prompt_ids)
+            self.captures.begin(reading.capture, prompt_ids)
         if found.failure is not None:
             reading.retrieval_note = f"off: {found.failure}"
         else:
@@ -298,7 +286,7 @@ class ExplicitFrontEnd:
     def _tokens_of(self, reading: Reading, ref: str) -> int:
         if ref in reading.tokens:
             return reading.tokens[ref]
-        return self.bank.resolve(ref, tenant=reading.request.tenant).tokens
+        return self.bank.resolve(ref, tenant=reader_of(ref, reading.request.tenant)).tokens
 
     def cut(self, reading: Reading, prompt_tokens: int, max_tokens: int | None) -> tuple[int, int]:
         """(tokens of each engine request that serves the answer, tokens of the whole answer); without refreshes it is
@@ -361,6 +349,8 @@ class ExplicitFrontEnd:
         for ticket in reading.tickets:
             self.residency.release(ticket.owner)
         reading.tickets.clear()
+        if reading.capture is not None and not reading.capture.watched:
+            self.captures.release(reading.capture)
 
     def carried(self, reading: Reading) -> dict[str, Any]:
         """What the workers and the prefix keys need of a request whose pages are filled."""
@@ -368,32 +358,4 @@ class ExplicitFrontEnd:
         if reading.plan:
             runs = {ref: [list(pages), t.tokens[ref]] for t in reading.tickets for ref, pages in t.pages.items()}
             carried["memory"] = {"bank": self.bank_key, "plan": to_carried(reading.plan), "runs": runs}
-        if reading.capture is not None:
-            carried["capture"] = {k: reading.capture[k] for k in ("lease", "folder", "tokens")}
         return carried
-
-    def keep(self, reading: Reading, answers: Sequence[dict[str, Any]]) -> None:
-        """Make an entry of what the ranks captured; the answer says its reference, or why there is none."""
-        request, capture = reading.request, reading.capture
-        files = [answer["file"] for answer in answers if "file" in answer]
-        try:
-            if errors := [answer["error"] for answer in answers if "error" in answer]:
-                raise OSError(errors[0])
-            block = join_captured(self.bank.spec, files)
-            text = self.decode(capture["prompt_ids"]) if self.decode else f"({capture['tokens']} tokens)"
-            entry = NewEntry(
-                id=request.capture, text=text, block=block, source="mem_capture",
-                tenant=request.tenant, token_ids=capture["prompt_ids"],
-            )  # fmt: skip
-            with self._writing, Bank.open(self.bank.path, writable=True, wait=WRITER_WAIT) as bank:
-                known = bank.knows(request.capture, tenant=request.tenant)
-                ref = bank.update(request.capture, entry) if known else bank.add([entry])[0]
-            reading.captured = {"id": ref}
-            counters.CAPTURES.inc()
-        except (OSError, ValueError) as error:
-            reading.captured = {"error": str(error)}
-            counters.CAPTURE_FAILURES.inc()
-            self._logger.error("mem_capture %s: %s", request.capture, error)
-        finally:
-            for file in files:
-                Path(file).unlink(missing_ok=True)

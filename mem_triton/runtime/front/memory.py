@@ -7,19 +7,21 @@ tell memories apart becomes part of its keys. The engine's integration carries b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mem_triton.runtime.front.asked import Asked
-from mem_triton.runtime.request import RequestError, parse_request
+from mem_triton.runtime.front.tenants import Tenants
+from mem_triton.runtime.request import MemoryRequest, RequestError, parse_request
 from mem_triton.runtime.sessions import Lease
 
 if TYPE_CHECKING:
+    from mem_triton.runtime.front.captures import Capture
     from mem_triton.runtime.front.explicit import ExplicitFrontEnd, Reading
     from mem_triton.runtime.front.sessions import SessionFrontEnd
 
 DELTA_WORDS = ("mem_session", "mem_write", "mem_reset")
-EXPLICIT_WORDS = ("mem_ids", "mem_top_k", "mem_query", "mem_capture", "mem_tenant")
+EXPLICIT_WORDS = ("mem_ids", "mem_top_k", "mem_query", "mem_capture", "mem_capture_answer", "mem_replace")
 
 
 class MemoryLoadError(RuntimeError):
@@ -28,10 +30,27 @@ class MemoryLoadError(RuntimeError):
 
 @dataclass
 class Opened:
-    """One request's memory: its lease on a session, its reading of a bank; each None where it has none."""
+    """One request's memory: its lease on a session, its reading of a bank; each None where it has none.
+
+    more: what its workers need besides. warnings: what went wrong after its answer was whole.
+    """
 
     lease: Lease | None = None
     reading: Reading | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def capture(self) -> Capture | None:
+        """What the request asked to keep."""
+        return self.reading.capture if self.reading is not None else None
+
+    def report(self) -> dict[str, Any] | None:
+        """What the answer says of its memory; None if there is nothing to say."""
+        report = self.reading.report() if self.reading is not None else {}
+        if self.warnings:
+            report["warnings"] = self.warnings
+        return report or None
 
 
 class MemoryFrontEnd:
@@ -45,16 +64,28 @@ class MemoryFrontEnd:
         memory.close(opened)
     """
 
-    def __init__(self, sessions: SessionFrontEnd | None, explicit: ExplicitFrontEnd | None) -> None:
-        self.sessions, self.explicit = sessions, explicit
+    def __init__(
+        self, sessions: SessionFrontEnd | None, explicit: ExplicitFrontEnd | None, tenants: Tenants | None = None
+    ) -> None:
+        self.sessions, self.explicit, self.tenants = sessions, explicit, tenants or Tenants(None)
 
     def open(self, words: Mapping[str, Any] | None, asked: Asked) -> Opened:
         """Check a request's words. Raises RequestError naming the word and the fix, with nothing scheduled."""
-        request = parse_request(words)
+        request = self.tenants.bind(parse_request(words), asked.headers)
         self._check_served(words or {})
         reading = self.explicit.open(request, asked) if self.explicit is not None else None
-        lease = self.sessions.open(request, asked) if self.sessions is not None else None
+        try:
+            lease = self.sessions.open(request, asked) if self.sessions is not None else None
+        except BaseException:
+            self.close(Opened(None, reading))
+            raise
         return Opened(lease, reading)
+
+    def open_capture(self, capture: Capture, ids: list[int]) -> Opened:
+        """The memory of the engine request that reads what is kept: none, so that nothing but its text is kept."""
+        plain = MemoryRequest(write=False)
+        lease = self.sessions.open(plain, Asked()) if self.sessions is not None else None
+        return Opened(lease, None, self.explicit.captures.carried(capture, ids))
 
     def _check_served(self, words: Mapping[str, Any]) -> None:
         """Words of a memory that this server does not have are refused, not ignored."""
@@ -71,7 +102,7 @@ class MemoryFrontEnd:
         carried = self.sessions.carried(opened.lease) if opened.lease is not None else {}
         if opened.reading is not None:
             carried |= self.explicit.carried(opened.reading)
-        return carried
+        return carried | opened.more
 
     def close(self, opened: Opened) -> None:
         """End a request that commits nothing more; harmless when it has ended already."""

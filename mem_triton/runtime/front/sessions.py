@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mem_triton.config import MemTritonConfig
@@ -18,6 +19,9 @@ from mem_triton.runtime.engine_shape import EngineShape
 from mem_triton.runtime.front.asked import Asked
 from mem_triton.runtime.request import MemoryRequest, RequestError
 from mem_triton.runtime.sessions import Lease, SessionStore, StateLayout, layer_order
+
+LONGEST_NAME = 200
+"""Characters of a session's name with its tenant's: file systems take 255 bytes."""
 
 
 class SessionFrontEnd:
@@ -42,6 +46,7 @@ class SessionFrontEnd:
     def open(self, request: MemoryRequest, asked: Asked) -> Lease:
         """The request's lease; plain requests get one too, of a memory that starts empty. Raises RequestError."""
         if request.session is not None:
+            request = _of_tenant(request)
             if self.obstacle:
                 raise RequestError("mem_session", self.obstacle)
             if asked.answers != 1:
@@ -79,6 +84,15 @@ class SessionFrontEnd:
         self._aborted.clear()
         return lease.id, max(prompt_tokens - 1, prompt_tokens + generated - 2), forget
 
+    def not_committed(self, lease: Lease, error: Exception) -> str:
+        """What an answer says whose session could not be committed."""
+        warning = (
+            f'mem_session "{lease.request.session}" was not committed and is as it was before this request: '
+            f"{type(error).__name__}: {str(error)[:300]}"
+        )
+        self._logger.error("%s", warning)
+        return warning
+
     def commit(self, lease: Lease, position: int, parts: Sequence[dict[str, Any]]) -> None:
         """Put the workers' layers together and commit them; closes the lease. parts: one answer per worker, ranks
         repeat layers."""
@@ -96,3 +110,16 @@ class SessionFrontEnd:
         if reached != position:
             counters.LATE_COMMITS.inc()
         self._logger.debug("session %s: version %d, %d tokens", lease.request.session, version, reached + 1)
+
+
+def _of_tenant(request: MemoryRequest) -> MemoryRequest:
+    """The request with its session's name in the tenant's namespace, "acme:alice"; no name of a session or a tenant has
+    a colon. Raises RequestError for a name that is too long for a file."""
+    if not request.tenant:
+        return request
+    name = f"{request.tenant}:{request.session}"
+    if len(name) > LONGEST_NAME:
+        raise RequestError(
+            "mem_session", f"and mem_tenant have {len(name)} characters, at most {LONGEST_NAME} together"
+        )
+    return replace(request, session=name)

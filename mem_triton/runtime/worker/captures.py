@@ -1,4 +1,4 @@
-"""``mem_capture``: a bank's entry out of an ordinary request's own prompt.
+"""``mem_capture``: a bank's entry out of an engine request's own prompt.
 
 The prompt's keys and values lie in the request's KV blocks until somebody else's step writes there. A worker copies
 them when it hears that the request left the batch, or when the front end asks first, takes the rotation off the keys,
@@ -7,6 +7,8 @@ and writes its layers and heads to a file; the front end puts the ranks' files t
 
 from __future__ import annotations
 
+import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -47,12 +49,13 @@ class Captures:
         self.ropes, self.first_head, self.rank, self.read_context = ropes, first_head, rank, read_context
         self._residents: dict[str, _Resident] = {}  # request id -> what to keep of it
         self._files: dict[str, Future[str]] = {}  # lease -> file being written
+        self._dropped: OrderedDict[str, None] = OrderedDict()  # leases that nobody asks for any more
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="mem_triton-capture")
 
     def enter(self, request_id: str, carried: Mapping[str, Any] | None) -> None:
         """Register a request that asks to be kept."""
         capture = (carried or {}).get("capture")
-        if capture and request_id not in self._residents:
+        if capture and request_id not in self._residents and capture["lease"] not in self._dropped:
             file = Path(capture["folder"]) / f"{capture['lease']}.{self.rank}.safetensors"
             self._residents[request_id] = _Resident(capture["lease"], file, capture["tokens"])
 
@@ -67,6 +70,16 @@ class Captures:
         resident = self._residents.pop(request_id, None)
         if resident is not None and resident.last_position >= resident.prompt_tokens - 1:
             self._copy(request_id, resident)
+
+    def drop(self, leases: Sequence[str]) -> None:
+        """Forget captures, whatever has become of them: their files go, and requests that still run keep nothing."""
+        for lease in leases:
+            self._dropped[lease] = None
+            self._residents = {i: r for i, r in self._residents.items() if r.lease != lease}
+            if (future := self._files.pop(lease, None)) is not None:
+                future.add_done_callback(_remove)
+        while len(self._dropped) > KEPT_ANSWERS:
+            self._dropped.popitem(last=False)
 
     def state(self, lease: str) -> dict[str, Any]:
         """{"file": path} once written, {"error": reason}, or {} while it is under way. Raises KeyError if unknown."""
@@ -97,6 +110,12 @@ class Captures:
             self._files.pop(next(iter(self._files)))
 
 
+def _remove(written: Future[str]) -> None:
+    if not written.cancelled() and written.exception() is None:
+        with contextlib.suppress(OSError):
+            Path(written.result()).unlink()
+
+
 def _mark(copies: Sequence[tuple[int, Tensor, Tensor, RotaryEmbedding]]) -> Any:
     """What the writer has to wait for: copies on a GPU are queued on the engine's stream, which is not the writer's."""
     device = next((keys.device for _, keys, _, _ in copies), None)
@@ -117,5 +136,9 @@ def _write(
         keys = unrotate(keys.cpu(), torch.arange(keys.shape[1]), rope)
         tensors |= {f"{index}.keys": keys.contiguous(), f"{index}.values": values.cpu().contiguous()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"first_head": str(first_head)})
+    try:
+        save_file(tensors, file, metadata={"first_head": str(first_head)})
+    except BaseException:  # a full disk: what was written of it takes room
+        file.unlink(missing_ok=True)
+        raise
     return str(file)

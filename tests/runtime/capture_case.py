@@ -1,0 +1,104 @@
+"""Captures without an engine: the front end's and a worker's real halves, and what runs between them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mem_triton.ops.reposition import rope_from_config
+from mem_triton.runtime.front.asked import Asked
+from mem_triton.runtime.front.asynchronous import AsyncMemory, Said
+from mem_triton.runtime.front.captures import Capture, Captures
+from mem_triton.runtime.front.chat import ChatFrame
+from mem_triton.runtime.front.explicit import Reading
+from mem_triton.runtime.front.memory import MemoryFrontEnd, Opened
+from mem_triton.runtime.request import parse_request
+from mem_triton.runtime.residency import Residency
+from mem_triton.runtime.worker.captures import Captures as WorkerCaptures
+from mem_triton.store.bank import Bank
+from tests.store.bank_case import DIM, LAYERS, block, spec
+
+PROMPT = list(range(10, 18))
+ROPE = rope_from_config({"model_type": "qwen3", "head_dim": DIM, "rope_theta": 10_000.0})
+
+
+def make_bank(folder: Path) -> Path:
+    Bank.create(folder, spec(kind="prefix", keep_tokens=None)).close()
+    return folder
+
+
+class Served:
+    """A server of a bank of whole texts, with one worker. awaits: where its calls to the worker suspend."""
+
+    def __init__(self, bank: Path, mode: str = "own", frame: ChatFrame | None = None) -> None:
+        self.bank = Bank.open(bank)
+        layout = SimpleNamespace(max_pages=8, page_tokens=16)
+        self.captures = Captures(
+            self.bank, layout, mode, 512, lambda ids: f"text {ids}", lambda: frame, logging.getLogger()
+        )
+        self.residency = Residency(8, 16, 1)
+        explicit = SimpleNamespace(
+            captures=self.captures, residency=self.residency, close=self._close, carried=lambda reading: {}
+        )
+        self.memory = MemoryFrontEnd(None, explicit)
+        self.waits = AsyncMemory(self.memory, self.call)
+        self.worker = WorkerCaptures(dict.fromkeys(LAYERS, ROPE), 0, 0, self._context)
+        self.read: list[list[int]] = []  # what engine requests have read
+        self.awaits = 2
+
+    def _close(self, reading: Reading) -> None:
+        if reading.capture is not None and not reading.capture.watched:
+            self.captures.release(reading.capture)
+
+    def _context(self, request_id: str, layer: int, tokens: int) -> Any:
+        kept = block(layer, tokens, layers=1, dense=True)
+        return kept.keys[0], kept.values[0]
+
+    async def call(self, method: str, *args: Any) -> list[Any]:
+        for _ in range(self.awaits):
+            await asyncio.sleep(0)
+        if method == "drop_captures":
+            return [self.worker.drop(*args)]
+        assert method == "capture_state"
+        try:
+            answer = self.worker.state(*args)
+        except KeyError as error:
+            answer = {"error": str(error)}
+        for _ in range(self.awaits):
+            await asyncio.sleep(0)
+        return [answer]
+
+    def open(self, name: str = "note", **words: Any) -> Opened:
+        """A request that asks to be kept."""
+        request = parse_request({"mem_capture": name, **words})
+        return Opened(None, Reading(request, capture=self.captures.check(request, Asked())))
+
+    async def run_engine(self, ids: list[int], opened: Opened) -> None:
+        """What an engine does with the request that reads what is kept."""
+        self.read.append(ids)
+        name = f"r{len(self.read)}"
+        self.worker.enter(name, self.memory.carried(opened))
+        await asyncio.sleep(0)
+        self.worker.set_rows([name], [len(ids) - 1])
+        await asyncio.sleep(0)
+        self.worker.leave(name)
+
+    async def end(self, opened: Opened, answer: Sequence[int] = (), normal: bool = True) -> None:
+        said = Said(PROMPT, list(answer), self.run_engine)
+        await self.waits.end(opened, len(PROMPT), len(answer), normal, said)
+
+    def capture(self, name: str = "note", answer: Sequence[int] = (), **words: Any) -> Capture:
+        """A request that is kept, from its words to its end."""
+        opened = self.open(name, **words)
+        asyncio.run(self.end(opened, answer))
+        return opened.capture
+
+    def left(self) -> list[str]:
+        """What captures have left behind."""
+        files = [path.name for path in self.captures.folder.iterdir()]
+        worker = self.worker
+        return files + list(worker._files) + list(worker._residents) + list(self.captures._running)

@@ -1,0 +1,276 @@
+"""``mem_capture`` from its words to its entry: who may, under which name, what becomes of it, what is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import subprocess
+import sys
+from http import HTTPStatus
+
+import pytest
+from safetensors import SafetensorError
+
+from mem_triton.config import ConfigError, parse_config
+from mem_triton.runtime.front.asked import Asked
+from mem_triton.runtime.request import RequestError, parse_request
+from mem_triton.runtime.worker import captures as worker_module
+from mem_triton.store.bank import Bank, BankError, NewEntry
+from mem_triton.store.captured import reader_of
+from tests.runtime.capture_case import PROMPT, Served, make_bank
+from tests.store.bank_case import block, spec
+
+
+@pytest.fixture
+def bank(tmp_path):
+    return make_bank(tmp_path / "bank")
+
+
+def refused(served: Served, message: str, asked: Asked | None = None, **words) -> None:
+    with pytest.raises(RequestError, match=message):
+        served.captures.check(parse_request({"mem_capture": "note", **words}), asked or Asked())
+
+
+def written(bank, id: str, **fields) -> None:
+    """What an operator writes."""
+    with Bank.open(bank, writable=True) as writer:
+        writer.add([NewEntry(id, f"the text of {id}", block(1, dense=True), **fields)])
+
+
+def test_fault07_captures_are_off_unless_the_configuration_says_otherwise(bank):
+    assert parse_config({"memory": {"bank": "b"}}).memory.capture == "off"
+    refused(Served(bank, "off"), r'mem_capture: this server keeps nothing: its mem_triton\.memory\.capture is "off"')
+    assert not (bank / "incoming").exists(), "a server that keeps nothing writes nothing"
+    with pytest.raises(ConfigError, match=r"memory\.capture"):
+        parse_config({"memory": {"bank": "b", "capture": "all"}})
+
+
+@pytest.mark.parametrize(
+    ("asked", "words", "message"),
+    [
+        (Asked(answers=2), {}, "set n to 1, got 2"),
+        (Asked(lora=True), {}, "LoRA"),
+        (Asked(), {"mem_capture": "a" * 128}, "136 characters, an id has at most 128"),
+    ],
+)
+def test_fault07_what_cannot_be_kept_is_refused_before_it_runs(bank, asked, words, message):
+    refused(Served(bank), message, asked, **words)
+
+
+def test_fault07_a_server_for_tenants_keeps_nothing_for_nobody(bank):
+    served = Served(bank, "tenant")
+    refused(served, "say mem_tenant")
+    assert served.capture(mem_tenant="acme").ref == "capture.acme:note@1"
+
+
+def test_fault07_a_bank_of_references_keeps_no_prompts(tmp_path):
+    Bank.create(tmp_path / "bank", spec()).close()
+    refused(Served(tmp_path / "bank"), 'this bank is of kind "memory3"')
+
+
+def test_fault07_a_prompt_that_could_never_be_read_is_refused_before_it_runs(bank):
+    served = Served(bank)
+    capture = served.open().capture
+    with pytest.raises(RequestError, match="129 tokens could never be read: they need 9 memory pages"):
+        served.captures.begin(capture, list(range(129)))
+    with pytest.raises(RequestError, match="no tokens"):
+        served.captures.begin(capture, [])
+
+
+def test_fault07_a_capture_lies_where_no_operator_writes_and_supersedes_nothing_of_theirs(bank):
+    written(bank, "pub0")
+    served = Served(bank)
+    assert served.capture("pub0", mem_replace=1).ref == "capture:pub0@1"
+    with Bank.open(bank) as reader:
+        assert reader.resolve("pub0").ref == "pub0@1"
+    for id in ("capture:mine", "capture.acme:mine"):
+        with pytest.raises(BankError, match="kept for captures"):
+            written(bank, id)
+
+
+def test_fault07_a_name_that_is_taken_is_superseded_only_when_the_request_says_so(bank):
+    served = Served(bank)
+    assert served.capture().ref == "capture:note@1"
+    refused(served, r'"capture:note" is there; say "mem_replace": 1')
+    assert served.capture(mem_replace=1).ref == "capture:note@2"
+    assert served.bank.load("capture:note@1").tokens == len(PROMPT), "the earlier one stays"
+
+
+def test_fault07_two_requests_cannot_capture_under_one_name_at_once(bank):
+    served = Served(bank)
+    opened = served.open()
+    refused(served, "being captured by another request")
+    served.memory.close(opened)
+    assert served.capture().ref == "capture:note@1"
+
+
+def test_fault07_captures_without_a_tenant_are_read_by_id_and_found_by_no_search(bank):
+    served = Served(bank)
+    served.capture(), served.capture("own", mem_tenant="acme")
+    assert served.bank.search("text", 10) == [] and served.bank.search("text", 10, tenant="other") == []
+    assert [hit.ref for hit in served.bank.search("text", 10, tenant="acme")] == ["capture.acme:own@1"]
+    assert served.bank.resolve("capture:note@1", tenant=reader_of("capture:note@1", "other")).ref == "capture:note@1"
+    for id in ("capture.acme:own", "capture.acme:none"):
+        with pytest.raises(BankError, match=f'entry "{id}" is unknown, or not yours'):
+            served.bank.resolve(id, tenant=reader_of(id, "other"))
+
+
+def test_fault07_whether_another_tenant_has_captured_a_name_cannot_be_told(bank):
+    served = Served(bank)
+    served.capture("secret", mem_tenant="acme")
+    reports = [served.capture(name, mem_tenant="spy").report() for name in ("secret", "nothing")]
+    assert reports == [{"id": "capture.spy:secret@1"}, {"id": "capture.spy:nothing@1"}]
+
+
+def test_fault07_what_else_the_request_read_is_no_part_of_what_is_kept(bank):
+    """The entry is read by a request of its own, which carries a capture and nothing else."""
+    served, seen = Served(bank), []
+    stock = served.worker.enter
+    served.worker.enter = lambda name, carried: (seen.append(carried), stock(name, carried))
+    assert served.capture(answer=[1, 2]).ref and served.read == [PROMPT]
+    assert served.capture("more", answer=[1, 2], mem_capture_answer=1).ref and served.read[1] == [*PROMPT, 1, 2]
+    assert [list(carried) for carried in seen] == [["capture"], ["capture"]]
+
+
+def test_fault07_an_engine_in_another_precision_captures_into_the_bank_s(bank):
+    served = Served(bank)
+    stock = served.worker.read_context
+    served.worker.read_context = lambda *a: tuple(part.bfloat16() for part in stock(*a))
+    assert served.capture().ref and served.bank.load("capture:note@1").keys.dtype == served.bank.spec.torch_dtype
+
+
+def test_fault07_a_name_that_is_taken_meanwhile_is_an_error_and_not_a_version(bank):
+    served, other = Served(bank), Served(bank)
+    opened = served.open()
+    assert other.capture().ref
+    asyncio.run(served.end(opened))
+    assert opened.capture.error.status == HTTPStatus.CONFLICT and "is there" in str(opened.capture.error)
+
+
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize("broken", [OSError(errno.ENOSPC, FULL), SafetensorError(f"IoError: {FULL} (os error 28)")])
+def test_fault17_a_full_disk_is_an_error_with_its_reason_and_leaves_nothing(bank, monkeypatch, broken):
+    def full(tensors, file, **_):
+        file.write_bytes(b"half")
+        raise broken
+
+    served = Served(bank)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_module, "save_file", full)
+        capture = served.capture()
+    assert (capture.ref, capture.error.status) == (None, HTTPStatus.INSUFFICIENT_STORAGE)
+    assert 'mem_capture: "note" was not kept: ' in str(capture.error) and "No space left" in capture.report()["error"]
+    assert served.left() == []
+    assert served.capture().ref == "capture:note@1", "it works again"
+
+
+@pytest.mark.parametrize(("broken", "status"), [(OSError(errno.ENOSPC, "x"), 507), (SafetensorError("x"), 500)])
+def test_fault17_a_bank_that_cannot_be_written_is_an_error_and_leaves_nothing(bank, monkeypatch, broken, status):
+    def fails(*_, **__):
+        raise broken
+
+    served = Served(bank)
+    with monkeypatch.context() as patch:
+        patch.setattr(Bank, "add", fails)
+        capture = served.capture()
+    assert capture.error.status == status and served.left() == []
+    assert served.capture().ref == "capture:note@1"
+
+
+def test_fault18_a_client_may_leave_at_any_await_and_nothing_stays_behind(bank):
+    """At each point where the loop may switch: cancelled there, the capture is carried to its end all the same."""
+    served, point, cancelled = Served(bank), 0, True
+    while cancelled:
+        point += 1
+
+        async def leaves(point=point):
+            opened = served.open(f"n{point}")
+            task = asyncio.create_task(served.end(opened))
+            for _ in range(point):
+                await asyncio.sleep(0)
+            cancelled = not task.done() and task.cancel()
+            await asyncio.wait([task])
+            served.memory.close(opened)  # as engines do
+            while served.waits._owned:
+                await asyncio.sleep(0.001)
+            return cancelled, opened.capture
+
+        cancelled, capture = asyncio.run(leaves())
+        assert capture.ref == f"capture:n{point}@1" and served.left() == [], point
+        assert point < 10_000
+    assert point > 5
+
+
+def test_fault18_a_request_that_does_not_end_normally_keeps_nothing(bank):
+    served = Served(bank)
+    opened = served.open()
+    asyncio.run(served.end(opened, normal=False))
+    served.memory.close(opened)
+    assert served.read == [] and served.left() == [] and "did not end normally" in opened.capture.report()["error"]
+
+
+@pytest.mark.parametrize("method", ["capture_state", "drop_captures"])
+def test_fault18_workers_that_cannot_be_asked_leave_no_file(bank, method):
+    served, stock = Served(bank), None
+
+    async def gone(name, *args):
+        if name == method:
+            served.worker._writer.submit(int).result(20)  # what is being written is there by now
+            raise RuntimeError("rank 0 is gone")
+        return await stock(name, *args)
+
+    stock, served.waits._call = served.call, gone
+    capture = served.capture()
+    assert (capture.error is None) == (method == "drop_captures")
+    assert list(served.captures.folder.iterdir()) == [] and not served.captures._running
+
+
+def test_fault18_an_engine_request_that_fails_leaves_nothing(bank):
+    served = Served(bank)
+
+    async def fails(ids, opened):
+        served.worker.enter("late", served.memory.carried(opened))
+        raise RuntimeError("aborted")
+
+    served.run_engine = fails
+    capture = served.capture()
+    served.worker.set_rows(["late"], [99])
+    served.worker.leave("late")  # the engine tells its workers later
+    served.worker._writer.submit(int).result(20)
+    assert "aborted" in str(capture.error) and served.left() == []
+
+
+def test_fault18_a_server_removes_what_a_killed_one_has_left_and_nothing_of_a_living_one(bank):
+    code = (
+        "import os, sys, fcntl; os.makedirs(sys.argv[1], exist_ok=True);"
+        "h = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(h, fcntl.LOCK_SH);"
+        "open(os.path.join(sys.argv[1], 'lease.0.safetensors'), 'w').close(); print('up', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(bank / "incoming")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"up\n"
+        Served(bank)
+        assert [path.name for path in (bank / "incoming").iterdir()] == ["lease.0.safetensors"]
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_fault18_what_a_killed_server_has_left_is_gone_when_the_next_one_starts(bank):
+    (bank / "incoming").mkdir()
+    (bank / "incoming" / "lease.0.safetensors").touch()
+    Served(bank, "off")
+    assert list((bank / "incoming").iterdir()), "a server that keeps nothing touches nothing"
+    Served(bank)
+    assert not list((bank / "incoming").iterdir())
+
+
+def test_fault18_a_bank_that_cannot_be_written_is_refused_at_the_start(bank):
+    (bank / "incoming").write_text("no folder")
+    with pytest.raises(ConfigError, match=r'mem_triton\.memory\.capture: .*incoming cannot be written .*"off"'):
+        Served(bank)
