@@ -41,17 +41,41 @@ def layers_of(words: str) -> str | tuple[int, ...]:
     for part in words.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not match:
-            raise OptionError(f'--layers: {words!r} is not "first_half", "all", or like "0-17" or "4,5,9"')
-        indices += range(int(match[1]), int(match[2] or match[1]) + 1)
+            raise OptionError(f'--layers: {output_of(words)} is not "first_half", "all", or like "0-17" or "4,5,9"')
+        first, last = match[1], match[2] or match[1]
+        if max(len(first), len(last)) > 4:  # no model has so many; a range of them would fill the memory
+            raise OptionError(f"--layers: {output_of(part)} is more layers than any model has")
+        indices += range(int(first), int(last) + 1)
     return tuple(indices)
+
+
+def output_of(text: str, longest: int = 40) -> str:
+    """What somebody wrote, in a message: quoted, and not without end."""
+    return repr(text if len(text) <= longest else text[:longest] + "…")
+
+
+def check_encoding(dtype: str, device: str | None) -> None:
+    """Raises OptionError for a precision or a device that torch does not have here."""
+    import torch
+
+    known = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in known:
+        raise OptionError(f"--dtype: {dtype!r} is not one of {', '.join(known)}")
+    if device is None:
+        return
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OptionError(f"--device: {device!r} cannot be used here: {reason}") from None
 
 
 def keep_of(words: str) -> int | None:
     """Tokens kept, None for "all"."""
     if words == "all":
         return None
-    if not words.isdecimal() or int(words) < 1:
-        raise OptionError(f'--keep: {words!r} is neither a number nor "all"')
+    if not (words.isascii() and words.isdecimal()) or len(words) > 9 or int(words) < 1:
+        raise OptionError(f'--keep: {output_of(words)} is neither a number of tokens nor "all"')
     return int(words)
 
 

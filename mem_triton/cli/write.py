@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from mem_triton.cli import output
+from mem_triton.cli.progress import Progress
 
 if TYPE_CHECKING:
-    from mem_triton.memory3 import Document, WriteConfig, WriteReport
+    from mem_triton.cli.sources import Reader
+    from mem_triton.memory3 import WriteConfig, Writer, WriteReport
+    from mem_triton.store.bank import Bank
 
-SUFFIXES = (".txt", ".md", ".markdown", ".jsonl", ".ndjson")
 Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
+MOST = 20
+"""Lines about texts that were not written, or lie under another id."""
 
 
 def write(
@@ -43,31 +46,47 @@ def write(
     ] = "auto",
     embedder: Annotated[str, typer.Option(help="A new bank's embedder.")] = "lexical",
     batch_size: Annotated[int, typer.Option(min=1, help="Texts that share a forward.")] = 1,
-    commit: Annotated[int, typer.Option(min=1, help="Entries of one transaction.")] = 64,
+    commit: Annotated[int, typer.Option(min=1, help="Most entries of one transaction.")] = 64,
+    commit_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one transaction.")] = 16384,
+    commit_seconds: Annotated[float, typer.Option(min=0, help="Longest time between two transactions.")] = 10.0,
     dtype: Annotated[str, typer.Option(help="Precision of the model while it encodes.")] = "auto",
     device: Annotated[Text, typer.Option(help='"cuda", "cpu". [the GPU if there is one]')] = None,
     cold: Annotated[
         bool, typer.Option("--cold", help="Store texts alone; without FILES a write encodes them.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take out what FILES held before and hold no more.")
+    ] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Take out entries of files that are gone from the folders in FILES.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing of progress.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Write texts into a bank. What is there already is left alone, so an interrupted write is simply started again.
 
-    Without FILES, entries that have only their text (--cold) are encoded.
+    Without FILES, entries that have only their text (--cold) are encoded. What cannot be read or written is left out
+    and listed at the end; exit code 1 says so, and 2 that nothing could be written.
     """
-    from mem_triton.cli.settings import OptionError, create_bank, model_folder, write_config
+    from mem_triton.cli.settings import OptionError, check_encoding, create_bank, model_folder, write_config
+    from mem_triton.cli.sources import SUFFIXES, Reader, sources_of
+    from mem_triton.ids import ID_RULE, NAME_RULE, is_id, is_name
     from mem_triton.memory3 import Writer, config_of, train_product_codec
     from mem_triton.store.bank import Bank
     from mem_triton.store.fingerprint import model_fingerprint
-    from mem_triton.store.spec import check_id
 
-    if id is not None:
-        check_id(id)
-    sources = _sources(files or [])
-    if not sources and (files or cold):
+    if id is not None and not is_id(id):
+        raise OptionError(f"--id: id {id!r} must be {ID_RULE}")
+    if tenant and not is_name(tenant):
+        raise OptionError(f"--tenant: {tenant!r} must be {NAME_RULE}")
+    check_encoding(dtype, device)
+    sources = sources_of(files or [])
+    folders = [path for path in files or [] if path.is_dir()]
+    if not sources and (files or cold) and not (prune and folders):
         raise OptionError(f"FILES: no {', '.join(SUFFIXES)} among {', '.join(map(str, files or []))}" if files else
                           "FILES: --cold needs texts")  # fmt: skip
+    if prune and not folders:
+        raise OptionError("--prune: FILES names no folder that files could be gone from")
     folder = model_folder(model)
     fingerprint = model_fingerprint(folder)
     given: dict[str, Any] = {
@@ -76,28 +95,38 @@ def write(
     }  # fmt: skip
     encoder = None
 
-    def documents(config: WriteConfig) -> Iterator[Document]:
-        return _documents(sources, format, jsonl_field, jsonl_id_field, id, single=config.kind == "prefix")
+    def reader_of(config: WriteConfig) -> Reader:
+        single = config.kind == "prefix"
+        return Reader(sources, format=format, field=jsonl_field, id_field=jsonl_id_field, id=id, single=single)
 
     if (bank / "bank.json").exists():
         target = Bank.open(bank, writable=True, wait=10.0)
+        reader = reader_of(config_of(target.spec))
     else:
         config, state = write_config(**given), None
+        config.layer_indices(fingerprint.num_layers)
+        reader = reader_of(config)
+        if sources and next(iter(reader_of(config)), None) is None:
+            list(reader)
+            _refuse(reader.problems or [f"FILES: {sources[0].path} holds no text"])
         if codec == "pq":
             encoder = _encoder(str(folder), dtype, device)
             state = train_product_codec(
-                config, fingerprint, encoder, encoder.tokenizer, documents(config), batch_size=batch_size
+                config, fingerprint, encoder, encoder.tokenizer, reader_of(config), batch_size=batch_size
             )
         target = create_bank(bank, fingerprint, config, codec=codec, embedder=embedder, codec_state=state)
     with target:
         target.check_model(fingerprint)
         config = write_config(config_of(target.spec), **given)
         encoder = encoder or _encoder(str(folder), dtype, device)
-        writer = Writer(target, encoder, encoder.tokenizer, config, batch_size=batch_size, commit=commit)
+        writer = Writer(
+            target, encoder, encoder.tokenizer, config, batch_size=batch_size, commit=commit,
+            commit_tokens=commit_tokens, commit_seconds=commit_seconds,
+        )  # fmt: skip
         try:
-            with _Progress(sum(path.stat().st_size for path in sources), quiet or json) as progress:
-                if sources:
-                    report = writer.write(documents(config), tenant=tenant, cold=cold, progress=progress)
+            with Progress(reader, sum(source.size for source in sources), quiet or json) as progress:
+                if files:
+                    report = writer.write(reader, tenant=tenant, cold=cold, replace=replace, progress=progress)
                 else:
                     report = writer.fill_cold(progress=progress)
         except KeyboardInterrupt:
@@ -106,7 +135,39 @@ def write(
                 f"mem-triton: stopped; {entries} entries are safe, the same command goes on from there", file=sys.stderr
             )
             raise typer.Exit(130) from None
+        report.problems = [*reader.problems, *report.problems]
+        if report.problems and not (report.added or report.filled or report.skipped or report.empty):
+            _refuse(report.problems)
+        if files:
+            _tidy(target, writer, reader, report, tenant, replace, folders if prune else [])
     _print(report, bank, json)
+    if report.problems:
+        raise typer.Exit(1)
+
+
+def _refuse(problems: list[str]) -> None:
+    """Nothing could be written. Raises DocumentError with the first reason."""
+    from mem_triton.memory3 import DocumentError
+
+    more = f"; {len(problems) - 1} more are wrong" if len(problems) > 1 else ""
+    raise DocumentError(problems[0] + more)
+
+
+def _tidy(
+    bank: Bank, writer: Writer, reader: Reader, report: WriteReport, tenant: str, replace: bool, folders: list[Path]
+) -> None:
+    """Take out, or tell of, what files held before. One of which something was not written keeps all that it had."""
+    from mem_triton.memory3.chunking import printable
+    from mem_triton.memory3.known import gone_files, stale
+
+    failed = reader.failed | writer.failed
+    whole = [path for path in (printable(source.path) for source in reader.sources) if path not in failed]
+    old = [info.ref for info in stale(bank, whole, writer.written, tenant)]
+    gone = [info.ref for info in stale(bank, gone_files(bank, folders, tenant), set(), tenant)] if folders else []
+    report.removed = list(dict.fromkeys(chain(old if replace else [], gone)))
+    report.stale = [] if replace else [ref for ref in old if ref not in gone]
+    for ref in report.removed:
+        bank.delete(ref.rpartition("@")[0], tenant=tenant)
 
 
 def _encoder(folder: str, dtype: str, device: str | None) -> Any:
@@ -120,66 +181,26 @@ def _encoder(folder: str, dtype: str, device: str | None) -> Any:
     return integration.TransformersEncoder.load(folder, dtype=dtype, device=device)
 
 
-def _sources(files: Sequence[Path]) -> list[Path]:
-    """The files, with folders replaced by the texts in them, in order."""
-    found: list[Path] = []
-    for path in files:
-        if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        elif not path.exists():
-            raise FileNotFoundError(f"FILES: there is no {path}")
-        else:
-            found.append(path)
-    return found
-
-
-def _documents(
-    sources: Sequence[Path], format: str | None, field: str, id_field: str | None, id: str | None, single: bool
-) -> Iterator[Document]:
-    from mem_triton.memory3 import DocumentError, read_documents
-
-    count = 0
-    for path in sources:
-        # a prefix is a whole file: Markdown is not cut into its sections
-        way = "text" if single and format is None and path.suffix.lower() in (".md", ".markdown") else format
-        for document in read_documents(path, field=field, id_field=id_field, format=way):
-            count += 1
-            if id is not None and single and count > 1:
-                raise DocumentError(f"--id: {id} would name several texts; write them one by one, or leave it out")
-            yield document if id is None else replace(document, name=id)
-
-
-class _Progress:
-    """A bar over the files' bytes; silent away from a terminal."""
-
-    def __init__(self, total: int, quiet: bool) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn("writing"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[entries]} entries, {task.fields[speed]} tokens/s"), TimeRemainingColumn(),
-            console=output.console(stderr=True), disable=quiet, transient=True,
-        )  # fmt: skip
-        self.task = self.bar.add_task("write", total=total or None, entries=0, speed="-")
-
-    def __enter__(self) -> _Progress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.stop()
-
-    def __call__(self, report: WriteReport) -> None:
-        speed = f"{report.tokens / report.seconds:.0f}" if report.seconds else "-"
-        entries = len(report.added) + len(report.filled) + report.skipped
-        self.bar.update(self.task, completed=report.characters, entries=entries, speed=speed)
-
-
 def _print(report: WriteReport, bank: Path, json: bool) -> None:
     if json:
         return output.print_json(vars(report))
     parts = [f"{len(report.added)} added"]
     parts += [f"{len(report.filled)} encoded"] if report.filled else []
     parts += [f"{report.skipped} there already"] if report.skipped else []
-    parts += [f"{report.empty} without a token to keep"] if report.empty else []
-    print(f"{bank}: {', '.join(parts)} ({report.tokens} tokens, {report.seconds:.1f} s)")
+    parts += [f"{report.empty} blank or without a token to keep"] if report.empty else []
+    parts += [f"{len(report.removed)} taken out"] if report.removed else []
+    parts += [f"{len(report.problems)} not written"] if report.problems else []
+    print(output.plain(f"{bank}: {', '.join(parts)} ({report.tokens} tokens, {report.seconds:.1f} s)"))
+    if report.stale:
+        output.note(
+            f"{len(report.stale)} entries of earlier contents of these files are still served: --replace takes them out"
+        )
+    _list("there already under another id", report.elsewhere)
+    _list("not written", report.problems)
+
+
+def _list(what: str, lines: list[str]) -> None:
+    for line in lines[:MOST]:
+        output.note(f"{what}: {line}")
+    if len(lines) > MOST:
+        output.note(f"{what}: {len(lines) - MOST} more, see --json")

@@ -3,10 +3,12 @@
 from mem_triton.memory3.chunking import Chunk, Document, DocumentError, chunks_of, read_documents
 from mem_triton.memory3.config import PREFIX_TEXT, WriteConfig, prefix_ids
 from mem_triton.memory3.encoder import EncodedText, Encoder, Tokenizer
+from mem_triton.memory3.report import WriteReport
 from mem_triton.memory3.retrieval import Retriever
 from mem_triton.memory3.sparsify import dense, sparsify
+from mem_triton.memory3.spec import bank_spec, config_of
 from mem_triton.memory3.training import train_product_codec
-from mem_triton.memory3.write import Writer, WriteReport, bank_spec, config_of
+from mem_triton.memory3.write import Writer
 
 __all__ = [
     "PREFIX_TEXT",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mem_triton import ids
 from mem_triton.memory3.encoder import Tokenizer
 
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|(?=\n)")
@@ -23,13 +25,17 @@ class DocumentError(ValueError):
 
 @dataclass(frozen=True)
 class Document:
-    """One text to write. source: where it is from; name: what ids are made of; offset: of ``text`` in its source."""
+    """One text to write. source: where it is from; name: what ids are made of; offset: of ``text`` in its source.
+
+    named: somebody chose the name; False if it was made of a file's.
+    """
 
     text: str
     source: str = ""
     name: str = "text"
     metadata: dict[str, Any] = field(default_factory=dict)
     offset: int = 0
+    named: bool = True
 
 
 @dataclass(frozen=True)
@@ -130,19 +136,23 @@ def _longest(
 
 
 def read_documents(
-    path: Path, *, field: str = "text", id_field: str | None = None, format: str | None = None
-) -> Iterator[Document]:
+    path: Path, *, field: str = "text", id_field: str | None = None, format: str | None = None,
+    name: str | None = None, problems: list[str] | None = None,
+) -> Iterator[Document]:  # fmt: skip
     """The documents of a file: a text file is one, a line of JSONL is one, a section of Markdown is one.
 
     field: JSONL field of the text; id_field: the one of its name; other fields of simple types become metadata.
-    format: "text", "jsonl" or "markdown"; None goes by the file's suffix. Raises DocumentError naming file and line.
+    format: "text", "jsonl" or "markdown"; None goes by the file's suffix. name: what ids are made of, None for the
+    file's. problems: takes what is wrong with lines of JSONL, which are then left out; None raises at the first.
+    Raises DocumentError naming file and line.
     """
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "text"
+    name = name or ids.id_from(path.stem) or "text"
+    source = printable(path)
     suffixes = {".jsonl": "jsonl", ".ndjson": "jsonl", ".md": "markdown", ".markdown": "markdown"}
     readers: dict[str, Callable[[], Iterator[Document]]] = {
-        "text": lambda: iter([Document(_read(path), str(path), name)]),
-        "markdown": lambda: _sections(_read(path), str(path), name),
-        "jsonl": lambda: _records(path, name, field, id_field),
+        "text": lambda: iter([Document(_read(path), source, name, named=False)]),
+        "markdown": lambda: _sections(_read(path), source, name),
+        "jsonl": lambda: _records(_read(path), source, name, field, id_field, problems),
     }
     format = format or suffixes.get(path.suffix.lower(), "text")
     if format not in readers:
@@ -150,37 +160,76 @@ def read_documents(
     yield from readers[format]()
 
 
+def printable(path: Path) -> str:
+    """A path as text; bytes of its name that are no UTF-8 are written as "\\xff"."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def unusable(document: Document) -> str | None:
+    """Why a document cannot be stored (half of a surrogate pair, metadata that JSON does not have), None if it can."""
+    for what, text in (("text", document.text), ("id", document.name)):
+        if (at := _half_pair(text)) is not None:
+            return f"{what}: character {at} is half of a surrogate pair ({text[at]!r}), which is no text; correct it"
+    try:
+        json.dumps(document.metadata, allow_nan=False, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"metadata: holds half of a surrogate pair ({error.object[error.start]!r}); correct it"
+    except (TypeError, ValueError) as error:
+        return f"metadata: {error}; JSON has no such value"
+    return None
+
+
+def _half_pair(text: str) -> int | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DocumentError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise DocumentError(f"{path}: {error.strerror}") from None
+        raise DocumentError(f"{printable(path)}: not UTF-8 text (byte {error.start}); convert it first") from None
+    except (OSError, ValueError) as error:
+        raise DocumentError(f"{printable(path)}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _records(path: Path, name: str, field: str, id_field: str | None) -> Iterator[Document]:
-    for number, line in enumerate(_read(path).split("\n"), 1):
+def _records(
+    text: str, source: str, name: str, field: str, id_field: str | None, problems: list[str] | None
+) -> Iterator[Document]:
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DocumentError(f"{path}:{number}: not JSON: {error.msg}") from None
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            known = (
-                ", ".join(k for k, v in record.items() if isinstance(v, str)) if isinstance(record, dict) else "none"
-            )
-            raise DocumentError(
-                f'{path}:{number}: no text field "{field}" (fields with text: {known}); see --jsonl-field'
-            )
-        if id_field is not None and not isinstance(record.get(id_field), (str, int)):
-            raise DocumentError(f'{path}:{number}: no field "{id_field}" with a string or number; see --jsonl-id-field')
-        simple = {
-            k: v for k, v in record.items() if k not in (field, id_field) and isinstance(v, (str, int, float, bool))
-        }
-        own = f"{name}.{number}" if id_field is None else re.sub(r"[^A-Za-z0-9._:/-]+", "-", str(record[id_field]))
-        yield Document(record[field], f"{path}:{number}", own.strip("-._:/") or f"{name}.{number}", simple)
+            yield _record(line, f"{source}:{number}", f"{name}.{number}", field, id_field)
+        except DocumentError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+
+
+def _record(line: str, source: str, name: str, field: str, id_field: str | None) -> Document:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DocumentError(f"{source}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise DocumentError(f"{source}: not JSON that can be read: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        known = ", ".join(k for k, v in record.items() if isinstance(v, str)) if isinstance(record, dict) else "none"
+        raise DocumentError(f'{source}: no text field "{field}" (fields with text: {known}); see --jsonl-field')
+    own = None
+    if id_field is not None:
+        if not isinstance(record.get(id_field), (str, int)):
+            raise DocumentError(f'{source}: no field "{id_field}" with a string or number; see --jsonl-id-field')
+        own = ids.id_from(str(record[id_field])) or None
+    simple = {k: v for k, v in record.items() if k not in (field, id_field) and isinstance(v, (str, int, float, bool))}
+    document = Document(record[field], source, own or name, simple, named=own is not None)
+    if (reason := unusable(document)) is not None:
+        raise DocumentError(f"{source}: {reason}")
+    return document
 
 
 def _sections(text: str, source: str, name: str) -> Iterator[Document]:
@@ -193,7 +242,7 @@ def _sections(text: str, source: str, name: str) -> Iterator[Document]:
         if line is None or heading:
             if text[start:at].strip():
                 path = {"heading": " > ".join(title for _, title in headings)} if headings else {}
-                yield Document(text[start:at], source, name, path, start)
+                yield Document(text[start:at], source, name, path, start, named=False)
             start = at
         if heading:
             level = len(heading.group(1))

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from mem_triton.store.bank import Bank, Hit
 from mem_triton.store.plan import FOREVER, Attachment
 
+MOST = 1024
+"""Entries looked at for a chunk whose nearest ones are copies of each other."""
+
 
 class Retriever:
     """The reading schedule of Memory³ (arXiv 2407.01178, section 3.2), as plans.
@@ -80,7 +83,7 @@ class Retriever:
         return [Attachment(hit.ref, first, end, float(hit.score)) for hit in hits if hit.ref not in seen]
 
     def _search(self, text: str, top_k: int, tenant: str) -> list[Hit]:
-        hits = self.bank.search(text, top_k, tenant=tenant, only_filled=self.fill is None) if top_k else []
+        hits = self._distinct(text, top_k, tenant) if top_k else []
         if self.min_score is not None:
             hits = [hit for hit in hits if hit.score >= self.min_score]
         if self.fill is not None and hits:
@@ -89,3 +92,25 @@ class Retriever:
                 self.fill(cold)
                 hits = [hit for hit in hits if self.bank.resolve(hit.ref, tenant=tenant).has_block]
         return hits
+
+    def _distinct(self, text: str, top_k: int, tenant: str) -> list[Hit]:
+        """The nearest texts, each once: files that share a paragraph have an entry of it each."""
+        wanted = top_k
+        while True:
+            hits = self.bank.search(text, wanted, tenant=tenant, only_filled=self.fill is None)
+            chosen = self._each_once(hits, tenant)
+            if len(chosen) >= top_k or len(hits) < wanted or wanted >= MOST:
+                return chosen[:top_k]
+            wanted = min(4 * wanted, MOST)
+
+    def _each_once(self, hits: Sequence[Hit], tenant: str) -> list[Hit]:
+        chosen, texts = [], set()
+        for i, hit in enumerate(hits):
+            beside = (*hits[max(i - 1, 0) : i], *hits[i + 1 : i + 2])
+            if any(abs(other.score - hit.score) < 1e-6 for other in beside):  # the same text has the same score
+                text = self.bank.resolve(hit.ref, tenant=tenant).text
+                if text in texts:
+                    continue
+                texts.add(text)
+            chosen.append(hit)
+        return chosen

@@ -10,7 +10,9 @@ from pathlib import Path
 from mem_triton.memory3.chunking import Document
 from mem_triton.memory3.config import WriteConfig
 from mem_triton.memory3.encoder import Encoder, Tokenizer
-from mem_triton.memory3.write import Writer, WriteReport, bank_spec
+from mem_triton.memory3.report import WriteReport
+from mem_triton.memory3.spec import bank_spec
+from mem_triton.memory3.write import Writer
 from mem_triton.ops.block_codec import ProductCodec
 from mem_triton.store.bank import Bank
 from mem_triton.store.fingerprint import Fingerprint
@@ -43,8 +45,12 @@ def train_product_codec(
     spec = bank_spec(config, fingerprint, codec=_CODECS.get(fingerprint.dtype, "fp32"))
     heads = len(spec.layers) * spec.kv_heads
 
+    counted = [0, 0]  # entries, and their tokens
+
     def stop(report: WriteReport) -> None:
-        if sum(bank.resolve(ref).tokens for ref in report.added) * heads >= vectors:
+        counted[1] += sum(bank.resolve(ref).tokens for ref in report.added[counted[0] :])
+        counted[0] = len(report.added)
+        if counted[1] * heads >= vectors:
             raise _Enough
 
     with tempfile.TemporaryDirectory() as folder, Bank.create(Path(folder) / "samples", spec) as bank:

@@ -45,8 +45,11 @@ class Terminal(io.StringIO):
         return True
 
 
-def run(*arguments: object, code: int = 0, process: bool = False, terminal: bool = False) -> str:
-    """Run a command; in this process, which has the libraries loaded, unless the test is about processes."""
+def run(*arguments: object, code: int = 0, process: bool = False, terminal: bool = False, both: bool = False) -> str:
+    """Run a command; in this process, which has the libraries loaded, unless the test is about processes.
+
+    both: what it says on stderr, too.
+    """
     if process:
         result = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240, env=environment())
         got, out, err = result.returncode, result.stdout, result.stderr
@@ -64,7 +67,7 @@ def run(*arguments: object, code: int = 0, process: bool = False, terminal: bool
     if code == 2:
         assert out == "" and "Traceback" not in err, err
         return err
-    return out
+    return out + err if both else out
 
 
 def refused(*arguments: object) -> str:

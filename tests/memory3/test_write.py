@@ -292,3 +292,41 @@ def test_a_codec_is_trained_on_what_the_bank_will_store(tmp_path, monkeypatch):
         assert 0.001 < float(error) < 0.6, "not quantised, or not trained"
     with pytest.raises(CodecError, match="too few"):
         train_product_codec(config, fingerprint, encoder(), tokenizer(), documents[:3])
+
+
+def test_fault21_a_transaction_ends_by_tokens_and_by_time(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("mem_triton.memory3.write.time.monotonic", lambda: clock[0])
+
+    def commits(path, step: float, **options) -> list[int]:
+        with new_bank(path, WriteConfig()) as bank:
+            seen = []
+
+            def progress(report):
+                clock[0] += step
+                seen.append(len(report.added))
+
+            writer(bank, **options).write(facts(), progress=progress)
+        return seen
+
+    assert commits(tmp_path / "a", 0) == [0, 0, 0, 0, 0, 0, 6], "told after each text; one transaction"
+    tokens = len(tokenizer().encode(SENTENCES[0], add_special_tokens=False))
+    assert commits(tmp_path / "b", 0, commit_tokens=2 * tokens)[-3:-1] == [4, 6]
+    assert commits(tmp_path / "c", 3.0, commit_seconds=5.0)[2] == 3, "no more than so many seconds are lost"
+
+
+def test_fault21_a_long_text_is_left_out_of_cold_ones_too(tmp_path, monkeypatch):
+    with new_bank(tmp_path / "bank", WriteConfig()) as bank:
+        refs = writer(bank).write(facts(), cold=True).added
+        one = writer(bank)
+        monkeypatch.setattr(one, "_too_long", lambda item: "too long" if item.ref == refs[2] else None)
+        report = one.fill_cold()
+        assert sorted(report.filled) == sorted(set(refs) - {refs[2]}) and report.problems == ["facts.txt:2: too long"]
+
+
+def test_fault21_a_paragraph_that_files_share_is_retrieved_once(tmp_path):
+    with new_bank(tmp_path / "bank", WriteConfig()) as bank:
+        documents = [Document(SENTENCES[i], f"{name}.txt", f"{name}{i}") for name in "abcdefgh" for i in (0, 1)]
+        assert len(writer(bank).write(documents).added) == 16
+        plan = Retriever(bank, decode=tokenizer().decode, top_k=2).plan(tokenizer().encode(SENTENCES[0]))
+        assert {bank.resolve(a.ref).text for a in plan} == {SENTENCES[0], SENTENCES[1]} and len(plan) == 2
