@@ -1,13 +1,16 @@
 # Every target makes its own environment first; the second time that costs nothing. `make help` lists the targets.
-#   PYTHON=python3.12 make test     another Python (3.10 to 3.13)        VENV=/tmp/env make test    another place
+#   PYTHON=python3.12 make test     another Python (3.11 to 3.13)        VENV=/tmp/env make test    another place
 #   make demo ARGS="--sessions 8"   options of the demo (ARGS=--help)    make test TESTS=tests/ops  one part of the tests
 #   make demo ENGINE=sglang         the demo on SGLang        make test-triton TRITON=3.6.0   the kernels under another Triton
+#   make test-vllm VLLM=0.33.0      vLLM's tests under another vLLM
 # vLLM and SGLang pin different versions of the same packages: SGLang has an environment of its own, SGLANG_VENV.
 
 VENV ?= .venv
 SGLANG_VENV ?= .venv-sglang
 TRITON ?= 3.6.0
 TRITON_VENV ?= .venv-triton-$(TRITON)
+VLLM ?= 0.33.0
+VLLM_VENV ?= .venv-vllm-$(VLLM)
 ENGINE ?= vllm
 PYTHON ?=
 TESTS ?= tests
@@ -33,13 +36,14 @@ FAST := $(if $(shell nvidia-smi -L 2>/dev/null),not slow,not slow and not gpu)
 ALL := $(if $(shell nvidia-smi -L 2>/dev/null),,not gpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-sglang demo lint test test-all test-triton clean
+.PHONY: help env env-sglang demo lint test test-all test-triton test-vllm clean
 
 help:
 	@echo "make demo      a small model with and without memory, on a real server (about two minutes); ENGINE=vllm or sglang"
 	@echo "make test      style and tests, as CI runs them"
-	@echo "make test-all  the same with the soaks, and the kernels under the oldest Triton that we take, $(TRITON)"
+	@echo "make test-all  the same with the soaks, the kernels under the oldest Triton that we take, $(TRITON), and vLLM $(VLLM)"
 	@echo "make test-triton  the kernels alone, compiled and interpreted under TRITON=$(TRITON)"
+	@echo "make test-vllm  vLLM's tests under VLLM=$(VLLM); without a GPU its Python files over the compiled part of $(VENV)'s"
 	@echo "make lint      style alone"
 	@echo "make env       the environment alone: $(VENV); make env-sglang: SGLang's, $(SGLANG_VENV)"
 	@echo "make clean     remove the environments and every cache"
@@ -64,13 +68,18 @@ test: lint $(if $(SGLANG_TESTS),env-sglang)
 test-all: export MEM_TRITON_TEST_SPAWN=1
 test-all: lint $(if $(SGLANG_TESTS),env-sglang)
 	$(call run_tests,$(ALL))
-	$(if $(filter tests,$(TESTS)),$(MAKE) test-triton)
+	$(if $(filter tests,$(TESTS)),$(MAKE) test-triton test-vllm)
 
 # Compiled for GPUs that are not here, and interpreted on the CPU.
 test-triton:
 	@VENV="$(TRITON_VENV)" TRITON="$(TRITON)" PYTHON="$(PYTHON)" bash scripts/environment_triton.sh
 	OMP_NUM_THREADS=1 $(TRITON_VENV)/bin/python $(PYTEST) tests/ops/test_in_interpreter.py $(wildcard tests/ops/test_*aot*.py) -m "not slow"
 
+# TESTS may name some of them, such as tests/vllm_engine/test_server.py.
+test-vllm: env
+	@VENV="$(VLLM_VENV)" VLLM="$(VLLM)" BASE="$(VENV)" PYTHON="$(PYTHON)" bash scripts/environment_vllm.sh
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python $(PYTEST) $(patsubst tests,tests/vllm_engine,$(TESTS)) -m "$(FAST)"
+
 clean:
-	rm -rf .venv .venv-sglang .venv-triton-* .pytest_cache .hypothesis .ruff_cache .cache build dist *.egg-info
+	rm -rf .venv .venv-sglang .venv-triton-* .venv-vllm-* .pytest_cache .hypothesis .ruff_cache .cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

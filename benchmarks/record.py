@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def about(what: str, module: str) -> dict[str, Any]:
     arguments are added."""
     return {
         "what": what,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": output("git", "-C", str(ROOT), "rev-parse", "HEAD"),
         "changed_files": output("git", "-C", str(ROOT), "diff", "--name-only", "HEAD").splitlines(),
         "command": " ".join([module, shlex.join(sys.argv[1:])]).rstrip(),

@@ -7,20 +7,20 @@ fail() {
   exit 1
 }
 
-suitable() { # a command that is a Python 3.10 to 3.13 which can make environments
-  "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' 2>/dev/null
+suitable() { # a command that is a Python 3.11 to 3.13 which can make environments
+  "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null
 }
 
 find_python() {
   if [ -n "${PYTHON:-}" ]; then
     suitable "$PYTHON" && echo "$PYTHON" && return
-    fail "PYTHON=$PYTHON is not a Python 3.10 to 3.13 with the venv and ensurepip modules." \
+    fail "PYTHON=$PYTHON is not a Python 3.11 to 3.13 with the venv and ensurepip modules." \
       "Name one that is, or leave PYTHON unset."
   fi
-  for candidate in python3.12 python3.11 python3.13 python3.10 python3 python; do
+  for candidate in python3.12 python3.11 python3.13 python3 python; do
     command -v "$candidate" >/dev/null && suitable "$candidate" && echo "$candidate" && return
   done
-  fail "found no Python 3.10 to 3.13 with the venv module on PATH (the engines have no builds for others)." \
+  fail "found no Python 3.11 to 3.13 with the venv module on PATH (the engines have no builds for others)." \
     "Install one, for example your system's python3.12 and python3.12-venv packages, or name it: make PYTHON=/path/to/python3.12 ..."
 }
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from mem_triton import compat
 from mem_triton.config import ConfigError, parse_config
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_defaults():
@@ -45,8 +52,40 @@ def test_importing_mem_triton_imports_no_engine():
 
 
 def test_version_outside_the_range_is_refused(monkeypatch):
-    monkeypatch.setattr(compat, "installed_version", lambda name: compat.Version("0.33.1"))
-    with pytest.raises(compat.UnsupportedVersionError, match=r'vllm 0\.33\.1 .*pip install "vllm>=0\.32'):
+    monkeypatch.setattr(compat, "installed_version", lambda name: compat.Version("0.31.1"))
+    with pytest.raises(compat.UnsupportedVersionError, match=r'vllm 0\.31\.1 .*pip install "vllm>=0\.32'):
         compat.require("vllm")
-    monkeypatch.setattr(compat, "installed_version", lambda name: compat.Version("0.32.0+cpu"))
-    assert compat.require("vllm").base_version == "0.32.0"
+    monkeypatch.setattr(compat, "installed_version", lambda name: None)
+    with pytest.raises(compat.UnsupportedVersionError, match=r'not installed.*pip install "vllm>=0\.32'):
+        compat.require("vllm")
+    for version in ("0.32.0+cpu", "0.33.1"):
+        monkeypatch.setattr(compat, "installed_version", lambda name, v=version: compat.Version(v))
+        assert str(compat.require("vllm")) == version
+
+
+def test_fault_versions_a_newer_version_starts_with_one_warning(monkeypatch, caplog):
+    compat._warn.cache_clear()
+    for version in ("0.33.0", "0.34.0rc1", "0.34.0rc1"):
+        monkeypatch.setattr(compat, "installed_version", lambda name, v=version: compat.Version(v))
+        assert str(compat.require("vllm")) == version
+    (warning,) = caplog.messages
+    assert "vllm 0.34.0rc1 is newer" in warning and 'pip install "vllm>=0.32.0,<0.34"' in warning
+
+
+def test_fault_versions_one_range_of_each_package_and_of_python():
+    """What is tested, what pip may install and what the scripts take are the same ranges."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    tested = SpecifierSet(compat.TESTED_VERSIONS["transformers"])
+    asked = [Requirement(line) for lines in extras.values() for line in lines]
+    ranges = {str(r.specifier) for r in asked if r.name == "transformers"}
+    assert ranges == {str(tested)}, ranges
+    (vllm,) = (r.specifier for r in asked if r.name == "vllm")
+    for version in ("0.31.9", "0.32.0", "0.32.5", "0.33.0", "0.33.9", "0.34.0", "0.40"):
+        assert vllm.contains(version) == compat.lies_in(version, compat.TESTED_VERSIONS["vllm"]), version
+    assert SpecifierSet(project["project"]["requires-python"]) == SpecifierSet(compat.PYTHON)
+    assert project["tool"]["ruff"]["target-version"] == "py311"
+    for file in ("README.md", "Makefile", "scripts/environment_common.sh"):
+        text = (ROOT / file).read_text()
+        assert "3.11 to 3.13" in text, file
+        assert not re.search(r"Python 3\.10|python3\.10|3, 10", text), file

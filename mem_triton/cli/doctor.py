@@ -57,7 +57,12 @@ def examine(architecture: str | None = None) -> dict[str, Any]:
     problems: list[str] = []
     versions: list[dict[str, Any]] = [
         {"name": "mem_triton", "version": __version__, "tested": None, "ok": True},
-        {"name": "python", "version": platform.python_version(), "tested": ">=3.10", "ok": True},
+        {
+            "name": "python",
+            "version": platform.python_version(),
+            "tested": compat.PYTHON,
+            "ok": compat.lies_in(platform.python_version(), compat.PYTHON),
+        },
     ]
     for name, tested in compat.TESTED_VERSIONS.items():
         version = compat.installed_version(name)

@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -90,7 +92,7 @@ def test_integrations_do_not_know_each_other():
 
 
 def test_python_files_annotate_lazily():
-    """Python 3.10 needs it for the newer spellings of types."""
+    """What an annotation names is then never looked up as a module is imported."""
     without = [
         path.relative_to(ROOT).as_posix()
         for path in tracked("mem_triton/*.py", "integrations/*.py")
@@ -144,6 +146,46 @@ def environment_script(script: str, tmp_path: Path, **env: str) -> subprocess.Co
     )  # fmt: skip
 
 
+def test_fault_versions_another_vllm_lies_over_the_compiled_one(tmp_path):
+    """An environment with the Python files of one vLLM, the compiled ones of another, and the other's packages."""
+    python = []
+    for name in ("base", "over"):
+        venv.create(tmp_path / name, symlinks=True, with_pip=False)
+        python.append(str(tmp_path / name / "bin" / "python"))
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    base, over = (Path(subprocess.check_output([p, "-c", ask], text=True).strip()) for p in python)
+    for path, text in (("vllm/_C.abi3.so", "compiled"), ("vllm/gone.py", ""), ("other.py", "x = 1")):
+        (base / path).parent.mkdir(exist_ok=True)
+        (base / path).write_text(text)
+    wheel = tmp_path / "vllm-9.1.0-cp38-abi3-any.whl"
+    with zipfile.ZipFile(wheel, "w") as files:
+        for path, text in (
+            ("vllm/__init__.py", ""), ("vllm/deep/a.py", "y = 2"), ("vllm/_C.abi3.so", "for a GPU"),
+            ("vllm-9.1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: vllm\nVersion: 9.1.0\n"),
+        ):  # fmt: skip
+            files.writestr(path, text)
+    lay = [python[1], str(ROOT / "scripts" / "overlay_vllm.py"), str(wheel), python[0]]
+    for _ in range(2):  # again over what lies there
+        subprocess.run(lay, check=True)
+    seen = (
+        "import importlib.metadata as m, importlib.util as u, other, vllm.deep.a as a;"
+        "print(m.version('vllm'), other.x, a.y, u.find_spec('vllm.gone'), a.__file__)"
+    )
+    said = subprocess.check_output([python[1], "-c", seen], text=True).split()
+    assert said == ["9.1.0+cpu", "1", "2", "None", str(over / "vllm/deep/a.py")]
+    assert (over / "vllm/_C.abi3.so").read_text() == "compiled"
+    shutil.rmtree(base / "vllm")
+    missing = subprocess.run(lay, capture_output=True, text=True)
+    assert missing.returncode == 1 and "no compiled vLLM lies there" in missing.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="with a GPU that vLLM is installed whole")
+def test_fault_versions_an_overlay_needs_an_environment_below_it(tmp_path):
+    result = environment_script("environment_vllm.sh", tmp_path, VLLM="0.33.0", BASE=str(tmp_path / "none"))
+    assert result.returncode == 1 and "run 'make env' first" in result.stderr, result.stderr
+    assert not (tmp_path / "env").exists()
+
+
 @every
 def test_without_a_python_the_environment_says_so(tmp_path, script):
     tools = tmp_path / "bin"
@@ -151,9 +193,9 @@ def test_without_a_python_the_environment_says_so(tmp_path, script):
     for tool in ("bash", "dirname", "cat", "cut", "sha256sum", "rm", "mkdir"):
         (tools / tool).symlink_to(shutil.which(tool))
     result = environment_script(script, tmp_path, PATH=str(tools), PYTHON="")
-    assert result.returncode == 1 and "found no Python 3.10 to 3.13" in result.stderr, result.stderr
+    assert result.returncode == 1 and "found no Python 3.11 to 3.13" in result.stderr, result.stderr
     result = environment_script(script, tmp_path, PYTHON="/bin/false")
-    assert result.returncode == 1 and "PYTHON=/bin/false is not a Python 3.10 to 3.13" in result.stderr
+    assert result.returncode == 1 and "PYTHON=/bin/false is not a Python 3.11 to 3.13" in result.stderr
     assert not (tmp_path / "env").exists()
 
 
