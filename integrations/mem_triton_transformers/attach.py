@@ -21,6 +21,7 @@ from mem_triton.delta_mem import (
 )
 from mem_triton_transformers.call import ModelCall
 from mem_triton_transformers.layer import LayerMemory
+from mem_triton_transformers.modes import BATCHING, check_generate, refuse_batching
 
 ATTRIBUTE = "_mem_triton"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -131,22 +132,22 @@ def attach(
     if hasattr(model, "generate"):
         model.generate = partial(_generate, model)
         memory.undo.append(partial(delattr, model, "generate"))
+    for name in BATCHING:
+        if hasattr(model, name):
+            setattr(model, name, partial(refuse_batching, name))
+            memory.undo.append(partial(delattr, model, name))
     setattr(model, ATTRIBUTE, memory)
 
 
 def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """The model's own generate, after refusing what would reorder rows or take tokens back behind memory's back."""
-    given = args[1] if len(args) > 1 else kwargs.get("generation_config")
-    for key, harmless in (("num_beams", 1), ("prompt_lookup_num_tokens", None), ("assistant_model", None)):
-        value = kwargs.get(key)
-        for config in (given, model.generation_config):
-            value = getattr(config, key, None) if value is None else value
-        if value not in (None, harmless):
-            raise NotImplementedError(
-                f"{key}={value if isinstance(value, int) else type(value).__name__}: beam search and assisted decoding "
-                "reorder or take back tokens that memory has already written; generate without them"
-            )
-    return type(model).generate(model, *args, **kwargs)
+    """The model's own generate, after refusing what would not write each token once. It begins a context."""
+    check_generate(model, args, kwargs)
+    contexts = memory_of(model).call.contexts
+    contexts.begin()
+    try:
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        contexts.begin()
 
 
 def _adapter(config: Mapping[str, Any]) -> DeltaMemAdapter:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mem_triton_transformers.contexts import CACHES, Contexts, cache_of, length_of
+
 
 class ModelCall:
     """Follows forward calls of the model from the outermost one, by hooks, and commits new states when it ends well.
@@ -23,11 +25,13 @@ class ModelCall:
         self.write_enabled = True
         self.segments: dict[str, Tensor] | None = None  # for the next call: "message" and "sentence" ids [B, T]
         self.layers: dict[str, Any] = {}  # name -> LayerMemory
+        self.contexts = Contexts()
         self._signatures: dict[nn.Module, inspect.Signature] = {}
         self._running: list[nn.Module] = []  # the calls in progress, outermost first
         self._mask: Tensor | None = None  # [B, past + T], nonzero = valid; None = all valid
         self._token_mask: Tensor | None = None  # [B, T] of this call
         self._staged: dict[str, Tensor] = {}
+        self._given: tuple[Tensor | None, Any, int | None] = (None, None, 0)  # tokens, cache and its length before
 
     def attach(self, module: nn.Module) -> list[Any]:
         """Follow calls of ``module``, a model or its decoder; returns the hooks' handles."""
@@ -84,13 +88,14 @@ class ModelCall:
         if len(self._running) > 1:
             return
         self._mask, self._token_mask, self._staged = None, None, {}
+        self._given = None, None, 0
         if kwargs.get("cu_seq_lens_q") is not None:
             raise ValueError(
                 "cu_seq_lens_q: several sequences packed into one row would share a memory; give each a row of its own "
                 "(padded, with an attention_mask), and use generate() rather than continuous batching"
             )
         given = self._signatures[module].bind_partial(*args, **kwargs).arguments
-        mask = given.get("attention_mask", given.get("kwargs", {}).get("attention_mask"))
+        mask = _argument(given, "attention_mask")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise ValueError(
                 "mem_triton needs the 2-D attention_mask [batch, tokens] to know which tokens are padding, got "
@@ -98,6 +103,11 @@ class ModelCall:
                 "such masks for static caches: leave cache_implementation at its default"
             )
         self._mask = mask
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        cache = next((c for name in CACHES if (c := _argument(given, name)) is not None), None)
+        self._given = tokens, cache, length_of(cache)
+        if self.write_enabled:
+            self.contexts.check(tokens, cache)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module in self._running:
@@ -108,4 +118,13 @@ class ModelCall:
             for name, state in self._staged.items():
                 self.layers[name].state = state
             self.segments = None
+            if self._staged:
+                tokens, cache, past = self._given
+                self.contexts.commit(tokens, cache_of(output) if cache is None else cache, past)
         self._mask, self._token_mask, self._staged = None, None, {}
+        self._given = None, None, 0
+
+
+def _argument(given: Mapping[str, Any], name: str) -> Any:
+    """An argument of a forward call by name, whether the method names it or takes it among its ``**kwargs``."""
+    return given.get(name, given.get("kwargs", {}).get(name))

@@ -14,6 +14,7 @@ from mem_triton.compat import require
 from mem_triton.memory3.encoder import EncodedText
 from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config, rotate
 from mem_triton_transformers.attach import ATTRIBUTE
+from mem_triton_transformers.contexts import cache_argument
 
 GATE_TOKENS = 32
 """Length of the text on which a model is checked before anything of it is stored."""
@@ -140,7 +141,7 @@ class TransformersEncoder:
         ids = torch.tensor(rows, device=self.decoder.device)
         recorder = _Recorder(self.attentions, layers, stop=cache is None)
         with recorder:
-            self.decoder(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+            self.decoder(input_ids=ids, use_cache=cache is not None, **{cache_argument(self.decoder): cache})
         return recorder.captured(*ids.shape)
 
 

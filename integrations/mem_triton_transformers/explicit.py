@@ -6,6 +6,7 @@ them, and the model's own attention does the rest. Slow and simple, so it is the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.placement import place, place_sink
 from mem_triton.store.plan import FOREVER, Attachment
+from mem_triton_transformers.contexts import cache_argument, cache_of
 from mem_triton_transformers.encode import attention_layers
 
 if TYPE_CHECKING:
@@ -141,7 +143,9 @@ def read_memory(model: PreTrainedModel, rows: Sequence[Sequence[MemorySegment]])
 def _stock_attention(attention: nn.Module, implementation: str) -> Callable[..., Any]:
     if implementation in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[implementation]
-    return type(attention).forward.__globals__["eager_attention_forward"]  # eager is each model file's own
+    return inspect.unwrap(type(attention).forward).__globals__[
+        "eager_attention_forward"
+    ]  # eager is each model file's own
 
 
 def attend(
@@ -247,7 +251,7 @@ def generate_with_retrieval(
             if generated and len(generated) % retriever.every == 0:
                 plan = retriever.extend(plan, len(prompt_ids), generated, **options)
                 reading.set([segments_of(model, bank, plan)])
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+            cache, ids = cache_of(out), out.logits[:, -1:].argmax(-1)
             generated.append(int(ids))
     return generated, plan

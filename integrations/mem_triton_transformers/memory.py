@@ -27,6 +27,7 @@ def reset_memory(model: PreTrainedModel) -> None:
     """Empty the memory: the next call starts from zero states, with any batch size. Segment ids are dropped too."""
     memory = memory_of(model)
     memory.call.segments = None
+    memory.call.contexts.forget()
     for layer in memory.layers.values():
         layer.state = None
 
@@ -35,6 +36,7 @@ def set_memory_write(model: PreTrainedModel, enabled: bool) -> None:
     """Turn writing on or off. Off: tokens read the frozen states, which stay bit for bit as they are."""
     call = memory_of(model).call
     call.write_enabled = bool(enabled)
+    call.contexts.begin()
     if not enabled:
         call.segments = None
 
@@ -94,6 +96,7 @@ def set_memory(model: PreTrainedModel, states: Mapping[str, Tensor]) -> None:
     for name, layer in memory.layers.items():
         layer.state = states.get(name)
     memory.call.segments = None
+    memory.call.contexts.forget()
 
 
 def save_memory(model: PreTrainedModel, path: str | os.PathLike[str]) -> Path:
