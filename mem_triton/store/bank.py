@@ -70,7 +70,7 @@ class Bank:
         self, path: Path, spec: BankSpec, catalogue: Catalogue, lock: WriterLock | None, embedder: Embedder | None
     ) -> None:
         self.path, self.spec, self.catalogue = path, spec, catalogue
-        self.shards = Shards(path / "shards", spec, codec_of(spec, catalogue.meta("codec_state")))
+        self.shards = Shards(path / "shards", spec, codec_of(spec, catalogue.meta("codec_state")), self._sha256_of)
         self.vectors = VectorIndex(path / "index", catalogue)
         self.writing = threading.RLock()  # one thread at a time
         self._lock, self._embedder, self._features = lock, embedder, None
@@ -134,6 +134,10 @@ class Bank:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+    def _sha256_of(self, shard: str) -> str | None:
+        rows = self.catalogue.read("SELECT sha256 FROM shards WHERE name = ?", shard)
+        return rows[0][0] if rows else None
 
     @property
     def writable(self) -> bool:
@@ -269,6 +273,8 @@ class Bank:
             except FileNotFoundError as error:  # compact may have moved it since the catalogue was read
                 if attempt == 2:
                     raise BankError(f'"{ref}": {error} is missing; restore it from a backup', ref) from None
+            except BankError as error:
+                raise BankError(f'"{ref}": {error}', ref) from None
         raise AssertionError("unreachable")
 
     def sink(self, dtype: torch.dtype | None = None) -> MemoryBlock | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -40,9 +43,24 @@ class BankLockedError(BankError):
     """Another process writes this bank."""
 
 
+class BankFullError(BankError):
+    """There is no room on the disk; nothing was changed."""
+
+
 class FingerprintError(BankError):
     """A folder that holds no model whose fingerprint can be taken."""
 
 
 class EmbedderError(BankError):
     """An embedder that is unknown, not installed, cannot be reached or answers nonsense."""
+
+
+def not_written(path: Path, error: Exception) -> BankError:
+    """What to raise when a file of a bank could not be written; of a library's error, too, that hides the disk's."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if getattr(error, "errno", None) in full or any(f"(os error {code})" in str(error) for code in full):
+        return BankFullError(
+            f"{path}: {os.strerror(errno.ENOSPC)}; nothing was changed. Delete entries and run `mem-triton bank "
+            "compact`, which work on a full disk, or make room otherwise"
+        )
+    return BankError(f"{path}: {error}; nothing was changed")
