@@ -41,10 +41,14 @@ def check_attention(name: str, attention: RadixAttention, what: str) -> None:
         raise ConfigError(f"{what} cannot be attached to {name}: the layer {reason}")
 
 
-def attach(model: nn.Module, shape: EngineShape, section: DeltaSection, page_size: int, rank: int) -> DeltaStates:
+def attach(
+    model: nn.Module, shape: EngineShape, section: DeltaSection, page_size: int, rank: int,
+    lose: Callable[[BaseException], None],
+) -> DeltaStates:  # fmt: skip
     """Attach the adapter named in ``section`` to this rank's layers; returns their states, not allocated yet.
 
-    page_size: tokens of a KV page. rank: of this process, among those that split heads.
+    page_size: tokens of a KV page. rank: of this process, among those that split heads. lose: told of an exception in a
+    layer's step, whose requests lose their memory then.
     Raises ConfigError or AdapterError naming what does not fit.
     """
     adapter = served_adapter(section, "SGLang")
@@ -63,12 +67,12 @@ def attach(model: nn.Module, shape: EngineShape, section: DeltaSection, page_siz
     how = "no layer of it is on this rank"
     for index, name in enumerate(layers.weights):
         module, attention = modules[name], modules[name].attn
-        step = functools.partial(_advance, states, index)
+        step = functools.partial(_advance, states, index, lose)
         heads = attention.tp_q_head_num, attention.tp_k_head_num
         memory = layers.memory(name, *heads, step, fuse=False, rounded=rounded)
         if launches:
             states.inputs[index] = memory.head_inputs(*heads, attention.qk_head_dim)
-            how = _prepare_in_one_launch(module.qkv_proj, memory, functools.partial(_prepare, states, index))
+            how = _prepare_in_one_launch(module.qkv_proj, memory, functools.partial(_prepare, states, index, lose))
         else:
             how = "operators of their own, as a CPU launches nothing"
             module.qkv_proj.register_forward_hook(functools.partial(_read_and_correct, memory))
@@ -121,9 +125,25 @@ def _prepare_in_one_launch(qkv_proj: nn.Module, memory: DeltaMemory, prepare: Ca
     return f"step and corrections in one launch, projections in {whose} matmul"
 
 
-def _advance(states: DeltaStates, layer: int, *tensors: Tensor) -> None:
-    states.advance(layer, *tensors, getattr(get_attn_backend(), "mem_step", None))
+def _advance(
+    states: DeltaStates, layer: int, lose: Callable[[BaseException], None], projections: Tensor, gate_bias: Tensor,
+    reads: Tensor,
+) -> None:  # fmt: skip
+    try:
+        states.advance(layer, projections, gate_bias, reads, getattr(get_attn_backend(), "mem_step", None))
+    except Exception as error:
+        reads.zero_()
+        lose(error)
 
 
-def _prepare(states: DeltaStates, layer: int, *tensors: Tensor) -> None:
-    states.prepare(layer, *tensors, getattr(get_attn_backend(), "mem_step", None))
+def _prepare(
+    states: DeltaStates, layer: int, lose: Callable[[BaseException], None], qkv: Tensor, projections: Tensor,
+    gate_bias: Tensor, reads: Tensor, rounded: Tensor,
+) -> None:  # fmt: skip
+    step = getattr(get_attn_backend(), "mem_step", None)
+    try:
+        states.prepare(layer, qkv, projections, gate_bias, reads, rounded, step)
+    except Exception as error:
+        reads.zero_()
+        rounded.zero_()
+        lose(error)

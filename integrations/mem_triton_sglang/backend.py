@@ -8,6 +8,7 @@ prefills in which no request reads the bank take the stock path.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -133,10 +134,17 @@ class BackendWithMemory(AttentionBackend):
         read = {} if memory is None else memory.read(step.seq_lens.shape[0])
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(queries)
-        memory_attention(
-            queries, self._context(layer, step), out, scale=layer.scaling, soft_cap=layer.logit_cap or 0.0,
-            sinks=sinks, policy=self.mem_triton.policy, **read,
+        attend = functools.partial(
+            memory_attention, queries, self._context(layer, step), out, scale=layer.scaling,
+            soft_cap=layer.logit_cap or 0.0, sinks=sinks, policy=self.mem_triton.policy,
         )  # fmt: skip
+        try:
+            attend(**read)
+        except Exception as error:
+            if not read:
+                raise
+            attend()  # plain attention: rows without memory do not notice
+            self.mem_triton.lose_references(error)
         return out.view(q.shape[0], -1)
 
     def _context(self, layer: RadixAttention, step: Step) -> PagedContext:

@@ -23,6 +23,11 @@ def packed(words: Mapping[str, Any] | None, carried: Mapping[str, Any]) -> dict[
     return {**others, CARRIER: json.dumps(carried)}
 
 
+def has_carried(params: Any) -> bool:
+    """Whether the front end put anything there."""
+    return CARRIER in (getattr(params, "custom_params", None) or {})
+
+
 def carried_of(params: Any) -> dict[str, Any] | None:
     """What the front end put into a request's sampling parameters, None if nothing."""
     text = (getattr(params, "custom_params", None) or {}).get(CARRIER)

@@ -76,12 +76,14 @@ def _validate(server_args: Any, previous: Any) -> None:
     previous(server_args)
     if not _is_asked(server_args):
         return
+    from mem_triton.runtime.incidents import make_file
     from mem_triton_sglang.channel import make_folder
     from mem_triton_sglang.hooks import check_hooks
 
     check_hooks()
     _refuse(server_args)  # again: SGLang may have chosen some by itself
-    make_folder()  # the processes that are started next find it
+    make_folder()  # the processes that are started next find both
+    make_file()
 
 
 def _refuse(server_args: Any) -> None:

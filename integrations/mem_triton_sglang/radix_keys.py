@@ -8,6 +8,7 @@ whose token ids differ where what they see differs; any other key stays as it is
 
 from __future__ import annotations
 
+import logging
 from array import array
 from typing import Any
 
@@ -15,12 +16,19 @@ import numpy as np
 
 from mem_triton_sglang.identity import MARK, parse
 
+logger = logging.getLogger("sglang.mem_triton")
+
 
 def after_init(result: None, key: Any, *args: Any, **kwargs: Any) -> None:
     """Called after ``RadixKey.__init__`` with the new key."""
     if key.extra_key is not None and key.extra_key.startswith(MARK):
-        key.extra_key, stretches = parse(key.extra_key)
-        key.token_ids = seen_tokens(key.token_ids, stretches)
+        try:
+            namespace, stretches = parse(key.extra_key)
+            key.token_ids = seen_tokens(key.token_ids, stretches)
+        except Exception as error:  # the scheduler goes on: the whole key stays a namespace that no other request has
+            logger.error("mem_triton: KV is shared with requests of the very same memory alone: %s", error)
+            return
+        key.extra_key = namespace
 
 
 def seen_tokens(token_ids: array[int], stretches: tuple[tuple[int, int], ...]) -> array[int]:

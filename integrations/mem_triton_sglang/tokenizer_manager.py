@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 import time
 import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
@@ -30,11 +32,13 @@ from mem_triton.runtime.front.asynchronous import AsyncMemory, Said
 from mem_triton.runtime.front.captures import CaptureError
 from mem_triton.runtime.front.chat import chat_frame
 from mem_triton.runtime.front.explicit import ExplicitFrontEnd
-from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLoadError, Opened
+from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLoadError, MemoryLostError, Opened
 from mem_triton.runtime.front.segments import NORMAL_ENDS
 from mem_triton.runtime.front.sessions import SessionFrontEnd
 from mem_triton.runtime.front.tenants import Tenants
+from mem_triton.runtime.incidents import VARIABLE, Incidents
 from mem_triton.runtime.request import RequestError
+from mem_triton.runtime.sessions import Lease
 from mem_triton_sglang.answer import Answer, fixed
 from mem_triton_sglang.carrier import is_word, packed
 from mem_triton_sglang.channel import Client
@@ -88,7 +92,8 @@ class TokenizerManagerWithMemory(TokenizerManager):
             render = self.tokenizer and self._render
             explicit = ExplicitFrontEnd(shape, config.memory, decode, render=render, frame=frame)
         client = Client(ranks=shape.tp_size * len(shape.pp_spans))
-        self.memory = MemoryFrontEnd(sessions, explicit, Tenants(config.tenants))
+        incidents = Incidents(Path(os.environ[VARIABLE]))
+        self.memory = MemoryFrontEnd(sessions, explicit, Tenants(config.tenants), incidents)
         self._waits = AsyncMemory(self.memory, client.call)
         self._running: dict[str, _Running] = {}
 
@@ -103,7 +108,21 @@ class TokenizerManagerWithMemory(TokenizerManager):
             stock = self._single(obj, request) if obj.is_single else self._many(obj, request)
         async with contextlib.aclosing(stock) as responses:
             async for response in responses:
+                if isinstance(obj, GenerateReqInput):
+                    for out in response if isinstance(response, list) else [response]:
+                        self._check(out, request is not None and not obj.stream)
                 yield response
+
+    def _check(self, out: dict[str, Any], whole: bool = True) -> None:
+        """Raise if a worker lost the request's memory: its answer is withheld. whole: HTTP, and no answer has begun."""
+        meta = out["meta_info"]
+        try:
+            self.memory.check(meta["id"], meta["finish_reason"] is not None)
+        except MemoryLostError as error:
+            super().abort_request(meta["id"])
+            if whole:
+                raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from None
+            raise ValueError(str(error)) from None  # SGLang ends a stream with it
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         for running in list(self._running.values()) if abort_all else filter(None, [self._running.get(rid)]):
@@ -117,6 +136,8 @@ class TokenizerManagerWithMemory(TokenizerManager):
         explicit = self.memory.explicit
         if explicit is not None and explicit.concerns_all:
             return True
+        if self.memory.sessions is not None and self.memory.incidents.epoch:
+            return True  # KV that was cached without its states must not be found
         keys = obj.extra_key if isinstance(obj.extra_key, list) else [obj.extra_key]
         if any(extra_key_of(key, None, None, None) != key for key in keys if isinstance(key, str)):
             return True  # it imitates one of ours
@@ -195,6 +216,7 @@ class TokenizerManagerWithMemory(TokenizerManager):
                         news = bool(running.obj.stream) and self.incremental_streaming_output
                         running.said = (running.said if news else []) + list(out["output_ids"])
                     if out["meta_info"]["finish_reason"] is not None:
+                        self._check(out, running.request is not None and not running.obj.stream)
                         await self._finish(out, running)
                         self._close(running)  # now: who reads no further may keep this generator for long
                     yield out
@@ -258,11 +280,17 @@ class TokenizerManagerWithMemory(TokenizerManager):
         }  # fmt: skip
         obj.extra_key = extra_key_of(
             obj.extra_key,
-            lease.key if lease is not None and (lease.request.session or not lease.request.write) else None,
+            self.memory.key_of(lease) if self._is_keyed(lease) else None,
             memory and memory["bank"],
             memory and memory["plan"],
         )
         return super().generate_request(obj, running.request)
+
+    def _is_keyed(self, lease: Lease | None) -> bool:
+        """Whether the KV of a request depends on a state that not every request has."""
+        if lease is None:
+            return False
+        return bool(lease.request.session or not lease.request.write or self.memory.incidents.epoch)
 
     async def _aborted(self, running: _Running, reason: dict[str, Any] | None) -> AsyncGenerator[Any, None]:
         """The output of a request that ended before the scheduler had it, made as SGLang makes it."""

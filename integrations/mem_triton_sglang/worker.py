@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -20,74 +20,58 @@ from torch import nn
 from mem_triton.config import ConfigError, MemTritonConfig
 from mem_triton.ops.memory_attention import Policy
 from mem_triton.runtime.worker.attach import attention_modules
+from mem_triton.runtime.worker.memory import BatchMemory
 from mem_triton_sglang.attach import attach, check_attention
-from mem_triton_sglang.carrier import carried_of, is_word
+from mem_triton_sglang.carrier import carried_of, has_carried, is_word
 from mem_triton_sglang.configuration import configured
 from mem_triton_sglang.context import ContextReader
 from mem_triton_sglang.shape import shape_of
 from mem_triton_sglang.states import DeltaStates
 
-if TYPE_CHECKING:
-    from mem_triton.runtime.worker.explicit import ExplicitMemory
 
+class WorkerMemory(BatchMemory):
+    """delta: δ-mem's states. context: where requests' own keys and values lie.
 
-@dataclass
-class WorkerMemory:
-    """delta: δ-mem's states. explicit: the pool of pages, its tables, its loader and its captures; None if not asked.
-
-    context: where requests' own keys and values lie. on_stream: the context in which work joins the forward passes'
-    stream. lock: between SGLang's thread and the channel's. reads_bank: whether a row of the coming step reads the
-    bank; without one, a prefill takes the stock path. policy: of attention; None leaves the way to each step's batch.
+    on_stream: the context in which work joins the forward passes' stream. lock: between SGLang's thread and the
+    channel's. reads_bank: whether a row of the coming step reads the bank; without one, a prefill takes the stock path.
+    policy: of attention; None leaves the way to each step's batch.
     """
 
-    delta: DeltaStates | None
-    explicit: ExplicitMemory | None
-    context: ContextReader
-    on_stream: Any = contextlib.nullcontext
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    reads_bank: bool = False
-    policy: Policy | None = None
+    def __init__(self, context: ContextReader, on_stream: Any = contextlib.nullcontext, policy: Policy | None = None):
+        super().__init__()
+        self.delta: DeltaStates | None = None
+        self.context, self.on_stream, self.policy = context, on_stream, policy
+        self.lock, self.reads_bank = threading.Lock(), False
 
     def before_step(self, batch: Any) -> None:
         """Write the coming forward pass's rows. batch: SGLang's ``ScheduleBatch``."""
-        requests = batch.reqs
-        if batch.forward_mode.is_decode():
-            last = [length - 1 for length in batch.seq_lens_cpu.tolist()]
-            first = last
-        else:
-            first = list(batch.prefix_lens or ())
-            last = [start + count - 1 for start, count in zip(first, batch.extend_lens or (), strict=True)]
-        ids = [request.rid for request in requests]
+        ids = [request.rid for request in batch.reqs]
         with self.lock:
-            for request in requests:
+            for request in batch.reqs:
                 self._enter(request)
-            if self.delta is not None:
-                self.delta.slots.set_rows(ids, last)
-            if self.explicit is not None:
-                self.explicit.set_rows(ids, first, last)
-                self.reads_bank = any(id in self.explicit.tables for id in ids)
+            self.begin_step(ids, *_positions(batch))
+            self.reads_bank = self.explicit is not None and any(id in self.explicit for id in ids)
 
-    def leave(self, request: Any) -> None:
+    def end_request(self, request: Any) -> None:
         """A request gives its row back, finished, aborted or retracted; its KV is still where it was."""
         with self.lock, self.on_stream():
-            if request.rid in self.context.rows:
-                for part in self._parts:
-                    part.leave(request.rid)
-                del self.context.rows[request.rid]
+            self.leave(request.rid)
+            self.context.rows.pop(request.rid, None)
 
     def _enter(self, request: Any) -> None:
-        if request.rid in self.context.rows:
-            return
-        carried = carried_of(request.sampling_params)
-        if carried is None:
+        if request.rid in self.context.rows or not has_carried(request.sampling_params):
             return
         self.context.rows[request.rid] = request.kv.req_pool_idx
-        for part in self._parts:
-            part.enter(request.rid, carried)
+        self.enter(request.rid, lambda: carried_of(request.sampling_params))
 
-    @property
-    def _parts(self) -> list[Any]:
-        return [part for part in (self.delta and self.delta.slots, self.explicit) if part is not None]
+
+def _positions(batch: Any) -> tuple[list[int], list[int]]:
+    """Per row, the positions of the first and the last token that the coming forward pass processes."""
+    if batch.forward_mode.is_decode():
+        last = [length - 1 for length in batch.seq_lens_cpu.tolist()]
+        return last, last
+    first = list(batch.prefix_lens or ())
+    return first, [start + count - 1 for start, count in zip(first, batch.extend_lens or (), strict=True)]
 
 
 def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
@@ -97,12 +81,13 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
     if not runner.is_generation:
         raise ConfigError("mem_triton does not support embedding models: they do not generate")
     shape, ranks = shape_of(runner.server_args, runner.model_config), own_ranks()
-    delta = explicit = None
-    context = ContextReader(runner)
     invariant = config.deterministic or runner.server_args.enable_deterministic_inference
+    policy = Policy(batch_invariant=True) if invariant else None
+    memory = WorkerMemory(ContextReader(runner), stream_of(runner), policy)
     if config.delta is not None:
-        delta = attach(runner.model, shape, config.delta, runner.page_size, ranks.tp)
-        delta.slots.batch_invariant = invariant
+        memory.delta = attach(runner.model, shape, config.delta, runner.page_size, ranks.tp, memory.lose_states)
+        memory.slots = memory.delta.slots
+        memory.slots.batch_invariant = invariant
     if config.memory is not None:
         from mem_triton.runtime.worker.explicit import ExplicitMemory
 
@@ -111,9 +96,10 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
         for index, attention in attentions.items():
             check_attention(f"layer {index}", attention, "explicit memory")
         device = next(runner.model.parameters()).device
-        explicit = ExplicitMemory(shape, config.memory, sorted(attentions), ranks.tp, ranks.world, device, context)
-    policy = Policy(batch_invariant=True) if invariant else None
-    return WorkerMemory(delta, explicit, context, stream_of(runner), policy=policy)
+        memory.explicit = ExplicitMemory(
+            shape, config.memory, sorted(attentions), ranks.tp, ranks.world, device, memory.context
+        )
+    return memory
 
 
 def memory_of(model: nn.Module) -> WorkerMemory | None:
@@ -184,14 +170,14 @@ def before_free(pool: Any, request: Any) -> None:
     """``ReqToTokenPool.free``: a request leaves, however it ended."""
     memory = getattr(pool, "mem_triton", None)
     if memory is not None:
-        memory.leave(request)
+        memory.end_request(request)
 
 
 def after_request(result: Any, request: Any, *args: Any, **kwargs: Any) -> None:
     """``Req.__init__``: memory words without the front end's answer came in by a door that it does not watch."""
     words = getattr(request.sampling_params, "custom_params", None) or {}
     asked = sorted(filter(is_word, words))
-    if asked and carried_of(request.sampling_params) is None:
+    if asked and not has_carried(request.sampling_params):
         request.set_finish_with_abort(
             f"{asked[0]}: mem_triton is not active in the process that took this request; send it to the server's own "
             "HTTP port, with one tokenizer worker"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import uuid
@@ -9,12 +10,13 @@ import weakref
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from vllm.exceptions import GenerationError, RetryableRequestError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from mem_triton.runtime.front.asynchronous import AsyncMemory, Said
-from mem_triton.runtime.front.memory import Opened
+from mem_triton.runtime.front.memory import MemoryLoadError, MemoryLostError, Opened
 from mem_triton.runtime.front.segments import NORMAL_ENDS
 from mem_triton.runtime.request import RequestError
 from mem_triton_vllm import callers, front_end
@@ -32,7 +34,10 @@ class AsyncLLMWithMemory(AsyncLLM):
     memory: VLLMFrontEnd
 
     def start_memory(self) -> None:
-        """Nothing to do: the pages of default entries are filled with the first request that reads them."""
+        """Begin to fill the pages of default entries, where an event loop runs already."""
+        if self.memory.explicit is not None:
+            with contextlib.suppress(RuntimeError):  # no loop yet: they are filled with the first request that reads
+                asyncio.get_running_loop().call_soon(self._waits.start_loads)
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
@@ -58,6 +63,7 @@ class AsyncLLMWithMemory(AsyncLLM):
         generated, said = 0, []
         try:
             async for output in outputs:
+                self.memory.check(request_id, output.finished)
                 generated = front_end.count_tokens(output, params.output_kind, generated)
                 if opened.capture is not None:
                     said = tokens_so_far(output, params.output_kind, said)
@@ -67,9 +73,15 @@ class AsyncLLMWithMemory(AsyncLLM):
                     if opened.capture is not None and opened.capture.error is not None:
                         raise capture_failed(opened.capture, output, params.output_kind)
                 yield output  # the last one only after the commit, so that the next request finds the session free
+        except MemoryLoadError as error:
+            raise GenerationError(str(error)) from None  # HTTP 500, in a stream an error event
+        except MemoryLostError as error:
+            raise RetryableRequestError(str(error)) from None  # HTTP 503
         finally:
-            self.memory.close(opened)
-            await outputs.aclose()
+            try:
+                await outputs.aclose()  # first: the engine may still read the request's pages
+            finally:
+                self.memory.close(opened)
 
     async def _finish(self, output: RequestOutput, opened: Opened, generated: int, said: Said) -> None:
         """Commit, keep and release what the request leaves, and say what it saw."""

@@ -23,7 +23,7 @@ from mem_triton_vllm import fused_inputs
 from mem_triton_vllm.layers import OutputWithMemory, QKVWithMemory
 from mem_triton_vllm.refusals import check_attention
 from mem_triton_vllm.shape import shape_of
-from mem_triton_vllm.state_cache import OP_NAMES, DeltaStateCache
+from mem_triton_vllm.state_cache import OP_NAMES, DeltaStateCache, Lose
 
 logger = init_logger("vllm.mem_triton")
 
@@ -31,9 +31,10 @@ TOKENS_PER_STATE = 16
 """Cells are exact where execution resumes: at the frontier or at a block boundary. 16 costs 0.39 % of Qwen3-4B's KV."""
 
 
-def attach(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection) -> StateSlots:
+def attach(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection, lose: Lose) -> StateSlots:
     """Attach the adapter named in ``section`` to this worker's layers; returns the worker's state tables.
 
+    lose: told of an exception in a layer's step, whose requests lose their memory then.
     Raises ConfigError or AdapterError naming what does not fit.
     """
     adapter = served_adapter(section, "vLLM")
@@ -49,7 +50,13 @@ def attach(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection) -> 
     for index, name in enumerate(layers.weights):
         module = modules[name]
         cache = DeltaStateCache(
-            vllm_config, f"{module.attn.layer_name}.delta_state", layers.spec, tokens_per_state, layers.slots, index
+            vllm_config,
+            f"{module.attn.layer_name}.delta_state",
+            layers.spec,
+            tokens_per_state,
+            layers.slots,
+            index,
+            lose,
         )
         step = functools.partial(torch.ops.mem_triton.delta_rule_layer, layer_name=cache.layer_name)
         memory = layers.memory(name, module.attn.num_heads, module.attn.num_kv_heads, step, fuse=fuse, linear=linear)

@@ -6,7 +6,8 @@ and always takes ``CPU_ATTN``, so there the override of that slot is set while t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -106,10 +107,11 @@ class MemoryAttentionBackend(AttentionBackend):
 class MemoryAttentionImpl(AttentionImpl):
     """One layer's attention. Without ``mem_triton_memory`` at the layer it is plain causal attention.
 
-    policy: which way it takes; None leaves that to each step's batch.
+    policy: which way it takes; None leaves that to each step's batch. lose: told of an exception with memory.
     """
 
     policy: Policy | None = None
+    lose: Callable[[BaseException], None]
 
     def __init__(
         self,
@@ -180,10 +182,17 @@ class MemoryAttentionImpl(AttentionImpl):
         read = {} if memory is None else memory.read(m.seq_lens.shape[0])
         tokens = m.num_actual_tokens
         heads = (tokens, self.num_heads, self.head_size)
-        memory_attention(
-            query[:tokens].view(heads), context, output[:tokens].view(heads), scale=self.scale,
-            soft_cap=self.soft_cap, sinks=self.sinks, policy=self.policy, **read,
+        attend = functools.partial(
+            memory_attention, query[:tokens].view(heads), context, output[:tokens].view(heads), scale=self.scale,
+            soft_cap=self.soft_cap, sinks=self.sinks, policy=self.policy,
         )  # fmt: skip
+        try:
+            attend(**read)
+        except Exception as error:
+            if not read:
+                raise
+            attend()  # plain attention: rows without memory do not notice
+            self.lose(error)
         return output
 
 

@@ -12,10 +12,13 @@ import functools
 from contextlib import ExitStack
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core import kv_cache_utils
 
 from mem_triton.runtime.request import carried_by
 from mem_triton.store.plan import from_carried, seen_between
+
+logger = init_logger("vllm.mem_triton")
 
 _MARK = "_mem_triton"
 
@@ -34,10 +37,13 @@ def _with_memory(stock: Any) -> Any:
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> Any:
         keys, next_mm_idx = stock(request, start_token_idx, end_token_idx, start_mm_idx)
-        memory = (carried_by(request.sampling_params) or {}).get("memory")
-        if memory:
-            keys = (keys or ()) + (memory_key(memory, start_token_idx, end_token_idx),)
-        return keys, next_mm_idx
+        try:
+            memory = (carried_by(request.sampling_params) or {}).get("memory")
+            own = (memory_key(memory, start_token_idx, end_token_idx),) if memory else ()
+        except Exception as error:  # the scheduler goes on: nobody else finds these blocks
+            logger.error("mem_triton: blocks of %s are not shared: %s", request.request_id, error)
+            own = (("mem_triton", request.request_id),)
+        return (((keys or ()) + own) if own else keys), next_mm_idx
 
     setattr(generate_block_hash_extra_keys, _MARK, True)
     return generate_block_hash_extra_keys

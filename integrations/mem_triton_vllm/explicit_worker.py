@@ -30,10 +30,12 @@ BlockRow = Callable[[str], Tensor]
 
 
 def attach_explicit(
-    vllm_config: VllmConfig, model: nn.Module, section: MemorySection, block_row: BlockRow, policy: Policy | None = None
-) -> ExplicitMemory:
+    vllm_config: VllmConfig, model: nn.Module, section: MemorySection, block_row: BlockRow,
+    lose: Callable[[BaseException], None], policy: Policy | None = None,
+) -> ExplicitMemory:  # fmt: skip
     """Give this worker's attention layers the bank. policy: of all of them, see ``backend.MemoryAttentionImpl``.
 
+    lose: told of an exception in a layer's attention, whose requests lose their memory then.
     Raises ConfigError for what memory cannot serve.
     """
     attentions = _attentions(vllm_config)
@@ -51,7 +53,7 @@ def attach_explicit(
     )
     for index, attention in attentions.items():
         attention.mem_triton_memory = memory.layer(index)
-        attention.impl.policy = policy
+        attention.impl.policy, attention.impl.lose = policy, lose
     logger.info("explicit memory attached: %s", memory.describe())
     return memory
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
-from vllm.outputs import RequestOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -30,6 +31,7 @@ from mem_triton.runtime.front.chat import chat_frame
 from mem_triton.runtime.front.memory import MemoryFrontEnd, Opened
 from mem_triton.runtime.front.sessions import SessionFrontEnd
 from mem_triton.runtime.front.tenants import Tenants
+from mem_triton.runtime.incidents import Incidents, make_file
 from mem_triton.runtime.request import CARRIER, RequestError
 from mem_triton_vllm import callers
 from mem_triton_vllm.answer_text import AnswerText
@@ -72,7 +74,7 @@ class VLLMFrontEnd(MemoryFrontEnd):
         self, sessions: SessionFrontEnd | None, explicit: ExplicitFrontEnd | None,
         tokenizer: Callable[[], Any] | None = None, fixed_all: str | None = None, tenants: Tenants | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(sessions, explicit, tenants)
+        super().__init__(sessions, explicit, tenants, Incidents(make_file(), _external_id))
         self.tokenizer, self._fixed = tokenizer, fixed_all
 
     def open_request(
@@ -103,7 +105,7 @@ class VLLMFrontEnd(MemoryFrontEnd):
         if isinstance(prompt, EngineCoreRequest):
             prompt = copy.copy(prompt)
             prompt.sampling_params = params
-        return (_salt(prompt, opened.lease.key) if opened.lease is not None else prompt), params
+        return (_salt(prompt, self.key_of(opened.lease)) if opened.lease is not None else prompt), params
 
     def segments(self, opened: Opened, prompt_ids: list[int], params: SamplingParams) -> OutputSegments:
         """How the answer is cut."""
@@ -111,6 +113,16 @@ class VLLMFrontEnd(MemoryFrontEnd):
         spells = opened.reading.refreshes and params.detokenize and self.tokenizer is not None
         text = AnswerText(self.tokenizer(), prompt_ids, params) if spells else None
         return OutputSegments(prompt_ids, params, every, limit, text)
+
+
+_INTERNAL_ID = re.compile(r"(?:\d+_)?(.*)-[0-9a-f]{8}", re.DOTALL)
+
+
+def _external_id(internal_id: str) -> str:
+    """The caller's id of a request, of which vLLM makes "<id>-<8 digits>", or "<answer>_<id>-<8 digits>" for several
+    answers."""
+    found = _INTERNAL_ID.fullmatch(internal_id)
+    return found[1] if found else internal_id
 
 
 def refused(error: RequestError) -> VLLMValidationError:
@@ -129,6 +141,13 @@ def add_report(output: RequestOutput, opened: Opened) -> None:
     if (report := opened.report()) is not None:
         extras = dict(output.kv_transfer_params or {})
         output.kv_transfer_params = {**extras, "mem_triton": report}
+
+
+def failed(request_id: str, prompt_ids: list[int] | None, reason: str) -> RequestOutput:
+    """The last output of a request that ends alone, because its memory could not be had."""
+    answer = CompletionOutput(0, "", [], None, None, finish_reason="error")
+    report = {"mem_triton": {"error": reason}}
+    return RequestOutput(request_id, None, prompt_ids, None, [answer], finished=True, kv_transfer_params=report)
 
 
 def install(undo: ExitStack) -> None:

@@ -7,6 +7,7 @@ slot moves and tensor parallelism need no bookkeeping of ours (vLLM's own indexe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,6 +37,8 @@ SCHEMAS = {
     ),
 }
 """Ops of this module. Written out: what torch infers from a function depends on how vLLM has wrapped it."""
+Lose = Callable[[BaseException], None]
+"""Told of an exception in a layer: the requests of the step that runs lose their memory."""
 OP_NAMES = tuple(f"mem_triton::{name}" for name in SCHEMAS)
 
 
@@ -108,8 +111,10 @@ class DeltaStateCache(nn.Module, AttentionLayerBase):
         tokens_per_state: int,
         slots: StateSlots,
         index: int,
+        lose: Lose,
     ) -> None:
         super().__init__()
+        self.lose = lose
         self.layer_name, self.spec, self.tokens_per_state = layer_name, spec, tokens_per_state
         self.slots, self.index = slots, index
         self.inputs: HeadInputs | None = None  # what ``prepare`` does to the layer's heads
@@ -185,7 +190,11 @@ def _delta_rule_layer(projections: Tensor, gate_bias: Tensor, reads: Tensor, lay
         reads.zero_()
         return
     layer, metadata = found
-    layer.step(projections, gate_bias, reads, metadata)
+    try:
+        layer.step(projections, gate_bias, reads, metadata)
+    except Exception as error:
+        reads.zero_()
+        layer.lose(error)
 
 
 def _attention_inputs_layer(
@@ -200,7 +209,11 @@ def _attention_inputs_layer(
     width = layer.inputs.width
     if projections is None:
         projections = projected[:, width : width + layer.spec.projection_width]
-    layer.prepare(projected[:, :width], projections, gate_bias, reads, metadata)
+    try:
+        layer.prepare(projected[:, :width], projections, gate_bias, reads, metadata)
+    except Exception as error:
+        reads.zero_()
+        layer.lose(error)
 
 
 _LIBRARY = torch.library.Library("mem_triton", "FRAGMENT")

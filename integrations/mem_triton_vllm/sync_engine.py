@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.logger import init_logger
+from vllm.outputs import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from mem_triton.runtime.courier import PageCourier
@@ -25,6 +26,8 @@ from mem_triton_vllm import front_end
 from mem_triton_vllm.capture import reading_request, tokens_so_far
 from mem_triton_vllm.front_end import VLLMFrontEnd
 from mem_triton_vllm.segments import OutputSegments
+
+logger = init_logger("vllm.mem_triton")
 
 POLL_SECONDS = 0.001
 
@@ -104,10 +107,24 @@ class LLMEngineWithMemory(LLMEngine):
             if self._put_off:
                 time.sleep(POLL_SECONDS)
             return outputs
-        for output in super().step():
+        stepped = super().step()
+        lost = self.memory.incidents.lost()
+        for output in stepped:
+            if (reason := lost.get(output.request_id)) is not None:
+                outputs += self._withhold(output, reason)
+                continue
             running = self._running.get(output.request_id)
             outputs += [output] if running is None else self._advance(output, running)
         return outputs
+
+    def _withhold(self, output: RequestOutput, reason: str) -> list[RequestOutput]:
+        """A request that lost its memory in a worker ends with the reason instead of its answer."""
+        if not output.finished:
+            super().abort_request([output.request_id])
+        reason = f"the engine lost the memory of this request ({reason})"
+        if output.request_id in self._running:
+            return [self._fail(output.request_id, reason)]
+        return [front_end.failed(output.request_id, output.prompt_token_ids, reason)]
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._put_off) or super().has_unfinished_requests()
@@ -129,7 +146,13 @@ class LLMEngineWithMemory(LLMEngine):
         """Carry pages one round further and submit what they have made ready; outputs of requests that failed."""
         if self._courier is None:
             return []
-        self._carry_pages()
+        try:
+            self._carry_pages()
+        except Exception as error:  # an engine that is dead says so in its own step
+            logger.exception("mem_triton: pages could not be carried")
+            return [
+                self._fail(request_id, f"its pages could not be loaded: {error}") for request_id in [*self._put_off]
+            ]
         failed = []
         for request_id in list(self._put_off):
             running = self._running[request_id]
@@ -160,15 +183,10 @@ class LLMEngineWithMemory(LLMEngine):
             self._courier.settle(self.collective_rpc(front_end.PAGES_STATE, args=(self._courier.heard(),)))
 
     def _fail(self, request_id: str, reason: str) -> RequestOutput:
-        """A request whose memory could not be read ends alone, with the reason in its report."""
+        """A request whose memory could not be had ends alone, with the reason in its report."""
         running = self._forget(request_id)
-        reading = running.opened.reading
-        reading.note = reason
         self.memory.close(running.opened)
-        answer = CompletionOutput(0, "", [], None, None, finish_reason="error")
-        output = RequestOutput(request_id, None, running.segments.prompt_ids, None, [answer], finished=True)
-        front_end.add_report(output, running.opened)
-        return output
+        return front_end.failed(request_id, running.segments and running.segments.own_prompt, reason)
 
     def _advance(self, output: RequestOutput, running: _Running) -> list[RequestOutput]:
         """What the caller sees of one engine output of a request with memory."""

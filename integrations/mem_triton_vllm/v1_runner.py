@@ -65,7 +65,7 @@ def _track_rows(stock: Any) -> Any:
             request = runner.requests[request_id]
             memory.enter(request_id, request.sampling_params)
             first.append(request.num_computed_tokens)
-        memory.set_rows(rows, first, [n + scheduled[r] - 1 for n, r in zip(first, rows, strict=True)])
+        memory.begin_step(rows, first, [n + scheduled[r] - 1 for n, r in zip(first, rows, strict=True)])
         return result
 
     return _update_states

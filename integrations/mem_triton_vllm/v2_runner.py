@@ -45,7 +45,7 @@ class MemoryModelState:
 
     def prepare_attn(self, input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         first = input_batch.num_computed_tokens_np
-        self.memory.set_rows(input_batch.req_ids, first, first + input_batch.num_scheduled_tokens - 1)
+        self.memory.begin_step(input_batch.req_ids, first, first + input_batch.num_scheduled_tokens - 1)
         return super().prepare_attn(input_batch, *args, **kwargs)
 
     def _block_row(self, req_id: str) -> Tensor:

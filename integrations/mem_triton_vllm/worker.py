@@ -32,7 +32,7 @@ def take_state(self: WorkerBase, lease: str, position: int, forget: list[str]) -
 def load_pages(self: WorkerBase, orders: list[Order]) -> None:
     """Start to fill pages in the background."""
     for ref, pages, _ in orders:
-        _memory(self).explicit.loader.load(ref, pages)
+        _memory(self).explicit.load(ref, pages)
 
 
 def pages_state(self: WorkerBase, heard: list[str]) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ LATE_COMMITS = Counter(
 REFRESH_OFF = Counter(
     "mem_triton:refresh_off", "Requests whose references stay as they are while they answer, and why", ["reason"]
 )
+INCIDENTS = Counter("mem_triton:incidents", "Requests that lost their memory in a worker and failed", ["where"])
 SEARCH_FAILURES = Counter(
     "mem_triton:search_failures", "Requests answered without references because their search failed", ["reason"]
 )

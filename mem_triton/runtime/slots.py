@@ -100,6 +100,21 @@ class StateSlots:
         self.row_write.copy_(table[1], non_blocking=True)
         self._rows_are_plain = not self._residents
 
+    def __contains__(self, request_id: object) -> bool:
+        """Whether a request in the batch says something about its state."""
+        return request_id in self._residents
+
+    def forget_rows(self) -> None:
+        """After a failure: no row of the coming step starts from a state or leaves one."""
+        self.row_slot.fill_(-1)
+        self.row_write.fill_(1)
+
+    def drop_request(self, request_id: str) -> None:
+        """A request has lost its memory: it goes on as a plain one, and leaves no state."""
+        resident = self._residents.pop(request_id, None)
+        if resident is not None and resident.slot >= 0:
+            self._free.append(resident.slot)
+
     def clear_rows(self) -> None:
         """Dummy and warm-up batches: no row starts from a state or leaves one."""
         self.set_rows([], [])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mem_triton.ops.memory_attention.types import MemoryTable
-from mem_triton.store.plan import FOREVER, Attachment, from_carried
+from mem_triton.store.plan import FOREVER, Attachment, from_carried, joined
 
 
 @dataclass
@@ -60,7 +60,8 @@ class MemoryTables:
         memory = (carried or {}).get("memory")
         if not memory or request_id in self._residents:
             return
-        self._residents[request_id] = _Resident(self._free.pop(), from_carried(memory["plan"]), memory["runs"])
+        plan, runs = joined(from_carried(memory["plan"])), memory["runs"]
+        self._residents[request_id] = _Resident(self._free.pop(), plan, runs)
 
     def leave(self, request_id: str) -> None:
         """Forget a request that left the batch."""
@@ -72,19 +73,40 @@ class MemoryTables:
         """Whether a request in the batch reads memory."""
         return request_id in self._residents
 
-    def set_rows(self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int]) -> None:
-        """Write the batch's order, and the pages that its tokens at positions first..last see, into the tables."""
+    def reads(self, pages: Iterable[int]) -> bool:
+        """Whether a request in the batch reads one of these pages."""
+        wanted = set(pages)
+        return any(not wanted.isdisjoint(own) for r in self._residents.values() for own, _ in r.runs.values())
+
+    def set_rows(
+        self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int],
+        faults: dict[str, Exception] | None = None,
+    ) -> None:  # fmt: skip
+        """Write the batch's order, and the pages that its tokens at positions first..last see, into the tables.
+
+        faults: takes the requests whose pages cannot be written, with the reasons; their rows have no memory then.
+        Without it the first one raises RuntimeError.
+        """
         if not self._residents and self._rows_are_plain:
             return
         rows = []
         for request_id, start, end in zip(request_ids, first, last, strict=True):
             resident = self._residents.get(request_id)
+            try:
+                if resident is not None:
+                    self._show(resident, int(start), int(end))
+            except Exception as error:
+                if faults is None:
+                    raise
+                faults[request_id], resident = error, None
             rows.append(-1 if resident is None else resident.slot)
-            if resident is not None:
-                self._show(resident, int(start), int(end))
         rows += [-1] * (self.slots - len(rows))
         self.row_slot.copy_(self._staged(rows), non_blocking=True)
         self._rows_are_plain = not self._residents
+
+    def forget_rows(self) -> None:
+        """After a failure: no row of the coming step has memory."""
+        self.row_slot.fill_(-1)
 
     def clear_rows(self) -> None:
         """Dummy and warm-up batches: no row has memory."""
@@ -94,10 +116,10 @@ class MemoryTables:
         visible = tuple(i for i, a in enumerate(resident.plan) if a.first <= last and a.end > first)
         if visible == resident.visible:
             return
-        resident.visible = visible
         columns = [c for i in visible for c in self._columns(resident.plan[i], resident.runs)]
         if len(columns) > self.max_pages:
             raise RuntimeError(f"{len(columns)} memory pages are seen in one step, the tables hold {self.max_pages}")
+        resident.visible = visible
         slot = resident.slot
         if columns:
             self._rows[:, slot, : len(columns)].copy_(self._staged(columns).T, non_blocking=True)

@@ -20,12 +20,12 @@ def front(tmp_path):
     with Bank.create(tmp_path / "bank", spec()) as bank:
         front.bank, front._default = bank, ()
         front.residency = Residency(8, TOKENS, 1)
-        front.layout = SimpleNamespace(max_pages=2)
+        front.layout, front.longest_step = SimpleNamespace(max_pages=2), 512
         yield front
 
 
 def resolved(front: ExplicitFrontEnd, *ids: str) -> tuple[str, ...]:
-    return front._resolve(parse_request({"mem_ids": list(ids)}))
+    return tuple(front._resolve(parse_request({"mem_ids": list(ids)})))
 
 
 def test_fault25_an_entry_that_is_named_twice_takes_its_pages_once(front):

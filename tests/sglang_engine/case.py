@@ -12,6 +12,8 @@ import os
 import sys
 from typing import Any
 
+from tests.support.faults import switch
+
 MARK = "CASE-RESULT "
 TAMPER = "MEM_TRITON_TEST_TAMPER"
 
@@ -27,6 +29,7 @@ def main() -> None:
     with sglang.Engine(**case["engine"]) as engine:
         rounds = []
         for batch in case["rounds"]:
+            switch(batch[0].get("fault"))
             try:
                 answers = engine.generate(
                     input_ids=[r["prompt"] for r in batch],

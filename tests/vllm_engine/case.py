@@ -11,6 +11,8 @@ import json
 import sys
 from typing import Any
 
+from tests.support.faults import switch
+
 MARK = "CASE-RESULT "
 
 
@@ -34,6 +36,7 @@ def main() -> None:
     llm = LLM(**case["llm"])
     rounds = []
     for batch in case["rounds"]:
+        switch(batch[0].get("fault"))
         prompts = [{"prompt_token_ids": r["prompt"]} for r in batch]
         loras = [LoRARequest("l", 1, r["lora"]) if r.get("lora") else None for r in batch]
         try:

@@ -67,6 +67,10 @@ class AsyncMemory:
         """
         await self._loads.wait(lambda: reading.pending, alive)
 
+    def start_loads(self) -> None:
+        """Begin to fill what is claimed already, before anybody waits for it."""
+        self._loads.start()
+
     async def end(
         self, opened: Opened, prompt_tokens: int, generated: int, normal: bool, said: Said | None = None
     ) -> None:

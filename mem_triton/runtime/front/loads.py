@@ -65,21 +65,23 @@ class PageLoads:
     async def wait(self, pending: Callable[[], list[Ticket]], alive: Alive = always) -> None:
         """Wait until none of a request's tickets is pending. alive: looked at in every round.
 
-        Raises MemoryLoadError for entries that cannot be read, or that do not come within the deadline; waiting for
-        free pages has none. Raises what the workers' call raised if it fails meanwhile.
+        Raises MemoryLoadError for entries that cannot be read or do not come within the deadline (waiting for free
+        pages has none), and if the workers cannot be called.
         """
         wait = LoadWait(self._deadline)
         while tickets := pending():
             wait.look(tickets)
             await alive()
-            task = self._running()
+            task = self.start()
             await asyncio.sleep(POLL_SECONDS)
-            if task.done() and not task.cancelled() and task.exception() is not None:
-                raise task.exception()
+            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                raise MemoryLoadError(f"failed: its pages could not be loaded: {error}") from error
 
-    def _running(self) -> asyncio.Task[None]:
+    def start(self) -> asyncio.Task[None]:
+        """The task that carries loads; it ends when there are none."""
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._carry(), name="mem_triton-loads")
+            self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # waiters hear of it
         return self._task
 
     async def _carry(self) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mem_triton.runtime.front.asked import Asked
 from mem_triton.runtime.front.tenants import Tenants
+from mem_triton.runtime.incidents import Incidents
 from mem_triton.runtime.request import MemoryRequest, RequestError, parse_request
 from mem_triton.runtime.sessions import Lease
 
@@ -26,6 +27,10 @@ EXPLICIT_WORDS = ("mem_ids", "mem_top_k", "mem_query", "mem_capture", "mem_captu
 
 class MemoryLoadError(RuntimeError):
     """An entry's keys and values could not be read; the request that needs them fails, nothing else does."""
+
+
+class MemoryLostError(RuntimeError):
+    """A worker lost the memory of a request while it ran; its answer is not what was asked for and is withheld."""
 
 
 @dataclass
@@ -65,9 +70,11 @@ class MemoryFrontEnd:
     """
 
     def __init__(
-        self, sessions: SessionFrontEnd | None, explicit: ExplicitFrontEnd | None, tenants: Tenants | None = None
-    ) -> None:
+        self, sessions: SessionFrontEnd | None, explicit: ExplicitFrontEnd | None, tenants: Tenants | None = None,
+        incidents: Incidents | None = None,
+    ) -> None:  # fmt: skip
         self.sessions, self.explicit, self.tenants = sessions, explicit, tenants or Tenants(None)
+        self.incidents = incidents
 
     def open(self, words: Mapping[str, Any] | None, asked: Asked) -> Opened:
         """Check a request's words. Raises RequestError naming the word and the fix, with nothing scheduled."""
@@ -102,7 +109,23 @@ class MemoryFrontEnd:
         carried = self.sessions.carried(opened.lease) if opened.lease is not None else {}
         if opened.reading is not None:
             carried |= self.explicit.carried(opened.reading)
+        if "memory" in carried:
+            carried["memory"]["bank"] = self._salted(carried["memory"]["bank"])
         return carried | opened.more
+
+    def key_of(self, lease: Lease) -> str:
+        """What a KV cache needs to tell the request's state from others."""
+        return self._salted(lease.key)
+
+    def _salted(self, key: str) -> str:
+        """After an incident nothing that was cached before is found again: some of it lacks its memory."""
+        epoch = self.incidents.epoch if self.incidents is not None else 0
+        return f"{key}|{epoch}" if epoch else key
+
+    def check(self, request_id: str, final: bool = False) -> None:
+        """Raise MemoryLostError if a worker lost the request's memory. final: its answer is about to be handed out."""
+        if self.incidents is not None and (reason := self.incidents.of(request_id, final)):
+            raise MemoryLostError(f"the engine lost the memory of this request ({reason}); please try again")
 
     def close(self, opened: Opened) -> None:
         """End a request that commits nothing more; harmless when it has ended already."""

@@ -71,6 +71,10 @@ class Captures:
         if resident is not None and resident.last_position >= resident.prompt_tokens - 1:
             self._copy(request_id, resident)
 
+    def drop_request(self, request_id: str) -> None:
+        """Forget a request that is not to be kept any more."""
+        self._residents.pop(request_id, None)
+
     def drop(self, leases: Sequence[str]) -> None:
         """Forget captures, whatever has become of them: their files go, and requests that still run keep nothing."""
         for lease in leases:

@@ -68,6 +68,8 @@ class ExplicitMemory:
             return place(block, list(own.values()), spec.kind, spec.reference_tokens)
 
         self.loader = PageLoader(self.pool, read, host_bytes=int(section.host_gib * GIB))
+        self._held: dict[int, str] = {}  # page -> the entry that it was ordered for last
+        self._held_back: list[tuple[str, tuple[int, ...]]] = []  # orders for pages that are still read
         self.captures = Captures(own, heads.start, rank, read_context)
         sinks = self._sinks(ropes, heads, shape.dtype, device)
         self._layers = {}
@@ -104,21 +106,59 @@ class ExplicitMemory:
             f"pages of {layout.page_tokens} tokens ({self.pool.nbytes / GIB:.2f} GiB), {layout.dtype}"
         )
 
+    def load(self, ref: str, pages: Sequence[int]) -> None:
+        """Start to fill pages with an entry, once no request of the batch reads them.
+
+        The front end gives pages away when a client leaves; the engine may run his request a little longer.
+        """
+        if self.tables.reads(pages):
+            self._held_back.append((ref, tuple(pages)))
+            return
+        self._held |= dict.fromkeys(pages, ref)
+        self.loader.load(ref, pages)
+
     def enter(self, request_id: str, carried: Mapping[str, Any] | None) -> None:
-        """A request joins the batch."""
+        """A request joins the batch. Raises RuntimeError if its pages were given away in the meantime."""
+        memory = (carried or {}).get("memory")
+        for ref, (pages, _) in memory["runs"].items() if memory else ():
+            if any(self._held.get(page) != ref for page in pages):
+                raise RuntimeError(f"the pages of {ref} hold something else by now")
         self.tables.enter(request_id, carried)
         self.captures.enter(request_id, carried)
 
     def leave(self, request_id: str) -> None:
         """A request is about to leave the batch; its KV is still its own."""
         self.tables.leave(request_id)
+        self._load_held_back()
         self.captures.leave(request_id)
 
-    def set_rows(self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int]) -> None:
-        """The coming step's batch, and the positions that it processes."""
-        self.tables.set_rows(request_ids, first, last)
+    def set_rows(self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int]) -> dict[str, Exception]:
+        """The coming step's batch, and the positions that it processes. Returns whose memory cannot be shown, and
+        why."""
+        faults: dict[str, Exception] = {}
+        self.tables.set_rows(request_ids, first, last, faults)
         self.captures.set_rows(request_ids, last)
         self.loader.before_step()
+        return faults
+
+    def __contains__(self, request_id: object) -> bool:
+        """Whether a request in the batch reads the bank."""
+        return request_id in self.tables
+
+    def forget_rows(self) -> None:
+        """After a failure: no row of the coming step has memory."""
+        self.tables.forget_rows()
+
+    def drop_request(self, request_id: str) -> None:
+        """A request has lost its memory: it goes on as a plain one, and nothing of it is kept."""
+        self.tables.leave(request_id)
+        self._load_held_back()
+        self.captures.drop_request(request_id)
+
+    def _load_held_back(self) -> None:
+        held_back, self._held_back = self._held_back, []
+        for ref, pages in held_back:
+            self.load(ref, pages)
 
 
 def _heads(total: int, here: int, rank: int, ranks: int) -> slice:

@@ -1,0 +1,169 @@
+"""No exception of ours ends an engine (fault 1): whose memory is lost, how the front end hears of it, what it does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLostError
+from mem_triton.runtime.incidents import VARIABLE, IncidentLog, Incidents, make_file
+from mem_triton.runtime.slots import StateSlots
+from mem_triton.runtime.tables import MemoryTables
+from mem_triton.runtime.worker.explicit import ExplicitMemory
+from mem_triton.runtime.worker.memory import BatchMemory
+from mem_triton.store.plan import Attachment, to_carried
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "incidents.jsonl"))
+    return tmp_path / "incidents.jsonl"
+
+
+def explicit() -> ExplicitMemory:
+    """One without a bank, a pool or an engine."""
+    memory = object.__new__(ExplicitMemory)
+    memory.tables = MemoryTables(slots=4, max_pages=4, page_tokens=4, device=torch.device("cpu"))
+    memory.captures = SimpleNamespace(
+        enter=lambda *_: None, leave=lambda *_: None, set_rows=lambda *_: None, drop_request=lambda *_: None
+    )
+    loaded = []
+    memory.loader = SimpleNamespace(load=lambda ref, pages: loaded.append((ref, pages)), before_step=lambda: None)
+    memory.loaded, memory._held, memory._held_back = loaded, {}, []
+    return memory
+
+
+def reads(ref: str, *pages: int) -> dict:
+    return {"memory": {"plan": to_carried([Attachment(ref)]), "runs": {ref: [list(pages), 4 * len(pages)]}}}
+
+
+def batch(path, **parts) -> tuple[BatchMemory, Incidents]:
+    return BatchMemory(**parts), Incidents(path)
+
+
+def test_fault01_a_worker_reports_and_the_front_end_reads_it_once(path):
+    log, incidents = IncidentLog(), Incidents(path)
+    assert incidents.of("a", final=True) is None and incidents.epoch == 0
+    log.report(["a", "b", "a"], "attention", ValueError("x" * 5000))
+    log.report(["a"], "attention", ValueError("again"))
+    assert "attention: ValueError: xxx" in incidents.of("a", final=True) and len(incidents.of("b")) <= 300
+    assert incidents.epoch == 1 and path.stat().st_size == 0, "the file does not grow"
+    log.report(["c"], "enter", KeyError("c"))
+    assert incidents.of("c") is None, "between two looks nothing is read"
+    assert incidents.of("c", final=True) and incidents.epoch == 2
+    assert set(incidents.lost()) == {"a", "b", "c"}
+
+
+def test_fault01_an_engine_without_a_file_still_goes_on(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    IncidentLog().report(["a"], "enter", ValueError("x"))
+
+
+def test_fault01_files_of_killed_engines_go_with_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv(VARIABLE, "")
+    code = "import os\nfrom mem_triton.runtime.incidents import make_file\nprint(make_file(), flush=True)\nos._exit(9)"
+    killed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    folder = os.path.dirname(killed.stdout.strip())
+    assert os.path.isdir(folder) and (os.stat(folder).st_mode & 0o077) == 0
+    own = make_file()
+    assert not os.path.exists(folder) and own.parent.is_dir()
+
+
+def test_fault01_whose_answer_is_withheld_and_what_is_not_found_again(path):
+    memory = MemoryFrontEnd(None, None, incidents=Incidents(path))
+    lease = SimpleNamespace(key="k")
+    before = memory.key_of(lease)
+    memory.check("a", final=True)
+    IncidentLog().report(["a"], "attention", RuntimeError("no kernel"))
+    with pytest.raises(MemoryLostError, match="no kernel"):
+        memory.check("a", final=True)
+    memory.check("b", final=True)
+    assert before == "k" and memory.key_of(lease) != before
+
+
+@pytest.mark.parametrize("where", ["enter", "set_rows"])
+def test_fault01_a_request_whose_tables_raise_loses_its_memory_alone(path, where, monkeypatch):
+    part = explicit()
+    memory, incidents = batch(path, explicit=part)
+    stock = getattr(MemoryTables, "enter" if where == "enter" else "_show")
+
+    def broken(self, subject, *args):
+        if subject == "bad" or getattr(subject, "runs", {}).get("bad@1"):
+            raise ZeroDivisionError("ours")
+        return stock(self, subject, *args)
+
+    monkeypatch.setattr(MemoryTables, "enter" if where == "enter" else "_show", broken)
+    for name, page in (("bad", 0), ("good", 1)):
+        part.load(f"{name}@1", [page])
+        memory.enter(name, lambda name=name, page=page: reads(f"{name}@1", page))
+    for _ in range(3):
+        memory.enter("bad", lambda: reads("bad@1", 0))  # runners say it at every step
+        memory.begin_step(["bad", "good"], [0, 0], [3, 3])
+        assert part.tables.row_slot[0] == -1 and part.tables.row_slot[1] >= 0
+    assert set(incidents.lost()) == {"bad"}
+    memory.leave("bad")
+    memory.leave("good")
+    assert sorted(part.tables._free) == [0, 1, 2, 3], "no slot is lost"
+
+
+def test_fault01_a_payload_that_cannot_be_read_costs_its_request_alone(path):
+    memory, incidents = batch(path, explicit=explicit(), slots=StateSlots([0], 4, 2, torch.device("cpu")))
+    memory.enter("bad", lambda: json.loads("{"))
+    memory.enter("newer", lambda: {"memory": {"plan": "?"}, "lease": "l"})
+    memory.begin_step(["bad", "newer"], [0, 0], [0, 0])
+    assert set(incidents.lost()) == {"bad", "newer"}
+    assert memory.slots.row_slot.tolist() == [-1, -1]
+    memory.leave("newer")
+    assert len(memory.slots._free) == 2
+
+
+def test_fault01_a_step_whose_rows_cannot_be_written_runs_without_memory(path, monkeypatch):
+    part = explicit()
+    memory, incidents = batch(path, explicit=part)
+    part.load("a@1", [0])
+    memory.enter("a", lambda: reads("a@1", 0))
+    memory.begin_step(["a"], [0], [3])
+    monkeypatch.setattr(MemoryTables, "_staged", lambda self, values: 1 / 0)
+    memory.begin_step(["a", "plain"], [4, 0], [4, 3])
+    assert part.tables.row_slot.tolist() == [-1] * 4 and set(incidents.lost()) == {"a"}
+
+
+def test_fault01_a_failed_attention_costs_the_readers_and_a_failed_state_everybody(path):
+    part = explicit()
+    memory, incidents = batch(path, explicit=part)
+    part.load("a@1", [0])
+    memory.enter("a", lambda: reads("a@1", 0))
+    memory.begin_step(["a", "plain"], [0, 0], [3, 3])
+    memory.lose_references(RuntimeError("kernel"))
+    assert set(incidents.lost()) == {"a"}
+    memory.lose_states(RuntimeError("kernel"))
+    assert set(incidents.lost()) == {"a", "plain"}
+
+
+def test_fault02_pages_that_are_still_read_are_not_filled_with_something_else():
+    part = explicit()
+    part.load("a@1", [0, 1])
+    part.enter("running", reads("a@1", 0, 1))
+    part.load("b@1", [1])  # the client of "running" has left, the engine does not know yet
+    assert part.loaded == [("a@1", [0, 1])]
+    part.leave("running")
+    assert part.loaded[1:] == [("b@1", (1,))]
+
+
+def test_fault02_a_request_whose_pages_were_given_away_does_not_read_them(path):
+    part = explicit()
+    memory, incidents = batch(path, explicit=part)
+    part.load("a@1", [0])
+    part.load("b@1", [0])
+    memory.enter("late", lambda: reads("a@1", 0))
+    memory.begin_step(["late"], [0], [3])
+    assert part.tables.row_slot[0] == -1 and "something else" in incidents.of("late", final=True)

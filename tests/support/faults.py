@@ -1,0 +1,105 @@
+"""Faults in our own code while an engine runs: each named place raises for as long as a file names it.
+
+``install`` wraps the places in the process that calls it; a case's rounds choose which one raises (``switch``).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "MEM_TRITON_TEST_FAULT"
+
+SHARED = {
+    "enter states": "mem_triton.runtime.slots:StateSlots.enter",
+    "leave states": "mem_triton.runtime.slots:StateSlots.leave",
+    "rows of states": "mem_triton.runtime.slots:StateSlots.set_rows",
+    "enter tables": "mem_triton.runtime.worker.explicit:ExplicitMemory.enter",
+    "leave tables": "mem_triton.runtime.worker.explicit:ExplicitMemory.leave",
+    "rows of tables": "mem_triton.runtime.worker.explicit:ExplicitMemory.set_rows",
+    "one row": "mem_triton.runtime.tables:MemoryTables._show",
+    "order of steps": "mem_triton.store.loader:PageLoader.before_step",
+}
+VLLM = {
+    **SHARED,
+    "payload": "mem_triton_vllm.worker_memory:carried_by",
+    "attention": "mem_triton_vllm.backend:memory_attention",
+    "step of states": "mem_triton_vllm.state_cache:DeltaStateCache.step",
+    "block keys": "mem_triton_vllm.block_keys:memory_key",
+    "load pages": "mem_triton_vllm.worker:load_pages",
+    "state of pages": "mem_triton_vllm.worker:pages_state",
+}
+SGLANG = {
+    **SHARED,
+    "payload": "mem_triton_sglang.worker:carried_of",
+    "positions": "mem_triton_sglang.worker:_positions",
+    "attention": "mem_triton_sglang.backend:memory_attention",
+    "step of states": "mem_triton_sglang.states:DeltaStates.advance",
+    "radix keys": "mem_triton_sglang.radix_keys:seen_tokens",
+    "load pages": "mem_triton_sglang.service:Service.load_pages",
+    "state of pages": "mem_triton_sglang.service:Service.pages_state",
+}
+
+
+class Injected(Exception):
+    """What a place raises."""
+
+
+def switch(name: str | None) -> None:
+    """Which place raises from now on, in all processes; None for none."""
+    if path := os.environ.get(VARIABLE):
+        Path(path).write_text(name or "")
+
+
+def install_vllm() -> None:
+    _install(VLLM)
+
+
+def install_sglang() -> None:
+    _install(SGLANG)
+
+
+def without_guards() -> None:
+    """Negative control: what our code raises reaches the engine."""
+    from mem_triton.runtime.worker.memory import BatchMemory
+
+    def lose(self: Any, request_ids: Any, where: str, error: BaseException) -> None:
+        raise error
+
+    BatchMemory.lose = lose
+
+
+def vllm_without_guards() -> None:
+    install_vllm()
+    without_guards()
+
+
+def sglang_without_guards() -> None:
+    install_sglang()
+    without_guards()
+
+
+def _install(places: dict[str, str]) -> None:
+    for name, place in places.items():
+        module, _, path = place.partition(":")
+        *owners, attribute = path.split(".")
+        owner = functools.reduce(getattr, owners, importlib.import_module(module))
+        setattr(owner, attribute, _raising(name, getattr(owner, attribute)))
+
+
+def _raising(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if Path(os.environ[VARIABLE]).read_text() == name and _is_concerned(name, kwargs):
+            raise Injected(name)
+        return stock(*args, **kwargs)
+
+    return wrapped
+
+
+def _is_concerned(name: str, kwargs: dict[str, Any]) -> bool:
+    return name != "attention" or "row_slot" in kwargs  # without memory it is the engine's own attention
