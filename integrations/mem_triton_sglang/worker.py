@@ -49,7 +49,12 @@ class WorkerMemory(BatchMemory):
         with self.lock:
             for request in batch.reqs:
                 self._enter(request)
-            self.begin_step(ids, *_positions(batch))
+            try:
+                first, last = _positions(batch)
+            except Exception as error:
+                self.skip_step(ids, error)
+            else:
+                self.begin_step(ids, first, last)
             self.reads_bank = self.explicit is not None and any(id in self.explicit for id in ids)
 
     def end_request(self, request: Any) -> None:

@@ -41,8 +41,8 @@ def no_exception_of_ours_ends_an_engine(
     news = {id: answer(bench, m, short, id) for id in ENTRIES}
     memory = {**bench.memory, **m.section(pool_gib=_room_for(m, "alpha", "delta"))}
     result = run(
-        m.model, rounds, memory=memory, tamper=tamper, env={VARIABLE: str(folder / "fault")}, errors_are_results=True,
-        **options,
+        m.model, rounds, memory=memory, tamper=tamper, env={VARIABLE: str(folder / "fault")},
+        **{"errors_are_results": True, **options},
     )  # fmt: skip
     for number, given in enumerate(result["rounds"]):
         name, faulty = list(places)[number // 2], number % 2 == 0

@@ -21,5 +21,11 @@ def test_fault01_control_without_guards_what_we_raise_reaches_the_engine(memory_
     place = {"enter tables": VLLM["enter tables"]}
     with pytest.raises(AssertionError, match="Injected"):
         scenarios.no_exception_of_ours_ends_an_engine(
-            memory_bench, bench, run_engine, place, "tests.support.faults:vllm_without_guards", tmp_path
+            memory_bench,
+            bench,
+            run_engine,
+            place,
+            "tests.support.faults:vllm_without_guards",
+            tmp_path,
+            errors_are_results=False,
         )

@@ -58,17 +58,23 @@ class BatchMemory:
     def begin_step(self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int]) -> None:
         """The coming step's batch: per row, the positions of the first and the last token that it processes."""
         self._step = list(request_ids)
+        faults = {}
         try:
             if self.slots is not None:
                 self.slots.set_rows(request_ids, last)
-            faults = self.explicit.set_rows(request_ids, first, last) if self.explicit is not None else {}
+            if self.explicit is not None:
+                faults = self.explicit.set_rows(request_ids, first, last)
         except Exception as error:
-            for part in self._parts:
-                part.forget_rows()
-            self.lose(self._readers(request_ids), "begin_step", error)
-            return
+            self.skip_step(request_ids, error)
         for request_id, error in faults.items():
             self.lose([request_id], "begin_step", error)
+
+    def skip_step(self, request_ids: Sequence[str], error: BaseException) -> None:
+        """The coming step's rows cannot be told: none of them has memory in it."""
+        self._step = list(request_ids)
+        for part in self._parts:
+            part.forget_rows()
+        self.lose(self._readers(request_ids), "begin_step", error)
 
     def lose_states(self, error: BaseException) -> None:
         """A layer's step over the states failed: whoever is in the batch may have been corrected wrongly."""
