@@ -186,7 +186,7 @@ class TokenizerManagerWithMemory(TokenizerManager):
         words = obj.sampling_params.get("custom_params")
         try:
             if words is not None and not isinstance(words, dict):
-                raise RequestError("custom_params", f"must be an object of names and values, got {words!r}")
+                raise RequestError("custom_params", f"must be an object of names and values, got {words!r:.80}")
             asked = Asked(
                 answers, obj.lora_path is not None, _unfit(obj), fixed(obj, obj.sampling_params),
                 prompt_tokens=None if obj.input_ids is None else len(obj.input_ids),
@@ -194,7 +194,7 @@ class TokenizerManagerWithMemory(TokenizerManager):
             )  # fmt: skip
             opened = self.memory.open(words, asked)
         except RequestError as error:
-            counters.REFUSALS.labels(error.field).inc()
+            counters.refused(error.field)
             raise
         if obj.rid in self._running:
             self.memory.close(opened)
@@ -261,7 +261,7 @@ class TokenizerManagerWithMemory(TokenizerManager):
         try:
             await self._waits.claim(reading, obj.input_ids)
         except RequestError as error:
-            counters.REFUSALS.labels(error.field).inc()
+            counters.refused(error.field)
             raise
         room = max(1, (self.max_req_input_len or self.context_len) - len(obj.input_ids))  # every segment is a prompt
         wanted = obj.sampling_params.get("max_new_tokens", self.sampling_params_class().max_new_tokens)

@@ -126,7 +126,7 @@ def _external_id(internal_id: str) -> str:
 
 
 def refused(error: RequestError) -> VLLMValidationError:
-    counters.REFUSALS.labels(error.field).inc()
+    counters.refused(error.field)
     return VLLMValidationError(str(error), parameter=error.field)
 
 

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge
 
+from mem_triton.runtime.request import CARRIER, WORDS
+
+FIELDS = frozenset({*WORDS, CARRIER, "custom_params"})
+"""What a refused request may be at fault in."""
+
 COMMITS = Counter("mem_triton:session_commits", "Session states committed")
 REFUSALS = Counter("mem_triton:refusals", "Requests refused because of their memory words", ["field"])
 COMMIT_FAILURES = Counter("mem_triton:session_commit_failures", "Session states that could not be committed")
@@ -32,3 +37,8 @@ WORKER_POOL = Gauge(
 )
 CAPTURES = Counter("mem_triton:captures", "Prompts kept as entries of the bank")
 CAPTURE_FAILURES = Counter("mem_triton:capture_failures", "Prompts that could not be kept")
+
+
+def refused(field: str) -> None:
+    """Count a refused request. field: the word at fault; those that nobody knows count as one, clients invent them."""
+    REFUSALS.labels(field if field in FIELDS else "unknown").inc()

@@ -28,16 +28,33 @@ WORDS = (
     "mem_replace", "mem_tenant",
 )  # fmt: skip
 LONGEST_QUERY = 4096
+MOST_IDS = 1024
 CARRIER = "mem_triton"
 """Key under which the front end hands the resolved request to the workers; clients may not set it."""
 
 
+LONGEST_MESSAGE = 1000
+
+
 class RequestError(ValueError):
-    """A request that cannot be served as asked; engines answer it with HTTP 400. ``field`` names the word at fault."""
+    """A request that cannot be served as asked; engines answer it with HTTP 400. ``field`` names the word at fault.
+
+    What a client sent is cut in both: it goes into logs and answers.
+    """
 
     def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
+        field = _cut(field, 64)
+        super().__init__(_cut(f"{field}: {message}", LONGEST_MESSAGE))
         self.field = field
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _shown(value: Any) -> str:
+    """A value of a client's own in a message: what it looks like, and not more of it than a reader needs."""
+    return _cut(repr(value if not isinstance(value, (str, bytes)) else value[:200]), 80)
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,7 @@ def _flag(words: Mapping[str, Any], name: str, default: bool) -> bool:
     value = words.get(name, default)
     if value in (0, 1) and isinstance(value, (bool, int, float)):
         return bool(value)
-    raise RequestError(name, f"must be 0 or 1, got {value!r}")
+    raise RequestError(name, f"must be 0 or 1, got {_shown(value)}")
 
 
 def _ids(words: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -80,7 +97,9 @@ def _ids(words: Mapping[str, Any]) -> tuple[str, ...] | None:
         return None
     ids = [ids] if isinstance(ids, str) else ids
     if not isinstance(ids, (list, tuple)):
-        raise RequestError("mem_ids", f'must be a list of ids like "alice" or "alice@2", got {ids!r}')
+        raise RequestError("mem_ids", f'must be a list of ids like "alice" or "alice@2", got {_shown(ids)}')
+    if len(ids) > MOST_IDS:
+        raise RequestError("mem_ids", f"names {len(ids)} entries, a request may name {MOST_IDS}")
     found = [_id(id) for id in ids]
     return tuple(dict.fromkeys(found))  # an entry named twice is one memory
 
@@ -102,29 +121,29 @@ def _top_k(words: Mapping[str, Any]) -> int | None:
     value = words.get("mem_top_k")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or not 0 <= value <= 64:
-        raise RequestError("mem_top_k", f"must be a whole number from 0 to 64, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in range(65):
+        raise RequestError("mem_top_k", f"must be a whole number from 0 to 64, got {_shown(value)}")
     return int(value)
 
 
 def _query(words: Mapping[str, Any]) -> str | None:
     value = words.get("mem_query")
     if value is not None and not (isinstance(value, str) and value.strip() and len(value) <= LONGEST_QUERY):
-        raise RequestError("mem_query", f"must be text of 1 to {LONGEST_QUERY} characters, got {value!r:.80}")
+        raise RequestError("mem_query", f"must be text of 1 to {LONGEST_QUERY} characters, got {_shown(value)}")
     return value
 
 
 def _capture(words: Mapping[str, Any]) -> str | None:
     value = words.get("mem_capture")
     if value is not None and not names.is_id(value):
-        raise RequestError("mem_capture", f"must be {names.ID_RULE}, got {value!r}")
+        raise RequestError("mem_capture", f"must be {names.ID_RULE}, got {_shown(value)}")
     return value
 
 
 def _tenant(words: Mapping[str, Any]) -> str:
     value = words.get("mem_tenant", "")
     if value != "" and not names.is_name(value):
-        raise RequestError("mem_tenant", f"must be {names.NAME_RULE}, got {value!r}")
+        raise RequestError("mem_tenant", f"must be {names.NAME_RULE}, got {_shown(value)}")
     return value
 
 
@@ -138,7 +157,7 @@ def parse_request(extra_args: Mapping[str, Any] | None) -> MemoryRequest:
         raise RequestError(CARRIER, "is reserved for mem_triton's own use; remove it from the request")
     for name in words:
         if isinstance(name, str) and name.startswith("mem_") and name not in WORDS:
-            raise RequestError(name, "unknown memory word." + nearest_name_hint(name, WORDS))
+            raise RequestError(name, "unknown memory word." + nearest_name_hint(name[:64], WORDS))
     session = words.get("mem_session")
     if session is not None and not names.is_name(session):
         raise RequestError("mem_session", f"must be {names.NAME_RULE}")

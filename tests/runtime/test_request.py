@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from prometheus_client import REGISTRY
 
+from mem_triton.runtime import counters
 from mem_triton.runtime.request import MemoryRequest, RequestError, parse_request
 
 
@@ -62,3 +64,32 @@ def test_refused(words, field, message):
     with pytest.raises(RequestError, match=message) as error:
         parse_request(words)
     assert error.value.field == field
+
+
+HUGE = "x" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {f"mem_{HUGE}": 1}, {"mem_write": HUGE}, {"mem_ids": HUGE}, {"mem_ids": [HUGE]}, {"mem_ids": {HUGE: 1}},
+        {"mem_top_k": HUGE}, {"mem_capture": HUGE}, {"mem_tenant": HUGE}, {"mem_session": HUGE}, {"mem_query": HUGE},
+        {"mem_ids": ["a"] * 5000},
+    ],
+)  # fmt: skip
+def test_fault09_messages_are_short_and_labels_come_from_a_closed_set(words):
+    with pytest.raises(RequestError) as refused:
+        parse_request(words)
+    assert len(str(refused.value)) <= 1000 and len(refused.value.field) <= 64
+    before = REGISTRY.get_sample_value("mem_triton:refusals_total", {"field": "unknown"}) or 0.0
+    counters.refused(refused.value.field)
+    labels = {s.labels["field"] for metric in counters.REFUSALS.collect() for s in metric.samples}
+    assert labels <= counters.FIELDS | {"unknown"}
+    if refused.value.field not in counters.FIELDS:
+        assert REGISTRY.get_sample_value("mem_triton:refusals_total", {"field": "unknown"}) == before + 1
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 1e300, -1, 65, 2.5, True, [3], {}])
+def test_fault22_numbers_that_are_no_count_are_refused_by_name(value):
+    with pytest.raises(RequestError, match="mem_top_k"):
+        parse_request({"mem_top_k": value})

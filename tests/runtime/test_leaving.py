@@ -1,0 +1,244 @@
+"""Clients who leave, at every ``await`` of a request's memory: all is as if they had never come (faults 2 and 3).
+
+A worker that answers late, an embedder that hangs, a deadline that passes: the others go on (faults 26, 28).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from prometheus_client import REGISTRY
+
+from mem_triton.runtime.courier import PageCourier
+from mem_triton.runtime.front.asynchronous import AsyncMemory
+from mem_triton.runtime.front.explicit import ExplicitFrontEnd, Reading
+from mem_triton.runtime.front.loads import LoadWait, PageLoads
+from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLoadError
+from mem_triton.runtime.front.searches import Searches
+from mem_triton.runtime.request import MemoryRequest
+from mem_triton.runtime.residency import Residency
+from mem_triton.store.errors import BankError, EmbedderError
+from mem_triton.store.plan import Attachment
+
+TOKENS = 16
+
+
+class Worker:
+    """One that fills pages at once and says so until it is told that it was heard; every call can be cut off.
+
+    deaf: calls that are made and whose answers get lost.
+    """
+
+    def __init__(self) -> None:
+        self.finished: dict[str, str | None] = {}
+        self.calls = 0
+        self.deaf: set[int] = set()
+
+    async def call(self, method: str, *args):
+        self.calls += 1
+        number = self.calls
+        if method == "load_pages":
+            self.finished |= {ref: None for ref, _, _ in args[0]}
+            answer = [None]
+        else:
+            for ref in args[0]:
+                self.finished.pop(ref, None)
+            answer = [{"finished": dict(self.finished), "stats": {}}]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
+        if number in self.deaf:
+            raise ConnectionError("the answer got lost")
+        return answer
+
+
+def front(pages: int = 4) -> ExplicitFrontEnd:
+    """One without an engine, whose search finds ``alice`` after a while."""
+    front = object.__new__(ExplicitFrontEnd)
+    front.residency, front._default, front.longest_step = Residency(pages, TOKENS), {}, 512
+    front.layout = SimpleNamespace(max_pages=8, num_pages=pages)
+    front.bank = SimpleNamespace(resolve=lambda ref, tenant: SimpleNamespace(tokens=TOKENS))
+    front._logger = SimpleNamespace(warning=lambda *_: None)
+
+    def found(*_, **__):
+        time.sleep(0.01)
+        return (Attachment("alice@1", 0, 64, 0.5),)
+
+    front.retriever = SimpleNamespace(plan=found, extend=lambda plan, *_, **__: (*plan, *found()))
+    front.max_model_len = 4096
+    return front
+
+
+def request_steps(memory: AsyncMemory, reading: Reading):
+    async def run() -> None:
+        try:
+            await memory.claim(reading, [1, 2, 3])
+            await memory.fill(reading)
+            await memory.refresh(reading, 3, list(range(64)))
+            await memory.fill(reading)
+        finally:
+            memory.memory.explicit.close(reading)
+
+    return run()
+
+
+@pytest.mark.parametrize("after", [0.0, 0.001, 0.003, 0.006, 0.009, 0.011, 0.013, 0.016, 0.02, 0.025, 0.03, 0.04])
+def test_fault02_and_03_whenever_a_client_leaves_nothing_stays_and_the_next_one_is_served(after):
+    explicit, worker = front(), Worker()
+
+    async def main() -> None:
+        memory = AsyncMemory(MemoryFrontEnd(None, explicit), worker.call)
+        task = asyncio.create_task(request_steps(memory, Reading(MemoryRequest(), top_k=1)))
+        await asyncio.sleep(after)
+        task.cancel()
+        await asyncio.wait([task])
+        await asyncio.sleep(0.05)  # a thread that still searches ends
+        assert explicit.residency._tickets == {}, "whose ticket is this?"
+        assert explicit.residency._ledger.pinned_pages == 0
+        await asyncio.wait_for(request_steps(memory, Reading(MemoryRequest(), top_k=1)), 10)
+        assert explicit.residency._tickets == {}
+
+    asyncio.run(main())
+
+
+def test_fault02_control_an_answer_that_leaves_with_its_client_wedges_the_entry(monkeypatch):
+    """The loads in the client's own task, as they once were, and a worker that says each thing once."""
+    explicit, worker = front(), Worker()
+
+    async def own_task(self, pending, alive=None) -> None:
+        while pending():
+            if orders := self._courier.orders():
+                await self._call("load_pages", orders)
+            self._courier.settle(await self._call("pages_state", list(worker.finished)))
+
+    monkeypatch.setattr(PageLoads, "wait", own_task)
+
+    async def main() -> None:
+        memory = AsyncMemory(MemoryFrontEnd(None, explicit), worker.call)
+        reading = Reading(MemoryRequest())
+        reading.tickets.append(explicit.residency.request("r", {"alice@1": TOKENS}))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(memory.fill(reading), 1)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("lost", [{1}, {2}, {1, 2}, {1, 3}, {2, 4}])
+def test_fault02_answers_that_get_lost_are_asked_for_again(lost):
+    explicit, worker = front(), Worker()
+    worker.deaf = lost
+
+    async def main() -> None:
+        memory = AsyncMemory(MemoryFrontEnd(None, explicit), worker.call)
+        failed = []
+        for i in range(len(lost) + 1):
+            reading = Reading(MemoryRequest())
+            reading.tickets.append(explicit.residency.request(f"r{i}", {"alice@1": TOKENS}))
+            try:
+                await asyncio.wait_for(memory.fill(reading), 10)
+            except MemoryLoadError as error:
+                assert "got lost" in str(error)
+                failed.append(i)
+            explicit.close(reading)
+        assert failed and len(lost) not in failed, "the last one is served"
+
+    asyncio.run(main())
+
+
+def test_fault02_a_worker_repeats_itself_until_it_is_heard():
+    residency = Residency(4, TOKENS)
+    ticket, courier = residency.request("r", {"a@1": TOKENS}), PageCourier(residency)
+    orders = courier.orders()
+    courier.undelivered(orders)
+    assert courier.orders() == orders and courier.orders() == []
+    said = {"finished": {"a@1": None}, "stats": {}}
+    courier.settle([said])
+    assert ticket.state == "ready" and courier.heard() == ["a@1"]
+    courier.settle([said])  # it has not heard yet
+    assert courier.heard() == ["a@1"]
+    courier.settle([{"finished": {}, "stats": {}}])
+    assert courier.heard() == []
+
+
+def test_fault03_a_request_that_is_over_claims_nothing():
+    explicit = front()
+    reading = Reading(MemoryRequest(), top_k=1)
+    explicit.close(reading)
+    reading.plan = (Attachment("alice@1"),)
+    explicit.claim(reading)
+    assert reading.tickets == [] and explicit.residency._tickets == {}
+
+
+# Fault 26: embedders that are down or hang.
+
+
+def failures(reason: str) -> float:
+    return REGISTRY.get_sample_value("mem_triton:search_failures_total", {"reason": reason}) or 0.0
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(EmbedderError("http://10.0.0.1:8000 is down"), "embedder"), (BankError("damaged"), "bank"), (OSError(5), "bank")],
+)
+def test_fault26_an_embedder_that_is_down_costs_the_references_and_says_so(error, kind, waits):
+    def search():
+        raise error
+
+    searches, before = Searches(), failures(kind)
+    found = searches.wait(search) if waits else asyncio.run(searches.outcome(search))
+    assert found.plan == () and found.failure and "10.0.0.1" not in found.failure, "no address is shown to clients"
+    assert failures(kind) == before + 1
+
+
+def test_fault26_an_embedder_that_hangs_delays_nobody_for_longer_than_the_deadline():
+    go_on = threading.Event()
+    searches = Searches(deadline=0.05, threads=2)
+
+    async def main() -> None:
+        found = await asyncio.gather(*(searches.outcome(go_on.wait, 30) for _ in range(6)))
+        assert all(f.failure for f in found)
+        assert (await searches.outcome(tuple)).failure == "earlier searches still hang"
+        await asyncio.wait_for(asyncio.to_thread(int), 5)  # other threads are free
+        go_on.set()
+        while searches._hanging:
+            await asyncio.sleep(0.001)
+        assert (await searches.outcome(tuple)).failure is None
+
+    asyncio.run(main())
+
+
+def test_fault26_a_request_whose_search_failed_reads_what_it_named_and_says_why():
+    explicit, worker = front(), Worker()
+    explicit.retriever.plan = lambda *_, **__: 1 / 0
+
+    async def main() -> None:
+        memory = AsyncMemory(MemoryFrontEnd(None, explicit), worker.call)
+        reading = Reading(MemoryRequest(), (Attachment("bob@1"),), top_k=1, tokens={"bob@1": TOKENS})
+        await memory.claim(reading, [1, 2, 3])
+        await memory.fill(reading)
+        assert reading.report()["retrieval"] == "off: the bank cannot be searched"
+        assert [a.ref for a in reading.plan] == ["bob@1"]
+
+    asyncio.run(main())
+
+
+# Fault 28: every wait ends.
+
+
+def test_fault28_pages_that_never_come_fail_the_request_and_free_pages_may_take_long(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    residency = Residency(1, TOKENS)
+    loading, waiting = residency.request("a", {"a@1": TOKENS}), residency.request("b", {"b@1": TOKENS})
+    first, second = LoadWait(60), LoadWait(60)
+    for _ in range(3):
+        first.look([loading])
+        second.look([waiting])
+        now[0] += 25
+    with pytest.raises(MemoryLoadError, match="a@1: not loaded within 60 s"):
+        first.look([loading])
+    second.look([waiting])
