@@ -54,7 +54,7 @@ def test_fault10_a_restart_leaves_a_deleted_entry_out_and_warns(bank, caplog):
 
 
 def test_fault10_a_name_that_never_was_is_refused_at_start(bank):
-    with pytest.raises(ConfigError, match="memory.default.*allice"):
+    with pytest.raises(ConfigError, match=r"memory\.default.*allice"):
         front(bank, "allice")
 
 
@@ -73,5 +73,5 @@ def test_fault10_a_default_entry_whose_data_is_gone_is_left_out_from_then_on(ban
 def test_fault01_default_entries_that_no_request_could_read_are_refused_at_start(bank):
     explicit = front(bank, "alice", pages=1)
     assert list(explicit._default) == ["alice@1"]
-    with pytest.raises(ConfigError, match="memory.default: need 2 memory pages"):
+    with pytest.raises(ConfigError, match=r"memory\.default: need 2 memory pages"):
         front(bank, "alice", "bob", pages=1)
