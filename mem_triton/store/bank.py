@@ -70,6 +70,7 @@ class Bank:
         self, path: Path, spec: BankSpec, catalogue: Catalogue, lock: WriterLock | None, embedder: Embedder | None
     ) -> None:
         self.path, self.spec, self.catalogue = path, spec, catalogue
+        self._check_spec()
         self.shards = Shards(path / "shards", spec, codec_of(spec, catalogue.meta("codec_state")), self._sha256_of)
         self.vectors = VectorIndex(path / "index", catalogue)
         self.writing = threading.RLock()  # one thread at a time
@@ -92,6 +93,7 @@ class Bank:
             for leftover in path.glob("catalogue.sqlite*"):  # of a creation that did not get as far as bank.json
                 leftover.unlink()
             meta = {"bank": uuid.uuid4().hex, "codec_state": codec_state, "features": FEATURES}
+            meta |= {"spec": spec.model_dump_json()}
             catalogue = Catalogue.create(path / "catalogue.sqlite", meta)
             text = spec.model_dump_json(indent=1) + "\n"
             write_durably(path / "bank.json", lambda temporary: temporary.write_text(text))  # last: now it is a bank
@@ -134,6 +136,18 @@ class Bank:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+    def _check_spec(self) -> None:
+        """Raises BankError if ``bank.json`` is not what the bank was made with; an endpoint may have moved."""
+        stored = self.catalogue.meta("spec")
+        made = self.spec if stored is None else BankSpec.from_dict(json.loads(stored), f"{self.catalogue.path}: spec")
+        for name in BankSpec.model_fields:
+            mine, first = getattr(self.spec, name), getattr(made, name)
+            moved = name == "embedder" and all(e.startswith("openai:") for e in (mine, first))
+            if mine != first and not (moved and mine.rpartition("#")[2] == first.rpartition("#")[2]):
+                raise BankError(
+                    f"{self.path}/bank.json: {name} is {mine}, the bank was made with {first}; put that back"
+                )
 
     def _sha256_of(self, shard: str) -> str | None:
         rows = self.catalogue.read("SELECT sha256 FROM shards WHERE name = ?", shard)

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from mem_triton import ids
+from mem_triton.store import signing
 from mem_triton.store.errors import BankError, UnknownEntryError
 from mem_triton.store.spec import EntryInfo, split_ref
 
 CURRENT, SUPERSEDED, DELETED = 0, 1, 2
 
-TABLES = """
+TABLES = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE ids (
     id TEXT PRIMARY KEY, tenant TEXT NOT NULL, last_version INTEGER NOT NULL, current INTEGER
@@ -32,6 +34,7 @@ CREATE TABLE entries (
 );
 CREATE TABLE vectors (seq INTEGER PRIMARY KEY, vector BLOB NOT NULL);
 CREATE TABLE index_files (tenant TEXT PRIMARY KEY, name TEXT, digest TEXT, through INTEGER, count INTEGER);
+CREATE TABLE {signing.TABLE};
 CREATE INDEX current_by_tenant ON entries (tenant, id) WHERE state = 0;
 CREATE INDEX current_by_age ON entries (tenant) WHERE state = 0;
 CREATE INDEX current_by_source ON entries (source, tenant) WHERE state = 0;
@@ -39,7 +42,11 @@ CREATE INDEX current_by_hash ON entries (content_hash) WHERE state = 0;
 CREATE INDEX cold ON entries (id) WHERE state = 0 AND shard IS NULL;
 CREATE INDEX by_shard ON entries (shard) WHERE shard IS NOT NULL;
 """
-INFO = "id, version, tokens, shard IS NOT NULL, text, source, metadata, tenant, created, content_hash"
+INFO = (
+    f"id, version, tokens, shard IS NOT NULL, text, source, metadata, tenant, created, content_hash, {signing.INTACT}"
+)
+CHECKED_AT_ONCE = 4 << 20
+"""Bytes of a catalogue whose structure is checked when it is opened, which takes some milliseconds."""
 
 
 class Catalogue:
@@ -58,6 +65,7 @@ class Catalogue:
         """An empty catalogue. meta: facts about the bank."""
         db = sqlite3.connect(path, isolation_level=None)
         db.executescript(f"PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; BEGIN; {TABLES}")
+        signing.prepare(db, writable=True)
         db.executemany("INSERT INTO meta VALUES (?, ?)", [("revision", 0), *meta.items()])
         db.execute("COMMIT")
         db.close()
@@ -80,12 +88,21 @@ class Catalogue:
             if self.writable:
                 db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
                 db.execute("PRAGMA cache_size = -131072")
-            else:
-                db.execute("PRAGMA query_only = ON")
             db.execute("SELECT 1 FROM meta")
+            signing.prepare(db, self.writable)
+            if not self.writable:
+                db.execute("PRAGMA query_only = ON")
+            self._check_structure(db)
             return db
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeError) as error:
             raise BankError(f"{self.path}: {error}; is it a bank's catalogue, and may you read its folder?") from None
+
+    def _check_structure(self, db: sqlite3.Connection) -> None:
+        """Raises BankError for a damaged catalogue, if it is small; a large one is checked by ``verify``."""
+        if self.path.stat().st_size <= CHECKED_AT_ONCE:
+            ((problem,),) = db.execute("PRAGMA integrity_check(1)").fetchall()
+            if problem != "ok":
+                raise BankError(f"{self.path} is damaged: {' '.join(problem.split())}; restore it from a backup")
 
     def close(self) -> None:
         """Close the connection."""
@@ -99,7 +116,7 @@ class Catalogue:
         with self._lock:
             try:
                 return self.db.execute(sql, parameters).fetchall()
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeError) as error:
                 raise BankError(f"{self.path}: {error}") from None
 
     @contextmanager
@@ -118,25 +135,33 @@ class Catalogue:
                     if db.in_transaction:
                         db.execute("ROLLBACK")
                     raise
-            except sqlite3.Error as error:
+            except (sqlite3.Error, UnicodeError) as error:
                 raise BankError(f"{self.path}: {error}; nothing was changed") from None
 
     def meta(self, key: str) -> Any:
         """A fact about the bank, None if it is not known."""
-        rows = self.read("SELECT value FROM meta WHERE key = ?", key)
+        rows = self.read(
+            "SELECT m.value, coalesce((SELECT value FROM meta WHERE key = 'digest:' || m.key) = row_digest(m.value), 1) "
+            "FROM meta m WHERE key = ?", key,
+        )  # fmt: skip
+        if rows and not rows[0][1]:
+            raise signing.damaged(self.path, f"{key} has")
         return rows[0][0] if rows else None
 
-    def find(self, id_or_ref: str, columns: str = "seq", deleted: bool = False) -> tuple | None:
-        """``columns`` of an entry; the newest version for an id. deleted: a version that was deleted is found, too."""
+    def find(self, id_or_ref: str, columns: str = "seq", deleted: bool = False, damaged: bool = False) -> tuple | None:
+        """``columns`` of an entry; the newest version for an id. deleted: a version that was deleted is found, too.
+
+        Raises BankError for a row that is not as it was written, unless ``damaged`` allows it.
+        """
         id, version = split_ref(id_or_ref)
+        select = f"SELECT {columns}, {signing.INTACT} FROM entries WHERE id = ? AND"
         if version is None:
-            rows = self.read(f"SELECT {columns} FROM entries WHERE seq = (SELECT current FROM ids WHERE id = ?)", id)
+            rows = self.read(f"{select} seq = (SELECT current FROM ids WHERE id = ?)", id, id)
         else:
-            rows = self.read(
-                f"SELECT {columns} FROM entries WHERE id = ? AND version = ? AND state < ?",
-                id, version, 3 if deleted else 2,
-            )  # fmt: skip
-        return rows[0] if rows else None
+            rows = self.read(f"{select} version = ? AND state < ?", id, version, 3 if deleted else 2)
+        if rows and not (rows[0][-1] or damaged):
+            raise signing.damaged(self.path, f'the row of "{id_or_ref}" has', id_or_ref)
+        return rows[0][:-1] if rows else None
 
     def info(self, id_or_ref: str) -> EntryInfo:
         """Raises UnknownEntryError."""
@@ -153,9 +178,8 @@ class Catalogue:
             if only_cold:
                 sql = f"SELECT {INFO} FROM entries WHERE state = 0 {cold} AND id > ? ORDER BY id LIMIT ?"
             else:
-                columns = ", ".join(f"e.{c}" for c in INFO.split(", "))
-                join = "ids i JOIN entries e ON e.seq = i.current"
-                sql = f"SELECT {columns} FROM {join} WHERE i.id > ? ORDER BY i.id LIMIT ?"
+                page = "SELECT current FROM ids WHERE id > ? AND current IS NOT NULL ORDER BY id LIMIT ?"
+                sql = f"SELECT {INFO} FROM entries WHERE seq IN ({page}) ORDER BY id"
             rows = self.read(sql, after, limit)
         elif tenant == "":
             rows = self.read(one, "", after, limit)
@@ -177,11 +201,11 @@ class Catalogue:
         for first in range(0, len(seqs), 500):
             part = [int(s) for s in seqs[first : first + 500]]
             rows += self.read(
-                f"SELECT e.id || '@' || e.version, v.vector FROM entries e JOIN vectors v USING (seq) "
+                f"SELECT e.id || '@' || e.version, {signing.VECTOR} FROM entries e JOIN vectors v USING (seq) "
                 f"WHERE e.seq IN ({','.join(map(str, part))}) AND e.state = 0 AND e.tenant IN ({marks}) {filters}",
                 *tenants, *extra,
             )  # fmt: skip
-        return rows
+        return [(ref, vector) for ref, _, vector, _ in self._checked(rows)]
 
     def matching(
         self, tenants: Sequence[str], source: str | None, only_filled: bool, size: int = 8192
@@ -194,27 +218,32 @@ class Catalogue:
             last = 0
             while True:
                 rows = self.read(
-                    f"SELECT e.seq, e.id || '@' || e.version, v.vector FROM entries e JOIN vectors v USING (seq) WHERE "
+                    f"SELECT e.id || '@' || e.version, {signing.VECTOR} FROM entries e JOIN vectors v USING (seq) WHERE "
                     f"e.state = 0 AND e.tenant = ? {by_source} {filled} AND e.seq > ? ORDER BY e.seq LIMIT ?",
                     tenant, *extra, last, size,
                 )  # fmt: skip
                 if not rows:
                     break
-                last = rows[-1][0]
-                yield [row[1:] for row in rows]
+                last = rows[-1][1]
+                yield [(ref, vector) for ref, _, vector, _ in self._checked(rows)]
 
     def vectors(self, tenant: str, behind: int, size: int = 8192) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(int64 seqs [n], float32 vectors [n, dim]) of a tenant's current entries behind ``behind``, in parts."""
         while True:
             rows = self.read(
-                "SELECT e.seq, v.vector FROM entries e JOIN vectors v USING (seq) "
+                f"SELECT {signing.VECTOR} FROM entries e JOIN vectors v USING (seq) "
                 "WHERE e.state = 0 AND e.tenant = ? AND e.seq > ? ORDER BY e.seq LIMIT ?",
                 tenant, behind, size,
             )  # fmt: skip
             if not rows:
                 return
             behind = rows[-1][0]
-            yield np.array([row[0] for row in rows], np.int64), unpack(row[1] for row in rows)
+            yield np.array([row[0] for row in self._checked(rows)], np.int64), unpack(row[1] for row in rows)
+
+    def _checked(self, rows: list[tuple]) -> list[tuple]:
+        if rows:
+            signing.check_vectors(self.path, rows, self.meta("dim"))
+        return rows
 
 
 def pack(vectors: np.ndarray) -> list[bytes]:
@@ -229,9 +258,20 @@ def unpack(blobs: Iterable[bytes]) -> np.ndarray:
 
 
 def entry_info(row: Sequence[Any]) -> EntryInfo:
-    """Of a row with the columns INFO."""
-    id, version, tokens, has_block, text, source, metadata, tenant, created, digest = row
+    """Of a row with the columns INFO. Raises BankError if it is not what was written, or what no bank writes."""
+    id, version, tokens, has_block, text, source, metadata, tenant, created, digest, intact = row
+    ref = f"{id}@{version}"
+    if not intact:
+        raise signing.damaged("catalogue.sqlite", f'the row of "{ref}" has', ref)
+    try:
+        right = ids.OLD_ID.fullmatch(id) and version > 0 and tokens >= 0 and len(digest) == 32
+        right = right and all(isinstance(x, str) for x in (text, source)) and isinstance(created, float)
+        right = right and len(tenant) <= 128 and tenant.isprintable()
+        fields = json.loads(metadata)
+    except (TypeError, ValueError, AttributeError, RecursionError):
+        right, fields = False, None
+    if not right or not isinstance(fields, dict):
+        raise BankError(f'catalogue.sqlite: the row of "{ref[:200]}" is none that a bank writes; restore it', ref[:200])
     return EntryInfo(
-        f"{id}@{version}", id, version, tokens, bool(has_block), text, source, json.loads(metadata), tenant, created,
-        digest.hex(),
+        ref, id, version, tokens, bool(has_block), text, source, fields, tenant, created, digest.hex()
     )  # fmt: skip

@@ -107,7 +107,7 @@ def fill(bank: Bank, blocks: Mapping[str, MemoryBlock]) -> None:
 @writer
 def delete(bank: Bank, id_or_ref: str, tenant: str | None) -> None:
     """``Bank.delete``."""
-    found = bank.catalogue.find(id_or_ref, "seq, id, tenant")
+    found = bank.catalogue.find(id_or_ref, "seq, id, tenant", damaged=True)
     if found is None:
         raise UnknownEntryError(id_or_ref)
     seq, id, owner = found

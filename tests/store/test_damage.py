@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 import shutil
+import sqlite3
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,7 +97,7 @@ def blocks(bank: Bank) -> Iterator[tuple[str, object]]:
 
 
 def survived(before: Path, after: Path, mutations: range, pattern: str) -> int:
-    """Damage one file again and again; how often an error was raised. Fails if a block is not what was written."""
+    """Damage one file again and again; how often an error was raised. Fails if anything else but what was written loads."""
     with Bank.open(before) as bank:
         right = dict(blocks(bank))
     assert len(right) == 13
@@ -184,3 +185,139 @@ def test_fault19_a_shard_without_checksums_is_read_and_checked_as_a_whole(tmp_pa
             s.checksums is not None for s in [bank.shards._file(p.name) for p in bank.shards.folder.iterdir()][:1]
         )
         assert all(equal(bank.load(f"e{i}@1"), block(i)) for i in range(5))
+
+
+# The catalogue and bank.json.
+
+
+def answers(path: Path) -> dict[str, object]:
+    """What a bank says of its entries, and a word where it says that something is damaged instead."""
+    questions: dict[str, Callable[[Bank], object]] = {
+        "list": lambda bank: bank.list(),
+        "tenant": lambda bank: bank.list(tenant=""),
+        "search": lambda bank: bank.search("the locker of e3 is number 3", 3),
+        "spec": lambda bank: bank.spec,
+        "sink": lambda bank: bank.sink().keys.sum().item(),
+        "hash": lambda bank: bank.find_hash(entry("e2", 2, token_ids=[2, 7]).content_hash),
+    }
+    for i in range(6):
+        questions[f"info {i}"] = lambda bank, i=i: bank.resolve(f"e{i}")
+        questions[f"ids {i}"] = lambda bank, i=i: bank.token_ids(f"e{i}@1")
+        questions[f"block {i}"] = lambda bank, i=i: bank.load(f"e{i}@1").keys.sum().item()
+    found: dict[str, object] = {}
+    try:
+        with Bank.open(path) as bank:
+            for name, ask in questions.items():
+                with contextlib.suppress(BankError):
+                    found[name] = ask(bank)
+    except BankError as error:
+        assert "\n" not in str(error)
+    return found
+
+
+def damaged_answers(before: Path, after: Path, name: str, seeds: range) -> int:
+    """Damage a file again and again; how often something was refused. Fails if an answer is another one."""
+    right, whole = answers(before), (before / name).read_bytes()
+    assert len(right) == 24
+    refused = 0
+    for seed in seeds:
+        (after / name).write_bytes(mutate(whole, seed))
+        found = answers(after)
+        wrong = {key: (value, right[key]) for key, value in found.items() if value != right[key]}
+        assert wrong == {}, f"mutation {seed}"
+        refused += len(found) < len(right)
+    return refused
+
+
+@pytest.mark.parametrize(("name", "least"), [("catalogue.sqlite", 30), ("bank.json", 60)])
+def test_fault19_no_damaged_catalogue_answers_as_if_it_were_right(tmp_path, written, name, least):
+    shutil.copytree(written("fp32"), tmp_path / "after")
+    assert damaged_answers(written("fp32"), tmp_path / "after", name, range(100)) > least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["catalogue.sqlite", "bank.json"])
+def test_fault19_no_damaged_catalogue_answers_as_if_it_were_right_in_a_long_run(tmp_path, written, name):
+    shutil.copytree(written("pq"), tmp_path / "after")
+    damaged_answers(written("pq"), tmp_path / "after", name, range(1000, 6000))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE entries SET text = 'The locker of e3 is number 4.' WHERE id = 'e3'",
+        "UPDATE entries SET metadata = '{\"n\": 4}' WHERE id = 'e3'",
+        "UPDATE entries SET row = 4 WHERE id = 'e3'",
+        "UPDATE entries SET token_ids = x'04000000' WHERE id = 'e3'",
+        "UPDATE entries SET created = 1.5, version = 1 WHERE id = 'e3'",
+        "UPDATE entries SET source = 'other.md' WHERE id = 'e3'",
+        "UPDATE shards SET name = '" + 32 * "0" + ".safetensors' WHERE shard = 2",
+        "UPDATE vectors SET vector = zeroblob(length(vector)) WHERE seq = 4",
+        "UPDATE meta SET value = 'x' WHERE key = 'spec'",
+        "UPDATE meta SET value = x'00' WHERE key = 'sink'",
+    ],
+)
+def test_fault19_a_changed_row_is_found_where_it_is_read(tmp_path, written, change):
+    """With SQLite's own bookkeeping in order: only the rows' digests can say it."""
+    shutil.copytree(written("fp32"), tmp_path / "bank")
+    db = sqlite3.connect(tmp_path / "bank" / "catalogue.sqlite")
+    assert db.execute(change).rowcount == 1
+    db.commit()
+    db.close()
+    right, found = answers(written("fp32")), answers(tmp_path / "bank")
+    assert len(found) < len(right) and all(found[key] == right[key] for key in found)
+
+
+def test_fault19_a_change_by_the_writer_is_signed_and_does_not_bless_what_was_damaged(tmp_path, written):
+    shutil.copytree(written("fp32"), tmp_path / "bank")
+    db = sqlite3.connect(tmp_path / "bank" / "catalogue.sqlite")
+    db.execute("UPDATE entries SET text = 'changed' WHERE id = 'e3'")
+    db.commit()
+    db.close()
+    with Bank.open(tmp_path / "bank", writable=True) as bank:
+        bank.update("e2", entry("e2", 12))
+        bank.update("e3", entry("e3", 13))
+        bank.delete("e4")
+        bank.compact()
+        assert bank.resolve("e2@2").text == entry("e2", 12).text and equal(bank.load("e3@2"), block(13))
+    shutil.rmtree(tmp_path / "bank")
+    shutil.copytree(written("fp32"), tmp_path / "bank")
+    db = sqlite3.connect(tmp_path / "bank" / "catalogue.sqlite")
+    db.execute("UPDATE entries SET text = 'changed' WHERE id = 'e3'")
+    db.commit()
+    db.close()
+    with Bank.open(tmp_path / "bank", writable=True) as bank:
+        bank.update("e3", entry("e3", 13))  # the first version is superseded, and is still another than was written
+        with pytest.raises(BankError, match=r'the row of "e3@1" has changed since it was written'):
+            bank.resolve("e3@1")
+        bank.delete("e3@1")  # what is damaged can be taken away
+        assert bank.resolve("e3").version == 2
+
+
+def test_fault19_a_bank_without_digests_is_read_and_gets_them(tmp_path, written):
+    shutil.copytree(written("fp32"), tmp_path / "bank")
+    db = sqlite3.connect(tmp_path / "bank" / "catalogue.sqlite")
+    db.executescript(
+        "DROP TABLE digests; DELETE FROM meta WHERE key LIKE 'digest:%' OR key = 'spec'; PRAGMA user_version"
+    )
+    db.close()
+    assert answers(tmp_path / "bank") == answers(written("fp32"))
+    with Bank.open(tmp_path / "bank", writable=True) as bank:
+        bank.add([entry("new", 7)])
+        bank.catalogue.db.execute("DROP TRIGGER sign_change")
+        bank.catalogue.db.execute("UPDATE entries SET text = 'changed' WHERE id IN ('e1', 'new')")
+        assert bank.resolve("e1").text == "changed", "it has no digest yet"
+        with pytest.raises(BankError, match="has changed since"):
+            bank.resolve("new")
+
+
+def test_fault19_an_entry_that_became_another_tenants_is_not_given_to_it(tmp_path, written):
+    shutil.copytree(written("fp32"), tmp_path / "bank")
+    db = sqlite3.connect(tmp_path / "bank" / "catalogue.sqlite")
+    db.execute("UPDATE entries SET tenant = 'other' WHERE id = 'e3'")
+    db.commit()
+    db.close()
+    with Bank.open(tmp_path / "bank") as bank:
+        for ask in (lambda: bank.resolve("e3", tenant="other"), lambda: bank.list("other"), lambda: bank.load("e3@1")):
+            with pytest.raises(BankError, match=r'the row of "e3(@1)?" has changed'):
+                ask()
