@@ -85,6 +85,7 @@ class Catalogue:
         try:
             db = sqlite3.connect(f"file:{self.path}?mode=rw", uri=True, isolation_level=None, check_same_thread=False)
             db.execute("PRAGMA busy_timeout = 20000")
+            db.execute("PRAGMA trusted_schema = OFF")
             if self.writable:
                 db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
                 db.execute("PRAGMA cache_size = -131072")
@@ -141,8 +142,8 @@ class Catalogue:
     def meta(self, key: str) -> Any:
         """A fact about the bank, None if it is not known."""
         rows = self.read(
-            "SELECT m.value, coalesce((SELECT value FROM meta WHERE key = 'digest:' || m.key) = row_digest(m.value), 1) "
-            "FROM meta m WHERE key = ?", key,
+            "SELECT m.value, coalesce((SELECT value FROM meta WHERE key = 'digest:' || m.key) = row_digest(m.value), 1)"
+            " FROM meta m WHERE key = ?", key,
         )  # fmt: skip
         if rows and not rows[0][1]:
             raise signing.damaged(self.path, f"{key} has")
@@ -218,8 +219,8 @@ class Catalogue:
             last = 0
             while True:
                 rows = self.read(
-                    f"SELECT e.id || '@' || e.version, {signing.VECTOR} FROM entries e JOIN vectors v USING (seq) WHERE "
-                    f"e.state = 0 AND e.tenant = ? {by_source} {filled} AND e.seq > ? ORDER BY e.seq LIMIT ?",
+                    f"SELECT e.id || '@' || e.version, {signing.VECTOR} FROM entries e JOIN vectors v USING (seq) "
+                    f"WHERE e.state = 0 AND e.tenant = ? {by_source} {filled} AND e.seq > ? ORDER BY e.seq LIMIT ?",
                     tenant, *extra, last, size,
                 )  # fmt: skip
                 if not rows:
@@ -260,7 +261,7 @@ def unpack(blobs: Iterable[bytes]) -> np.ndarray:
 def entry_info(row: Sequence[Any]) -> EntryInfo:
     """Of a row with the columns INFO. Raises BankError if it is not what was written, or what no bank writes."""
     id, version, tokens, has_block, text, source, metadata, tenant, created, digest, intact = row
-    ref = f"{id}@{version}"
+    ref = " ".join(f"{id}@{version}".split())[:200]
     if not intact:
         raise signing.damaged("catalogue.sqlite", f'the row of "{ref}" has', ref)
     try:
@@ -271,7 +272,9 @@ def entry_info(row: Sequence[Any]) -> EntryInfo:
     except (TypeError, ValueError, AttributeError, RecursionError):
         right, fields = False, None
     if not right or not isinstance(fields, dict):
-        raise BankError(f'catalogue.sqlite: the row of "{ref[:200]}" is none that a bank writes; restore it', ref[:200])
+        raise BankError(
+            f'catalogue.sqlite: the row of "{ref}" is none that a bank writes; restore it from a backup', ref
+        )
     return EntryInfo(
         ref, id, version, tokens, bool(has_block), text, source, fields, tenant, created, digest.hex()
     )  # fmt: skip

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,19 +15,32 @@ from typing import TYPE_CHECKING, Any
 from mem_triton.store.catalogue import CURRENT, DELETED, SUPERSEDED
 from mem_triton.store.errors import BankError
 from mem_triton.store.files import WRITING
-from mem_triton.store.shards import MAX_ROWS, file_sha256
+from mem_triton.store.shards import MAX_ROWS, NAME, check_name, file_sha256
+from mem_triton.store.signing import INTACT
 from mem_triton.store.writing import register, writer
 
 if TYPE_CHECKING:
     from mem_triton.store.bank import Bank
 
+INCOMING = "incoming"
+"""Folder of a bank where workers leave captures until the front end has made entries of them."""
+INCOMING_AGE = 3600.0
+"""Seconds after which a server that lives takes nothing any more that lies there: it does so in the same minute."""
 SMALL_BYTES = 32 << 20
 """Shards below this are joined when there are several."""
 
 
 def verify(bank: Bank) -> list[str]:
     """``Bank.verify``."""
-    return [*_check_shards(bank), *_check_catalogue(bank), *bank.vectors.problems()]
+    return [*_check_shards(bank), *_check_catalogue(bank), *bank.vectors.problems(), *_check_folders(bank)]
+
+
+def _check_folders(bank: Bank) -> Iterator[str]:
+    for name in ("shards", "index", INCOMING):
+        if (bank.path / name).is_symlink():
+            yield f"{bank.path / name} is a link: nothing behind it is ever removed; put a folder there"
+    for path in _left_captures(bank):
+        yield f"{path} is a capture that no server took ({path.lstat().st_size} bytes of a prompt); compact removes it"
 
 
 def _check_shards(bank: Bank) -> Iterator[str]:
@@ -32,7 +49,14 @@ def _check_shards(bank: Bank) -> Iterator[str]:
         path = bank.shards.folder / name
         affected = [row[0] for row in read("SELECT id || '@' || version FROM entries WHERE shard = ?", shard)]
         whose = f" ({len(affected)} entries: {', '.join(affected[:3])}{', ...' if len(affected) > 3 else ''})"
-        if not path.exists():
+        try:
+            check_name(name, NAME, bank.shards.folder)
+        except BankError as error:
+            yield f"{error}{whose}"
+            continue
+        if path.is_symlink():
+            yield f"{path} is a link{whose}; put the file there"
+        elif not path.exists():
             yield f"{path} is missing{whose}"
         elif path.stat().st_size != size:
             yield f"{path} has {path.stat().st_size} bytes, expected {size}{whose}"
@@ -41,7 +65,7 @@ def _check_shards(bank: Bank) -> Iterator[str]:
         else:
             (last,) = read("SELECT max(row) FROM entries WHERE shard = ?", shard)[0]
             try:
-                if last is not None:
+                if last is not None and last >= 0:
                     bank.shards.raw(name, last)
             except BankError as error:
                 yield str(error)
@@ -62,6 +86,13 @@ def _check_catalogue(bank: Bank) -> Iterator[str]:
     ):  # fmt: skip
         for (ref,) in read(f"SELECT id || '@' || version FROM entries WHERE {sql} LIMIT 100"):
             yield f'{bank.catalogue.path}: "{ref}" {what}'
+    for (ref,) in read(f"SELECT id || '@' || version FROM entries WHERE NOT {INTACT} LIMIT 100"):
+        yield f'{bank.catalogue.path}: the row of "{ref}" has changed since it was written'
+    for (seq,) in read(
+        "SELECT v.seq FROM vectors v JOIN digests d USING (seq) "
+        "WHERE vector_digest(v.seq, v.vector) != d.vector LIMIT 100"
+    ):
+        yield f"{bank.catalogue.path}: the vector of row {seq} has changed since it was written"
     for (id,) in read(
         f"SELECT id FROM ids WHERE current NOT IN (SELECT seq FROM entries WHERE state = {CURRENT}) LIMIT 100"
     ):
@@ -102,21 +133,69 @@ def compact(bank: Bank) -> dict[str, int]:
             db.execute("DELETE FROM entries WHERE state != 0")
             db.execute(f"DELETE FROM shards WHERE shard IN ({marks})")
     bank.vectors.prune()
-    orphans = find_orphans(bank)
-    for path in orphans:  # last: until the commit they were somebody's
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    files = remove_orphans(bank)  # last: until the commit they were somebody's
     read("PRAGMA incremental_vacuum")
-    return {"versions": dropped, "shards": len(rewritten), "files": len(orphans)}
+    return {"versions": dropped, "shards": len(rewritten), "files": files}
 
 
 def find_orphans(bank: Bank) -> list[Path]:
-    """Files in the bank's folders that its catalogue does not name: left by a writer that died, or by compact."""
+    """Files that nothing refers to: left by a writer that died, by compact, or by a capture that was given up.
+
+    Only what a bank names so itself is one, and nothing behind a link.
+    """
     read = bank.catalogue.read
     known = {row[0] for row in read("SELECT name FROM shards UNION SELECT name FROM index_files")}
-    files = [path for folder in ("shards", "index") for path in (bank.path / folder).iterdir()]
-    return [path for path in files if path.name not in known] + [
-        path for pattern in (f"{WRITING}*", ".importing-*") for path in bank.path.glob(pattern)
-    ]
+    found = []
+    for folder, ending in (("shards", ".safetensors"), ("index", ".usearch")):
+        ours = [path for path in _inside(bank.path / folder) if path.name.endswith(ending) or _unfinished(path)]
+        found += [path for path in ours if path.name not in known]
+    unfinished = [path for path in _inside(bank.path, folders=True) if _unfinished(path)]
+    return found + unfinished + _left_captures(bank)
+
+
+def remove_orphans(bank: Bank) -> int:
+    """Remove them; how many. A link goes itself, and nothing behind it."""
+    orphans = find_orphans(bank)
+    for path in orphans:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    return len(orphans)
+
+
+def _unfinished(path: Path) -> bool:
+    return path.name.startswith((WRITING, ".importing-"))
+
+
+def _inside(folder: Path, folders: bool = False) -> list[Path]:
+    """Files and links in a folder; none if it is a link or not there. folders: folders in it, too."""
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if folders or path.is_symlink() or not path.is_dir()]
+
+
+def _left_captures(bank: Bank) -> list[Path]:
+    """Files in ``incoming`` that no server writes, or is about to take: all while none lives, else those that are old.
+
+    A server that captures holds a shared lock on the folder for as long as it lives (``runtime.front.captures``).
+    """
+    files = _inside(bank.path / INCOMING)
+    young = time.time() - INCOMING_AGE if files and _is_held(bank.path / INCOMING) else float("inf")
+    found = []
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):  # a server has just taken it
+            if path.lstat().st_mtime < young:
+                found.append(path)
+    return found
+
+
+def _is_held(folder: Path) -> bool:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:  # held, or a file system without locks: then age alone decides
+        return True
+    finally:
+        os.close(handle)
 
 
 def stats(bank: Bank) -> dict[str, Any]:
@@ -135,7 +214,7 @@ def stats(bank: Bank) -> dict[str, Any]:
         "shards": shards,
         "shard_bytes": shard_bytes,
         "catalogue_bytes": bank.catalogue.path.stat().st_size,
-        "index_bytes": sum(path.stat().st_size for path in (bank.path / "index").iterdir()),
+        "index_bytes": sum(path.lstat().st_size for path in _inside(bank.path / "index")),
         "orphans": len(find_orphans(bank)),
         "revision": bank.revision,
     }

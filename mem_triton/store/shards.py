@@ -34,6 +34,7 @@ NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 MAX_ROWS = 1024
 MAX_BYTES = 256 << 20
 OPEN_SHARDS = 64
+TENSORS = ("keys", "values", "key_scale", "value_scale", "head", "positions")
 FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """The lossless codec of each dtype."""
 
@@ -204,6 +205,8 @@ class Shards:
         names: dict[int, list[str]] = {}
         for full in file.keys():  # noqa: SIM118
             row, _, tensor = full.partition(".")
+            if tensor not in TENSORS:
+                raise ValueError(f"has a tensor {full!r}, which no shard has")
             names.setdefault(int(row), []).append(tensor)
         header = file.metadata() or {}
         if "checksums" in header:

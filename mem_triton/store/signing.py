@@ -15,8 +15,8 @@ from mem_triton.store.errors import BankError
 
 TABLE = "digests (seq INTEGER PRIMARY KEY, entry BLOB, vector INTEGER)"
 SIGNED = (
-    "row_digest({0}seq, {0}id, {0}version, {0}tenant, {0}state, {0}tokens, (SELECT s.name FROM shards s WHERE s.shard = "
-    "{0}shard), {0}row, {0}created, {0}content_hash, {0}source, {0}metadata, {0}text, {0}token_ids)"
+    "row_digest({0}seq, {0}id, {0}version, {0}tenant, {0}state, {0}tokens, (SELECT s.name FROM shards s WHERE "
+    "s.shard = {0}shard), {0}row, {0}created, {0}content_hash, {0}source, {0}metadata, {0}text, {0}token_ids)"
 )
 _STORED = "(SELECT d.entry FROM digests d WHERE d.seq = {0}seq)"
 _MATCHES = f"coalesce({_STORED} = {SIGNED}, 1)"

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 import shutil
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mem_triton.store.catalogue import CURRENT, SUPERSEDED, pack
-from mem_triton.store.errors import BankError, BankModelError, ForeignTenantError, UnknownEntryError
+import numpy as np
+
+from mem_triton.store.catalogue import CURRENT, INFO, SUPERSEDED, entry_info, pack, unpack
+from mem_triton.store.errors import BankError, BankModelError, ForeignTenantError, UnknownEntryError, not_written
 from mem_triton.store.files import write_durably
 from mem_triton.store.index import features_of
 from mem_triton.store.shards import Row
+from mem_triton.store.signing import VECTOR, check_vectors
 from mem_triton.store.spec import split_ref
-from mem_triton.store.writing import COLUMNS, register, same_block, set_sink, writer
+from mem_triton.store.writing import COLUMNS, check_block, register, same_block, set_sink, writer
 
 if TYPE_CHECKING:
     from mem_triton.store.bank import Bank
 
 MEMBER = re.compile(r"(\./)?(bank\.json|catalogue\.sqlite|(shards|index)(/[0-9a-f]{32}\.(safetensors|usearch))?)|\.")
 """What a tar of a bank may hold."""
+BARE = re.compile(r"(\./)?(shards|index)|\.")
 
 
 def export(bank: Bank, destination: Path, ids: Sequence[str] | None, tenant: str | None) -> list[str]:
@@ -49,6 +55,9 @@ def import_from(bank: Bank, source: Path) -> list[str]:
     from mem_triton.store.bank import Bank as AnyBank
 
     if not source.is_file():
+        for name in ("bank.json", "catalogue.sqlite", "shards", "index"):
+            if (source / name).is_symlink():
+                raise BankError(f"{source / name} is a link; what is imported lies in {source} itself: put it there")
         with AnyBank.open(source) as other:
             return _merge(bank, other)
     with tempfile.TemporaryDirectory(dir=bank.path, prefix=".importing-") as folder:
@@ -96,10 +105,11 @@ def _merge(bank: Bank, other: Bank) -> list[str]:
     _check_alike(bank, other)
     seqs: list[int] = []
     fills: dict[int, int] = {}
-    for seq, id, version, tenant, state, shard, digest in other.catalogue.read(
-        "SELECT seq, id, version, tenant, state, shard, content_hash FROM entries WHERE state < 2 ORDER BY seq"
+    for seq, state, shard, digest, *row in other.catalogue.read(
+        f"SELECT seq, state, shard, content_hash, {INFO} FROM entries WHERE state < 2 ORDER BY seq"
     ):
-        ref = f"{id}@{version}"
+        info = entry_info(row)  # checks the row, too
+        ref, id, version, tenant = info.ref, info.id, info.version, info.tenant
         owner = bank.catalogue.read("SELECT tenant, last_version FROM ids WHERE id = ?", id)
         if owner and owner[0][0] != tenant:
             raise BankError(f'"{ref}": its id belongs to another tenant here; import it into another bank', ref)
@@ -115,7 +125,7 @@ def _merge(bank: Bank, other: Bank) -> list[str]:
             fills[seq] = here[0]
     if (sink := other.sink()) is not None:
         set_sink(bank, sink)
-    return _copy(other, bank, seqs, fills)
+    return _copy(other, bank, seqs, fills, foreign=True)
 
 
 def _check_alike(bank: Bank, other: Bank) -> None:
@@ -133,8 +143,11 @@ def _check_alike(bank: Bank, other: Bank) -> None:
             raise BankError("the constant prefix of the import is another; import it into another bank")
 
 
-def _copy(source: Bank, target: Bank, seqs: list[int], fills: dict[int, int]) -> list[str]:
-    """Copy versions, and the blocks of cold ones (source's seq -> target's), bit for bit, in one transaction."""
+def _copy(source: Bank, target: Bank, seqs: list[int], fills: dict[int, int], foreign: bool = False) -> list[str]:
+    """Copy versions, and the blocks of cold ones (source's seq -> target's), bit for bit, in one transaction.
+
+    foreign: somebody else wrote the source; its blocks are looked at as if they were written here.
+    """
     embedders = [
         (bank.spec.embedder, features_of(bank.spec.embedder, bank.catalogue.meta("features")))
         for bank in (source, target)
@@ -144,12 +157,18 @@ def _copy(source: Bank, target: Bank, seqs: list[int], fills: dict[int, int]) ->
 
     def rows() -> Iterator[Row]:
         for seq in [*seqs, *fills]:
-            name, row = source.catalogue.read(
-                "SELECT (SELECT name FROM shards s WHERE s.shard = e.shard), row FROM entries e WHERE seq = ?", seq
-            )[0]
+            name, row, tokens, ref = source.catalogue.read(
+                "SELECT (SELECT name FROM shards s WHERE s.shard = e.shard), row, tokens, id || '@' || version "
+                "FROM entries e WHERE seq = ?", seq,
+            )[0]  # fmt: skip
             if name is not None:
                 filled.append(seq)
-                yield source.shards.raw(name, row)
+                try:
+                    if foreign:
+                        _check_foreign(source, ref, name, row, tokens)
+                    yield source.shards.raw(name, row)
+                except FileNotFoundError as error:
+                    raise BankError(f'"{ref}": {error} is missing; restore it from a backup', ref) from None
 
     shards = list(target.shards.write(rows()))
     refs, tenants = [], set()
@@ -164,10 +183,7 @@ def _copy(source: Bank, target: Bank, seqs: list[int], fills: dict[int, int]) ->
             id, version, tenant, state, tokens, _, _, *rest = source.catalogue.read(
                 f"SELECT {COLUMNS} FROM entries WHERE seq = ?", seq
             )[0]
-            if same_vectors:
-                ((vector,),) = source.catalogue.read("SELECT vector FROM vectors WHERE seq = ?", seq)
-            else:
-                vector = pack(target.embedder.embed([rest[4]]))[0]
+            vector = _vector(source, seq) if same_vectors else pack(target.embedder.embed([rest[4]]))[0]
             db.execute("INSERT OR IGNORE INTO meta VALUES ('dim', ?)", (len(vector) // 2,))
             if state == CURRENT:
                 db.execute(f"UPDATE entries SET state = {SUPERSEDED} WHERE id = ? AND state = {CURRENT}", (id,))
@@ -187,6 +203,21 @@ def _copy(source: Bank, target: Bank, seqs: list[int], fills: dict[int, int]) ->
     return refs
 
 
+def _check_foreign(source: Bank, ref: str, name: str, row: int, tokens: int) -> None:
+    block = source.shards.read(name, row, source.spec.torch_dtype)
+    check_block(source, f'entry "{ref}"', block, entry=ref)
+    if block.tokens != tokens:
+        raise BankError(f'entry "{ref}": its block has {block.tokens} tokens, its catalogue says {tokens}', ref)
+
+
+def _vector(source: Bank, seq: int) -> bytes:
+    rows = source.catalogue.read(f"SELECT {VECTOR} FROM vectors v WHERE v.seq = ?", seq)
+    check_vectors(source.catalogue.path, rows, source.catalogue.meta("dim"))
+    if not rows or not np.isfinite(unpack([rows[0][1]])).all():
+        raise BankError(f"{source.catalogue.path}: row {seq} has no vector; reindex that bank, and export it again")
+    return rows[0][1]
+
+
 def _pack(folder: Path, file: Path) -> None:
     with tarfile.open(file, "w") as tar:
         for path in (folder, *sorted(folder.rglob("*"))):
@@ -200,7 +231,8 @@ def _unpack(file: Path, folder: Path) -> None:
     try:
         with tarfile.open(file) as tar:
             for member in tar.getmembers():
-                if not MEMBER.fullmatch(member.name) or not (member.isfile() or member.isdir()):
+                plain = member.isfile() and not BARE.fullmatch(member.name)
+                if not MEMBER.fullmatch(member.name) or not (plain or member.isdir()):
                     raise BankError(f"{file}: {member.name} is no part of a bank; import what `export` wrote")
                 target = folder / member.name
                 if member.isdir():
@@ -209,5 +241,9 @@ def _unpack(file: Path, folder: Path) -> None:
                 target.parent.mkdir(exist_ok=True)
                 with tar.extractfile(member) as packed, open(target, "wb") as plain:
                     shutil.copyfileobj(packed, plain, 1 << 20)
-    except tarfile.TarError as error:
+    except OSError as error:
+        raise not_written(folder, error) from None
+    except (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        if isinstance(error, BankError):
+            raise
         raise BankError(f"{file}: {error}; import a bank or a tar that `export` wrote") from None

@@ -7,7 +7,9 @@ they are, so a graph that is old, wrong or gone costs time and never truth.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
 import threading
 import time
 import uuid
@@ -22,11 +24,11 @@ from usearch.index import Index
 from mem_triton.store.catalogue import Catalogue, unpack
 from mem_triton.store.errors import BankError
 from mem_triton.store.files import write_durably
-from mem_triton.store.fingerprint import sampled_digest
 from mem_triton.store.spec import Hit
 
 logger = logging.getLogger(__name__)
 
+NAME = re.compile(r"[0-9a-f]{32}\.usearch")
 SMALLEST_GRAPH, LARGEST_TAIL = 8192, 32768
 """Fewer entries than the first have no graph; more than the second never wait to join one."""
 WIDEST = 4096
@@ -38,6 +40,19 @@ ADDING_THREADS = 1
 ENTRIES_AN_EXPANSION = 640
 """A search looks at EXPANSION_SEARCH nodes of a graph, or at one for so many entries if that is more: of a million, 192
 nodes find 83 % of the five nearest, 1,536 find 96 % (hashed words, ``benchmarks/store/bank.py``)."""
+
+
+File = tuple[str, str, int, int]
+"""A graph as the catalogue has it: name, digest, newest entry that is in it, how many are."""
+
+
+def graph_digest(path: Path, tenant: str, through: int, count: int) -> str:
+    """Hash of a whole graph file and of what the catalogue says of it."""
+    digest = hashlib.sha256(f"{tenant}|{through}|{count}|".encode())
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return f"sha256:{digest.hexdigest()}"
 
 
 @dataclass
@@ -107,9 +122,9 @@ class VectorIndex:
                 return scope
             file = self._registered(tenant)
             if file is not None and file[0] != scope.file:
-                graph = self._view(file)
+                graph = self._view(tenant, file)
                 if graph is None and (now := self._registered(tenant)) not in (None, file):
-                    file, graph = now, self._view(now)  # a writer put another in its place meanwhile
+                    file, graph = now, self._view(tenant, now)  # a writer put another in its place meanwhile
                 if graph is None and file[0] not in self._missed:
                     self._missed.add(file[0])
                     logger.warning(
@@ -128,28 +143,41 @@ class VectorIndex:
             self._scopes[tenant] = scope
             return scope
 
-    def _registered(self, tenant: str) -> tuple[str, str, int] | None:
-        rows = self._catalogue.read("SELECT name, digest, through FROM index_files WHERE tenant = ?", tenant)
+    def _registered(self, tenant: str) -> File | None:
+        rows = self._catalogue.read("SELECT name, digest, through, count FROM index_files WHERE tenant = ?", tenant)
         return rows[0] if rows else None
 
-    def _usable(self, file: tuple[str, str, int]) -> bool:
-        path = self.folder / file[0]
-        return path.exists() and sampled_digest(path) == file[1]
+    def _usable(self, tenant: str, file: File) -> bool:
+        """Whether a graph may be given to usearch, which a damaged one would end the process in."""
+        name, digest, through, count = file
+        path = self.folder / str(name)
+        try:
+            return bool(NAME.fullmatch(str(name))) and graph_digest(path, tenant, through, count) == digest
+        except OSError:
+            return False
 
-    def _view(self, file: tuple[str, str, int]) -> Index | None:
+    def _view(self, tenant: str, file: File) -> Index | None:
         """A registered graph, mapped; None if its file is gone or is another."""
-        if not self._usable(file):
+        if not self._usable(tenant, file):
             return None
-        graph = Index.restore(self.folder / file[0], view=True)
-        graph.expansion_search = max(EXPANSION_SEARCH, len(graph) // ENTRIES_AN_EXPANSION)
+        graph = self._restored(file, view=True)
+        if graph is not None:
+            graph.expansion_search = max(EXPANSION_SEARCH, len(graph) // ENTRIES_AN_EXPANSION)
         return graph
+
+    def _restored(self, file: File, view: bool) -> Index | None:
+        try:
+            return Index.restore(self.folder / file[0], view=view)
+        except (RuntimeError, ValueError, OSError) as error:
+            logger.warning("%s cannot be read by this usearch: %s", self.folder / file[0], error)
+            return None
 
     def problems(self) -> Iterator[str]:
         """Graphs that are gone, damaged, or of another size than the catalogue says."""
         for tenant, name, count in self._catalogue.read("SELECT tenant, name, count FROM index_files"):
-            if not self._usable(self._registered(tenant)):
+            if (graph := self._view(tenant, self._registered(tenant))) is None:
                 yield f"{self.folder / name} is missing or damaged; open the bank for writing to rebuild it"
-            elif len(Index.restore(self.folder / name, view=True)) != count:
+            elif len(graph) != count:
                 yield f"{self.folder / name} has another number of entries than the catalogue says"
 
     # For the writer.
@@ -157,10 +185,13 @@ class VectorIndex:
     def repair(self) -> None:
         """Rebuild graphs whose files are gone or damaged, and bring those up to date that are far behind."""
         for (tenant,) in self._catalogue.read("SELECT tenant FROM index_files"):
-            if not self._usable(self._registered(tenant)):
-                logger.warning("the index of tenant %r is missing or damaged: it is rebuilt", tenant)
-                self.rebuild(tenant)
-            self.grow(tenant)
+            try:
+                if not self._usable(tenant, self._registered(tenant)):
+                    logger.warning("the index of tenant %r is missing or damaged: it is rebuilt", tenant)
+                    self.rebuild(tenant)
+                self.grow(tenant)
+            except (OSError, RuntimeError, BankError) as error:  # a full disk, say: the bank can be opened all the same
+                logger.error("the index of tenant %r could not be rebuilt, searches are slower: %s", tenant, error)
 
     def keep_up(self, tenants: Iterable[str]) -> None:
         """``grow`` after a commit, which stands whether this works or not."""
@@ -199,12 +230,13 @@ class VectorIndex:
             if count - current > count // 5:
                 self.rebuild(tenant)
 
-    def _extend(self, tenant: str, file: tuple[str, str, int] | None) -> None:
-        graph = self._growing.get(tenant)
-        if graph is None and file is not None:
-            graph = Index.restore(self.folder / file[0], view=False)
+    def _extend(self, tenant: str, file: File | None) -> None:
+        graph = self._growing.pop(tenant, None) if file is not None else None  # kept again once it is on the disk
+        if graph is None and file is not None and self._usable(tenant, file):
+            graph = self._restored(file, view=False)
+        through = 0 if graph is None else file[2]  # without one that can be extended, all anew
+        if graph is not None:
             graph.expansion_add = EXPANSION_ADD
-        through = file[2] if file else 0
         for seqs, vectors in self._catalogue.vectors(tenant, through):
             if graph is None:
                 graph = Index(
@@ -213,15 +245,15 @@ class VectorIndex:
                 )  # fmt: skip
             graph.add(seqs, vectors, threads=ADDING_THREADS)
             through = int(seqs[-1])
-        self._growing[tenant] = graph
         path = self.folder / f"{uuid.uuid4().hex}.usearch"
         write_durably(path, lambda temporary: graph.save(str(temporary)))
         with self._catalogue.write() as db:
             db.execute(
                 "INSERT OR REPLACE INTO index_files VALUES (?, ?, ?, ?, ?)",
-                (tenant, path.name, sampled_digest(path), through, len(graph)),
+                (tenant, path.name, graph_digest(path, tenant, through, len(graph)), through, len(graph)),
             )
-        if file is not None:
+        self._growing[tenant] = graph
+        if file is not None and NAME.fullmatch(str(file[0])):
             (self.folder / file[0]).unlink(missing_ok=True)  # readers that have it mapped keep it
 
 
