@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from mem_triton.runtime.front.segments import Segments
+from mem_triton.runtime.front.text import TextOfTokens
 
-BROKEN = "\ufffd"
-"""What a tokenizer writes for a character whose tokens are not all there yet."""
 LOGPROBS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
-CONTEXT = 5
-"""Tokens of the prompt that the text's first token is decoded behind, as SGLang does it."""
+CUTTABLE = frozenset(
+    [
+        "max_new_tokens", "stop_token_ids", "temperature", "top_p", "top_k", "min_p", "n", "beam_width", "ignore_eos",
+        "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval", "logit_bias",
+        "sampling_seed", "custom_params",
+    ]
+)  # fmt: skip
+"""Sampling parameters that mean the same in a continuation: none of them looks back over the answer's own tokens."""
+CUTTABLE_FIELDS = frozenset(
+    [
+        "rid", "session_id", "text", "input_ids", "sampling_params", "return_logprob", "logprob_start_len",
+        "top_logprobs_num", "token_ids_logprob", "return_text_in_logprobs", "stream", "log_metrics", "lora_path",
+        "lora_id", "routed_dp_rank", "data_parallel_rank", "routing_key", "conversation_id", "http_worker_ipc",
+        "background", "require_reasoning", "priority", "extra_key", "cache_salt", "no_logs", "custom_labels",
+        "external_trace_header", "received_time", "kv_hints", "modalities",
+    ]
+)  # fmt: skip
+"""Fields of a request, likewise."""
 
 
 def fixed(obj: GenerateReqInput, params: dict[str, Any]) -> str | None:
     """Why this request's references cannot be refreshed while it answers, None if they can.
 
-    A continuation starts a new engine request, so whatever SGLang counts over the answer would start over.
+    A continuation starts a new engine request, so whatever SGLang counts over the answer would start over. So does what
+    a parameter or field asks that is not among those known to be cuttable, later versions' among them.
     """
     penalties = (params.get("frequency_penalty"), params.get("presence_penalty"))
     grammars = (params.get(name) for name in ("json_schema", "regex", "ebnf", "structural_tag"))
@@ -39,7 +57,33 @@ def fixed(obj: GenerateReqInput, params: dict[str, Any]) -> str | None:
             obj.return_hidden_states or obj.return_routed_experts or obj.return_indexer_topk
         ),
     }
-    return next((name for name, present in reasons.items() if present), None)
+    return next((name for name, present in reasons.items() if present), None) or next(_others(obj, params), None)
+
+
+def fixed_by_engine(server_args: Any) -> str | None:
+    """Why no request of this server can have its references refreshed, None if they can."""
+    return "watermarks" if server_args.enable_watermark else None
+
+
+def _others(obj: GenerateReqInput, params: dict[str, Any]) -> Iterator[str]:
+    """Names of SGLang's parameters and fields that say something and are not known to be cuttable."""
+    plain = SamplingParams()
+    for name in SamplingParams.__struct_fields__:
+        if name not in CUTTABLE and _differs(params.get(name), getattr(plain, name)):
+            yield name
+    for field in dataclasses.fields(GenerateReqInput):
+        default = None if field.default is dataclasses.MISSING else field.default
+        if field.name not in CUTTABLE_FIELDS and _differs(getattr(obj, field.name), default):
+            yield field.name
+
+
+def _differs(value: Any, default: Any) -> bool:
+    if value is None or value is default:
+        return False
+    try:
+        return bool(value != default and (value or default))  # an empty list says no more than none
+    except (RuntimeError, ValueError):  # arrays
+        return True
 
 
 class Answer(Segments):
@@ -60,11 +104,11 @@ class Answer(Segments):
         incremental: bool, decode: Callable[[list[int]], str] | None,
     ) -> None:  # fmt: skip
         super().__init__(prompt_ids, every, limit)
-        self._obj, self._incremental, self._decode = obj, bool(obj.stream) and incremental, decode
+        self._obj, self._incremental = obj, bool(obj.stream) and incremental
+        self._text = None if decode is None else TextOfTokens(decode, prompt_ids)
         self._one_piece = every >= limit
         self._earlier: dict[str, Any] | None = None  # all segments before this one as one output
         self._fresh: list[int] = []  # this segment's tokens so far
-        self._text = ""  # this segment's text so far
         self._sent = ""  # the answer's text so far, as an incremental client has it
 
     def request(self) -> GenerateReqInput:
@@ -83,9 +127,11 @@ class Answer(Segments):
         if self._one_piece:
             self.done = out["meta_info"]["finish_reason"] is not None
             return out
-        reason = out["meta_info"]["finish_reason"]
-        self._fresh = [*self._fresh, *out["output_ids"]] if self._incremental else list(out["output_ids"])
-        self._text = self._text + out.get("text", "") if self._incremental else out.get("text", "")
+        reason, known = out["meta_info"]["finish_reason"], len(self._fresh)
+        new = list(out["output_ids"]) if self._incremental else list(out["output_ids"])[known:]
+        self._fresh = [*self._fresh, *new] if self._incremental else list(out["output_ids"])
+        if self._text is not None:
+            self._text.take(new[:-1] if self._ends_with_stop(reason) else new)
         if reason is not None:
             self.end(self._fresh, reason["type"])
         whole = self._merged(out)
@@ -94,7 +140,7 @@ class Answer(Segments):
             whole["meta_info"]["finish_reason"] = None
         seen = self._seen(whole, out)
         if goes_on:
-            self._earlier, self._fresh, self._text = whole, [], ""
+            self._earlier, self._fresh = whole, []
             return seen if self._obj.stream else None
         return seen
 
@@ -102,8 +148,8 @@ class Answer(Segments):
         """The answer so far as one output of all its tokens."""
         earlier = self._earlier
         whole = {**out, "output_ids": list(self._fresh), "meta_info": (meta := dict(out["meta_info"]))}
-        if "text" in out:
-            whole["text"] = self._whole_text()
+        if "text" in out and self._text is not None:
+            whole["text"] = self._text.so_far if not self.done else self._text.whole()
         if earlier is None:
             return whole
         before = earlier["meta_info"]
@@ -124,22 +170,14 @@ class Answer(Segments):
             meta["finish_reason"] = {**reason, "length": len(whole["output_ids"])}
         return whole
 
-    def _whole_text(self) -> str:
-        earlier = self._earlier["text"] if self._earlier is not None else ""
-        return (self._repaired(earlier) if earlier.endswith(BROKEN) else earlier) + self._text
-
-    def _repaired(self, earlier: str) -> str:
-        """Text of the earlier segments, with the characters that this one's tokens have completed."""
-        tail = self.own_prompt[-CONTEXT:]
-        tokens = [*tail, *self._earlier["output_ids"], *self._fresh]
-        text = self._decode(tokens)[len(self._decode(tail)) :][: len(earlier)]
-        return text if text.startswith(earlier.rstrip(BROKEN)) else earlier
+    def _ends_with_stop(self, reason: dict[str, Any] | None) -> bool:
+        """Whether the last token is a stop token that is no text."""
+        matched = (reason or {}).get("matched")
+        return isinstance(matched, int) and not self._obj.sampling_params.get("no_stop_trim")
 
     def _seen(self, whole: dict[str, Any], out: dict[str, Any]) -> dict[str, Any]:
         """The answer so far, or what an incremental client has not seen of it; counts are of all of it."""
         seen = {**whole, "meta_info": dict(whole["meta_info"])}
-        if "text" in whole and whole["meta_info"]["finish_reason"] is None:
-            seen["text"] = whole["text"].rstrip(BROKEN)  # the next segment may complete it
         if self._incremental:
             seen["output_ids"] = out["output_ids"]
             if "text" in seen:

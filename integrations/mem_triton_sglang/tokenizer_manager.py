@@ -39,7 +39,7 @@ from mem_triton.runtime.front.tenants import Tenants
 from mem_triton.runtime.incidents import VARIABLE, Incidents
 from mem_triton.runtime.request import RequestError
 from mem_triton.runtime.sessions import Lease
-from mem_triton_sglang.answer import Answer, fixed
+from mem_triton_sglang.answer import Answer, fixed, fixed_by_engine
 from mem_triton_sglang.carrier import is_word, packed
 from mem_triton_sglang.channel import Client
 from mem_triton_sglang.identity import extra_key_of
@@ -187,8 +187,9 @@ class TokenizerManagerWithMemory(TokenizerManager):
         try:
             if words is not None and not isinstance(words, dict):
                 raise RequestError("custom_params", f"must be an object of names and values, got {words!r:.80}")
+            fixed_by = fixed_by_engine(self.server_args) or fixed(obj, obj.sampling_params)
             asked = Asked(
-                answers, obj.lora_path is not None, _unfit(obj), fixed(obj, obj.sampling_params),
+                answers, obj.lora_path is not None, _unfit(obj), fixed_by,
                 prompt_tokens=None if obj.input_ids is None else len(obj.input_ids),
                 headers=None if request is None else getattr(request, "headers", {}),  # None: from ``Engine``
             )  # fmt: skip
@@ -267,8 +268,11 @@ class TokenizerManagerWithMemory(TokenizerManager):
         wanted = obj.sampling_params.get("max_new_tokens", self.sampling_params_class().max_new_tokens)
         limit = room if wanted is None else min(wanted, room)
         every, limit = self.memory.explicit.cut(reading, len(obj.input_ids), limit)
-        skips = obj.sampling_params.get("skip_special_tokens", True)
-        decode = self.tokenizer and functools.partial(self.tokenizer.decode, skip_special_tokens=skips)
+        if reading.context_note is not None:
+            obj.sampling_params = {**obj.sampling_params, "max_new_tokens": limit}
+        said = {n: obj.sampling_params.get(n) for n in ("skip_special_tokens", "spaces_between_special_tokens")}
+        as_asked = {name: value is None or bool(value) for name, value in said.items()}
+        decode = self.tokenizer and functools.partial(self.tokenizer.decode, **as_asked)
         return Answer(obj, obj.input_ids, every, limit, incremental=self.incremental_streaming_output, decode=decode)
 
     def _generate(self, obj: GenerateReqInput, running: _Running) -> AsyncGenerator[Any, None]:

@@ -19,7 +19,7 @@ from mem_triton.runtime.front.asynchronous import AsyncMemory, Said
 from mem_triton.runtime.front.memory import MemoryLoadError, MemoryLostError, Opened
 from mem_triton.runtime.front.segments import NORMAL_ENDS
 from mem_triton.runtime.request import RequestError
-from mem_triton_vllm import callers, front_end
+from mem_triton_vllm import callers, front_end, http_words
 from mem_triton_vllm.capture import capture_failed, reading_request, tokens_so_far
 from mem_triton_vllm.front_end import VLLMFrontEnd
 
@@ -34,9 +34,13 @@ class AsyncLLMWithMemory(AsyncLLM):
     memory: VLLMFrontEnd
 
     def start_memory(self) -> None:
-        """Begin to fill the pages of default entries, where an event loop runs already."""
+        """See that no server drops memory's words, and begin to fill the pages of default entries.
+
+        Where no event loop runs yet these are filled with the first request that reads them.
+        """
+        http_words.install()
         if self.memory.explicit is not None:
-            with contextlib.suppress(RuntimeError):  # no loop yet: they are filled with the first request that reads
+            with contextlib.suppress(RuntimeError):
                 asyncio.get_running_loop().call_soon(self._waits.start_loads)
 
     def generate(

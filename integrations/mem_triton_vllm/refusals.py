@@ -11,6 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 import torch
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 
@@ -76,6 +77,11 @@ def check_engine(vllm_config: VllmConfig) -> None:
     for name, (present, why) in kinds.items():
         if present:
             raise ConfigError(f"mem_triton does not support {name}: {why}")
+    if envs.VLLM_USE_RUST_FRONTEND:
+        raise ConfigError(
+            "mem_triton does not support vLLM's Rust front end: it takes requests past memory's own and would ignore "
+            "their words; unset VLLM_USE_RUST_FRONTEND"
+        )
     if not vllm_config.use_v2_model_runner and vllm_config.device_config.device_type != "cpu":
         raise ConfigError("mem_triton on a GPU needs vLLM's Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER=0")
 
@@ -151,6 +157,11 @@ TOUCH_POINTS: dict[str, Callable[[], bool]] = {
     "LLMEngine.add_request": lambda: _takes("vllm.v1.engine.llm_engine:LLMEngine.add_request", "prompt", "params"),
     "LLMEngine.step": lambda: _has("vllm.v1.engine.llm_engine:LLMEngine", "step", "abort_request", "collective_rpc"),
     "SamplingParams": lambda: _has("vllm.sampling_params:SamplingParams", "__struct_fields__", "detokenize", "n"),
+    "VLLM_USE_RUST_FRONTEND": lambda: "VLLM_USE_RUST_FRONTEND" in import_module("vllm.envs").environment_variables,
+    "init_entrypoints_middleware": lambda: _takes(
+        "vllm.entrypoints.launchers.app:init_entrypoints_middleware", "args", "app"
+    ),
+    "run_request": lambda: _takes("vllm.entrypoints.launchers.run_batch:run_request", "serving_engine_func", "request"),
     "parse_model_prompt": lambda: _takes(
         "vllm.renderers.inputs.preprocess:parse_model_prompt", "model_config", "prompt"
     ),

@@ -6,10 +6,17 @@ compared in ``test_memory_server``.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import random
+from types import SimpleNamespace
+
 import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.sampling.sampling_params import SamplingParams
 
-from mem_triton_sglang.answer import Answer, fixed
+from mem_triton.runtime.front.user_turn import UserTurns
+from mem_triton_sglang.answer import CUTTABLE, CUTTABLE_FIELDS, Answer, fixed, fixed_by_engine
 
 PROMPT = list(b"tell: ")
 TEXT = "naïve €5, 日本 🙂 end"
@@ -20,12 +27,14 @@ def decode(tokens: list[int]) -> str:
     return bytes(tokens).decode(errors="replace")
 
 
-def engine(request: GenerateReqInput, incremental: bool) -> list[dict]:
-    """Says ANSWER, whatever part of it is in the prompt already, one token an output if it streams, and then stops."""
-    start = len(request.input_ids) - len(PROMPT)
-    assert request.text is None and request.input_ids == PROMPT + ANSWER[:start]
-    said = ANSWER[start : start + request.sampling_params["max_new_tokens"]]
-    reason = {"type": "stop"} if start + len(said) == len(ANSWER) else {"type": "length", "length": len(said)}
+def engine(
+    request: GenerateReqInput, incremental: bool, answer: list[int] = ANSWER, prompt_tokens: int = len(PROMPT)
+) -> list[dict]:
+    """Says ``answer``, whatever part of it is in the prompt already, one token an output if it streams, and stops."""
+    start = len(request.input_ids) - prompt_tokens
+    assert request.text is None and request.input_ids[prompt_tokens:] == answer[:start]
+    said = answer[start : start + request.sampling_params["max_new_tokens"]]
+    reason = {"type": "stop"} if start + len(said) == len(answer) else {"type": "length", "length": len(said)}
     tail = request.input_ids[-5:]
     outputs, sent, seen = [], "", 0
     for count in range(1, len(said) + 1):
@@ -143,3 +152,82 @@ def test_what_a_continuation_would_start_over_keeps_one_piece(params, fields, re
     obj.normalize_batch_and_arguments() if params.get("n") is None else setattr(obj, "logprob_start_len", -1)
     found = fixed(obj, params)
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("every", [1, 2, 3, 64])
+def test_fault05_text_is_that_of_the_tokens_wherever_the_answer_is_cut(way, every):
+    """Bytes at random: most of them are no characters, and some begin one that the next ones do not complete."""
+    for seed in range(6):
+        said = random.Random(seed).choices([0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x41], k=40)
+        for prompt in (PROMPT, [*PROMPT, 0xF0, 0x9F])[: 1 if every > 40 else 2]:  # one piece is SGLang's own
+            obj = GenerateReqInput(input_ids=prompt, sampling_params={"max_new_tokens": 40}, rid="r")
+            obj.stream = way != "whole"
+            answer = Answer(obj, prompt, every, 41, incremental=way == "incremental", decode=decode)
+            seen = []
+            while not answer.done:
+                for out in engine(answer.request(), way == "incremental", said, len(prompt)):
+                    if (shown := answer.take(out)) is not None:
+                        seen.append(shown)
+            text = "".join(o["text"] for o in seen) if way == "incremental" else seen[-1]["text"]
+            assert text == decode(said)
+
+
+def test_fault05_a_stop_token_is_no_text():
+    for stop, text in ((False, "na"), (True, "naï")):
+        params = {"max_new_tokens": 9, "no_stop_trim": stop}
+        answer = Answer(GenerateReqInput(input_ids=PROMPT, sampling_params=params), PROMPT, 2, 9, incremental=False,
+                        decode=lambda tokens: bytes(tokens).decode("latin-1"))  # fmt: skip
+        ends = {"type": "stop", "matched": 0xEF}
+        for tokens, reason in (([*b"na"], {"type": "length", "length": 2}), ([0xEF], ends)):
+            meta = {"finish_reason": reason, "completion_tokens": len(tokens)}
+            last = answer.take({"text": "", "output_ids": tokens, "meta_info": meta})
+        assert last["text"] == text and last["output_ids"] == [*b"na", 0xEF]
+
+
+def test_fault06_every_parameter_and_field_is_either_known_to_be_cuttable_or_keeps_one_piece():
+    """What a later SGLang adds keeps one piece until somebody has looked at it."""
+    parameters = set(SamplingParams.__struct_fields__)
+    assert parameters >= CUTTABLE
+    plain = GenerateReqInput(input_ids=PROMPT, sampling_params={})
+    plain.normalize_batch_and_arguments()
+    for name in parameters - CUTTABLE:
+        assert fixed(plain, {name: 7}), name
+    fields = {f.name for f in dataclasses.fields(GenerateReqInput)}
+    assert fields >= CUTTABLE_FIELDS
+    for name in fields - CUTTABLE_FIELDS:
+        obj = copy.copy(plain)
+        setattr(obj, name, 7)
+        assert fixed(obj, {}), name
+    everyday = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "sampling_seed": 1, "logit_bias": {"5": 1}}
+    everyday |= {"stop_token_ids": [2], "ignore_eos": True, "skip_special_tokens": False, "stop": [], "regex": None}
+    assert fixed(plain, {**everyday, "custom_params": {"mem_top_k": 1}, "frequency_penalty": 0.0}) is None
+
+
+def test_fault06_watermarks_of_a_server_keep_one_piece():
+    assert fixed_by_engine(SimpleNamespace(enable_watermark=False)) is None
+    assert fixed_by_engine(SimpleNamespace(enable_watermark=True)) == "watermarks"
+
+
+def test_fault24_turns_are_learnt_from_the_tokenizers_template(monkeypatch):
+    from mem_triton_sglang import tokenizer_manager as module
+    from tests.support.models import tiny_tokenizer
+
+    made = {}
+
+    def front_end(*args, **options):
+        made.update(options)
+        return SimpleNamespace()
+
+    shape = SimpleNamespace(tp_size=1, pp_spans=((0, 2),))
+    monkeypatch.setattr(module, "shape_of", lambda *_: shape)
+    monkeypatch.setattr(module, "ExplicitFrontEnd", front_end)
+    manager = object.__new__(module.TokenizerManagerWithMemory)
+    manager.server_args = manager.model_config = None
+    manager.tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(module, "Client", lambda ranks: SimpleNamespace(call=None))
+    monkeypatch.setattr(module, "AsyncMemory", lambda memory, call: None)
+    manager.start_memory(SimpleNamespace(delta=None, memory=True, tenants=None))
+    turns = UserTurns.of(made["render"])
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who has the key?"}]
+    assert turns.last(made["render"](chat)) == "Who has the key?"

@@ -13,6 +13,7 @@ from tests.sglang_engine.server import Server
 from tests.support import server_scenarios as scenarios
 from tests.support.memory_bench import SECRET, reference, tokens_of
 from tests.support.memory_scenarios import PROMPTS, three_pages
+from tests.support.models import tiny_tokenizer
 from tests.support.server_scenarios import at_once, ids, until, whole
 
 pytestmark = pytest.mark.engine
@@ -202,6 +203,34 @@ def test_captures_that_end_together_are_all_kept(server, memory_bench):
     scenarios.captures_that_end_together_are_all_kept(server, memory_bench)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/generate", {"input_ids": [5], "mem_ids": ["alpha"]}, "belongs into sampling_params.custom_params"),
+        ("/generate", {"input_ids": [5], "custom_params": {"mem_ids": []}}, "belongs into sampling_params.custom"),
+        ("/v1/completions", {"prompt": "x", "mem_ids": ["alpha"]}, "belongs into custom_params"),
+        ("/v1/chat/completions", {"messages": [], "vllm_xargs": {"mem_ids": []}}, "belongs into custom_params"),
+        ("/v1/responses", {"input": "x", "custom_params": {"mem_ids": []}}, "/v1/responses has no memory"),
+        ("/v1/messages", {"messages": [], "mem_session": "s"}, "/v1/messages has no memory"),
+        ("/v1/embeddings", {"input": "x", "custom_params": {"mem_ids": []}}, "/v1/embeddings has no memory"),
+        ("/api/generate", {"prompt": "x", "options": {"mem_ids": []}}, "/api/generate has no memory"),
+    ],
+)
+def test_fault06_no_route_drops_a_word(server, path, body, message):
+    for stream in (False, True):
+        response = server.http.post(path, json={"model": "m", "stream": stream, **body})
+        assert response.status_code == 400 and message in response.text, response.text
+
+
+def test_fault04_every_answer_of_several_comes_whole(server, memory_bench):
+    prompt, expected = PROMPTS[1], memory_bench.after(PROMPTS[1], "beta")
+    found = server.complete(prompt, words=ids("beta"), n=3, temperature=0).json()
+    assert [choice["token_ids"] for choice in found["choices"]] == [expected] * 3
+    assert found["usage"]["completion_tokens"] == 36
+    parts = list(server.stream(prompt, 12, ids("beta", mem_tenant="acme")))
+    assert parts[-1]["output_ids"] == expected
+
+
 def test_retrieval_over_http_streams_one_answer(memory_bench, start_server):
     b, prompt = memory_bench, reference(3) + reference(9)
     section = b.section(b.references, retrieval={"top_k": 2, "every": 32})
@@ -220,6 +249,10 @@ def test_retrieval_over_http_streams_one_answer(memory_bench, start_server):
     scored = server.generate(prompt, 70, return_logprob=True).json()["meta_info"]["output_token_logprobs"]
     assert [token for _, token, _ in scored] == expected
     assert server.report(server.chat("who?", 40))["references"]
+    for seed in range(3):  # fault05: the tiny model says bytes, and few of them are characters of their own
+        asked = {"temperature": 1.0, "sampling_seed": seed}
+        answer = server.generate(prompt, 70, sampling_params=asked).json()
+        assert answer["text"] == tiny_tokenizer().decode(answer["output_ids"], skip_special_tokens=True)
     sampled = server.generate(prompt, 40, sampling_params={"n": 2, "temperature": 1.0, "frequency_penalty": 0.1})
     assert sampled.status_code == 200 and "penalties" in sampled.json()[0]["meta_info"]["mem_triton"]["refresh"]
     assert server.metric("mem_triton:refresh_off_total") > 0

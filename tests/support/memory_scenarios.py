@@ -73,6 +73,14 @@ def sparse_references_beside_a_constant_prefix(b: MemoryBench, run: Run, **optio
     assert expected[3] != expected[2]
 
 
+def every_answer_of_several_comes_whole(b: MemoryBench, run: Run, **options: Any) -> None:
+    short, middle, *_ = PROMPTS
+    batch = [{**ask(short, 12, "alpha"), "n": 3}, ask(middle, 12, "beta"), {**ask(middle), "n": 2}]
+    result = run(b.model, [batch], memory=b.section(default=["gamma"]), **options)
+    expected = [[b.after(short, "alpha")] * 3, [b.after(middle, "beta")], [b.after(middle, "gamma")] * 2]
+    assert [request["answers"] for request in result["rounds"][0]] == expected
+
+
 def three_pages(b: MemoryBench, **options: Any) -> dict[str, Any]:
     """A pool that holds no more than entry alpha."""
     page = 2 * 2 * 16 * 2 * 32 * 4  # layers, KV heads, tokens, K and V, head size, fp32

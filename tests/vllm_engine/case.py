@@ -27,10 +27,11 @@ def main() -> None:
     from vllm.lora.request import LoRARequest
 
     def params(request: dict[str, Any]) -> SamplingParams:
+        several = {"n": request["n"], "top_k": 1} if "n" in request else {}  # vLLM has no greedy ones
         return SamplingParams(
-            max_tokens=request["max_tokens"], temperature=0, ignore_eos=True, logprobs=request.get("logprobs"),
-            extra_args=request.get("words"), stop_token_ids=request.get("stop_token_ids"),
-            stop=request.get("stop"),
+            max_tokens=request["max_tokens"], temperature=float("n" in request), ignore_eos=True,
+            logprobs=request.get("logprobs"), extra_args=request.get("words"),
+            stop_token_ids=request.get("stop_token_ids"), stop=request.get("stop"), **several,
         )  # fmt: skip
 
     llm = LLM(**case["llm"])
@@ -50,6 +51,7 @@ def main() -> None:
             [
                 {
                     "tokens": list(o.outputs[0].token_ids),
+                    "answers": [list(answer.token_ids) for answer in o.outputs],
                     "cached": o.num_cached_tokens,
                     "logprobs": _plain(o.outputs[0].logprobs),
                     "finish": o.outputs[0].finish_reason,

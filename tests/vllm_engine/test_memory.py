@@ -55,6 +55,10 @@ def test_control_without_pins_eviction_breaks_a_running_request(memory_bench):
     scenarios.without_pins_eviction_breaks_a_running_request(memory_bench, run_engine, "tests.support.controls:no_pins")
 
 
+def test_fault04_every_answer_of_several_comes_whole_from_python(memory_bench):
+    scenarios.every_answer_of_several_comes_whole(memory_bench, run_engine)
+
+
 def test_sparse_references_beside_a_constant_prefix(memory_bench):
     scenarios.sparse_references_beside_a_constant_prefix(memory_bench, run_engine)
 

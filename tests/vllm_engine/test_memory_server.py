@@ -25,7 +25,8 @@ def memory_bench(tmp_path_factory) -> MemoryBench:
 def server(memory_bench, tmp_path_factory) -> Iterator[Server]:
     """The bank of whole texts behind three pages: whoever wants another entry waits for its turn."""
     log = tmp_path_factory.mktemp("server") / "server.log"
-    server = Server(str(memory_bench.model), str(log), memory_flags(three_pages(memory_bench, capture="own")))
+    flags = memory_flags(three_pages(memory_bench, capture="own"))
+    server = Server(str(memory_bench.model), str(log), [*flags, "--enable-scale-out"])  # for the route of tokens
     try:
         yield server.wait()
     finally:
@@ -102,6 +103,58 @@ def test_fault04_every_answer_of_several_comes_whole(server, memory_bench, kind)
         assert tokens == dict.fromkeys(range(3), b.after(prompt, "beta"))
         assert sorted(c["index"] for c in choices if c["finish_reason"]) == [0, 1, 2]
     assert found["usage"]["completion_tokens"] == 36
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/v1/completions", {"prompt": "x", "mem_ids": ["alpha"]}, "belongs into vllm_xargs"),
+        ("/v1/chat/completions", {"messages": [], "custom_params": {"mem_ids": []}}, "belongs into vllm_xargs"),
+        ("/v1/responses", {"input": "x", "mem_ids": ["alpha"]}, "belongs into vllm_xargs"),
+        ("/v1/messages", {"messages": [], "max_tokens": 2, "mem_ids": ["alpha"]}, "belongs into vllm_xargs"),
+        ("/v1/responses", {"input": "x", "vllm_xargs": {"mem_ids": ["nobody"]}}, "nobody"),
+        (
+            "/v1/messages",
+            {
+                "messages": [{"role": "user", "content": "x"}],
+                "max_tokens": 2,
+                "vllm_xargs": {"mem_ids": ["nobody"]},
+            },
+            "nobody",
+        ),
+        (
+            "/inference/v1/generate",
+            {"token_ids": [5], "sampling_params": {"extra_args": {"mem_ids": ["nobody"]}}},
+            "nobody",
+        ),
+        ("/inference/v1/generate", {"token_ids": [5], "vllm_xargs": {"mem_ids": []}}, "sampling_params.extra_args"),
+        ("/tokenize", {"prompt": "x", "vllm_xargs": {"mem_ids": []}}, "/tokenize has no memory"),
+        (
+            "/v1/completions",
+            {"prompt": "x", "use_beam_search": True, "n": 2, "vllm_xargs": {"mem_ids": ["alpha"]}},
+            "mem_ids: beam search",
+        ),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "x"}],
+                "use_beam_search": 1,
+                "n": 2,
+                "vllm_xargs": {"mem_bogus": 1},
+            },
+            "mem_bogus: beam search",
+        ),
+    ],
+)
+def test_fault06_no_route_drops_a_word(server, path, body, message):
+    for stream in (False, True):
+        response = server.http.post(path, json={"model": "m", "stream": stream, **body})
+        assert response.status_code == 400 and message in response.text, response.text
+
+
+def test_fault06_beam_search_without_words_is_served(server):
+    response = server.complete(PROMPTS[0], 4, use_beam_search=True, n=2)
+    assert response.status_code == 200 and len(response.json()["choices"]) == 2, response.text
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,46 @@ def test_engine_options_are_refused_with_a_reason(change, message):
         check_engine(config(**change))
 
 
+def test_fault06_the_rust_front_end_is_refused_at_start(monkeypatch):
+    from mem_triton_vllm.refusals import check_engine
+
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ConfigError, match=r"Rust front end.*unset VLLM_USE_RUST_FRONTEND"):
+        check_engine(config())
+
+
+def test_fault06_a_batch_file_drops_no_word():
+    """``vllm run-batch`` has no HTTP: its bodies are looked at before they are served."""
+    import asyncio
+
+    from vllm.entrypoints.launchers import run_batch
+
+    from mem_triton_vllm import http_words
+
+    http_words.install()
+
+    def outcome(**body):
+        body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **body}
+        line = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+        request = run_batch.BatchRequestInput.model_validate(line)
+        served = []
+
+        async def serve(body):
+            served.append(body)
+            raise ValueError("served")
+
+        tracker = run_batch.BatchProgressTracker()
+        answer = asyncio.run(run_batch.run_request(serve, request, tracker))
+        return answer.error.error.message, len(served)
+
+    assert outcome() == ("served", 1)
+    assert outcome(vllm_xargs={"mem_ids": ["a"]}) == ("served", 1)
+    message, served = outcome(mem_ids=["a"])
+    assert "belongs into vllm_xargs" in message and not served
+    message, served = outcome(vllm_xargs={"mem_ids": ["a"]}, use_beam_search=True)
+    assert "beam search" in message and not served
+
+
 @pytest.mark.parametrize(
     ("parallel", "option"),
     [({"data_parallel_size": 2}, "--data-parallel-size 1"), ({"_api_process_count": 2}, "--api-server-count 1")],

@@ -166,6 +166,11 @@ class ExplicitFrontEnd:
             del self._default[ref]
             self._leave_out(ref, "its keys and values cannot be read any more")
 
+    def check(self, request: MemoryRequest) -> None:
+        """Raises RequestError if the words ask for what there is not."""
+        self._top_k(request)
+        self._resolve(request)
+
     def open(self, request: MemoryRequest, asked: Asked) -> Reading | None:
         """Check a request's words; None if it reads and keeps nothing. Raises RequestError, with nothing scheduled."""
         top_k = self._top_k(request)

@@ -88,6 +88,13 @@ class MemoryFrontEnd:
             raise
         return Opened(lease, reading)
 
+    def check_words(self, words: Mapping[str, Any], headers: Mapping[str, str] | None) -> None:
+        """Raise the RequestError that ``open`` would because of the words alone; opens nothing."""
+        request = self.tenants.bind(parse_request(words), headers)
+        self._check_served(words)
+        if self.explicit is not None:
+            self.explicit.check(request)
+
     def open_capture(self, capture: Capture, ids: list[int]) -> Opened:
         """The memory of the engine request that reads what is kept: none, so that nothing but its text is kept."""
         plain = MemoryRequest(write=False)
