@@ -42,7 +42,7 @@ class Service:
         """Start to fill pages in the background, behind the forward passes that are queued."""
         with self.memory.lock, self.memory.on_stream():
             for ref, pages, _ in orders:
-                self.memory.explicit.load(ref, pages)
+                self.memory.explicit.load(ref, pages, wait=True)
 
     def pages_state(self, heard: list[str]) -> dict[str, dict[str, Any]]:
         """What has been filled, less what the front end has ``heard``: reference -> None, or its error; and the

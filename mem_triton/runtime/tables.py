@@ -73,10 +73,14 @@ class MemoryTables:
         """Whether a request in the batch reads memory."""
         return request_id in self._residents
 
-    def reads(self, pages: Iterable[int]) -> bool:
-        """Whether a request in the batch reads one of these pages."""
+    def readers(self, pages: Iterable[int]) -> list[str]:
+        """The requests in the batch that read one of these pages."""
         wanted = set(pages)
-        return any(not wanted.isdisjoint(own) for r in self._residents.values() for own, _ in r.runs.values())
+        return [
+            id
+            for id, resident in self._residents.items()
+            if any(not wanted.isdisjoint(own) for own, _ in resident.runs.values())
+        ]
 
     def set_rows(
         self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int],

@@ -35,7 +35,7 @@ def explicit() -> ExplicitMemory:
     )
     loaded = []
     memory.loader = SimpleNamespace(load=lambda ref, pages: loaded.append((ref, pages)), before_step=lambda: None)
-    memory.loaded, memory._held, memory._held_back = loaded, {}, []
+    memory.loaded, memory._held, memory._held_back, memory._given_away = loaded, {}, [], set()
     return memory
 
 
@@ -153,10 +153,26 @@ def test_fault02_pages_that_are_still_read_are_not_filled_with_something_else():
     part = explicit()
     part.load("a@1", [0, 1])
     part.enter("running", reads("a@1", 0, 1))
-    part.load("b@1", [1])  # the client of "running" has left, the engine does not know yet
+    part.load("b@1", [1], wait=True)  # the client of "running" has left, the engine does not know yet
     assert part.loaded == [("a@1", [0, 1])]
     part.leave("running")
     assert part.loaded[1:] == [("b@1", (1,))]
+
+
+def test_fault02_an_engine_that_says_later_who_left_does_not_keep_others_waiting(path):
+    """vLLM tells its workers with the next step, and there may be none."""
+    part = explicit()
+    memory, incidents = batch(path, explicit=part)
+    for name, page in (("over", 0), ("runs", 1)):
+        part.load(f"{name}@1", [page])
+        memory.enter(name, lambda name=name, page=page: reads(f"{name}@1", page))
+    memory.begin_step(["over", "runs"], [0, 0], [3, 3])
+    part.load("b@1", [0])
+    part.load("b@2", [1])
+    assert [ref for ref, _ in part.loaded[2:]] == ["b@1", "b@2"]
+    memory.leave("over")
+    memory.begin_step(["runs"], [4], [4])  # should never be: its pages were given away
+    assert set(incidents.lost()) == {"runs"} and part.tables.row_slot[0] == -1
 
 
 def test_fault02_a_request_whose_pages_were_given_away_does_not_read_them(path):

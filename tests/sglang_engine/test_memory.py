@@ -72,5 +72,5 @@ def test_b11_retrieval_for_every_chunk_of_the_prompt_and_of_the_answer(memory_be
 
 
 @pytest.mark.slow  # the front end's doing, and vLLM's tests have it each time
-def test_a_full_pool_ends_the_refreshes_and_not_the_answer(memory_bench):
+def test_fault01_a_full_pool_ends_the_refreshes_and_not_the_answer(memory_bench):
     scenarios.a_full_pool_ends_the_refreshes_and_not_the_answer(memory_bench, run_engine)

@@ -220,7 +220,12 @@ def a_full_pool_ends_the_refreshes_and_not_the_answer(m: MemoryBench, run: Run, 
     page = 2 * 8 * 2 * 32 * 4  # KV heads, tokens, K and V, head size, fp32; one layer
     section = m.section(m.references, pool_gib=3.5 * page / 2**30, retrieval={"top_k": 2, "every": 16})
     prompts = [reference(3)[:16], reference(9)[:16]]
-    result = run(m.model, [[ask(p, 60) for p in prompts]], memory=section, **options)
+    greedy = reference(3) + reference(9) + reference(14)
+    rounds = [[ask(p, 60) for p in prompts], [ask(greedy, 8, mem_top_k=64), ask(PROMPTS[0], mem_top_k=0)]]
+    result = run(m.model, rounds, memory=section, **options)
+    more, plain = result["rounds"][1]  # of issue 12, fault 1: what is asked for takes dozens of pages in one step
+    assert "did not fit" in more["memory"]["retrieval"] and tokens(result, 1)[1] == m.generate(PROMPTS[0])
+    assert more["tokens"] == m.with_plan(greedy, [Attachment(*p) for p in seen(more)], 8) and plain["tokens"]
     for prompt, found in zip(prompts, result["rounds"][0], strict=True):
         assert found["tokens"] == m.with_plan(prompt, [Attachment(*p) for p in seen(found)], 60)
     assert any("no free pages" in found["memory"].get("refresh", "") for found in result["rounds"][0])

@@ -42,7 +42,7 @@ def test_without_refreshes_the_last_references_stay(memory_bench):
     assert tokens(result)[0] == m.with_plan(prompt, [Attachment(*p) for p in parts], 50)
 
 
-def test_a_full_pool_ends_the_refreshes_and_not_the_answer(memory_bench):
+def test_fault01_a_full_pool_ends_the_refreshes_and_not_the_answer(memory_bench):
     scenarios.a_full_pool_ends_the_refreshes_and_not_the_answer(memory_bench, run_engine)
 
 

@@ -70,6 +70,7 @@ class ExplicitMemory:
         self.loader = PageLoader(self.pool, read, host_bytes=int(section.host_gib * GIB))
         self._held: dict[int, str] = {}  # page -> the entry that it was ordered for last
         self._held_back: list[tuple[str, tuple[int, ...]]] = []  # orders for pages that are still read
+        self._given_away: set[str] = set()  # requests of the batch whose pages were filled anew
         self.captures = Captures(own, heads.start, rank, read_context)
         sinks = self._sinks(ropes, heads, shape.dtype, device)
         self._layers = {}
@@ -106,14 +107,20 @@ class ExplicitMemory:
             f"pages of {layout.page_tokens} tokens ({self.pool.nbytes / GIB:.2f} GiB), {layout.dtype}"
         )
 
-    def load(self, ref: str, pages: Sequence[int]) -> None:
-        """Start to fill pages with an entry, once no request of the batch reads them.
+    def load(self, ref: str, pages: Sequence[int], wait: bool = False) -> None:
+        """Start to fill pages with an entry.
 
-        The front end gives pages away when a client leaves; the engine may run his request a little longer.
+        The front end gives pages away when a request is over for it. wait: until the requests of the batch that read
+        them have left, for engines that may run a request a little longer and say at once when it leaves. Else such a
+        request has left already, or fails in the next step.
         """
-        if self.tables.reads(pages):
+        readers = self.tables.readers(pages)
+        if readers and wait:
             self._held_back.append((ref, tuple(pages)))
             return
+        for request_id in readers:
+            self.tables.leave(request_id)
+            self._given_away.add(request_id)
         self._held |= dict.fromkeys(pages, ref)
         self.loader.load(ref, pages)
 
@@ -129,13 +136,15 @@ class ExplicitMemory:
     def leave(self, request_id: str) -> None:
         """A request is about to leave the batch; its KV is still its own."""
         self.tables.leave(request_id)
+        self._given_away.discard(request_id)
         self._load_held_back()
         self.captures.leave(request_id)
 
     def set_rows(self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int]) -> dict[str, Exception]:
         """The coming step's batch, and the positions that it processes. Returns whose memory cannot be shown, and
         why."""
-        faults: dict[str, Exception] = {}
+        gone = self._given_away.intersection(request_ids)
+        faults: dict[str, Exception] = {id: RuntimeError("its pages hold something else by now") for id in gone}
         self.tables.set_rows(request_ids, first, last, faults)
         self.captures.set_rows(request_ids, last)
         self.loader.before_step()
@@ -152,13 +161,14 @@ class ExplicitMemory:
     def drop_request(self, request_id: str) -> None:
         """A request has lost its memory: it goes on as a plain one, and nothing of it is kept."""
         self.tables.leave(request_id)
+        self._given_away.discard(request_id)
         self._load_held_back()
         self.captures.drop_request(request_id)
 
     def _load_held_back(self) -> None:
         held_back, self._held_back = self._held_back, []
         for ref, pages in held_back:
-            self.load(ref, pages)
+            self.load(ref, pages, wait=True)
 
 
 def _heads(total: int, here: int, rank: int, ranks: int) -> slice:
