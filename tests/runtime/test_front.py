@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from mem_triton.runtime.front.asked import Asked
 from mem_triton.runtime.front.asynchronous import AsyncMemory
@@ -102,6 +103,29 @@ def test_a_state_that_cannot_be_taken_leaves_the_session_free_and_as_it_was(sess
 
     asyncio.run(main())
     assert not busy(sessions) and sessions.store.open(MemoryRequest("alice")).start.version == 0
+
+
+@pytest.mark.parametrize(
+    "broken", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
+def test_fault17_a_session_that_cannot_be_committed_is_a_warning_beside_the_answer(sessions, monkeypatch, broken):
+    """The session is as it was, free for the next request, and commits when there is room."""
+    memory = MemoryFrontEnd(sessions, None)
+
+    def ended():
+        opened = memory.open({"mem_session": "alice"}, Asked())
+        asyncio.run(AsyncMemory(memory, taken).end(opened, 2, 1, normal=True))
+        return opened.report()
+
+    def full(*_, **__):
+        raise broken
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions.store, "commit", full)
+        (warning,) = ended()["warnings"]
+    assert 'mem_session "alice" was not committed and is as it was' in warning and "No space left" in warning
+    assert not busy(sessions) and ended() is None
+    assert sessions.store.open(MemoryRequest("alice")).start.version == 1
 
 
 @pytest.mark.parametrize(("words", "normal"), [({"mem_session": "alice", "mem_write": 0}, True), ({}, True)])

@@ -55,8 +55,8 @@ class ChatFrame:
             thought = _find(said, self.thought, last=True) if self.thought else None
             if thought is not None:  # as templates leave it out of the turns that lie behind
                 said = said[thought + len(self.thought) :]
-            while said and said[0] in self.blank:
-                del said[0]
+                while said and said[0] in self.blank:
+                    del said[0]
             return self._close((kept[:begun] + list(self.answer_begins) if waits else kept) + said)
         if waits:
             return kept[:begun]

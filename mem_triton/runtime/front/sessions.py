@@ -120,6 +120,6 @@ def _of_tenant(request: MemoryRequest) -> MemoryRequest:
     name = f"{request.tenant}:{request.session}"
     if len(name) > LONGEST_NAME:
         raise RequestError(
-            "mem_session", f"and mem_tenant have {len(name)} characters, at most {LONGEST_NAME} together"
+            "mem_session", f"with mem_tenant its name has {len(name)} characters, at most {LONGEST_NAME} are possible"
         )
     return replace(request, session=name)
