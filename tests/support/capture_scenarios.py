@@ -1,6 +1,6 @@
 """What every engine's HTTP server must do with captures and tenants, written once: see ``server_scenarios``.
 
-The servers serve the bank of whole texts with ``default`` ["beta"] and captures "own"; two API keys are bound to tenants.
+The servers serve the bank of whole texts with ``default`` ["beta"] and captures "own"; two API keys are tenants'.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def a_tenant_is_its_api_key_s(server: ServerProcess, b: MemoryBench) -> None:
 
 def a_chat_is_kept_so_that_reading_it_is_sound(server: ServerProcess, b: MemoryBench) -> None:
     """While a default entry is read, which is no part of it: the oracle has what is kept as text before the prompt."""
-    words = {"mem_capture": "chat", "mem_capture_answer": 1}
+    words, id = {"mem_capture": "chat", "mem_capture_answer": 1}, "capture.acme:chat@1"
     body = {"messages": [SYSTEM, USER], "max_tokens": 6, "temperature": 0, "model": "m", server.words_field: words}
     with speaking_with(server, "acme-key"):
         response = server.http.post("/v1/chat/completions", json=body)
-        assert server.report(response)["capture"] == {"id": (id := "capture.acme:chat@1")}
+        assert server.report(response)["capture"] == {"id": id}
         with Bank.open(b.prefixes) as bank:
             kept = bank.token_ids(id)
         text = tiny_tokenizer().decode(kept)
@@ -96,9 +96,8 @@ def a_capture_that_fails_is_an_http_error_with_its_reason(server: ServerProcess,
         incoming.unlink()
         away.rename(incoming)
     assert server.metric("mem_triton:capture_failures_total") == failures + 2
-    assert server.report(server.complete(text, 4, words={"mem_capture": "fails"}))["capture"] == {
-        "id": "capture:fails@1"
-    }
+    kept = server.complete(text, 4, words={"mem_capture": "fails"})
+    assert server.report(kept)["capture"] == {"id": "capture:fails@1"}
     assert left(b) == []
 
 
