@@ -21,7 +21,8 @@ def memory_bench(tmp_path_factory) -> MemoryBench:
 @pytest.fixture(scope="module")
 def server(memory_bench, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "server.log"
-    server = Server(str(memory_bench.model), str(log), memory_flags(scenarios.section(memory_bench)))
+    flags = [*memory_flags(scenarios.section(memory_bench)), "--trust-request-chat-template"]
+    server = Server(str(memory_bench.model), str(log), flags)
     try:
         yield server.wait()
     finally:
@@ -48,4 +49,4 @@ def test_fault07_a_chat_of_another_template_is_refused(server):
     response = server.chat(
         "hello", 2, words={"mem_capture": "odd"}, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    assert response.status_code == 400
+    assert response.status_code == 400 and "where they end is unknown" in response.text
