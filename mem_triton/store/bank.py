@@ -21,6 +21,7 @@ import os
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import torch
 from mem_triton.store import maintenance, transfer, writing
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.catalogue import Catalogue
+from mem_triton.store.creation import check_free, check_unchanged, read_spec
 from mem_triton.store.errors import (
     BankError,
     BankLockedError,
@@ -36,8 +38,9 @@ from mem_triton.store.errors import (
     EmbedderError,
     ForeignTenantError,
     UnknownEntryError,
+    not_written,
 )
-from mem_triton.store.files import WriterLock, write_durably
+from mem_triton.store.files import Reserve, WriterLock, write_durably
 from mem_triton.store.fingerprint import Fingerprint
 from mem_triton.store.index import FEATURES, Embedder, embedder_from, features_of
 from mem_triton.store.shards import Shards, codec_of, runs
@@ -70,9 +73,10 @@ class Bank:
         self, path: Path, spec: BankSpec, catalogue: Catalogue, lock: WriterLock | None, embedder: Embedder | None
     ) -> None:
         self.path, self.spec, self.catalogue = path, spec, catalogue
-        self._check_spec()
+        check_unchanged(path, spec, catalogue.meta("spec"))
         self.shards = Shards(path / "shards", spec, codec_of(spec, catalogue.meta("codec_state")), self._sha256_of)
         self.vectors = VectorIndex(path / "index", catalogue)
+        self.reserve = Reserve(path)
         self.writing = threading.RLock()  # one thread at a time
         self._lock, self._embedder, self._features = lock, embedder, None
 
@@ -83,13 +87,17 @@ class Bank:
         Raises BankError if there is a bank or a foreign file, or if the codec is not trained.
         """
         path = Path(path)
-        if (path / "bank.json").exists():
-            raise BankError(f"{path} is a bank already; open it, or choose another path")
-        for folder in ("", "shards", "index"):
-            (path / folder).mkdir(parents=True, exist_ok=True)
-        lock = WriterLock(path / "writer.lock")
+        codec_of(spec, codec_state)
         try:
-            codec_of(spec, codec_state)
+            check_free(path, locked=False)
+            for folder in ("", "shards", "index"):
+                (path / folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise not_written(path, error) from None
+        lock = WriterLock(path / "writer.lock")
+        catalogue = None
+        try:
+            check_free(path, locked=True)
             for leftover in path.glob("catalogue.sqlite*"):  # of a creation that did not get as far as bank.json
                 leftover.unlink()
             meta = {"bank": uuid.uuid4().hex, "codec_state": codec_state, "features": FEATURES}
@@ -97,9 +105,15 @@ class Bank:
             catalogue = Catalogue.create(path / "catalogue.sqlite", meta)
             text = spec.model_dump_json(indent=1) + "\n"
             write_durably(path / "bank.json", lambda temporary: temporary.write_text(text))  # last: now it is a bank
-            return cls(path, spec, catalogue, lock, None)
-        except BaseException:
+            bank = cls(path, spec, catalogue, lock, None)
+            bank.reserve.fill()
+            return bank
+        except BaseException as error:
+            if catalogue is not None:
+                catalogue.close()
             lock.release()
+            if isinstance(error, OSError) and error.errno:
+                raise not_written(path, error) from error
             raise
 
     @classmethod
@@ -113,12 +127,17 @@ class Bank:
         path = Path(path)
         spec = read_spec(path)
         lock = WriterLock(path / "writer.lock", wait) if writable else None
+        catalogue = None
         try:
-            bank = cls(path, spec, Catalogue(path / "catalogue.sqlite", writable), lock, embedder)
+            connect = partial(Catalogue, path / "catalogue.sqlite", writable)
+            catalogue = Reserve(path).run(connect) if writable else connect()
+            bank = cls(path, spec, catalogue, lock, embedder)
             if writable:
                 bank.vectors.repair()
             return bank
         except BaseException:
+            if catalogue is not None:
+                catalogue.close()
             if lock is not None:
                 lock.release()
             raise
@@ -128,6 +147,8 @@ class Bank:
         self.catalogue.close()
         self.shards.close()
         if self._lock is not None:
+            if self.writable:
+                self.reserve.fill()
             self._lock.release()
             self._lock = None
 
@@ -136,18 +157,6 @@ class Bank:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-    def _check_spec(self) -> None:
-        """Raises BankError if ``bank.json`` is not what the bank was made with; an endpoint may have moved."""
-        stored = self.catalogue.meta("spec")
-        made = self.spec if stored is None else BankSpec.from_dict(json.loads(stored), f"{self.catalogue.path}: spec")
-        for name in BankSpec.model_fields:
-            mine, first = getattr(self.spec, name), getattr(made, name)
-            moved = name == "embedder" and all(e.startswith("openai:") for e in (mine, first))
-            if mine != first and not (moved and mine.rpartition("#")[2] == first.rpartition("#")[2]):
-                raise BankError(
-                    f"{self.path}/bank.json: {name} is {mine}, the bank was made with {first}; put that back"
-                )
 
     def _sha256_of(self, shard: str) -> str | None:
         rows = self.catalogue.read("SELECT sha256 FROM shards WHERE name = ?", shard)
@@ -223,7 +232,7 @@ class Bank:
         If the one version was the newest, the id names the newest one that is left. tenant: refuse what is not this
         tenant's own.
         """
-        writing.delete(self, id_or_ref, tenant)
+        self.reserve.run(lambda: writing.delete(self, id_or_ref, tenant))
 
     def set_sink(self, block: MemoryBlock) -> None:
         """Store the constant prefix, in all layers of the model. Only before there are entries, or the same again."""
@@ -383,17 +392,6 @@ class Bank:
                 f"heads {heads}: {self.path} has KV heads 0 to {self.spec.kv_heads - 1}; give a plain slice"
             )
         return slice(first, end)
-
-
-def read_spec(path: Path) -> BankSpec:
-    """The specification of a bank. Raises BankError."""
-    try:
-        data = json.loads((path / "bank.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BankError(f"{path} is no memory bank: {error}; make one with `mem-triton write`") from None
-    if not isinstance(data, dict):
-        raise BankError(f"{path}/bank.json holds no object")
-    return BankSpec.from_dict(data, f"{path}/bank.json")
 
 
 def _short(layers: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mem_triton import ids
 from mem_triton.store import signing
+from mem_triton.store.connection import Connection, connect, refused, stamp_of
 from mem_triton.store.errors import BankError, UnknownEntryError
 from mem_triton.store.spec import EntryInfo, split_ref
 
@@ -45,8 +46,6 @@ CREATE INDEX by_shard ON entries (shard) WHERE shard IS NOT NULL;
 INFO = (
     f"id, version, tokens, shard IS NOT NULL, text, source, metadata, tenant, created, content_hash, {signing.INTACT}"
 )
-CHECKED_AT_ONCE = 4 << 20
-"""Bytes of a catalogue whose structure is checked when it is opened, which takes some milliseconds."""
 
 
 class Catalogue:
@@ -55,70 +54,56 @@ class Catalogue:
     def __init__(self, path: Path, writable: bool) -> None:
         self.path, self.writable = path, writable
         self._lock = threading.RLock()
-        self._db: sqlite3.Connection | None = None
-        self._inherited: sqlite3.Connection | None = None
+        self._connection: Connection | None = None
+        self._inherited: Connection | None = None
         self._pid = 0
-        self.read("SELECT value FROM meta WHERE key = 'revision'")
+        try:
+            self.read("SELECT value FROM meta WHERE key = 'revision'")
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def create(cls, path: Path, meta: dict[str, Any]) -> Catalogue:
         """An empty catalogue. meta: facts about the bank."""
         db = sqlite3.connect(path, isolation_level=None)
-        db.executescript(f"PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; BEGIN; {TABLES}")
-        signing.prepare(db, writable=True)
-        db.executemany("INSERT INTO meta VALUES (?, ?)", [("revision", 0), *meta.items()])
-        db.execute("COMMIT")
-        db.close()
+        try:
+            db.executescript(f"PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL; BEGIN; {TABLES}")
+            signing.prepare(db, writable=True)
+            db.executemany("INSERT INTO meta VALUES (?, ?)", [("revision", 0), *meta.items()])
+            db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise refused(path, error, "nothing was made") from None
+        finally:
+            db.close()
         return cls(path, writable=True)
 
     @property
     def db(self) -> sqlite3.Connection:
         """This process's connection."""
-        if self._db is None or self._pid != os.getpid():
-            self._inherited = self._db  # a fork's: kept, since to close it here would be to close the parent's
-            self._db, self._pid = self._connect(), os.getpid()
-        return self._db
-
-    def _connect(self) -> sqlite3.Connection:
-        if not self.path.exists():
-            raise BankError(f"{self.path} is missing; restore it, a bank is nothing without its catalogue")
-        try:
-            db = sqlite3.connect(f"file:{self.path}?mode=rw", uri=True, isolation_level=None, check_same_thread=False)
-            db.execute("PRAGMA busy_timeout = 20000")
-            db.execute("PRAGMA trusted_schema = OFF")
-            if self.writable:
-                db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
-                db.execute("PRAGMA cache_size = -131072")
-            db.execute("SELECT 1 FROM meta")
-            signing.prepare(db, self.writable)
-            if not self.writable:
-                db.execute("PRAGMA query_only = ON")
-            self._check_structure(db)
-            return db
-        except (sqlite3.Error, UnicodeError) as error:
-            raise BankError(f"{self.path}: {error}; is it a bank's catalogue, and may you read its folder?") from None
-
-    def _check_structure(self, db: sqlite3.Connection) -> None:
-        """Raises BankError for a damaged catalogue, if it is small; a large one is checked by ``verify``."""
-        if self.path.stat().st_size <= CHECKED_AT_ONCE:
-            ((problem,),) = db.execute("PRAGMA integrity_check(1)").fetchall()
-            if problem != "ok":
-                raise BankError(f"{self.path} is damaged: {' '.join(problem.split())}; restore it from a backup")
+        if self._connection is None or self._pid != os.getpid():
+            self._inherited = self._connection  # a fork's: kept, since to close it here would be to close the parent's
+            self._connection, self._pid = connect(self.path, self.writable), os.getpid()
+        return self._connection.db
 
     def close(self) -> None:
         """Close the connection."""
         with self._lock:
-            if self._db is not None and self._pid == os.getpid():
-                self._db.close()
-                self._db = None
+            if self._connection is not None and self._pid == os.getpid():
+                self._connection.close()
+                self._connection = None
 
     def read(self, sql: str, *parameters: Any) -> list[tuple]:
         """Rows of a query, as of the last commit."""
         with self._lock:
             try:
-                return self.db.execute(sql, parameters).fetchall()
+                while True:
+                    rows, stamp = self.db.execute(sql, parameters).fetchall(), self._connection.stamp
+                    if stamp is None or stamp == stamp_of(self.path):
+                        return rows
+                    self.close()  # somebody wrote what is read without a lock: look again
             except (sqlite3.Error, UnicodeError) as error:
-                raise BankError(f"{self.path}: {error}") from None
+                raise refused(self.path, error, "run `mem-triton bank verify`") from None
 
     @contextmanager
     def write(self, revise: bool = True) -> Iterator[sqlite3.Connection]:
@@ -137,7 +122,7 @@ class Catalogue:
                         db.execute("ROLLBACK")
                     raise
             except (sqlite3.Error, UnicodeError) as error:
-                raise BankError(f"{self.path}: {error}; nothing was changed") from None
+                raise refused(self.path, error, "nothing was changed") from None
 
     def meta(self, key: str) -> Any:
         """A fact about the bank, None if it is not known."""

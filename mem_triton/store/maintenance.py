@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mem_triton.store.catalogue import CURRENT, DELETED, SUPERSEDED
-from mem_triton.store.errors import BankError
+from mem_triton.store.errors import BankError, BankFullError
 from mem_triton.store.files import WRITING
 from mem_triton.store.shards import MAX_ROWS, NAME, check_name, file_sha256
 from mem_triton.store.signing import INTACT
@@ -101,12 +101,35 @@ def _check_catalogue(bank: Bank) -> Iterator[str]:
 
 @writer
 def compact(bank: Bank) -> dict[str, int]:
-    """``Bank.compact``."""
-    read = bank.catalogue.read
+    """``Bank.compact``.
+
+    What needs no room comes first: orphans, then versions and whole shards that go. On a full disk the room that this
+    frees is what the shards that are written anew then have, one after the other if not all of them fit.
+    """
+    files = remove_orphans(bank)
+    stale, small = _to_rewrite(bank)
+    dropped, gone = bank.reserve.run(lambda: _drop(bank))
+    files += remove_orphans(bank)
+    stale = [shard for shard in stale if shard not in gone]
+    rewritten = stale + (small if len(small) > 1 else [])
+    if not _fits(bank, rewritten):  # not all at once; small ones would free nothing
+        rewritten = stale
+        for shard in rewritten:
+            bank.reserve.run(lambda shard=shard: _rewrite(bank, [shard]))
+            files += remove_orphans(bank)
+    bank.vectors.prune()
+    files += remove_orphans(bank)  # last: until the commit they were somebody's
+    bank.catalogue.read("PRAGMA incremental_vacuum")
+    bank.reserve.fill()
+    return {"versions": dropped, "shards": len(rewritten) + len(gone), "files": files}
+
+
+def _to_rewrite(bank: Bank) -> tuple[list[int], list[int]]:
+    """Shards that hold what goes, and those that are small and whole."""
     stale, small = [], []
-    for shard, size, current, rows in read(
+    for shard, size, current, rows in bank.catalogue.read(
         "SELECT s.shard, s.bytes, coalesce(sum(e.state = 0), 0), count(e.seq) FROM shards s "
-        "LEFT JOIN entries e ON e.shard = s.shard GROUP BY s.shard"
+        "LEFT JOIN entries e ON e.shard = s.shard GROUP BY s.shard ORDER BY s.shard"
     ):
         if rows == 0 and shard == _sink_shard(bank):
             continue
@@ -114,28 +137,57 @@ def compact(bank: Bank) -> dict[str, int]:
             stale.append(shard)
         elif size < SMALL_BYTES and rows < MAX_ROWS // 2:
             small.append(shard)
-    rewritten = stale + (small if len(small) > 1 else [])
-    marks = ",".join(map(str, rewritten))
-    moved = read(
+    return stale, small
+
+
+def _drop(bank: Bank) -> tuple[int, set[int]]:
+    """Drop versions that are not current, and shards in which nothing is left; (how many versions, which shards)."""
+    read = bank.catalogue.read
+    (dropped,) = read("SELECT count(*) FROM entries WHERE state != 0")[0]
+    unused = f"shard NOT IN (SELECT shard FROM entries WHERE shard IS NOT NULL AND state = {CURRENT})"
+    gone = {shard for (shard,) in read(f"SELECT shard FROM shards WHERE {unused}")} - {_sink_shard(bank)}
+    if dropped or gone:
+        with bank.catalogue.write() as db:
+            db.execute("DELETE FROM vectors WHERE seq IN (SELECT seq FROM entries WHERE state != 0)")
+            db.execute("DELETE FROM entries WHERE state != 0")
+            db.executemany("DELETE FROM shards WHERE shard = ?", [(shard,) for shard in gone])
+    return dropped, gone
+
+
+def _fits(bank: Bank, shards: list[int]) -> bool:
+    """Rewrite shards together, if there is room. What did not fit is let go of when this returns."""
+    try:
+        bank.reserve.run(lambda: _rewrite(bank, shards))
+        return True
+    except BankFullError:
+        return False
+
+
+def _rewrite(bank: Bank, shards: list[int]) -> None:
+    """Put the rows of some shards into new ones."""
+    marks = ",".join(map(str, shards))
+    moved = bank.catalogue.read(
         "SELECT e.seq, s.name, e.row FROM entries e JOIN shards s ON s.shard = e.shard "
         f"WHERE e.state = 0 AND e.shard IN ({marks}) ORDER BY e.shard, e.row"
     )
-    shards = list(bank.shards.write(bank.shards.raw(name, row) for _, name, row in moved))
-    (dropped,) = read("SELECT count(*) FROM entries WHERE state != 0")[0]
-    if rewritten or dropped:
+    if not moved:
+        return
+    try:
+        written = list(bank.shards.write(bank.shards.raw(name, row) for _, name, row in moved))
         with bank.catalogue.write() as db:
-            places = register(db, shards)
+            places = register(db, written)
             db.executemany(
                 "UPDATE entries SET shard = ?, row = ? WHERE seq = ?",
                 [(*place, seq) for place, (seq, _, _) in zip(places, moved, strict=True)],
             )
-            db.execute("DELETE FROM vectors WHERE seq IN (SELECT seq FROM entries WHERE state != 0)")
-            db.execute("DELETE FROM entries WHERE state != 0")
             db.execute(f"DELETE FROM shards WHERE shard IN ({marks})")
-    bank.vectors.prune()
-    files = remove_orphans(bank)  # last: until the commit they were somebody's
-    read("PRAGMA incremental_vacuum")
-    return {"versions": dropped, "shards": len(rewritten), "files": files}
+    except BankFullError:
+        remove_orphans(bank)  # what did fit before it did not
+        raise
+    except FileNotFoundError as error:
+        raise BankError(
+            f"{error} is missing; restore it from a backup, or delete its entries (`verify` names them)"
+        ) from None
 
 
 def find_orphans(bank: Bank) -> list[Path]:
@@ -157,6 +209,7 @@ def remove_orphans(bank: Bank) -> int:
     """Remove them; how many. A link goes itself, and nothing behind it."""
     orphans = find_orphans(bank)
     for path in orphans:
+        bank.shards.forget(path.name)
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     return len(orphans)
 

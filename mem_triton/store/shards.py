@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 import threading
 import uuid
@@ -186,6 +187,8 @@ class Shards:
             raise BankError(f"{path} is a link; a bank's files lie in the bank itself: put the file there")
         if not path.exists():
             raise FileNotFoundError(path)
+        if not os.access(path, os.R_OK):
+            raise BankError(f"{path}: this user may not read it; let its owner run chmod")
         try:
             shard = self._opened(path)
         except FileNotFoundError:
@@ -218,6 +221,11 @@ class Shards:
         if file_sha256(path) != right:
             raise ValueError("has changed since it was written")
         return OpenShard(file, names, None)
+
+    def forget(self, name: str) -> None:
+        """Let go of a shard that was removed, so that the disk has its room again."""
+        with self._lock:
+            self._open.pop(name, None)
 
     def close(self) -> None:
         """Let go of every open shard."""
