@@ -6,6 +6,7 @@ and a step submits those that are ready.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,6 +187,8 @@ class LLMEngineWithMemory(LLMEngine):
         """A request whose memory could not be had ends alone, with the reason in its report."""
         running = self._forget(request_id)
         self.memory.close(running.opened)
+        if running.held is not None:  # its answer is whole, and what is kept of it was being read
+            return self._not_kept(running, RuntimeError(reason))
         return front_end.failed(request_id, running.segments and running.segments.own_prompt, reason)
 
     def _advance(self, output: RequestOutput, running: _Running) -> list[RequestOutput]:
@@ -264,19 +267,24 @@ class LLMEngineWithMemory(LLMEngine):
         try:
             captures.keep(capture, running.kept, self._captured(capture))
         except Exception as error:
-            captures.failed(capture, error)
-            running.held.outputs[0].finish_reason = "error"
-        finally:
-            self._drop(capture)
+            return self._not_kept(running, error)
+        self._drop(capture)
+        front_end.add_report(running.held, running.opened)
+        return running.held
+
+    def _not_kept(self, running: _Running, error: Exception) -> RequestOutput:
+        """The answer of a request whose capture has failed: it ends as an error, with its text and the reason."""
+        self.memory.explicit.captures.failed(running.opened.capture, error)
+        self._drop(running.opened.capture)
+        running.held.outputs[0].finish_reason = "error"
         front_end.add_report(running.held, running.opened)
         return running.held
 
     def _drop(self, capture: Capture) -> None:
         """Leave nothing of a capture behind, in the workers or on the disk."""
-        try:
+        with contextlib.suppress(Exception):  # workers that cannot be asked are gone
             self.collective_rpc(front_end.DROP_CAPTURES, args=([capture.lease],))
-        finally:
-            self.memory.explicit.captures.discard(capture)
+        self.memory.explicit.captures.discard(capture)
 
     def _captured(self, capture: Capture) -> list[dict[str, Any]]:
         files: dict[int, dict[str, Any]] = {}

@@ -132,3 +132,36 @@ def test_old_answers_are_forgotten_beyond_a_number(tmp_path, monkeypatch):
     with pytest.raises(KeyError, match="lease0"):
         captures.state("lease0")
     assert "file" in answer(captures, "lease1") and "file" in answer(captures, "lease2")
+
+
+def test_fault17_a_file_that_does_not_fit_on_the_disk_does_not_stay_half_written(tmp_path, monkeypatch):
+    def full(tensors, file, **_) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    captures = make()
+    captures.enter("r", carried(tmp_path, "lease"))
+    captures.set_rows(["r"], [TOKENS - 1])
+    captures.leave("r")
+    assert "No space left" in answer(captures, "lease")["error"] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("when", ["before it comes", "while it runs", "once it is written"])
+def test_fault18_a_capture_that_nobody_asks_for_leaves_nothing(tmp_path, when):
+    captures = make()
+    if when == "before it comes":
+        captures.drop(["lease"])
+    captures.enter("r", carried(tmp_path, "lease"))
+    captures.set_rows(["r"], [TOKENS - 1])
+    if when == "while it runs":
+        captures.drop(["lease"])
+    captures.leave("r")
+    if when == "once it is written":
+        captures.drop(["lease"])
+    captures._writer.submit(int).result(20)  # behind what was being written
+    assert not list(tmp_path.iterdir()) and not captures._residents and not captures._files
+    captures.enter("next", carried(tmp_path, "other"))
+    captures.set_rows(["next"], [TOKENS - 1])
+    captures.leave("next")
+    assert "file" in answer(captures, "other")
