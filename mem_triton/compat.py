@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 from importlib import metadata
+from pathlib import Path
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+
+import mem_triton
 
 TESTED_VERSIONS = {
     "vllm": ">=0.32.0,<0.34",
@@ -62,6 +65,12 @@ def require(name: str) -> Version:
             f'run `pip install "{name}{wanted}"`'
         )
     return version
+
+
+def installation(integration: str) -> str:
+    """Which mem_triton runs, for logs: its version, where it lies, and where the file ``integration`` does."""
+    where = Path(mem_triton.__file__).parent, Path(integration).parent
+    return f"mem_triton {mem_triton.__version__} from {where[0]} and {where[1]}"
 
 
 def is_newer(name: str, version: Version) -> bool:

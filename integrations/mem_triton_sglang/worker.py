@@ -8,6 +8,7 @@ written into the device tables that kernels read, on the stream of the forward p
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.runtime_context import get_parallel
 from torch import nn
 
+from mem_triton.compat import installation
 from mem_triton.config import ConfigError, MemTritonConfig
 from mem_triton.ops.memory_attention import Policy
 from mem_triton.runtime.worker.attach import attention_modules
@@ -27,6 +29,8 @@ from mem_triton_sglang.configuration import configured
 from mem_triton_sglang.context import ContextReader
 from mem_triton_sglang.shape import shape_of
 from mem_triton_sglang.states import DeltaStates
+
+logger = logging.getLogger("sglang.mem_triton")
 
 
 class WorkerMemory(BatchMemory):
@@ -141,6 +145,7 @@ def after_initialize(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Non
     """``ModelRunner.initialize``: weights and LoRA are there, the KV cache is not sized yet."""
     config = configured()
     if config is not None and not runner.is_draft_worker:
+        logger.info("%s", installation(__file__))
         runner.model.mem_triton = attach_memory(runner, config)
 
 

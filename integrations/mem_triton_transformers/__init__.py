@@ -16,6 +16,11 @@ Example::
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+if find_spec("transformers") is None:
+    raise ImportError('mem_triton_transformers needs transformers: pip install "mem-triton[hf]"')
+
 from mem_triton_transformers.attach import apply_mem_triton, attention_dims, remove_mem_triton
 from mem_triton_transformers.encode import TransformersEncoder, UnsupportedModelError
 from mem_triton_transformers.explicit import (

@@ -13,11 +13,15 @@ from typing import Any
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config.load import LoadConfig
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from mem_triton.compat import installation
 from mem_triton_vllm import LOAD_FORMAT, warmup
 from mem_triton_vllm.refusals import check_engine, check_touch_points, section_of
+
+logger = init_logger("vllm.mem_triton")
 
 
 class MemTritonLoader(BaseModelLoader):
@@ -44,6 +48,7 @@ class MemTritonLoader(BaseModelLoader):
             return self.base.load_model(vllm_config, model_config, prefix)
         config = section_of(vllm_config)
         check_touch_points()
+        logger.info("%s", installation(__file__))
         check_engine(vllm_config)
         with _attention_with_memory(vllm_config) if config.memory else nullcontext():
             model = self.base.load_model(vllm_config, model_config, prefix)

@@ -17,7 +17,7 @@ from typing import Any
 from tests.sglang_engine.case import MARK, TAMPER
 from tests.sglang_engine.zygote import Zygote
 from tests.support.cases import result_of
-from tests.support.checkout import ROOT, python_path
+from tests.support.checkout import ROOT, check_sources, python_path
 
 TIMEOUT = 600.0  # seconds of a case
 SPAWN = bool(os.environ.get("MEM_TRITON_TEST_SPAWN"))  # everything starts as users start it
@@ -86,7 +86,10 @@ def run_engine(
         env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank % os.cpu_count()) for rank in range(ranks))
     case = {"engine": options, "rounds": rounds, "errors_are_results": errors_are_results}
     process = run_python(["-m", "tests.sglang_engine.case"], env, set_before, stdin=json.dumps(case))
-    return result_of(process, MARK, fails)
+    result = result_of(process, MARK, fails)
+    if memory is not None and not fails:
+        check_sources(result["output"], needed=True)
+    return result
 
 
 def run_python(

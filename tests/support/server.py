@@ -12,6 +12,8 @@ from typing import Any
 
 import httpx
 
+from tests.support.checkout import check_sources
+
 TIMEOUT = 120.0
 """Seconds until a request counts as lost."""
 
@@ -53,6 +55,7 @@ class ServerProcess:
             assert self.process.poll() is None, self.printed()[-5000:]
             try:
                 if self.http.get("/health").status_code == 200:
+                    check_sources(self.printed(), needed=False)
                     return self
             except httpx.TransportError:
                 pass

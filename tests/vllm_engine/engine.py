@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.cases import result_of
-from tests.support.checkout import ROOT, python_path
+from tests.support.checkout import ROOT, check_sources, python_path
 from tests.vllm_engine.case import MARK
 
 HERE = Path(__file__).parent
@@ -86,4 +86,7 @@ def run_engine(
         [sys.executable, "-m", "tests.vllm_engine.case"], input=json.dumps(case), capture_output=True, text=True,
         env=environment(runner, **(env or {})), cwd=ROOT, timeout=600,
     )  # fmt: skip
-    return result_of(process, MARK, fails)
+    result = result_of(process, MARK, fails)
+    if memory is not None and not fails:
+        check_sources(result["output"], needed=True)
+    return result

@@ -48,7 +48,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 assert LLMEngine.__init__.__module__ == "vllm.v1.engine.llm_engine", "the stock engine is untouched"
 from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import get_model_loader
-with pytest.raises(RuntimeError, match=r"lacks what mem_triton builds on.* vllm>=0\\.32\\.0,<0\\.33"):
+with pytest.raises(RuntimeError, match=r"lacks what mem_triton builds on.* vllm>=0\\.32\\.0,<0\\.34"):
     get_model_loader(LoadConfig(load_format="mem_triton"))
 """
 

@@ -137,6 +137,24 @@ def test_a_missing_touch_point_names_itself_and_the_range():
         check_touch_points({**TOUCH_POINTS, "ModelState": gone, "splitting_ops": lambda: False})
 
 
+def test_fault_versions_a_newer_vllm_is_warned_of_or_refused_by_name(monkeypatch, caplog):
+    from mem_triton_vllm.refusals import TOUCH_POINTS, check_touch_points
+
+    compat._warn.cache_clear()
+    monkeypatch.setattr(compat, "installed_version", lambda name: compat.Version("0.40.0"))
+    check_touch_points()
+    assert "vllm 0.40.0 is newer than the range that mem_triton was tested with" in caplog.text
+
+    def fails() -> bool:
+        raise RuntimeError("moved")
+
+    with pytest.raises(compat.UnsupportedVersionError, match=r"vLLM 0\.40\.0 lacks .*: op registration\. Supported"):
+        check_touch_points({**TOUCH_POINTS, "op registration": fails})
+    monkeypatch.setattr(compat, "installed_version", lambda name: compat.Version("0.31.0"))
+    with pytest.raises(compat.UnsupportedVersionError, match=r"vllm 0\.31\.0 is older.*pip install"):
+        check_touch_points()
+
+
 @pytest.mark.engine
 def test_sliding_window_models_are_refused(tmp_path):
     model = save_tiny_model(tmp_path / "m", "mistral", sliding_window=64)
