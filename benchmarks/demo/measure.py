@@ -150,11 +150,11 @@ SESSION = Memory(
 )
 """δ-mem: a state of the session."""
 ENTRY = Memory(
-    tell=lambda p: {"mem_capture": p.session},
+    tell=lambda p: {"mem_capture": p.session, "mem_capture_answer": 1, "mem_replace": 1},
     ask=lambda p: {"mem_ids": [f"capture:{p.session}"]},
     speed=lambda p: {"mem_ids": [f"capture:{p.session}"]},  # attends to the entry's pages at every token
 )
-"""Explicit memory: what was told is kept as an entry of the bank."""
+"""Explicit memory: what was told, and what was said to it, is kept as an entry of the bank."""
 
 
 async def tell(client: Client, group: list[Person], memory: Memory = NONE) -> list[Answer]:

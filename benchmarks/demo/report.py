@@ -46,7 +46,7 @@ def show_dialogue(
     console.rule(f"[bold]session {person.session}: told once, asked later", align="left", style="dim")
     console.print(
         f'\n[dim]request 1   δ-mem: {words} {{"mem_session": "{person.session}"}}, '
-        f'bank: {words} {{"mem_capture": "{person.session}"}}'
+        f'bank: {words} {{"mem_capture": "{person.session}", "mem_capture_answer": 1}}'
     )
     console.print(Text.assemble(("  user       ", "bold"), person.message))
     console.print(Text.assemble(("  assistant  ", "bold"), heard.text))
