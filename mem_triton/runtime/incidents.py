@@ -22,8 +22,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mem_triton.runtime import counters
-
 VARIABLE = "MEM_TRITON_INCIDENTS"
 LOOK_SECONDS = 0.05
 """How often the front end looks while an answer is under way; before it ends it always does."""
@@ -135,6 +133,8 @@ class Incidents:
                 file.truncate(0)
         except FileNotFoundError:
             return
+        from mem_triton.runtime import counters  # not with this module: SGLang says where counts are kept only later
+
         for incident in map(json.loads, lines):
             self._lost[self._name(incident["request"])] = incident["reason"]
             counters.INCIDENTS.labels(incident["where"]).inc()

@@ -34,6 +34,23 @@ def test_without_the_variable_nothing_is_hooked():
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+COUNTS = """
+import sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.plugins.hook_registry import HookRegistry
+assert HookRegistry._hooks
+assert "prometheus_client" not in sys.modules, "it decides at its import where counts are kept"
+"""
+
+
+def test_hooks_import_nothing_that_decides_where_counts_are_kept(tmp_path):
+    """SGLang says that to ``prometheus_client`` when a server starts; a process that has it already shows no counts."""
+    config = write_config({"delta": {"adapter": "a"}})
+    result = python(COUNTS, fresh=True, MEM_TRITON_CONFIG=str(config))
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 FOREIGN = """
 import pytest
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
