@@ -95,7 +95,8 @@ def a_capture_that_fails_is_an_http_error_with_its_reason(server: ServerProcess,
     finally:
         incoming.unlink()
         away.rename(incoming)
-    assert server.metric("mem_triton:capture_failures_total") == failures + 2
+    counted = server.metric("mem_triton:capture_failures_total") - failures
+    assert counted == 2
     kept = server.complete(text, 4, words={"mem_capture": "fails"})
     assert server.report(kept)["capture"] == {"id": "capture:fails@1"}
     assert left(b) == []
