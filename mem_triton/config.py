@@ -30,7 +30,10 @@ class ConfigError(ValueError):
 def nearest_name_hint(name: str, known: Iterable[str]) -> str:
     """' Did you mean "x"?' for the known name closest to ``name``, or the list of known names."""
     known = sorted(known)
+    name = name[:100]  # a longer one is like no known one, and slow to compare
     match = difflib.get_close_matches(name, known, n=1)
+    if not match and not known:
+        return ""
     return f' Did you mean "{match[0]}"?' if match else f" Known: {', '.join(known)}."
 
 
@@ -162,7 +165,7 @@ def parse_config(data: Mapping[str, Any]) -> MemTritonConfig:
             where = ".".join(("mem_triton", *map(str, item["loc"])))
             text = item["msg"].removeprefix("Value error, ")
             if item["type"] == "extra_forbidden":
-                known = sections[tuple(item["loc"][:-1])].model_fields
+                known = getattr(sections.get(tuple(item["loc"][:-1])), "model_fields", ())
                 text = "unknown key." + nearest_name_hint(str(item["loc"][-1]), known)
             lines.append(f"{where}: {text}")
         raise ConfigError("bad mem_triton configuration: " + "; ".join(lines)) from None
@@ -175,8 +178,8 @@ def load_config(path: str | os.PathLike[str]) -> MemTritonConfig:
     """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     if isinstance(data, Mapping) and set(data) == {"mem_triton"}:
         data = data["mem_triton"]
     try:

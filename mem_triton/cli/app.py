@@ -39,12 +39,52 @@ def main() -> NoReturn:
 
     MEM_TRITON_TRACEBACK=1 shows where an error came from.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
-        app()
-    except (ValueError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
+        code = app(prog_name="mem-triton", standalone_mode=False)
+    except Exception as error:
         if os.environ.get("MEM_TRITON_TRACEBACK") == "1":
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"mem-triton: {message}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
+        sys.exit(_tell(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+EXPECTED = (ValueError, OSError, ImportError, NotImplementedError, RuntimeError)
+LONGEST = 2000
+"""Characters of a message: a line, not a file."""
+
+
+def _tell(error: Exception) -> int:
+    """Say on one line what is wrong; the exit code."""
+    if isinstance(error, BrokenPipeError):  # whoever read the output has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # the help
+        return 2
+    if type(error).__name__ == "Abort":
+        return 130
+    if hasattr(error, "format_message"):  # of the parser of arguments, which typer brings along or not
+        context = getattr(error, "ctx", None)
+        message = (
+            f"{error.format_message().rstrip('.')}; see {context.command_path if context else 'mem-triton'} --help"
+        )
+    elif isinstance(error, UnicodeEncodeError) and (bad := [a for a in sys.argv[1:] if not _is_text(a)]):
+        message = f"argument {bad[0]!r} is no UTF-8 text"
+    elif isinstance(error, EXPECTED):
+        message = str(error) or type(error).__name__
+    else:
+        message = f"unexpected {type(error).__name__}: {error}; MEM_TRITON_TRACEBACK=1 shows where"
+    line = " ".join(message.encode("utf-8", "backslashreplace").decode().split())
+    print(f"mem-triton: {line if len(line) <= LONGEST else line[:LONGEST] + '…'}", file=sys.stderr)
+    return 2
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -92,7 +92,7 @@ def list_entries(
     path: BankPath,
     tenant: Annotated[Optional[str], typer.Option(help="Only what this tenant sees; all if absent.")] = None,  # noqa: UP045
     after: Annotated[Optional[str], typer.Option(help="Entries behind this id.")] = None,  # noqa: UP045
-    limit: Annotated[int, typer.Option(min=1, help="Most entries to show.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000_000, help="Most entries to show.")] = 100,
     cold: Annotated[bool, typer.Option("--cold", help="Only entries without keys and values.")] = False,
     document: Annotated[
         Optional[str],  # noqa: UP045
@@ -128,7 +128,7 @@ def list_entries(
 def search(
     path: BankPath,
     query: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
-    top_k: Annotated[int, typer.Option(min=1, help="Most entries to show.")] = 5,
+    top_k: Annotated[int, typer.Option(min=1, max=1_000_000, help="Most entries to show.")] = 5,
     tenant: Tenant = "",
     source: Annotated[Optional[str], typer.Option(help="Only entries from this source.")] = None,  # noqa: UP045
     json: Json = False,

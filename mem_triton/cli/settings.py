@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from mem_triton.memory3 import WriteConfig, bank_spec
 from mem_triton.store.bank import Bank
 from mem_triton.store.fingerprint import Fingerprint, model_fingerprint
+from mem_triton.store.index import embedder_from
 
 CODECS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -64,10 +65,16 @@ def check_encoding(dtype: str, device: str | None) -> None:
     if device is None:
         return
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OptionError(f"--device: {device!r} cannot be used here: {reason}") from None
+
+
+def check_embedder(embedder: str) -> None:
+    """Raises EmbedderError for one that is unknown or not well written; does not load or call it."""
+    if not re.fullmatch(r"sentence-transformers:.+|openai:https?://[^#]+#.+", embedder):
+        embedder_from(embedder)
 
 
 def keep_of(words: str) -> int | None:
@@ -88,6 +95,10 @@ def write_config(base: WriteConfig | None = None, **given: Any) -> WriteConfig:
         chosen["keep_tokens"] = keep_of(chosen.pop("keep"))
     if "prefix_text" in chosen:
         chosen["prefix_text"] = chosen["prefix_text"] or None
+        try:
+            (chosen["prefix_text"] or "").encode()
+        except UnicodeEncodeError:
+            raise OptionError(f"--prefix-text: {output_of(chosen['prefix_text'])} is no UTF-8 text") from None
     try:
         return WriteConfig(**{**(base.model_dump() if base else {}), **chosen})
     except ValidationError as error:
@@ -95,7 +106,7 @@ def write_config(base: WriteConfig | None = None, **given: Any) -> WriteConfig:
         name = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else ""
         name = {"keep-tokens": "keep"}.get(name, name)
         message = problem["msg"].removeprefix("Value error, ")
-        raise OptionError(f"--{name}: {message}" if name else message) from None
+        raise OptionError(f"--{name}: {message}, got {output_of(str(problem['input']))}" if name else message) from None
 
 
 def new_bank(path: Path, model: str, config: WriteConfig, *, codec: str = "auto", embedder: str = "lexical") -> Bank:
@@ -114,6 +125,9 @@ def create_bank(
 ) -> Bank:
     """``new_bank`` for a fingerprint that is known. Raises OptionError naming an option that does not fit."""
     codec = CODECS.get(fingerprint.dtype, "bf16") if codec == "auto" else codec
+    check_embedder(embedder)
+    if fingerprint.dtype not in CODECS:
+        raise OptionError(f"MODEL: its dtype is {output_of(fingerprint.dtype)}, a bank takes {', '.join(CODECS)}")
     try:
         spec = bank_spec(config, fingerprint, codec=codec, embedder=embedder)
     except ValidationError as error:

@@ -45,7 +45,7 @@ def write(
         str, typer.Option(help="A new bank's precision: fp32, bf16, fp16, fp8, int8, or pq, trained on FILES.")
     ] = "auto",
     embedder: Annotated[str, typer.Option(help="A new bank's embedder.")] = "lexical",
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts that share a forward.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, max=65536, help="Texts that share a forward.")] = 1,
     commit: Annotated[int, typer.Option(min=1, help="Most entries of one transaction.")] = 64,
     commit_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one transaction.")] = 16384,
     commit_seconds: Annotated[float, typer.Option(min=0, help="Longest time between two transactions.")] = 10.0,

@@ -27,6 +27,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from mem_triton.config import ConfigError
 from mem_triton.delta_mem.config import DeltaMemConfig
 from mem_triton.delta_mem.layer import AttentionDims, DeltaMemLayerWeights, pack_layer, tensor_shapes
 
@@ -102,8 +103,11 @@ class DeltaMemAdapter:
                     f"tensor {name}.{key} has shape {tuple(tensors[key].shape)}, expected {wanted[key]} "
                     f"(rank {self.config.rank}, {self.config.num_state_heads} state head(s), {dims})"
                 )
-            if not tensors[key].is_floating_point():
-                raise AdapterError(f"tensor {name}.{key} has dtype {tensors[key].dtype}, expected a floating type")
+            if not tensors[key].is_floating_point() or tensors[key].layout is not torch.strided:
+                kind = f"{tensors[key].dtype} {tensors[key].layout}"
+                raise AdapterError(f"tensor {name}.{key} is of {kind}, expected a dense floating type")
+            if not torch.isfinite(tensors[key].detach().float()).all():
+                raise AdapterError(f"tensor {name}.{key} holds NaN or infinity: the adapter is damaged")
 
 
 def load_adapter(path_or_id: str | os.PathLike[str], revision: str | None = None) -> DeltaMemAdapter:
@@ -115,7 +119,10 @@ def load_adapter(path_or_id: str | os.PathLike[str], revision: str | None = None
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
             raise AdapterError(f"{path_or_id} is neither a folder nor a Hugging Face id (owner/name)")
-        folder = Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=_DOWNLOADS))
+        try:
+            folder = Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=_DOWNLOADS))
+        except Exception as error:  # a dozen kinds, of several libraries
+            raise AdapterError(f"{path_or_id} is no folder, and Hugging Face did not give it: {error}") from None
     elif revision is not None:
         raise AdapterError(f"revision={revision!r} only goes with a Hugging Face id, but {folder} is a folder")
     if not (folder / CONFIG_FILE).is_file():
@@ -124,9 +131,18 @@ def load_adapter(path_or_id: str | os.PathLike[str], revision: str | None = None
         raise AdapterError(f"{folder} holds no {CONFIG_FILE}{hint}")
     try:
         data = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE} is not JSON: {error}") from None
-    return adapter_from_tensors(DeltaMemConfig.from_dict(data), _read_tensors(folder))
+    try:
+        config = DeltaMemConfig.from_dict(data)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from None
+    try:
+        return adapter_from_tensors(config, _read_tensors(folder))
+    except AdapterError as error:
+        raise AdapterError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+    except (RuntimeError, MemoryError, NotImplementedError) as error:  # tensors that are larger than their file
+        raise AdapterError(f"{folder}: its tensors cannot be used: {error}") from None
 
 
 def adapter_from_tensors(config: DeltaMemConfig, flat: Mapping[str, Tensor]) -> DeltaMemAdapter:
@@ -135,7 +151,7 @@ def adapter_from_tensors(config: DeltaMemConfig, flat: Mapping[str, Tensor]) -> 
     for full_name, tensor in flat.items():
         name, dot, key = full_name.rpartition(".")
         if not dot:
-            raise AdapterError(f"tensor {full_name} has no module in its name ")
+            raise AdapterError(f"tensor {full_name} has no module in its name")
         layers.setdefault(name, {})[key] = tensor.detach().cpu()
     return DeltaMemAdapter(config, layers)
 
@@ -171,7 +187,11 @@ _DOWNLOADS = [CONFIG_FILE, *TENSOR_FILES.values()]
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / TENSOR_FILES["safetensors"]).is_file():
-        return safetensors.torch.load_file(folder / TENSOR_FILES["safetensors"])
+        path = folder / TENSOR_FILES["safetensors"]
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception as error:  # its own kind, KeyError for a type that torch does not have, and more
+            raise AdapterError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
     path = folder / TENSOR_FILES["pt"]
     if not path.is_file():
         raise AdapterError(f"{folder} holds neither {' nor '.join(TENSOR_FILES.values())}")
@@ -179,6 +199,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         data = torch.load(path, map_location="cpu", weights_only=True)  # never runs code from the file
     except pickle.UnpicklingError as error:
         raise AdapterError(f"{path} holds more than tensors, and is not loaded for safety: {error}") from None
+    except Exception as error:  # EOFError, KeyError, RuntimeError: whatever a damaged pickle or archive leads to
+        raise AdapterError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
     if not isinstance(data, dict):
         raise AdapterError(f"{path} holds a {type(data).__name__}, expected a flat dict of tensors")
     for name, value in data.items():

@@ -70,10 +70,10 @@ class DeltaMemConfig(BaseModel):
     Raises pydantic.ValidationError (a ValueError); ``from_dict`` raises ConfigError.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    rank: int = Field(8, ge=1)
-    alpha: float = 16.0
+    rank: int = Field(8, ge=1, le=4096)
+    alpha: float = Field(16.0, ge=-1e6, le=1e6)
     beta_bias_init: float = -1.5
     normalize_qk: bool = True
     couple_lambda: bool = True
@@ -82,7 +82,7 @@ class DeltaMemConfig(BaseModel):
     output_init: Literal["zero", "random", "base_slice", "base_slice_fixed"] = "zero"
     base_slice_ref_width: int = Field(8, ge=1)
     online_gain: float = 0.05
-    num_state_heads: int = Field(1, ge=1)
+    num_state_heads: int = Field(1, ge=1, le=4096)
     memory_write_granularity: Literal["token", "message_mean", "sentence_mean"] = "token"
     target_modules: tuple[str, ...] = ("self_attn",)
     target_layers: tuple[int, ...] = ()
@@ -107,10 +107,10 @@ class DeltaMemConfig(BaseModel):
             if key in cls.model_fields:
                 live[key] = value
             elif key not in known:
-                raise ValueError(f"unknown key {key!r}.{nearest_name_hint(str(key), known)}")
+                raise ValueError(f"unknown key {key!r:.80}.{nearest_name_hint(str(key), known)}")
             elif not _same(value, ARCHIVED_KEYS[key]):
                 only = ARCHIVED_KEYS[key]
-                raise ValueError(f"{key}={value!r} is an archived setting: the only accepted value is {only!r}")
+                raise ValueError(f"{key}={value!r:.80} is an archived setting: the only accepted value is {only!r}")
         return live
 
     @field_validator("delta_heads", mode="before")
@@ -194,13 +194,15 @@ class DeltaMemConfig(BaseModel):
 
         Raises ConfigError naming every bad key, its value and what is accepted.
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"bad δ-mem config: it is a {type(data).__name__}, expected an object")
         try:
             return cls.model_validate(dict(data))
         except ValidationError as error:
             lines = []
             for item in error.errors():
                 where = ".".join(map(str, item["loc"]))
-                lines.append(f"{where}={item['input']!r}: {item['msg']}" if where else item["msg"])
+                lines.append(f"{where}={item['input']!r:.80}: {item['msg']}" if where else item["msg"])
             text = "; ".join(lines).replace("Value error, ", "")
             raise ConfigError(f"bad δ-mem config: {text}") from None
 

@@ -319,8 +319,8 @@ class Bank:
             while page:
                 page = bank.list(after=page[-1].id)
         """
-        if limit < 1:
-            raise BankError(f"limit: {limit}, expected at least 1")
+        if not 1 <= limit < 1 << 62:
+            raise BankError(f"limit: {limit}, expected at least 1, and a number that SQLite takes")
         return self.catalogue.page(tenant, after or "", limit, only_cold)
 
     def search(
@@ -331,7 +331,7 @@ class Bank:
             raise BankError(f"top_k: {top_k}, expected at least 1")
         if self.catalogue.meta("dim") is None:  # nothing was ever written
             return []
-        query = self.embedder.embed([text])[0]
+        query = self.embedder.embed([text.encode(errors="replace").decode()])[0]  # half a surrogate pair is no text
         tenants = ("",) if tenant == "" else ("", tenant)
         return self.vectors.search(query, top_k, tenants, source, only_filled)
 

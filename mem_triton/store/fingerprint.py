@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,31 +58,61 @@ def model_fingerprint(folder: str | Path) -> Fingerprint:
             raise SystemExit("; ".join(differences))
     """
     folder = Path(folder)
+    where = f"{folder}/config.json"
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise FingerprintError(f"{folder}/config.json: {error}; give a model folder as transformers saves it") from None
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FingerprintError(f"{where}: {error}; give a model folder as transformers saves it") from None
+    if not isinstance(config, dict):
+        raise FingerprintError(f"{where}: holds {_kind(config)}, expected an object; give a model folder")
     text = config.get("text_config") or config  # models that also see or hear keep their language part here
-    architecture = (config.get("architectures") or text.get("architectures") or [config.get("model_type")])[0]
+    if not isinstance(text, dict):
+        raise FingerprintError(f"{where}: text_config holds {_kind(text)}, expected an object")
+    names = config.get("architectures") or text.get("architectures") or [config.get("model_type")]
+    if not isinstance(names, list) or not isinstance(names[0], (str, type(None))):
+        raise FingerprintError(f"{where}: architectures is {_short(names)}, expected a list of names")
 
-    def need(key: str) -> int:
-        if not isinstance(text.get(key), int):
-            raise FingerprintError(f"{folder}/config.json: {key} is {text.get(key)!r}, expected a whole number")
-        return text[key]
+    def need(key: str, default: int | None = None) -> int:
+        value = text.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+            raise FingerprintError(f"{where}: {key} is {_short(value)}, expected a whole number above 0")
+        return value
 
     heads, hidden = need("num_attention_heads"), need("hidden_size")
+    kv_heads = need("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise FingerprintError(f"{where}: num_key_value_heads is {kv_heads}, which does not divide {heads} heads")
+    head_dim = need("head_dim", hidden // heads)
+    num_layers = need("num_hidden_layers")
+    try:
+        rope = _rope(text)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise FingerprintError(f"{where}: its RoPE settings cannot be read: {error}") from None
     weights, stored_dtype = _weights(folder)
+    dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or stored_dtype
+    if not isinstance(dtype, str):
+        raise FingerprintError(f"{where}: dtype is {_short(dtype)}, expected a name like bfloat16")
     return Fingerprint(
-        architecture=str(architecture),
-        num_layers=need("num_hidden_layers"),
+        architecture=str(names[0]),
+        num_layers=num_layers,
         hidden_size=hidden,
         query_heads=heads,
-        kv_heads=text.get("num_key_value_heads") or heads,
-        head_dim=text.get("head_dim") or hidden // heads,
-        rope=_rope(text),
-        dtype=str(text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or stored_dtype),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope=rope,
+        dtype=dtype,
         weights=weights,
     )
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(type(value), "a number")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
 
 
 def sampled_digest(path: Path, samples: int = 64, size: int = 4096) -> str:
@@ -102,7 +133,10 @@ def _offsets(length: int, samples: int, size: int) -> list[int]:
 
 def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE in one form for configs of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
-    found = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    found = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{_short(found)} is no object")
+    found = dict(found)
     if "type" in found:
         found.setdefault("rope_type", found["type"])
         del found["type"]
@@ -110,6 +144,10 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
         found.setdefault("rope_theta", text.get("rope_theta", 10000.0))
         if "partial_rotary_factor" in text:
             found.setdefault("partial_rotary_factor", text["partial_rotary_factor"])
+        for name in ("rope_theta", "partial_rotary_factor"):
+            value = 1.0 if found.get(name) is None else found[name]
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {_short(value)}, expected a number above 0")
     if text.get("no_rope_layers"):
         found["no_rope_layers"] = text["no_rope_layers"]
     return {key: _plain(found[key]) for key in sorted(found) if found[key] != ROPE_DEFAULTS.get(key, ...)}
@@ -127,17 +165,15 @@ def _weights(folder: Path) -> tuple[str, str]:
     index = folder / "model.safetensors.index.json"
     try:
         if index.exists():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = [folder / name for name in _indexed(index)]
         else:
             single = folder / "model.safetensors"
             files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise FingerprintError(f"{folder}: no *.safetensors; convert the model's weights to safetensors")
         tensors = dict(entry for path in files for entry in _tensors(path))
-    except (OSError, KeyError, ValueError, struct.error) as error:
-        if isinstance(error, FingerprintError):
-            raise
-        raise FingerprintError(f"{folder}: cannot read its weights: {type(error).__name__}: {error}") from None
+    except (OSError, ValueError, RecursionError, struct.error) as error:
+        raise FingerprintError(f"{folder}: cannot read its weights: {error}") from None
+    if not tensors:
+        raise FingerprintError(f"{folder}: no tensors in *.safetensors; convert the model's weights to safetensors")
     digest, sizes = hashlib.sha256(), {}
     for name in sorted(tensors):
         dtype, shape, length, sample = tensors[name]
@@ -147,21 +183,54 @@ def _weights(folder: Path) -> tuple[str, str]:
     return digest.hexdigest()[:32], {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(most, most)
 
 
+def _indexed(index: Path) -> list[str]:
+    """Files that an index of weights names. Raises ValueError."""
+    data = json.loads(index.read_text(encoding="utf-8"))
+    names = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index.name}: weight_map is no object of file names")
+    for name in names.values():
+        if Path(name).name != name:
+            raise ValueError(f"{index.name}: {_short(name)} is no name of a file beside it")
+    return sorted(set(names.values()))
+
+
 def _tensors(path: Path) -> list[tuple[str, tuple[str, list[int], int, bytes]]]:
-    """(name, (dtype, shape, bytes, hash of samples)) of each tensor of a safetensors file."""
+    """(name, (dtype, shape, bytes, hash of samples)) of each tensor of a safetensors file. Raises ValueError."""
     found = []
     with open(path, "rb") as file:
-        (header_bytes,) = struct.unpack("<Q", file.read(8))
-        if header_bytes > path.stat().st_size:
-            raise ValueError(f"{path.name} is no safetensors file")
-        header = json.loads(file.read(header_bytes))
+        room = path.stat().st_size - 8
+        start = file.read(8)
+        (header_bytes,) = struct.unpack("<Q", start) if len(start) == 8 else (room + 1,)
+        if header_bytes > room:
+            raise ValueError(f"{path.name} is no safetensors file, or is cut off")
+        try:
+            header = json.loads(file.read(header_bytes))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path.name} is no safetensors file: {error}") from None
+        if not isinstance(header, dict):
+            raise ValueError(f"{path.name}: its header is {_kind(header)}, expected an object")
         for name, tensor in header.items():
             if name == "__metadata__":
                 continue
-            first, end = tensor["data_offsets"]
+            dtype, shape, first, end = _described(path.name, name, tensor, room - header_bytes)
             sample = hashlib.sha256()
             for offset in _offsets(end - first, SAMPLES, SAMPLE_BYTES):
                 file.seek(8 + header_bytes + first + offset)
                 sample.update(file.read(min(SAMPLE_BYTES, end - first - offset)))
-            found.append((name, (tensor["dtype"], tensor["shape"], end - first, sample.digest())))
+            found.append((name, (dtype, shape, end - first, sample.digest())))
     return found
+
+
+def _described(file: str, name: str, tensor: Any, room: int) -> tuple[str, list[int], int, int]:
+    """(dtype, shape, first byte, last byte) of a header's tensor. room: bytes of all. Raises ValueError."""
+
+    def whole(values: Any) -> bool:
+        return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 60 for v in values)
+
+    if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str) or not whole(tensor.get("shape")):
+        raise ValueError(f"{file}: the header's entry of {_short(name)} has no dtype and shape")
+    offsets = tensor.get("data_offsets")
+    if not whole(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= room:
+        raise ValueError(f"{file}: data_offsets of {_short(name)} are {_short(offsets)}, the file has {room} bytes")
+    return tensor["dtype"], tensor["shape"], *offsets

@@ -1,0 +1,141 @@
+"""Commands with arguments and files that somebody, or a bad disk, has spoilt; seeded, so that a failure comes again."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+WORDS = [
+    "", "-1", "0", "1e9", "nan", "inf", "99999999999999999999", "-99999999999999999999", "null", "[]", "{}", "true",
+    "a b", "../x", "/", ".", "~", "a@1", "a@99999999999", "a#0", "a#*", "#", "@", "é", "数", "\udcff",
+    "half \udcff of it", "x" * 300, "\x01", "--", "-", "--json", "0-99999999999", "3-1", "1,1", "٣", "cuda",
+    "cuda:99", "meta", "tpu",
+    "float128", "openai:ftp://x#y", "lexical:big", "lexical:99999999999999999999", "sentence-transformers:", "pq",
+    "/dev/null", "%s", "\n",
+]  # fmt: skip
+"""What people, shells and scripts write where something else was wanted."""
+VALUES = [
+    None, True, False, 0, -1, 1, 1.5, 10**30, 1e308, float("nan"), float("inf"), "", "x", "0", [], [0], [None], [[]],
+    {}, {"a": 1}, "\ud83d", [1, 2, 3], [-1, 5], [0, 10**18],
+]  # fmt: skip
+"""What JSON files hold where something else was wanted."""
+
+
+def spoil_json(data: object, chance: random.Random) -> object:
+    """A copy in which one value somewhere is another, is gone, or is there under another name."""
+    data = json.loads(json.dumps(data))
+    if chance.random() < 0.15 or not isinstance(data, (dict, list)) or not data:
+        return chance.choice(VALUES)
+    if isinstance(data, list):
+        at = chance.randrange(len(data))
+        data[at] = spoil_json(data[at], chance)
+        return data
+    key = chance.choice(sorted(data))
+    way = chance.random()
+    if way < 0.15:
+        del data[key]
+    elif way < 0.25:
+        data[key + "x"] = data.pop(key)
+    elif isinstance(data[key], (dict, list)) and way < 0.7:
+        data[key] = spoil_json(data[key], chance)
+    else:
+        data[key] = chance.choice(VALUES)
+    return data
+
+
+def spoil_bytes(data: bytes, chance: random.Random) -> bytes:
+    """Bytes that are cut off, changed, moved or repeated."""
+    if not data:
+        return b"\0" * chance.randrange(20)
+    way, at = chance.randrange(5), chance.randrange(len(data))
+    if way == 0:
+        return data[:at]
+    if way == 1:
+        return data[:at] + bytes(chance.randrange(256) for _ in range(8)) + data[at + 8 :]
+    if way == 2:
+        return data[:at] + data[at + chance.randrange(1, 64) :]
+    if way == 3:
+        return data + data[at : at + 100]
+    return bytes(chance.randrange(256) for _ in range(chance.randrange(200)))
+
+
+def spoil_header(data: bytes, chance: random.Random) -> bytes:
+    """A safetensors file with a spoilt header."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.dumps(spoil_json(json.loads(data[8 : 8 + length]), chance)).encode()
+    return struct.pack("<Q", len(header)) + header + data[8 + length :]
+
+
+def spoil(path: Path, chance: random.Random) -> None:
+    """Spoil one file in place, mostly in a way that gets past the first check of its kind."""
+    data = path.read_bytes()
+    if path.suffix == ".json" and chance.random() < 0.8:
+        text = json.dumps(spoil_json(json.loads(data), chance))
+        path.write_text(text if chance.random() < 0.9 else "[" * 100_000)
+    elif path.suffix == ".safetensors" and chance.random() < 0.6:
+        path.write_bytes(spoil_header(data, chance))
+    else:
+        path.write_bytes(spoil_bytes(data, chance))
+
+
+def spoil_tensor(path: Path, chance: random.Random) -> None:
+    """A safetensors file in which one tensor is NaN, of another type, or of another shape."""
+    tensors = load_file(path)
+    name = chance.choice(sorted(tensors))
+    change: Callable = chance.choice([lambda t: t * float("nan"), lambda t: t.int(), lambda t: t[:1], lambda t: t / 0])
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, path)
+
+
+def commands(bank: Path, model: Path, text: Path, folder: Path) -> list[list[str]]:
+    """Each command as it works."""
+    write = ["write", str(model), str(bank), str(text), "--reference-tokens", "24", "--keep", "8", "--commit", "4"]
+    create = ["bank", "create", str(folder / "new"), "--model", str(model)]
+    return [
+        [*create, "--layers", "0-1", "--keep", "4", "--codec", "fp32"],
+        ["bank", "info", str(bank), "--json"],
+        ["bank", "list", str(bank), "--tenant", "acme", "--after", "a", "--limit", "5"],
+        ["bank", "list", str(bank), "--document", "facts"],
+        ["bank", "list", str(bank), "--source", str(text), "--json"],
+        ["bank", "search", str(bank), "badge", "--top-k", "3", "--tenant", "acme", "--source", str(text)],
+        ["bank", "show", str(bank), "facts#0", "--tenant", "acme"],
+        ["bank", "delete", str(bank), "facts#0", "--tenant", "acme"],
+        ["bank", "delete", str(bank), "--source", str(text)],
+        ["bank", "rename", str(bank), "plain", "other"],
+        ["bank", "rename", str(bank), "acme", "umbrella", "--tenant"],
+        ["bank", "reindex", str(bank)],
+        ["bank", "verify", str(bank)],
+        ["bank", "compact", str(bank), "--json"],
+        ["bank", "export", str(bank), str(folder / "out.tar"), "--id", "plain", "--tenant", "acme"],
+        ["bank", "import", str(bank), str(folder / "good.tar")],
+        [*write, "--jsonl-field", "text", "--jsonl-id-field", "id", "--format", "jsonl"],
+        [*write, "--id", "x", "--tenant", "acme", "--layers", "0-1", "--context", "reference"],
+        [*write, "--device", "cpu", "--dtype", "auto", "--batch-size", "2", "--replace", "--commit-seconds", "1"],
+        ["plot", str(folder), "--out", str(folder / "figures"), "--machine", "cpu"],
+    ]  # fmt: skip
+
+
+def spoil_arguments(arguments: list[str], chance: random.Random) -> list[str]:
+    """Arguments of which one or two are other words, are gone or are there twice."""
+    arguments = list(arguments)
+    for _ in range(chance.choice([1, 1, 2])):
+        at = chance.randrange(1, len(arguments)) if len(arguments) > 1 else 0
+        way = chance.random()
+        if way < 0.7:
+            arguments[at] = chance.choice(WORDS)
+        elif way < 0.85:
+            del arguments[at]
+        else:
+            arguments.insert(at, chance.choice(WORDS))
+    return arguments
+
+
+def copied(source: Path, target: Path) -> Path:
+    """A fresh copy of a folder."""
+    shutil.rmtree(target, ignore_errors=True)
+    return Path(shutil.copytree(source, target))
