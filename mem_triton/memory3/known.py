@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mem_triton.store.bank import Bank, EntryInfo, NewEntry
+from mem_triton.store.captured import is_captured
 from mem_triton.store.catalogue import INFO, entry_info
 from mem_triton.store.documents import file_of, of_source, sources, spellings
 
@@ -56,6 +57,8 @@ def look_up(bank: Bank, entry: NewEntry, digest: str, *, named: bool, replace: b
 
 
 def _obstacle(bank: Bank, entry: NewEntry, free: bool) -> str | None:
+    if is_captured(entry.id):
+        return f'id "{entry.id}": what begins so is kept for captures (mem_capture); choose another by --id'
     owner = bank.catalogue.read("SELECT tenant FROM ids WHERE id = ?", entry.id)
     if owner and owner[0][0] != entry.tenant:
         return f'id "{entry.id}" is another tenant\'s; choose another by --id'

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mem_triton import ids
+from mem_triton.store.captured import EVERYBODY
 from mem_triton.store.catalogue import INFO, entry_info
 from mem_triton.store.errors import BankError, UnknownEntryError
 from mem_triton.store.spec import EntryInfo
@@ -121,7 +122,8 @@ def unnameable(entries: Iterable[EntryInfo]) -> tuple[list[str], list[str]]:
     """(ids, tenants) among entries that no request can name: those of banks older than the grammar of ids."""
     entries = list(entries)
     old = [entry.id for entry in entries if not ids.is_id(entry.id)]
-    return old, list(dict.fromkeys(e.tenant for e in entries if e.tenant and not ids.is_name(e.tenant)))
+    others = [e.tenant for e in entries if e.tenant not in ("", EVERYBODY) and not ids.is_name(e.tenant)]
+    return old, list(dict.fromkeys(others))
 
 
 def _line(source: str) -> int:

@@ -146,6 +146,8 @@ def rename(bank: Bank, old: str, new: str) -> str:
     Numbers of versions stay given under the old id. Raises UnknownEntryError, and BankError if the new id is taken.
     """
     check_id(new)
+    if is_captured(new):
+        raise BankError(f'id "{new}": what begins so is kept for captures (mem_capture); choose another', new)
     found = bank.catalogue.find(split_ref(old)[0], "id, version, tenant")
     if found is None or old != found[0]:
         raise UnknownEntryError(old)

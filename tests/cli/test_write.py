@@ -208,3 +208,12 @@ def test_fault21_progress_is_told_without_a_terminal(tmp_path, monkeypatch):
     before = lines.getvalue()
     quiet(report)
     assert lines.getvalue() == before
+
+
+def test_fault21_ids_of_captures_are_left_to_them(tmp_path):
+    lines = [{"key": "capture:x", "text": "The badge is amber."}, {"key": "b", "text": "The desk is cedar."}]
+    docs = tree(tmp_path, {"facts.jsonl": "\n".join(map(json.dumps, lines)), "capture.md": "The team is comet."})
+    report = write(tmp_path / "bank", docs / "facts.jsonl", *PREFIX, "--jsonl-id-field", "key", code=1)
+    assert report["added"] == ["b@1"] and "kept for captures" in report["problems"][0]
+    assert "kept for captures" in refused("write", MODEL, tmp_path / "sparse", docs / "capture.md")
+    assert "kept for captures" in refused("bank", "rename", tmp_path / "bank", "b", "capture:b")
