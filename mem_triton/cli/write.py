@@ -178,7 +178,10 @@ def _encoder(folder: str, dtype: str, device: str | None) -> Any:
     except ModuleNotFoundError as error:
         raise ImportError(f'writing needs transformers ({error}): pip install "mem-triton[hf]"') from None
     importlib.import_module("transformers.utils.logging").disable_progress_bar()  # ours is the one
-    return integration.TransformersEncoder.load(folder, dtype=dtype, device=device)
+    try:
+        return integration.TransformersEncoder.load(folder, dtype=dtype, device=device)
+    except Exception as error:  # whatever transformers makes of a damaged config, tokenizer or tensor
+        raise ValueError(f"MODEL: {folder} cannot be loaded: {type(error).__name__}: {error}") from None
 
 
 def _print(report: WriteReport, bank: Path, json: bool) -> None:
