@@ -103,9 +103,10 @@ class DeltaMemAdapter:
                     f"tensor {name}.{key} has shape {tuple(tensors[key].shape)}, expected {wanted[key]} "
                     f"(rank {self.config.rank}, {self.config.num_state_heads} state head(s), {dims})"
                 )
-            if not tensors[key].is_floating_point() or tensors[key].layout is not torch.strided:
-                kind = f"{tensors[key].dtype} {tensors[key].layout}"
-                raise AdapterError(f"tensor {name}.{key} is of {kind}, expected a dense floating type")
+            if not tensors[key].is_floating_point():
+                raise AdapterError(f"tensor {name}.{key} has dtype {tensors[key].dtype}, expected a floating type")
+            if tensors[key].layout is not torch.strided:
+                raise AdapterError(f"tensor {name}.{key} has layout {tensors[key].layout}, expected a dense tensor")
             if not torch.isfinite(tensors[key].detach().float()).all():
                 raise AdapterError(f"tensor {name}.{key} holds NaN or infinity: the adapter is damaged")
 

@@ -169,11 +169,15 @@ def _weights(folder: Path) -> tuple[str, str]:
         else:
             single = folder / "model.safetensors"
             files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise FingerprintError(f"{folder}: no *.safetensors; convert the model's weights to safetensors")
         tensors = dict(entry for path in files for entry in _tensors(path))
+    except FingerprintError:
+        raise
     except (OSError, ValueError, RecursionError, struct.error) as error:
         raise FingerprintError(f"{folder}: cannot read its weights: {error}") from None
     if not tensors:
-        raise FingerprintError(f"{folder}: no tensors in *.safetensors; convert the model's weights to safetensors")
+        raise FingerprintError(f"{folder}: no *.safetensors with tensors; convert the model's weights to safetensors")
     digest, sizes = hashlib.sha256(), {}
     for name in sorted(tensors):
         dtype, shape, length, sample = tensors[name]
