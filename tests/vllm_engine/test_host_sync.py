@@ -17,6 +17,11 @@ from mem_triton.runtime.worker.layers import DeltaMemory
 from tests.support.models import attention_dims, random_adapter, tiny_model
 
 
+def _raise(error: BaseException) -> None:
+    """In the place of what makes a failed layer's requests lose their memory: here a failure is to be seen."""
+    raise error
+
+
 @pytest.fixture
 def layer(monkeypatch):
     """One attached layer in the middle of a decode step of three rows, and the grids that it launches."""
@@ -37,7 +42,8 @@ def layer(monkeypatch):
     tensors = {n: v.to(meta) for n, v in vars(weights).items() if isinstance(v, torch.Tensor)}
     dims, spec = attention_dims(model)["model.layers.0.self_attn"], adapter.config.spec
     config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
-    cache = state_cache.DeltaStateCache(config, "l.delta_state", spec, 16, StateSlots([0], spec.state_size, 4, meta), 0)
+    slots = StateSlots([0], spec.state_size, 4, meta)
+    cache = state_cache.DeltaStateCache(config, "l.delta_state", spec, 16, slots, 0, _raise)
     cache.bind_kv_cache(torch.empty(8, 1, 2, spec.state_size, device=meta))
     ints = {"dtype": torch.int32, "device": meta}
     metadata = state_cache.DeltaStateMetadata(
