@@ -41,11 +41,10 @@ from mem_triton.runtime.request import MemoryRequest, RequestError
 from mem_triton.runtime.worker.layout import Layout, join_captured
 from mem_triton.store.bank import Bank, BankError, BankLockedError, NewEntry
 from mem_triton.store.captured import SOURCE, captured_id, owner_of
+from mem_triton.store.maintenance import INCOMING
 
 WRITER_WAIT = 10.0
 """Seconds that a capture waits for another process that writes the bank."""
-INCOMING = "incoming"
-"""Folder of a bank where workers put what they captured until the front end has made an entry of it."""
 LONGEST_ID = 128
 """Characters of an id that a request can name."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
