@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mem_triton.config import ConfigError
 from mem_triton.ops.memory_attention import PagedContext, memory_attention
+from mem_triton.runtime.worker.memory import attend_or_lose
 from mem_triton_sglang.hooks import check_hooks
 from mem_triton_sglang.step import Step, StepBuilder
 from mem_triton_sglang.worker import WorkerMemory, memory_of
@@ -138,13 +139,7 @@ class BackendWithMemory(AttentionBackend):
             memory_attention, queries, self._context(layer, step), out, scale=layer.scaling,
             soft_cap=layer.logit_cap or 0.0, sinks=sinks, policy=self.mem_triton.policy,
         )  # fmt: skip
-        try:
-            attend(**read)
-        except Exception as error:
-            if not read:
-                raise
-            attend()  # plain attention: rows without memory do not notice
-            self.mem_triton.lose_references(error)
+        attend_or_lose(attend, read, self.mem_triton.lose_references)
         return out.view(q.shape[0], -1)
 
     def _context(self, layer: RadixAttention, step: Step) -> PagedContext:

@@ -31,6 +31,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from mem_triton.config import ConfigError
 from mem_triton.ops.memory_attention import PagedContext, Policy, memory_attention
 from mem_triton.runtime.worker.explicit import LayerMemory
+from mem_triton.runtime.worker.memory import attend_or_lose
 
 
 @dataclass
@@ -186,13 +187,7 @@ class MemoryAttentionImpl(AttentionImpl):
             memory_attention, query[:tokens].view(heads), context, output[:tokens].view(heads), scale=self.scale,
             soft_cap=self.soft_cap, sinks=self.sinks, policy=self.policy,
         )  # fmt: skip
-        try:
-            attend(**read)
-        except Exception as error:
-            if not read:
-                raise
-            attend()  # plain attention: rows without memory do not notice
-            self.lose(error)
+        attend_or_lose(attend, read, self.lose)
         return output
 
 

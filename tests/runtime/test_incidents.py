@@ -16,7 +16,7 @@ from mem_triton.runtime.incidents import VARIABLE, IncidentLog, Incidents, make_
 from mem_triton.runtime.slots import StateSlots
 from mem_triton.runtime.tables import MemoryTables
 from mem_triton.runtime.worker.explicit import ExplicitMemory
-from mem_triton.runtime.worker.memory import BatchMemory
+from mem_triton.runtime.worker.memory import BatchMemory, attend_or_lose
 from mem_triton.store.plan import Attachment, to_carried
 
 
@@ -183,3 +183,21 @@ def test_fault02_a_request_whose_pages_were_given_away_does_not_read_them(path):
     memory.enter("late", lambda: reads("a@1", 0))
     memory.begin_step(["late"], [0], [3])
     assert part.tables.row_slot[0] == -1 and "something else" in incidents.of("late", final=True)
+
+
+def test_fault01_attention_goes_on_without_memory_and_what_it_raises_then_is_not_ours():
+    calls, lost = [], []
+
+    def attend(**read) -> None:
+        calls.append(read)
+        if read or broken:
+            raise RuntimeError("kernel")
+
+    broken = False
+    attend_or_lose(attend, {"row_slot": 1}, lost.append)
+    attend_or_lose(attend, {}, lost.append)
+    assert calls == [{"row_slot": 1}, {}, {}] and [str(e) for e in lost] == ["kernel"]
+    broken = True
+    with pytest.raises(RuntimeError):
+        attend_or_lose(attend, {"row_slot": 1}, lost.append)
+    assert len(lost) == 1

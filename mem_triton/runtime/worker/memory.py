@@ -100,3 +100,18 @@ class BatchMemory:
     @property
     def _parts(self) -> list[StateSlots | ExplicitMemory]:
         return [part for part in (self.slots, self.explicit) if part is not None]
+
+
+def attend_or_lose(attend: Callable[..., Any], read: Mapping[str, Any], lose: Callable[[BaseException], None]) -> None:
+    """One layer's attention with memory, or without it if that fails.
+
+    attend: takes what ``LayerMemory.read`` gives, or nothing, and writes its output. lose: told of what was raised;
+    rows without memory do not notice. Raises what attention without memory raises.
+    """
+    try:
+        attend(**read)
+    except Exception as error:
+        if not read:
+            raise
+        attend()
+        lose(error)
