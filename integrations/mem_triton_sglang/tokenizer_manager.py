@@ -189,7 +189,7 @@ class TokenizerManagerWithMemory(TokenizerManager):
                 raise RequestError("custom_params", f"must be an object of names and values, got {words!r:.80}")
             fixed_by = fixed_by_engine(self.server_args) or fixed(obj, obj.sampling_params)
             asked = Asked(
-                answers, obj.lora_path is not None, _unfit(obj), fixed_by,
+                answers, str(obj.lora_path or ""), _unfit(obj), fixed_by,
                 prompt_tokens=None if obj.input_ids is None else len(obj.input_ids),
                 headers=None if request is None else getattr(request, "headers", {}),  # None: from ``Engine``
             )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -91,7 +92,7 @@ class VLLMFrontEnd(MemoryFrontEnd):
         if _has_images(prompt) and (params.extra_args or {}).get("mem_capture") is not None:
             raise refused(RequestError("mem_capture", "keeps text: a prompt with images, audio or video is more"))
         fixed_by = self._fixed or fixed(params)
-        asked = Asked(params.n, lora is not None, _unfit(prompt), fixed_by, _prompt_tokens(prompt), headers, chat)
+        asked = Asked(params.n, _lora_name(lora), _unfit(prompt), fixed_by, _prompt_tokens(prompt), headers, chat)
         try:
             return self.open(params.extra_args, asked)
         except RequestError as error:
@@ -208,6 +209,11 @@ def _front_end(vllm_config: VllmConfig, config: MemTritonConfig, decode: Any, to
             shape, config.memory, decode, explicit_obstacle(vllm_config), tokenizer and render, frame
         )  # fmt: skip
     return VLLMFrontEnd(sessions, explicit, tokenizer, fixed_by_engine(vllm_config), Tenants(config.tenants))
+
+
+def _lora_name(lora: Any) -> str:
+    """A LoRA adapter's name and a digest of where it lies, which nobody has to see; "" for none."""
+    return "" if lora is None else f"{lora.lora_name}:{hashlib.sha256(lora.lora_path.encode()).hexdigest()[:8]}"
 
 
 def _unfit(prompt: Any) -> str | None:

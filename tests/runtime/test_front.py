@@ -229,3 +229,13 @@ def test_a_wait_ends_when_nobody_waits_any_more():
 
     asyncio.run(main())
     assert workers.orders == ["alice", "carol"]
+
+
+def test_fault27_a_session_is_refused_under_another_lora_adapter(sessions):
+    memory = MemoryFrontEnd(sessions, None)
+    opened = memory.open({"mem_session": "alice"}, Asked(lora="poet:1"))
+    asyncio.run(AsyncMemory(memory, taken).end(opened, 2, 1, normal=True))
+    for lora in ("", "poet:2"):
+        with pytest.raises(RequestError, match=r"mem_session.*LoRA"):
+            memory.open({"mem_session": "alice"}, Asked(lora=lora))
+    memory.close(memory.open({"mem_session": "alice"}, Asked(lora="poet:1")))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Asked:
-    """answers: how many the request wants (``n``). lora: it is answered through a LoRA adapter.
+    """answers: how many the request wants (``n``). lora: the LoRA adapter that answers it, "" for none.
 
     unfit: the kind of request that memory cannot serve, "streaming inputs" for example, None for plain tokens.
     fixed: why its references cannot change while it answers, None if they can. prompt_tokens: of its prompt, None if
@@ -17,7 +17,7 @@ class Asked:
     """
 
     answers: int = 1
-    lora: bool = False
+    lora: str = ""
     unfit: str | None = None
     fixed: str | None = None
     prompt_tokens: int | None = None

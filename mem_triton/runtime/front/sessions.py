@@ -55,7 +55,7 @@ class SessionFrontEnd:
                 )
             if asked.unfit:
                 raise RequestError("mem_session", f"{asked.unfit} cannot use a session")
-        return self.store.open(request)
+        return self.store.open(request, lora=asked.lora)
 
     def carried(self, lease: Lease) -> dict[str, Any]:
         """What the workers need: nothing for a plain request."""
