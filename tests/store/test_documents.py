@@ -18,7 +18,13 @@ def bank(tmp_path):
 
 def add_document(bank: Bank, name: str, starts: list[int], **fields) -> list[str]:
     entries = [
-        entry(reference_id(name, f"{start:012x}"), start, f"{name} at {start}", metadata={"start": start}, **fields)
+        entry(
+            reference_id(name, f"{997 * start % 1009:012x}"),
+            start,
+            f"{name} at {start}",
+            metadata={"start": start},
+            **fields,
+        )
         for start in starts
     ]
     return bank.add(entries)
