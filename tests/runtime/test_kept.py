@@ -13,11 +13,13 @@ import pytest
 from safetensors import SafetensorError
 
 from mem_triton.config import ConfigError, parse_config
+from mem_triton.runtime.front import captures as captures_module
 from mem_triton.runtime.front.asked import Asked
 from mem_triton.runtime.request import RequestError, parse_request
 from mem_triton.runtime.worker import captures as worker_module
 from mem_triton.store.bank import Bank, BankError, NewEntry
 from mem_triton.store.captured import reader_of
+from mem_triton.store.writing import rename_tenant
 from tests.runtime.capture_case import PROMPT, Served, make_bank
 from tests.store.bank_case import block, spec
 
@@ -103,6 +105,35 @@ def test_fault07_two_requests_cannot_capture_under_one_name_at_once(bank):
     refused(served, "being captured by another request")
     served.memory.close(opened)
     assert served.capture().ref == "capture:note@1"
+
+
+def test_fault29_a_request_that_is_over_frees_no_name_of_another(bank):
+    served = Served(bank)
+    over = served.open().capture
+    served.captures.release(over)
+    served.open()
+    served.captures.release(over)
+    refused(served, "being captured by another request")
+
+
+def test_fault29_an_entry_of_another_tenant_under_the_name_is_neither_seen_nor_superseded(bank):
+    """Ids say whose a capture is; once a tenant has another name they say a name that somebody else may get."""
+    served = Served(bank)
+    served.capture(mem_tenant="acme")
+    with Bank.open(bank, writable=True) as writer:
+        rename_tenant(writer, "acme", "other")
+    served.memory.close(served.open(mem_tenant="acme"))  # not "is there"
+    capture = served.capture(mem_tenant="acme", mem_replace=1)
+    assert capture.ref is None and "is there" not in capture.report()["error"]
+    with Bank.open(bank) as reader:
+        assert reader.resolve("capture.acme:note", tenant="other").ref == "capture.acme:note@1"
+
+
+def test_fault29_what_an_operator_wrote_there_before_the_namespace_is_not_superseded(bank, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr("mem_triton.store.writing.is_captured", lambda id: False)
+        written(bank, "capture.acme:note", tenant="acme")
+    refused(Served(bank), "was not captured; choose another name", mem_tenant="acme", mem_replace=1)
 
 
 def test_fault07_captures_without_a_tenant_are_read_by_id_and_found_by_no_search(bank):
@@ -267,6 +298,18 @@ def test_fault18_what_a_killed_server_has_left_is_gone_when_the_next_one_starts(
     Served(bank, "off")
     assert list((bank / "incoming").iterdir()), "a server that keeps nothing touches nothing"
     Served(bank)
+    assert not list((bank / "incoming").iterdir())
+
+
+def test_fault29_every_living_server_keeps_its_files_when_the_first_one_ends(bank):
+    """The lock is shared once it is had: whoever lives holds it, not only who came first."""
+    first, second = captures_module._hold(bank / "incoming"), captures_module._hold(bank / "incoming")
+    (bank / "incoming" / "lease.0.safetensors").touch()
+    os.close(first)
+    os.close(captures_module._hold(bank / "incoming"))
+    assert list((bank / "incoming").iterdir()), "the second server still lives"
+    os.close(second)
+    os.close(captures_module._hold(bank / "incoming"))
     assert not list((bank / "incoming").iterdir())
 
 
