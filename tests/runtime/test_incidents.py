@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLostError
+from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLostError, Opened
 from mem_triton.runtime.incidents import VARIABLE, IncidentLog, Incidents, make_file
 from mem_triton.runtime.slots import StateSlots
 from mem_triton.runtime.tables import MemoryTables
@@ -88,6 +89,35 @@ def test_fault01_whose_answer_is_withheld_and_what_is_not_found_again(path):
         memory.check("a", final=True)
     memory.check("b", final=True)
     assert before == "k" and memory.key_of(lease) != before
+
+
+def test_fault29_after_an_incident_blocks_that_lack_their_references_are_not_found_again(path):
+    explicit = SimpleNamespace(carried=lambda reading: {"memory": {"bank": "k"}})
+    memory = MemoryFrontEnd(None, explicit, incidents=Incidents(path))
+    opened = Opened(None, SimpleNamespace())
+    before = memory.carried(opened)
+    IncidentLog().report(["a"], "attention", RuntimeError("no kernel"))
+    memory.incidents.look(final=True)
+    after = memory.carried(opened)
+    assert before == {"memory": {"bank": "k"}} and after["memory"]["bank"] != "k"
+    assert memory.carried(opened) == after, "until the next incident requests share again"
+
+
+def test_fault29_incidents_are_written_and_taken_under_one_lock(path, monkeypatch):
+    """A worker that writes while the front end takes would be cut off; what it wrote before that is taken, too."""
+    log, incidents, locked = IncidentLog(), Incidents(path), []
+
+    def flock(file, operation):
+        locked.append((operation, path.stat().st_size))
+        if file.mode == "r+":  # another worker had the lock until now
+            with open(path, "a") as other:
+                other.write(json.dumps({"request": "late", "where": "enter", "reason": "late"}) + "\n")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    log.report(["a"], "attention", ValueError("x"))
+    size = path.stat().st_size
+    assert set(incidents.lost()) == {"a", "late"} and path.stat().st_size == 0
+    assert locked == [(fcntl.LOCK_EX, 0), (fcntl.LOCK_EX, size)], "before it writes, and before it reads"
 
 
 @pytest.mark.parametrize("where", ["enter", "set_rows"])
@@ -201,3 +231,40 @@ def test_fault01_attention_goes_on_without_memory_and_what_it_raises_then_is_not
     with pytest.raises(RuntimeError):
         attend_or_lose(attend, {"row_slot": 1}, lost.append)
     assert len(lost) == 1
+
+
+def test_fault29_a_request_that_comes_again_after_it_lost_its_memory_has_memory(path):
+    part = explicit()
+    memory, _ = batch(path, explicit=part)
+    part.load("a@1", [0])
+    memory.enter("r", lambda: json.loads("{"))
+    memory.leave("r")
+    memory.enter("r", lambda: reads("a@1", 0))
+    assert "r" in part.tables
+
+
+def test_fault29_what_is_remembered_of_incidents_is_bounded(path, monkeypatch):
+    monkeypatch.setattr("mem_triton.runtime.incidents.KEPT", 2)
+    log, incidents = IncidentLog(), Incidents(path)
+    log.report(["a", "b", "c"], "attention", ValueError("x"))
+    assert set(incidents.lost()) == {"b", "c"} and set(log._told) == {"b", "c"}
+
+
+def test_fault29_a_report_that_cannot_be_written_raises_nothing(tmp_path):
+    IncidentLog(tmp_path).report(["a"], "attention", ValueError("x"))  # a folder
+
+
+def test_fault29_files_of_living_engines_stay_whoever_starts_or_ends_beside_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv(VARIABLE, "")
+    first = make_file()
+    make_file()
+    assert first.parent.is_dir(), "its process lives"
+    code = (
+        "import os, sys\nfrom mem_triton.runtime.incidents import make_file\nfolder = make_file().parent\n"
+        "if not (child := os.fork()):\n    sys.exit()\nos.waitpid(child, 0)\nprint(folder.is_dir())"
+    )
+    forked = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
+    assert forked.stdout.strip() == "True", "a child that ends takes nothing of its parent's"

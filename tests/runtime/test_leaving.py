@@ -14,12 +14,13 @@ import pytest
 from prometheus_client import REGISTRY
 
 from mem_triton.runtime.courier import PageCourier
+from mem_triton.runtime.front.asked import Asked
 from mem_triton.runtime.front.asynchronous import AsyncMemory
 from mem_triton.runtime.front.explicit import ExplicitFrontEnd, Reading
 from mem_triton.runtime.front.loads import LoadWait, PageLoads
-from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLoadError
-from mem_triton.runtime.front.searches import Searches
-from mem_triton.runtime.request import MemoryRequest
+from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLoadError, Opened
+from mem_triton.runtime.front.searches import Found, Searches
+from mem_triton.runtime.request import MemoryRequest, RequestError
 from mem_triton.runtime.residency import Residency
 from mem_triton.store.errors import BankError, EmbedderError
 from mem_triton.store.plan import Attachment
@@ -242,3 +243,104 @@ def test_fault28_pages_that_never_come_fail_the_request_and_free_pages_may_take_
     with pytest.raises(MemoryLoadError, match="a@1: not loaded within 60 s"):
         first.look([loading])
     second.look([waiting])
+
+
+# Fault 29: what no test missed.
+
+
+def test_fault29_an_order_that_did_not_reach_the_workers_is_given_again():
+    residency, worker, down = Residency(4, TOKENS), Worker(), [True]
+    ticket = residency.request("r", {"alice@1": TOKENS})
+
+    async def call(method: str, *args):
+        if down.pop() if down else False:
+            raise ConnectionError("the workers cannot be called")
+        return await worker.call(method, *args)
+
+    async def main() -> None:
+        loads = PageLoads(residency, call)
+        with pytest.raises(MemoryLoadError, match="cannot be called"):
+            await loads.wait(lambda: [ticket] if ticket.state != "ready" else [])
+        await asyncio.wait_for(loads.wait(lambda: [ticket] if ticket.state != "ready" else []), 10)
+
+    asyncio.run(main())
+
+
+def test_fault29_a_search_that_times_out_by_itself_is_the_bank_s_failure_and_takes_no_thread():
+    def late() -> None:
+        raise TimeoutError("the disk")
+
+    searches = Searches(threads=1)
+    assert asyncio.run(searches.outcome(late)).failure == "the bank cannot be searched"
+    assert searches.wait(late).failure == "the bank cannot be searched" and not searches._hanging
+
+
+def test_fault29_a_search_whose_client_left_before_it_began_is_not_made():
+    go_on, made = threading.Event(), []
+    searches = Searches(deadline=30, threads=1)
+
+    async def main() -> None:
+        first = asyncio.create_task(searches.outcome(go_on.wait, 30))
+        second = asyncio.create_task(searches.outcome(made.append, "second"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.wait([second])
+        go_on.set()
+        await first
+        await searches.outcome(tuple)  # behind it
+
+    asyncio.run(main())
+    assert not made
+
+
+def test_fault29_an_ending_that_fails_when_its_client_has_left_closes_what_was_opened():
+    explicit, reading, go_on = front(), Reading(MemoryRequest(), (Attachment("bob@1"),)), asyncio.Event()
+    explicit.claim(reading)
+    closed = []
+
+    async def main() -> None:
+        memory = MemoryFrontEnd(None, explicit)
+        waits, opened = AsyncMemory(memory, Worker().call), Opened(None, reading)
+
+        async def fails() -> None:
+            await go_on.wait()
+            raise RuntimeError("rank 1 is gone")
+
+        task = asyncio.create_task(waits._own(fails(), opened))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert explicit.residency._tickets, "it still ends"
+        go_on.set()
+        while waits._owned:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        closed.append(not explicit.residency._tickets)
+
+    asyncio.run(main())
+    assert closed == [True]
+
+
+def test_fault29_references_that_found_no_free_pages_wait_for_none():
+    explicit = front(pages=1)
+    explicit.residency.request("other", {"bob@1": TOKENS})
+    reading = Reading(MemoryRequest(), top_k=1)
+    explicit.refresh(reading, 64, Found((Attachment("alice@1", 64, 128, 0.5),)))
+    assert "no free pages" in reading.note and not reading.plan and not reading.tickets
+    assert list(explicit.residency._tickets) == ["other"] and not explicit.residency._waiting
+
+
+def test_fault29_who_is_refused_a_session_holds_no_references_and_no_name():
+    released = []
+    explicit, reading = front(), Reading(MemoryRequest(), capture=SimpleNamespace(watched=False))
+    explicit.captures = SimpleNamespace(release=released.append)
+    explicit.open = lambda request, asked: reading
+
+    def refuse(request, asked):
+        raise RequestError("mem_session", "is being written")
+
+    with pytest.raises(RequestError, match="being written"):
+        MemoryFrontEnd(SimpleNamespace(open=refuse), explicit).open({"mem_session": "alice"}, Asked())
+    assert reading.closed and released == [reading.capture]

@@ -44,3 +44,9 @@ def test_fault25_a_request_names_references_of_a_document_in_order(front):
     assert resolved(front, "guide#1", "guide#0", "guide#*") == (second, first)
     with pytest.raises(RequestError, match="#0 to #1"):
         resolved(front, "guide#2")
+
+
+def test_fault29_an_entry_without_keys_and_values_is_refused_before_it_runs(front):
+    front.bank.add([NewEntry("cold", "text alone")])
+    with pytest.raises(RequestError, match='"cold" has text but no keys and values yet'):
+        resolved(front, "cold")

@@ -152,6 +152,19 @@ def test_a_failure_of_one_worker_frees_the_pages_only_when_all_are_through():
     assert ticket.state == "failed: a@1: unreadable" and other.state == "loading"
 
 
+def test_fault29_what_is_ordered_again_is_not_said_to_have_been_heard():
+    """A worker that hears so forgets what it has just loaded, and the request waits for ever."""
+    residency = Residency(1, 4)
+    courier = PageCourier(residency)
+    residency.request("r", {"a@1": 4})
+    courier.orders()
+    courier.settle(said({"a@1": "unreadable"}))
+    assert courier.heard() == ["a@1"]
+    residency.release("r")
+    residency.request("r", {"a@1": 4})
+    assert courier.orders() and courier.heard() == []
+
+
 class Pool(RuleBasedStateMachine):
     """Any order of requests, loads, failures and releases."""
 

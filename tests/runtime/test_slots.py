@@ -105,3 +105,19 @@ def test_dropped_states_are_forgotten_and_abandoned_ones_are_bounded(slots):
     with pytest.raises(KeyError):
         slots.take("l39", 0)
     slots.take("l38", 0)
+
+
+def test_fault29_a_state_that_was_taken_is_not_kept_again(slots):
+    slots.enter("a", carried("la"))
+    slots.set_rows(["a"], [1])
+    slots.take("la", 1)
+    slots.leave("a")
+    assert not slots._left
+
+
+def test_fault29_after_a_failure_no_row_is_frozen_by_who_was_there_before(slots):
+    slots.enter("r", carried("lr", 1.0, write=0))
+    slots.set_rows(["r"], [3])
+    assert slots.row_write.tolist() == [0, 1, 1]
+    slots.forget_rows()
+    assert slots.row_slot.tolist() == [-1] * 3 and slots.row_write.tolist() == [1] * 3
