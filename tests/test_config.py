@@ -33,6 +33,7 @@ def test_defaults():
         ),
         ({"delta": {}}, r"mem_triton\.delta\.adapter: Field required"),
         ({"delta": {"adapter": "x", "tokens_per_state": 0}}, r"mem_triton\.delta\.tokens_per_state: .*greater than"),
+        ({"delta": {"adapter": "x", "scope": "session"}}, r"mem_triton\.delta\.scope: .*'all' or 'sessions'"),
         ({"max_sessions": "many"}, r"mem_triton\.max_sessions: .*integer"),
         ("delta", r"mem_triton must be a JSON object, got str"),
     ],
@@ -40,6 +41,11 @@ def test_defaults():
 def test_bad_config_names_the_key(section, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(section)
+
+
+def test_fault16_the_scope_is_the_adapter_s_unless_the_configuration_says_one():
+    said = [parse_config({"delta": {"adapter": "x", **more}}).delta.scope for more in ({}, {"scope": "sessions"})]
+    assert said == [None, "sessions"]
 
 
 def test_importing_mem_triton_imports_no_engine():

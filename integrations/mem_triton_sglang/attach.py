@@ -72,7 +72,8 @@ def attach(
         memory = layers.memory(name, *heads, step, fuse=False, rounded=rounded)
         if launches:
             states.inputs[index] = memory.head_inputs(*heads, attention.qk_head_dim)
-            how = _prepare_in_one_launch(module.qkv_proj, memory, functools.partial(_prepare, states, index, lose))
+            prepare = functools.partial(_prepare, states, index, lose)
+            how = _prepare_in_one_launch(module.qkv_proj, memory, prepare, folds=adapter.scope == "all")
         else:
             how = "operators of their own, as a CPU launches nothing"
             module.qkv_proj.register_forward_hook(functools.partial(_read_and_correct, memory))
@@ -97,10 +98,13 @@ def _correct_output(memory: DeltaMemory, _: nn.Module, inputs: tuple[Tensor, ...
     return memory.correct_output(result[0]), *result[1:]
 
 
-def _prepare_in_one_launch(qkv_proj: nn.Module, memory: DeltaMemory, prepare: Callable[..., None]) -> str:
+def _prepare_in_one_launch(
+    qkv_proj: nn.Module, memory: DeltaMemory, prepare: Callable[..., None], folds: bool = True
+) -> str:
     """Step and corrections behind the projection, whose matmul gives δ-mem's projections, too, where it can.
 
-    prepare: (qkv, projections, gate_bias, reads, rounded) -> None. Returns how, for the log.
+    prepare: (qkv, projections, gate_bias, reads, rounded) -> None. folds: False keeps the model's matmul as it is, to
+    the bit. Returns how, for the log.
     """
     width, end = sum(memory.sizes), sum(memory.sizes) + len(memory.down)
 
@@ -116,7 +120,7 @@ def _prepare_in_one_launch(qkv_proj: nn.Module, memory: DeltaMemory, prepare: Ca
         advance(result[0], memory.project(inputs[0]))
         return result
 
-    folded = fold(qkv_proj, memory, QKVParallelLinear, UnquantizedLinearMethod)
+    folded = fold(qkv_proj, memory, QKVParallelLinear, UnquantizedLinearMethod) if folds else None
     if folded is None:
         qkv_proj.register_forward_hook(hook)
     else:

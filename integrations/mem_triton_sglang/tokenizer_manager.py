@@ -84,7 +84,7 @@ class TokenizerManagerWithMemory(TokenizerManager):
         shape = shape_of(self.server_args, self.model_config)
         sessions = explicit = None
         if config.delta is not None:
-            adapter = load_adapter(config.delta.adapter, config.delta.revision)
+            adapter = load_adapter(config.delta.adapter, config.delta.revision, config.delta.scope)
             sessions = SessionFrontEnd(shape, config, adapter)
         if config.memory is not None:
             decode = None if self.tokenizer is None else self.tokenizer.decode
@@ -294,7 +294,7 @@ class TokenizerManagerWithMemory(TokenizerManager):
         """Whether the KV of a request depends on a state that not every request has."""
         if lease is None:
             return False
-        return bool(lease.request.session or not lease.request.write or self.memory.incidents.epoch)
+        return not self.memory.sessions.is_plain(lease) or bool(self.memory.incidents.epoch)
 
     async def _aborted(self, running: _Running, reason: dict[str, Any] | None) -> AsyncGenerator[Any, None]:
         """The output of a request that ended before the scheduler had it, made as SGLang makes it."""

@@ -162,7 +162,7 @@ def _adapter(config: Mapping[str, Any]) -> DeltaMemAdapter:
     if parsed.delta is None:
         raise ConfigError("mem_triton.delta is missing: name the adapter, {'delta': {'adapter': folder or id}}")
     engine_only = sorted(parsed.model_fields_set - {"delta"}) + [
-        f"delta.{key}" for key in sorted(parsed.delta.model_fields_set & {"tokens_per_state"})
+        f"delta.{key}" for key in sorted(parsed.delta.model_fields_set & {"scope", "tokens_per_state"})
     ]
     if engine_only:
         raise ConfigError(

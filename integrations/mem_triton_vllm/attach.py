@@ -60,7 +60,7 @@ def attach(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection, los
         )
         step = functools.partial(torch.ops.mem_triton.delta_rule_layer, layer_name=cache.layer_name)
         memory = layers.memory(name, module.attn.num_heads, module.attn.num_kv_heads, step, fuse=fuse, linear=linear)
-        obstacle = fused_inputs.obstacle(module, device)
+        obstacle = fused_inputs.obstacle(module, device, adapter.scope)
         if obstacle:
             module.qkv_proj = QKVWithMemory(module.qkv_proj, memory)
             how = f"the model's own norm and RoPE, as {obstacle}"

@@ -91,6 +91,12 @@ class VLLMFrontEnd(MemoryFrontEnd):
             return Opened()
         if _has_images(prompt) and (params.extra_args or {}).get("mem_capture") is not None:
             raise refused(RequestError("mem_capture", "keeps text: a prompt with images, audio or video is more"))
+        if isinstance(prompt, AsyncGenerator):
+            for word in ("mem_read", "mem_write"):
+                if word in (params.extra_args or {}):
+                    raise refused(
+                        RequestError(word, "streaming inputs have no prefix key that would part their states")
+                    )
         fixed_by = self._fixed or fixed(params)
         asked = Asked(params.n, _lora_name(lora), _unfit(prompt), fixed_by, _prompt_tokens(prompt), headers, chat)
         try:
@@ -199,7 +205,7 @@ def _front_end(vllm_config: VllmConfig, config: MemTritonConfig, decode: Any, to
         return tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     if config.delta is not None:
-        adapter = load_adapter(config.delta.adapter, config.delta.revision)
+        adapter = load_adapter(config.delta.adapter, config.delta.revision, config.delta.scope)
         sessions = SessionFrontEnd(shape, config, adapter, session_obstacle(vllm_config))
     if config.memory is not None:
         from mem_triton.runtime.front.explicit import ExplicitFrontEnd
@@ -258,8 +264,14 @@ def with_tokens(prompt: Any, prompt_ids: list[int]) -> Any:
     return {**prompt, "prompt_token_ids": prompt_ids}
 
 
-def _salt(prompt: Any, key: str) -> Any:
-    """The prompt with ``key`` folded into its cache salt; a salt of the client's own stays part of it."""
+def _salt(prompt: Any, key: str | None) -> Any:
+    """The prompt with ``key`` folded into its cache salt; a salt of the client's own stays part of it.
+
+    key: None leaves the prompt as it is, unless its salt imitates one that has a key.
+    """
+    own = prompt.get("cache_salt") if isinstance(prompt, dict) else getattr(prompt, "cache_salt", None)
+    if key is None and not (isinstance(own, str) and own.startswith("[")):
+        return prompt
     if isinstance(prompt, EngineCoreRequest):
         prompt = copy.copy(prompt)
         prompt.cache_salt = _join(prompt.cache_salt, key)
@@ -273,5 +285,5 @@ def _salt(prompt: Any, key: str) -> Any:
     return prompt  # a stream of inputs: plain requests only, see SessionFrontEnd
 
 
-def _join(salt: str | None, key: str) -> str:
+def _join(salt: str | None, key: str | None) -> str:
     return json.dumps([salt, "mem_triton", key])  # quoted, so that no client salt can imitate a key

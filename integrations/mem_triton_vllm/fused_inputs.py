@@ -18,6 +18,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
+from mem_triton.config import Scope
 from mem_triton.ops.attention_inputs import HeadInputs
 from mem_triton.runtime.worker.folding import fold
 from mem_triton.runtime.worker.layers import DeltaMemory, has_launches
@@ -27,8 +28,10 @@ MODELS = {f"vllm.model_executor.models.{name}" for name in
           ("llama.LlamaAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention")}  # fmt: skip
 
 
-def obstacle(module: nn.Module, device: torch.device) -> str | None:
-    """Why this attention module keeps its own norm and RoPE; None if the kernel may do them."""
+def obstacle(module: nn.Module, device: torch.device, scope: Scope = "all") -> str | None:
+    """Why this attention module keeps its own matmul, norm and RoPE; None if the kernel may do them."""
+    if scope == "sessions":
+        return "requests without a session get the model's own bits"
     if not has_launches(device):
         return "a CPU launches nothing"
     kind, rotary = type(module), getattr(module, "rotary_emb", None)

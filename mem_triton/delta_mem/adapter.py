@@ -1,6 +1,8 @@
 """Adapters on disk: ``delta_mem_config.json`` and ``delta_mem_adapter.pt`` or ``.safetensors``, both ways.
 
 The folder is the one that the official code writes, for a finished adapter as for a trainer's ``checkpoint-<step>``.
+``mem_triton.json`` may lie beside them: ``{"scope": "sessions"}`` says that the adapter was trained for requests that
+name a session and would spoil others; without it an adapter is for all, as the paper's are.
 Unlike the official loader, which keeps random numbers where a tensor is missing, every missing, extra or misshaped
 tensor is an error.
 
@@ -20,18 +22,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import safetensors.torch
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from mem_triton.config import ConfigError
+from mem_triton.config import ConfigError, Scope, nearest_name_hint
 from mem_triton.delta_mem.config import DeltaMemConfig
 from mem_triton.delta_mem.layer import AttentionDims, DeltaMemLayerWeights, pack_layer, tensor_shapes
 
 CONFIG_FILE = "delta_mem_config.json"
+SCOPE_FILE = "mem_triton.json"
 TENSOR_FILES = {"safetensors": "delta_mem_adapter.safetensors", "pt": "delta_mem_adapter.pt"}
 
 
@@ -45,12 +48,14 @@ class DeltaMemAdapter:
 
     layers: module name, e.g. ``model.layers.0.self_attn`` -> tensor name -> CPU tensor, in the stored dtype.
     fingerprint: sha256 over the config and all tensors, the same for both file formats; part of every cache key.
+    scope: the requests that it is for.
     Raises AdapterError when a layer's tensors are missing, unknown, or of inconsistent shapes.
     """
 
     config: DeltaMemConfig
     layers: Mapping[str, Mapping[str, Tensor]]
     fingerprint: str = field(init=False)
+    scope: Scope = "all"
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -111,10 +116,13 @@ class DeltaMemAdapter:
                 raise AdapterError(f"tensor {name}.{key} holds NaN or infinity: the adapter is damaged")
 
 
-def load_adapter(path_or_id: str | os.PathLike[str], revision: str | None = None) -> DeltaMemAdapter:
+def load_adapter(
+    path_or_id: str | os.PathLike[str], revision: str | None = None, scope: Scope | None = None
+) -> DeltaMemAdapter:
     """Load an adapter from a folder or a Hugging Face id (``owner/name``); safetensors win where both files lie.
 
-    revision: branch, tag or commit of a Hugging Face id. Raises AdapterError or ConfigError.
+    revision: branch, tag or commit of a Hugging Face id. scope: the requests that it is for, None for what it says
+    itself. Raises AdapterError or ConfigError.
     """
     folder = Path(path_or_id)
     if not folder.is_dir():
@@ -139,14 +147,14 @@ def load_adapter(path_or_id: str | os.PathLike[str], revision: str | None = None
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from None
     try:
-        return adapter_from_tensors(config, _read_tensors(folder))
+        return adapter_from_tensors(config, _read_tensors(folder), scope or _read_scope(folder))
     except AdapterError as error:
         raise AdapterError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
     except (RuntimeError, MemoryError, NotImplementedError) as error:  # tensors that are larger than their file
         raise AdapterError(f"{folder}: its tensors cannot be used: {error}") from None
 
 
-def adapter_from_tensors(config: DeltaMemConfig, flat: Mapping[str, Tensor]) -> DeltaMemAdapter:
+def adapter_from_tensors(config: DeltaMemConfig, flat: Mapping[str, Tensor], scope: Scope = "all") -> DeltaMemAdapter:
     """An adapter from a flat ``module.tensor`` -> tensor mapping, e.g. a state dict."""
     layers: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in flat.items():
@@ -154,13 +162,14 @@ def adapter_from_tensors(config: DeltaMemConfig, flat: Mapping[str, Tensor]) -> 
         if not dot:
             raise AdapterError(f"tensor {full_name} has no module in its name")
         layers.setdefault(name, {})[key] = tensor.detach().cpu()
-    return DeltaMemAdapter(config, layers)
+    return DeltaMemAdapter(config, layers, scope)
 
 
 def save_adapter(
     adapter: DeltaMemAdapter, folder: str | os.PathLike[str], format: Literal["pt", "safetensors"] = "safetensors"
 ) -> Path:
-    """Write the two files; ``pt`` is what the official code reads. Returns the folder.
+    """Write the two files, and the scope where it is not "all"; ``pt`` is what the official code reads. Returns the
+    folder.
 
     Raises AdapterError if the folder already holds the other format, since a reader would then not know which is new.
     """
@@ -180,10 +189,30 @@ def save_adapter(
         safetensors.torch.save_file(tensors, partial, metadata={"fingerprint": adapter.fingerprint})
     partial.replace(target)
     (folder / CONFIG_FILE).write_text(json.dumps(adapter.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if adapter.scope != "all" or (folder / SCOPE_FILE).exists():
+        (folder / SCOPE_FILE).write_text(json.dumps({"scope": adapter.scope}) + "\n", encoding="utf-8")
     return folder
 
 
-_DOWNLOADS = [CONFIG_FILE, *TENSOR_FILES.values()]
+_DOWNLOADS = [CONFIG_FILE, SCOPE_FILE, *TENSOR_FILES.values()]
+
+
+def _read_scope(folder: Path) -> Scope:
+    """What the adapter's ``mem_triton.json`` says, "all" without one."""
+    path, fix = folder / SCOPE_FILE, 'write {"scope": "sessions"} or {"scope": "all"} into it, or remove it'
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "all"
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be read as JSON: {error}; {fix}") from None
+    if not isinstance(data, dict):
+        raise AdapterError(f"{path} holds a {type(data).__name__}, expected an object; {fix}")
+    if unknown := sorted(set(data) - {"scope"}):
+        raise AdapterError(f"{path}: unknown key {unknown[0]!r:.80}.{nearest_name_hint(unknown[0], ['scope'])}")
+    if (scope := data.get("scope", "all")) not in get_args(Scope):
+        raise AdapterError(f'{path}: scope is {scope!r:.80}, expected "all" or "sessions"; {fix}')
+    return scope
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

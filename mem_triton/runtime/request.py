@@ -6,6 +6,8 @@ vLLM carries them in ``vllm_xargs`` (HTTP) or ``SamplingParams.extra_args`` (Pyt
     {"mem_session": "alice", "mem_write": 0}     # read alice's last committed state, leave it as it is
     {"mem_session": "alice", "mem_reset": 1}     # forget: start alice from zeros again
     {"mem_write": 0}                             # this request writes no memory (with no session: the plain model)
+    {"mem_read": 1}                              # corrected by δ-mem although it names no session
+    {"mem_read": 0}                              # the plain model, whatever session it names: no state is touched
     {"mem_ids": ["alice", "paris@2"]}            # attend to these entries of the bank
     {"mem_top_k": 3}                             # three retrieved references a chunk (0: none for this request)
     {"mem_query": "the key of the east door"}    # what references are searched by (a chat's last user message else)
@@ -24,8 +26,8 @@ from mem_triton import ids as names
 from mem_triton.config import nearest_name_hint
 
 WORDS = (
-    "mem_session", "mem_write", "mem_reset", "mem_ids", "mem_top_k", "mem_query", "mem_capture", "mem_capture_answer",
-    "mem_replace", "mem_tenant",
+    "mem_session", "mem_write", "mem_read", "mem_reset", "mem_ids", "mem_top_k", "mem_query", "mem_capture",
+    "mem_capture_answer", "mem_replace", "mem_tenant",
 )  # fmt: skip
 LONGEST_QUERY = 4096
 MOST_IDS = 1024
@@ -64,7 +66,7 @@ class MemoryRequest:
     ids: entries to attend to, None if the request names none (an empty tuple: explicitly no entry).
     top_k: references a chunk, None for the server's setting. capture: name to keep the prompt under, capture_answer:
     with its answer, replace: in place of an earlier capture. tenant: "" is public. query: what references are searched
-    by, None for what the prompt says.
+    by, None for what the prompt says. read: whether its state corrects its answer, None for the server's scope.
     """
 
     session: str | None = None
@@ -77,6 +79,7 @@ class MemoryRequest:
     query: str | None = None
     capture_answer: bool = False
     replace: bool = False
+    read: bool | None = None
 
 
 def carried_by(params: Any) -> Mapping[str, Any] | None:
@@ -164,7 +167,7 @@ def parse_request(extra_args: Mapping[str, Any] | None) -> MemoryRequest:
     request = MemoryRequest(
         session, _flag(words, "mem_write", True), _flag(words, "mem_reset", False), _ids(words), _top_k(words),
         _capture(words), _tenant(words), _query(words), _flag(words, "mem_capture_answer", False),
-        _flag(words, "mem_replace", False),
+        _flag(words, "mem_replace", False), _flag(words, "mem_read", True) if "mem_read" in words else None,
     )  # fmt: skip
     for name in ("mem_capture_answer", "mem_replace"):
         if name in words and request.capture is None:
@@ -173,4 +176,8 @@ def parse_request(extra_args: Mapping[str, Any] | None) -> MemoryRequest:
         raise RequestError("mem_reset", "needs mem_session, the session to reset")
     if request.reset and not request.write:
         raise RequestError("mem_reset", "cannot be combined with mem_write 0: a reset is a write")
+    if request.read is False:
+        for name in ("mem_reset", "mem_write"):
+            if name in words and _flag(words, name, False):
+                raise RequestError(name, "cannot be combined with mem_read 0: a state that is not read is not written")
     return request

@@ -32,18 +32,22 @@ class StateSlots:
 
     initial: fp32 [layers, slots, state_size]; last: fp32 [layers, slots, 2, state_size];
     row_slot, row_write: int32 [slots], one entry a batch row (slot -1: start from zeros; write 0: frozen state).
+    writes: whether a request that says nothing of its state has one of its own, which starts from zeros. Else its state
+    is zeros to the end, so that it reads zeros and nothing of the model is corrected.
     batch_invariant: for the layers that advance the states, see ``op.delta_rule_paged``.
     """
 
     batch_invariant = False
 
-    def __init__(self, layer_indices: Sequence[int], state_size: int, slots: int, device: torch.device) -> None:
+    def __init__(
+        self, layer_indices: Sequence[int], state_size: int, slots: int, device: torch.device, writes: bool = True
+    ) -> None:
         self.layer_indices = list(layer_indices)  # this worker's layers among all of the adapter's
-        self.state_size = state_size
+        self.state_size, self._plain_writes = state_size, int(writes)
         self.initial = torch.zeros(len(layer_indices), slots, state_size, dtype=torch.float32, device=device)
         self.last = torch.zeros(len(layer_indices), slots, LAST_STATES, state_size, dtype=torch.float32, device=device)
         self.row_slot = torch.full((slots,), -1, dtype=torch.int32, device=device)
-        self.row_write = torch.ones(slots, dtype=torch.int32, device=device)
+        self.row_write = torch.full((slots,), int(writes), dtype=torch.int32, device=device)
         self._free = list(range(slots))
         self._residents: dict[str, _Resident] = {}  # request id -> its place in the batch
         self._left: OrderedDict[str, tuple[int, Tensor]] = OrderedDict()  # lease -> last position, [layers, 2, size]
@@ -65,7 +69,7 @@ class StateSlots:
                 if self.initial.is_cuda:
                     states = states.pin_memory()
                 self.initial[:, slot].copy_(states, non_blocking=True)
-        self._residents[request_id] = _Resident(lease, bool(carried.get("write", 1)), slot)
+        self._residents[request_id] = _Resident(lease, bool(carried.get("write", self._plain_writes)), slot)
 
     def leave(self, request_id: str) -> None:
         """Forget a request that left the batch; its last states wait for ``take``."""
@@ -89,11 +93,11 @@ class StateSlots:
         for request_id, position in zip(request_ids, last_positions, strict=True):
             resident = self._residents.get(request_id)
             slots.append(-1 if resident is None else resident.slot)
-            writes.append(1 if resident is None else int(resident.write))
+            writes.append(self._plain_writes if resident is None else int(resident.write))
             if resident is not None:
                 resident.last_position = int(position)
         padding = len(self.row_slot) - len(slots)
-        table = torch.tensor([slots + [-1] * padding, writes + [1] * padding], dtype=torch.int32)
+        table = torch.tensor([slots + [-1] * padding, writes + [self._plain_writes] * padding], dtype=torch.int32)
         if self.row_slot.is_cuda:
             table = table.pin_memory()
         self.row_slot.copy_(table[0], non_blocking=True)
@@ -107,7 +111,7 @@ class StateSlots:
     def forget_rows(self) -> None:
         """After a failure: no row of the coming step starts from a state or leaves one."""
         self.row_slot.fill_(-1)
-        self.row_write.fill_(1)
+        self.row_write.fill_(self._plain_writes)
 
     def drop_request(self, request_id: str) -> None:
         """A request has lost its memory: it goes on as a plain one, and leaves no state."""

@@ -158,9 +158,51 @@ def test_hugging_face_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "delta_mem_adapter.pt",
         "delta_mem_adapter.safetensors",
         "delta_mem_config.json",
+        "mem_triton.json",
     ]
     with pytest.raises(AdapterError, match="revision='v1' only goes with a Hugging Face id"):
         load_adapter(tmp_path, revision="v1")
+
+
+def test_fault16_an_adapter_says_whose_requests_it_is_for_and_a_server_overrides_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The paper's adapters say nothing and are for every request. What they say is no part of the fingerprint."""
+    base = random_adapter(MODULES)
+    save_adapter(base, tmp_path)
+    assert load_adapter(tmp_path).scope == "all" and not (tmp_path / "mem_triton.json").exists()
+    assert load_adapter(tmp_path, scope="sessions").scope == "sessions"
+    (tmp_path / "mem_triton.json").write_text('{"scope": "sessions"}')
+    said = load_adapter(tmp_path)
+    assert said.scope == "sessions" and said.fingerprint == base.fingerprint
+    assert load_adapter(tmp_path, scope="all").scope == "all"
+    assert load_adapter(save_adapter(said, tmp_path / "copy", "pt")).scope == "sessions"
+    assert load_adapter(save_adapter(base, tmp_path)).scope == "all", "what was saved last is what is read"
+    (tmp_path / "mem_triton.json").write_text('{"scope": "sessions"}')
+    monkeypatch.setattr(adapter, "snapshot_download", lambda *_, **__: str(tmp_path))
+    assert load_adapter("owner/name").scope == "sessions"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("\x00\x01", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[]", "holds a list, expected an object"),
+        ("null", "holds a NoneType, expected an object"),
+        ('{"scope": "session"}', 'scope is \'session\', expected "all" or "sessions"'),
+        ('{"scope": null}', "scope is None"),
+        ('{"scope": ["all"]}', r"scope is \['all'\]"),
+        ('{"scop": "all"}', r"unknown key 'scop'\. Did you mean \"scope\""),
+    ],
+)
+def test_fault16_a_damaged_scope_file_is_one_line_that_names_it(tmp_path: Path, text: str, message: str) -> None:
+    save_adapter(random_adapter(MODULES), tmp_path)
+    (tmp_path / "mem_triton.json").write_text(text)
+    with pytest.raises(AdapterError, match=message) as error:
+        load_adapter(tmp_path)
+    assert str(tmp_path / "mem_triton.json") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_bad_folders(tmp_path: Path) -> None:

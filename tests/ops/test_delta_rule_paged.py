@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mem_triton.ops.delta_rule import DeltaRuleSpec, activate, delta_rule, delta_rule_paged
+from mem_triton.runtime.slots import StateSlots
 from tests.ops.paged_case import PagedCase, assert_matches, expected, make_case, relative_rms
 
 
@@ -104,6 +105,28 @@ def test_a10_a_frozen_row_leaves_its_state_bit_identical(tokens):
     end = after.state_cache[case.block_table[0, (length - 1) // 8], (length - 1) % 8 // 4]
     assert torch.equal(end.view(torch.int32), start)
     assert torch.equal(after.last_states[1, (length - 1) % 2].view(torch.int32), start)
+
+
+@pytest.mark.parametrize("steps", [[30], [1] * 12, [9, 1, 8]])
+def test_fault16_a_row_that_says_nothing_reads_zeros_beside_one_that_writes(steps):
+    """The tables of a worker whose scope is sessions, step after step; a state is read by its own row alone."""
+    spec, slots = DeltaRuleSpec(8, 2), StateSlots([0], 128, 2, torch.device("cpu"), writes=False)
+    slots.enter("alice", {"lease": "l", "write": 1})
+    at, cache = 0, None
+    for step in steps:
+        case = make_case(spec, [step, step], [at, at], slots=[0, 0], seed=at)
+        slots.set_rows(["plain", "alice"], [at + step - 1] * 2)
+        cache = torch.zeros(20, *case.state_cache.shape[1:]) if cache is None else cache
+        table = torch.arange(1, 2 * case.block_table.shape[1] + 1, dtype=torch.int32).view(-1, 2).T.contiguous()
+        case = replace(
+            case, block_table=table, state_cache=cache, initial_states=slots.initial[0], last_states=slots.last[0],
+            initial_slot=slots.row_slot, write_enabled=slots.row_write,
+        )  # fmt: skip
+        delta_rule_paged(*case.arguments(), **case.options())
+        assert not case.reads[:step].any() and case.reads[step + 1 : 2 * step].any() == (step > 1)
+        assert at == 0 or case.reads[step : 2 * step].any()
+        at += step
+    assert not cache[table[0].long()].any() and cache[table[1].long()].any()
 
 
 def test_a_row_that_follows_another_on_its_blocks_sees_them_written():

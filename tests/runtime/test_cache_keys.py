@@ -69,7 +69,7 @@ def test_fault29_pools_of_another_precision_share_no_kv(banks, monkeypatch):
 def session_key(fingerprint: str) -> str:
     """The key of a request to a front end that serves an adapter with this fingerprint."""
     adapter = SimpleNamespace(
-        layers={"model.layers.0.self_attn": None}, fingerprint=fingerprint,
+        layers={"model.layers.0.self_attn": None}, fingerprint=fingerprint, scope="all",
         config=SimpleNamespace(spec=SimpleNamespace(heads=2, rank=4)),
     )  # fmt: skip
     return SessionFrontEnd(SHAPE, MemTritonConfig(), adapter).open(MemoryRequest("alice"), Asked()).key

@@ -135,6 +135,45 @@ def test_who_writes_nothing_takes_nothing(sessions, words, normal):
     assert not busy(sessions)
 
 
+def test_fault16_whom_the_adapter_corrects_and_which_prefixes_are_shared(sessions):
+    """By the scope where a request says nothing; a request that is not read holds no session."""
+    memory = MemoryFrontEnd(sessions, None)
+
+    def opened(scope: str, **words):
+        sessions.scope = scope
+        opened = memory.open(words, Asked())
+        seen = memory.carried(opened).get("write"), memory.key_of(opened.lease), busy(sessions)
+        memory.close(opened)
+        assert not busy(sessions)
+        return seen
+
+    plain, off, alice = opened("all"), opened("all", mem_read=0), opened("all", mem_session="alice")
+    assert plain[0] is None and off[0] == 0 and alice[0] == 1 and alice[2], "workers know what a plain one has"
+    assert len({plain[1], off[1], alice[1]}) == 3
+    assert opened("all", mem_read=1) == plain
+    assert opened("all", mem_session="alice", mem_read=0) == off == opened("all", mem_write=0)
+
+    stock = (None, None, False)
+    assert opened("sessions") == stock, "the engine's own key: nothing tells it from a server without memory"
+    assert opened("sessions", mem_read=0) == opened("sessions", mem_session="alice", mem_read=0) == stock
+    assert opened("sessions", mem_write=0) == opened("sessions", mem_read=1, mem_write=0) == stock
+    assert opened("sessions", mem_session="alice") == alice
+    assert opened("sessions", mem_session="alice", mem_write=0)[0] == 0
+    read = opened("sessions", mem_read=1)
+    assert read[0] == 1 and read[1] == plain[1], "what a plain request is where the scope is all"
+    with pytest.raises(RequestError, match=r"mem_read: .*without mem_triton\.delta"):
+        MemoryFrontEnd(None, None).open({"mem_read": 1}, Asked())
+
+
+def test_fault16_after_an_incident_plain_requests_share_nothing_with_before(sessions):
+    sessions.scope = "sessions"
+    memory = MemoryFrontEnd(sessions, None, incidents=SimpleNamespace(epoch=0))
+    lease = memory.open({}, Asked()).lease
+    assert memory.key_of(lease) is None
+    memory.incidents.epoch = 1
+    assert memory.key_of(lease) is not None
+
+
 def test_an_aborted_answer_commits_nothing_and_workers_are_told_to_forget_it(sessions):
     memory = MemoryFrontEnd(sessions, None)
     opened = memory.open({"mem_session": "alice"}, Asked())

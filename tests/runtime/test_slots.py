@@ -37,6 +37,26 @@ def test_rows_follow_the_batch(slots):
     assert slots.row_slot.tolist() == [-1] * 3 and slots.row_write.tolist() == [1] * 3
 
 
+def test_fault16_rows_of_requests_that_say_nothing_stay_at_zeros(tmp_path):
+    """As warm-ups, failed steps and rows beside sessions do; a request that only reads a bank says nothing, too."""
+    slots = StateSlots([1, 4], SIZE, 5, torch.device("cpu"), writes=False)
+    assert slots.row_write.tolist() == [0] * 5, "before any request"
+    slots.enter("a", carried("la", 100.0))
+    slots.enter("bank", {"memory": {}})
+    slots.enter("own", {"write": 1})
+    slots.set_rows(["plain", "a", "bank", "own"], [3, 4, 5, 6])
+    slot = int(slots.row_slot[1])
+    assert slots.row_slot.tolist() == [-1, slot, -1, -1, -1] and slot >= 0
+    assert slots.row_write.tolist() == [0, 1, 0, 1, 0]
+    slots.forget_rows()
+    assert slots.row_write.tolist() == [0] * 5 and slots.row_slot.tolist() == [-1] * 5
+    slots.set_rows(["own"], [7])
+    for request in ("a", "bank", "own"):
+        slots.leave(request)
+    slots.set_rows(["plain"], [4])
+    assert slots.row_write.tolist() == [0] * 5
+
+
 def test_a_new_session_starts_from_zeros_in_a_used_slot(slots):
     for lease in ("x", "y", "z"):
         slots.enter(lease, carried(lease, 5.0))

@@ -36,6 +36,16 @@ def test_flags_and_refusals_of_one_request(bench, prompts):
     scenarios.flags_and_refusals_of_one_request(bench, prompts, run_engine)
 
 
+def test_fault16_a_scope_of_sessions_leaves_plain_requests_to_the_engine(bench, prompts):
+    """The server says so."""
+    memory = {"delta": {"adapter": str(bench.adapter), "scope": "sessions"}}
+    wired = "tests.support.kernels_on_cpu:sglang_in_one_launch"
+    printed = scenarios.a_scope_of_sessions_leaves_plain_requests_to_the_engine(
+        bench, prompts, run_engine, 16, memory, wired
+    )
+    assert "projections in their own matmul" in printed
+
+
 @pytest.mark.parametrize("tamper", ["", "tests.support.controls:one_last_state_only"])
 def test_a_stop_token_is_not_part_of_the_state(bench, prompts, tamper):
     """Overlap scheduling, SGLang's default, runs one step past it."""

@@ -59,6 +59,13 @@ def sglang_as_on_a_gpu() -> None:
     states.attention_inputs = _interpreted_inputs
 
 
+def sglang_in_one_launch() -> None:
+    """δ-mem in SGLang as it is wired on a GPU, with the op's CPU code."""
+    from mem_triton_sglang import attach
+
+    attach.has_launches = lambda device: True
+
+
 def _interpreted_inputs(qkv, projections, reads, inputs, batch, spec, **options) -> None:
     from mem_triton.ops.attention_inputs import launch
     from mem_triton.ops.tuning.delta_rule import select

@@ -75,6 +75,8 @@ def flags_and_refusals_of_one_request(bench: Bench, prompts: list[list[int]], ru
         [ask(first, mem_write=0)],
         [ask(first, mem_sessoin="alice")],
         [ask(first, mem_triton="forged")],
+        [ask(first, mem_session="alice", mem_read=0)],
+        [ask(first, mem_session="alice", mem_write=0)],
     ]
     result = run(bench.model, rounds, memory=bench.memory, errors_are_results=True)
     errors = {index: answer["error"] for index, answer in enumerate(result["rounds"]) if "error" in answer}
@@ -88,6 +90,52 @@ def flags_and_refusals_of_one_request(bench: Bench, prompts: list[list[int]], ru
     assert [tokens(result, r)[0] for r in (3, 4)] == [bench.generate(first), bench.generate(second)]
     stock = run(bench.model, [[ask(first)]])
     assert tokens(result, 5) == tokens(stock), "a frozen zero state is the plain model"
+    assert tokens(result, 8) == tokens(stock), "and so is a session that is not read"
+    assert tokens(result, 9) == [bench.generate(first, write=False)], "which it left as it was"
+
+
+def a_scope_of_sessions_leaves_plain_requests_to_the_engine(
+    bench: Bench, prompts: list[list[int]], run: Run, page: int, memory: dict[str, Any], wired: str, **options: Any
+) -> str:
+    """Plain rows beside sessions' rows, cold and from the prefix cache, get what the stock engine gives, log
+    probabilities included where the engine's case tells them; requests override it both ways.
+
+    wired: a tamper that wires memory as on a GPU. Returns what the engine printed.
+    """
+    first, short, long, last = prompts
+
+    def round_of(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
+        plain = [ask(long), ask(short)]
+        return [{**request, "logprobs": 5} for request in (one, *plain, other)]
+
+    words = [
+        ({"mem_session": "alice"}, {"mem_session": "bob"}),
+        ({"mem_session": "alice", "mem_read": 0}, {"mem_session": "bob", "mem_write": 0}),
+        ({"mem_read": 1}, {"mem_session": "alice"}),
+    ]
+    served = run(
+        bench.model,
+        [round_of(ask(first, **a), ask(last, **b)) for a, b in words],
+        memory=memory,
+        tamper=wired,
+        **options,
+    )
+    stock = run(bench.model, [round_of(ask(first), ask(last)) for _ in words], **options)
+    fresh = [bench.fresh(p) for p in prompts]
+    for r, answers in enumerate(served["rounds"]):
+        for row in (1, 2):
+            own = stock["rounds"][r][row]
+            assert (answers[row]["tokens"], answers[row].get("logprobs")) == (own["tokens"], own.get("logprobs"))
+    assert cached(served, 1)[1:3] == [whole_pages(p, page) for p in (long, short)], "plain requests share prefixes"
+    assert [fresh[2], fresh[1]] != tokens(stock)[1:3], "corrected, they would say something else"
+    assert [tokens(served)[0], tokens(served)[3]] == [fresh[0], fresh[3]], "sessions are corrected"
+    assert tokens(served, 1)[0] == tokens(stock)[0] != fresh[0], "not read"
+    assert tokens(served, 2)[0] == fresh[0] and cached(served, 2)[0] == 0, "read without a session"
+    bench.fresh(last)
+    assert tokens(served, 1)[3] == bench.generate(last, write=False)
+    bench.fresh(first)
+    assert tokens(served, 2)[3] == bench.generate(last), "what was not read was not written"
+    return served["output"]
 
 
 def a_stop_token_is_not_part_of_the_state(

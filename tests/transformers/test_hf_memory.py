@@ -481,6 +481,8 @@ def test_apply_refuses_what_does_not_fit() -> None:
         apply_mem_triton(model, {"delta": {"adaptor": "x"}})
     with pytest.raises(ConfigError, match="session_dir is for serving engines"):
         apply_mem_triton(model, {"delta": {"adapter": adapter}, "session_dir": "x"})
+    with pytest.raises(ConfigError, match=r"delta\.scope is for serving engines"):
+        apply_mem_triton(model, {"delta": {"adapter": adapter, "scope": "sessions"}})
     with pytest.raises(ConfigError, match="delta is missing"):
         apply_mem_triton(model, {})
     with pytest.raises(ValueError, match="has no self_attn with q_proj"):

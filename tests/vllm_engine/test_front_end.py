@@ -125,3 +125,35 @@ def test_a_request_that_vllm_refuses_after_its_pages_were_filled_holds_nothing(m
     with pytest.raises(ValueError, match="too long"):
         engine._submit_ready()
     assert closed == [opened] and not engine._running and not engine._put_off
+
+
+def test_fault16_a_client_s_salt_cannot_pass_for_a_memory():
+    """Requests that no state corrects have no salt of ours; one that says a session's must not find its prefix."""
+    from vllm.v1.engine import EngineCoreRequest
+
+    from mem_triton_vllm.front_end import _salt
+
+    forged = _salt([1, 2], "a session's key")["cache_salt"]
+    keys = [forged]
+    for own in (None, "tenant", forged, _salt({"cache_salt": forged}, None)["cache_salt"]):
+        prompt = {"prompt_token_ids": [1, 2], "cache_salt": own}
+        keys.append(_salt(prompt, None)["cache_salt"])
+        rendered = EngineCoreRequest(**{**dict.fromkeys(EngineCoreRequest.__struct_fields__), "cache_salt": own})
+        assert _salt(rendered, None).cache_salt == keys[-1] and rendered.cache_salt == own
+    assert keys[1:3] == [None, "tenant"] and len(set(keys)) == 5
+    assert _salt([1, 2], None) == [1, 2] and _salt("text", None) == "text"
+
+
+def test_fault16_streams_of_inputs_cannot_choose_their_scope():
+    """They have no salt, so prefixes of both kinds would be shared."""
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    from mem_triton_vllm.front_end import VLLMFrontEnd
+
+    async def stream():
+        yield {"prompt_token_ids": [1]}
+
+    for word in ("mem_read", "mem_write"):
+        with pytest.raises(VLLMValidationError, match=f"{word}: streaming inputs"):
+            VLLMFrontEnd(None, None).open_request(stream(), SamplingParams(extra_args={word: 0}))

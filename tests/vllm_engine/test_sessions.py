@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from tests.support import session_scenarios as scenarios
@@ -43,6 +45,18 @@ def test_without_memory_in_the_cache_key_tokens_are_wrong(bench, prompts):
 
 def test_flags_and_refusals_of_one_request(bench, prompts):
     scenarios.flags_and_refusals_of_one_request(bench, prompts, run_engine)
+
+
+@pytest.mark.parametrize("runner", ways(["v1", "v2"], soak="v2"))
+def test_fault16_a_scope_of_sessions_leaves_plain_requests_to_the_engine(bench, prompts, tmp_path, runner):
+    """The adapter says so itself."""
+    adapter = shutil.copytree(bench.adapter, tmp_path / "adapter")
+    (adapter / "mem_triton.json").write_text('{"scope": "sessions"}')
+    memory, wired = {"delta": {"adapter": str(adapter)}}, "tests.support.kernels_on_cpu:as_on_a_gpu"
+    printed = scenarios.a_scope_of_sessions_leaves_plain_requests_to_the_engine(
+        bench, prompts, run_engine, 32, memory, wired, runner=runner
+    )
+    assert "the model's own norm and RoPE, as requests without a session get the model's own bits" in printed
 
 
 @pytest.mark.parametrize("tamper", ["", "tests.support.controls:one_last_state_only"])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mem_triton.runtime.front.explicit import ExplicitFrontEnd, Reading
     from mem_triton.runtime.front.sessions import SessionFrontEnd
 
-DELTA_WORDS = ("mem_session", "mem_write", "mem_reset")
+DELTA_WORDS = ("mem_session", "mem_write", "mem_read", "mem_reset")
 EXPLICIT_WORDS = ("mem_ids", "mem_top_k", "mem_query", "mem_capture", "mem_capture_answer", "mem_replace")
 
 
@@ -120,9 +120,12 @@ class MemoryFrontEnd:
             carried["memory"]["bank"] = self._salted(carried["memory"]["bank"])
         return carried | opened.more
 
-    def key_of(self, lease: Lease) -> str:
-        """What a KV cache needs to tell the request's state from others."""
-        return self._salted(lease.key)
+    def key_of(self, lease: Lease) -> str | None:
+        """What a KV cache needs to tell the request's state from others; None for one that no state corrects, where
+        the scope leaves plain requests to the engine: its KV is the engine's own."""
+        epoch = self.incidents.epoch if self.incidents is not None else 0
+        stock = self.sessions is not None and self.sessions.scope == "sessions" and self.sessions.is_plain(lease)
+        return None if stock and not epoch else self._salted(lease.key)
 
     def _salted(self, key: str) -> str:
         """After an incident nothing that was cached before is found again: some of it lacks its memory."""

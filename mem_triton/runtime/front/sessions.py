@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from mem_triton.config import MemTritonConfig
+from mem_triton.config import MemTritonConfig, Scope
 from mem_triton.delta_mem import DeltaMemAdapter
 from mem_triton.runtime import counters
 from mem_triton.runtime.engine_shape import EngineShape
@@ -27,8 +27,11 @@ LONGEST_NAME = 200
 class SessionFrontEnd:
     """Opens and closes the session of each request; one per engine front end.
 
-    obstacle: why this engine, as it is configured, cannot have sessions; None if it can.
+    obstacle: why this engine, as it is configured, cannot have sessions; None if it can. scope: the requests that the
+    adapter corrects where they do not say themselves.
     """
+
+    scope: Scope = "all"
 
     def __init__(
         self, shape: EngineShape, config: MemTritonConfig, adapter: DeltaMemAdapter, obstacle: str | None = None
@@ -39,12 +42,18 @@ class SessionFrontEnd:
             shape.architecture_fingerprint,
         )  # fmt: skip
         self.store = SessionStore(layout, config.session_dir, config.max_sessions)
-        self.obstacle = obstacle
+        self.obstacle, self.scope = obstacle, adapter.scope
         self._aborted: deque[str] = deque(maxlen=4096)  # workers forget old states by themselves, too
         self._logger = logging.getLogger(f"{shape.engine.lower()}.mem_triton")
 
     def open(self, request: MemoryRequest, asked: Asked) -> Lease:
-        """The request's lease; plain requests get one too, of a memory that starts empty. Raises RequestError."""
+        """The request's lease; plain requests get one too, of a memory that starts empty. Raises RequestError.
+
+        One that is not read leases no session: its state stays empty.
+        """
+        by_scope = self.scope == "all" or request.session is not None
+        if not (by_scope if request.read is None else request.read):
+            request = replace(request, session=None, write=False, reset=False)
         if request.session is not None:
             request = _of_tenant(request)
             if self.obstacle:
@@ -59,9 +68,11 @@ class SessionFrontEnd:
 
     def carried(self, lease: Lease) -> dict[str, Any]:
         """What the workers need: nothing for a plain request."""
-        carried: dict[str, Any] = {} if lease.request.write else {"write": 0}
+        if self.is_plain(lease):
+            return {}
+        carried: dict[str, Any] = {"write": int(lease.request.write)}
         if lease.request.session is not None:
-            carried |= {"write": int(lease.request.write), "lease": lease.id, "state": lease.start.data}
+            carried |= {"lease": lease.id, "state": lease.start.data}
         return carried
 
     def abort(self, lease: Lease) -> None:
@@ -69,6 +80,10 @@ class SessionFrontEnd:
         if self.writes(lease):
             self._aborted.append(lease.id)
         self.store.close(lease)
+
+    def is_plain(self, lease: Lease) -> bool:
+        """Whether the request's memory is that of requests that say nothing: a state of its own, or none."""
+        return lease.request.session is None and lease.request.write == (self.scope == "all")
 
     def writes(self, lease: Lease) -> bool:
         """Whether the request commits its session when it ends normally."""

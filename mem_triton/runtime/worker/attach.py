@@ -28,7 +28,7 @@ from mem_triton.runtime.worker.layers import DeltaMemory
 
 def served_adapter(section: DeltaSection, engine: str) -> DeltaMemAdapter:
     """The configured adapter. Raises AdapterError, or ConfigError if engines cannot serve it. engine: for messages."""
-    adapter = load_adapter(section.adapter, section.revision)
+    adapter = load_adapter(section.adapter, section.revision, section.scope)
     if adapter.config.memory_write_granularity != "token":
         raise ConfigError(
             f"mem_triton.delta.adapter: {section.adapter} writes its memory by "
@@ -76,7 +76,8 @@ class DeltaLayers:
         self.weights = adapter.layers_for(dict.fromkeys(names, dims), complete=len(shape.pp_spans) == 1)
         order = sorted(adapter.layers, key=layer_order)
         indices = [order.index(name) for name in self.weights]
-        self.slots = StateSlots(indices, self.spec.state_size, shape.max_requests, device)
+        every = adapter.scope == "all"
+        self.slots = StateSlots(indices, self.spec.state_size, shape.max_requests, device, writes=every)
         self.reads = torch.zeros(shape.max_step_tokens, self.spec.read_width, dtype=torch.float32, device=device)
 
     def memory(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,22 @@ def test_any_batch(batch, decode, mode, rankwise, seed):
         writes=pick.choice([None, [pick.randint(0, 1) for _ in batch]]), null_rows=pick.choice([(), (0,)]),
     )  # fmt: skip
     assert_inputs_match(run(case, pick.choice(["forward", "reverse", "shuffle"])), case)
+
+
+@pytest.mark.parametrize("batch", [([1, 1], [3, 0]), ([20, 6], [3, 0])], ids=["decode", "long"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fault16_rows_frozen_at_zeros_keep_every_bit_of_the_projection(batch, dtype):
+    """What requests without a session have where the scope is sessions."""
+    case = make_inputs(
+        DeltaRuleSpec(8, 2), *batch, corrects="qkv", norms=False, rotated=0, dtype=dtype, slots=[-1, -1], writes=[0, 0]
+    )
+    case.states.state_cache.zero_()
+    after, tokens = run(case), sum(batch[0])
+    assert torch.equal(after.projected, case.projected)
+    assert not after.states.reads[:tokens].any() and not after.rounded[:tokens].any()
+    assert not after.states.state_cache.any()
+    wrote = run(replace(case, states=replace(case.states, write_enabled=torch.ones(2, dtype=torch.int32))))
+    assert wrote.states.state_cache.any(), "control: such rows have something to write"
 
 
 def test_without_the_counter_a_head_would_read_the_new_state():
