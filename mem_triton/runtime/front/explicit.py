@@ -260,10 +260,6 @@ class ExplicitFrontEnd:
         else:
             self._extend(reading, found.plan, reading.prompt_tokens)
 
-    def retrieve(self, reading: Reading, prompt_ids: Sequence[int]) -> None:
-        """``find`` and ``attach`` for a caller that waits for the search itself."""
-        self.attach(reading, prompt_ids, Found(self.find(reading, prompt_ids)))
-
     def _extend(self, reading: Reading, found: Sequence[Attachment], context_tokens: int) -> None:
         """Add retrieved references that fit to the plan. context_tokens: of the prompt and the answer so far."""
         tokens = {a.ref: self._tokens_of(reading, a.ref) for a in (*reading.plan, *found)}
