@@ -200,6 +200,7 @@ class TokenizerManagerWithMemory(TokenizerManager):
         if obj.rid in self._running:
             self.memory.close(opened)
             raise ValueError(f"Duplicate request ID detected: {obj.rid}")
+        self.memory.begin(obj.rid)
         self._running[obj.rid] = running = _Running(obj, request, opened, alone)
         return running
 

@@ -60,6 +60,7 @@ class AsyncLLMWithMemory(AsyncLLM):
         begun: list[bool],
     ) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
         begun.append(True)
+        self.memory.begin(request_id)
         if opened.reading is None:
             outputs = super().generate(*self.memory.carry(prompt, params, opened), request_id, **kwargs)
         else:

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 VARIABLE = "MEM_TRITON_INCIDENTS"
@@ -86,10 +86,14 @@ class IncidentLog:
         if self._path is None or not fresh:
             return
         lines = "".join(json.dumps({"request": id, "where": where, "reason": reason}) + "\n" for id in fresh)
-        with contextlib.suppress(OSError), open(self._path, "a", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(lines)
-            file.flush()
+        try:
+            self._path.parent.mkdir(mode=0o700, exist_ok=True)  # a cleaner of temporary files may have taken it
+            with open(self._path, "a", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                file.write(lines)
+                file.flush()
+        except OSError as failure:
+            logger.error("mem_triton: the front end does not hear of it: %s", failure)
 
 
 class Incidents:
@@ -113,6 +117,11 @@ class Incidents:
         self.look(final)
         return self._lost.get(request_id)
 
+    def forget(self, request_id: str) -> None:
+        """A request of this name begins or was told: clients may name the next one the same, and it is not lost."""
+        self.look(final=True)
+        self._lost.pop(request_id, None)
+
     def lost(self) -> dict[str, str]:
         """All requests that have lost their memory lately, with the reasons."""
         self.look(final=True)
@@ -135,9 +144,16 @@ class Incidents:
             return
         from mem_triton.runtime import counters  # not with this module: SGLang says where counts are kept only later
 
-        for incident in map(json.loads, lines):
+        for incident in _parsed(lines):
             self._lost[self._name(incident["request"])] = incident["reason"]
             counters.INCIDENTS.labels(incident["where"]).inc()
         while len(self._lost) > KEPT:
             self._lost.popitem(last=False)
         self.epoch += bool(lines)
+
+
+def _parsed(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    """The incidents; a line that a worker was killed over says nothing."""
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)

@@ -268,3 +268,25 @@ def test_fault29_files_of_living_engines_stay_whoever_starts_or_ends_beside_them
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
     )
     assert forked.stdout.strip() == "True", "a child that ends takes nothing of its parent's"
+
+
+def test_fault01_a_client_may_name_his_next_request_as_the_one_that_was_lost(path):
+    memory, log = MemoryFrontEnd(None, None, incidents=Incidents(path)), IncidentLog()
+    log.report(["same"], "attention", RuntimeError("no kernel"))
+    with pytest.raises(MemoryLostError):
+        memory.check("same", final=True)
+    memory.check("same", final=True)
+    log.report(["other"], "leave", RuntimeError("after its answer"))
+    memory.begin("other")
+    memory.check("other", final=True)
+
+
+def test_fault01_a_folder_that_a_cleaner_took_and_a_torn_line_hide_nothing(tmp_path):
+    path = tmp_path / "cleaned" / "incidents.jsonl"
+    incidents, log = Incidents(path), IncidentLog(path)
+    log.report(["a"], "attention", RuntimeError("x"))
+    assert incidents.of("a", final=True)
+    path.write_text('{"request": "torn')
+    assert incidents.of("torn", final=True) is None
+    log.report(["b"], "attention", RuntimeError("x"))
+    assert incidents.of("b", final=True)

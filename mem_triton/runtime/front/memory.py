@@ -132,9 +132,15 @@ class MemoryFrontEnd:
         epoch = self.incidents.epoch if self.incidents is not None else 0
         return f"{key}|{epoch}" if epoch else key
 
+    def begin(self, request_id: str) -> None:
+        """A request of this name begins: what befell an earlier one of the same name is not its own."""
+        if self.incidents is not None:
+            self.incidents.forget(request_id)
+
     def check(self, request_id: str, final: bool = False) -> None:
         """Raise MemoryLostError if a worker lost the request's memory. final: its answer is about to be handed out."""
         if self.incidents is not None and (reason := self.incidents.of(request_id, final)):
+            self.incidents.forget(request_id)
             raise MemoryLostError(f"the engine lost the memory of this request ({reason}); please try again")
 
     def close(self, opened: Opened) -> None:
