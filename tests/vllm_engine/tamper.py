@@ -25,6 +25,10 @@ def attach_before_lora() -> None:
     v1_runner.prepare = prepare
 
 
+class SameStepRead(BaseException):
+    """Ends the engine: whatever is an ``Exception`` costs the requests concerned their memory and no more."""
+
+
 def watch_same_step_reads() -> None:
     """Not a control but a watch: raise if a row starts from a cell that another row writes in the same step."""
     from mem_triton_vllm.state_cache import DeltaStateCache
@@ -46,7 +50,7 @@ def watch_same_step_reads() -> None:
                 written[blocks[position // block_size]] = row
         for row, block in read.items():
             if written.get(block, row) != row:
-                raise RuntimeError(f"row {row} reads block {block}, which row {written[block]} writes in this step")
+                raise SameStepRead(f"row {row} reads block {block}, which row {written[block]} writes in this step")
         stock(self, projections, gate_bias, reads, metadata)
 
     DeltaStateCache.step = step
