@@ -55,6 +55,6 @@ def test_attention_is_told(monkeypatch):
     tensors = [torch.zeros(1, 64) for _ in range(3)]
     metadata = backend.MemoryAttentionMetadata(1, 1, *(torch.zeros(1, dtype=torch.int32) for _ in range(4)))
     for policy in (None, Policy(batch_invariant=True)):
-        layer.policy = policy
+        layer.policy, layer.lose = policy, None
         layer.forward(SimpleNamespace(), *tensors, torch.zeros(1, 2, 16, 64), metadata, torch.zeros(1, 64))
     assert seen == [None, Policy(batch_invariant=True)]

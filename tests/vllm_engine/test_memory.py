@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mem_triton.runtime.front.searches import Found
 from tests.support import memory_scenarios as scenarios
 from tests.support.cases import tokens
 from tests.support.memory_bench import SECRET
@@ -101,6 +102,11 @@ def test_bad_words_are_refused_before_anything_is_scheduled(front_end, words, me
         front_end.open_request({"prompt_token_ids": [1, 2]}, SamplingParams(extra_args=words))
 
 
+def retrieve(explicit, reading, prompt_ids):
+    """Complete a plan as an engine does, without its thread."""
+    explicit.attach(reading, prompt_ids, Found(explicit.find(reading, prompt_ids)))
+
+
 def test_a_tenant_reads_its_own_and_what_is_public(front_end):
     from vllm import SamplingParams
 
@@ -126,7 +132,7 @@ def test_fault15_memory_beyond_the_models_context_is_refused_and_the_answer_ends
         with pytest.raises(VLLMValidationError, match=numbers):
             opened(prompt, *ids)
     asked, params = opened(50, "alpha")
-    front.explicit.retrieve(asked.reading, [5] * 50)
+    retrieve(front.explicit, asked.reading, [5] * 50)
     assert front.segments(asked, [5] * 50, params).params().max_tokens == 96 - 50 - 40
     assert "memory takes 40 of 96" in asked.reading.report()["context"]
 
@@ -143,7 +149,7 @@ def test_fault15_fewer_references_are_retrieved_where_the_context_has_no_room(me
     front = front_end_of(memory_bench.model, section, max_model_len=64)
     for prompt, seen in ((20, 4), (46, 2), (62, 0)):
         reading = front.open_request({"prompt_token_ids": [5] * prompt}, params_of()).reading
-        front.explicit.retrieve(reading, [5] * prompt)
+        retrieve(front.explicit, reading, [5] * prompt)
         assert len({a.ref for a in reading.plan if a.end > prompt}) == seen, "references keep 8 tokens each"
         assert ("context of 64 tokens" in reading.report().get("retrieval", "")) == (seen < 4)
 
@@ -152,10 +158,10 @@ def test_fault06_entries_that_are_named_switch_retrieval_off_and_the_answer_says
     section = memory_bench.section(memory_bench.references, retrieval={"top_k": 2, "every": 32})
     front = front_end_of(memory_bench.model, section)
     reading = front.open_request([5] * 9, params_of(mem_ids=["ref-5"])).reading
-    front.explicit.retrieve(reading, [5] * 9)
+    retrieve(front.explicit, reading, [5] * 9)
     assert [a.ref for a in reading.plan] == ["ref-5@1"] and "mem_top_k" in reading.report()["retrieval"]
     reading = front.open_request([5] * 9, params_of(mem_ids=["ref-5"], mem_top_k=2)).reading
-    front.explicit.retrieve(reading, [5] * 9)
+    retrieve(front.explicit, reading, [5] * 9)
     assert len(reading.plan) == 3 and "retrieval" not in reading.report(), "both, when both are said"
 
 
@@ -170,7 +176,7 @@ def test_fault24_the_last_user_message_is_what_vllm_searches_for(memory_bench):
     messages = [{"role": role, "content": text} for role, text in chat]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     reading = front.open_request({"prompt_token_ids": ids}, params_of()).reading
-    front.explicit.retrieve(reading, ids)
+    retrieve(front.explicit, reading, ids)
     assert searched[-1] == "Who has the key?" and len(searched) > 3
 
 
