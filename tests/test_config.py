@@ -50,8 +50,8 @@ def test_fault16_the_scope_is_the_adapter_s_unless_the_configuration_says_one():
 
 def test_importing_mem_triton_imports_no_engine():
     code = (
-        "import sys, mem_triton, mem_triton.config, mem_triton.compat, mem_triton.delta_mem, mem_triton.runtime.slots,"
-        " mem_triton.runtime.sessions, mem_triton.ops.delta_rule;"
+        "import sys, mem_triton, mem_triton.config, mem_triton.compat, mem_triton.systems.delta_mem,"
+        " mem_triton.systems.delta_mem.slots, mem_triton.systems.delta_mem.sessions, mem_triton.ops.delta_rule;"
         "bad = {'vllm', 'sglang', 'transformers'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -24,9 +24,9 @@ from benchmarks.demo import measure, report
 from benchmarks.demo.engines import ENGINES, Engine, require_packages
 from benchmarks.demo.measure import Client
 from benchmarks.demo.server import DemoError, Server, choose_ports, has_gpu, require_folder
-from mem_triton.memory3 import WriteConfig, bank_spec
 from mem_triton.store.bank import Bank
-from mem_triton.store.fingerprint import model_fingerprint
+from mem_triton.store.bank.fingerprint import model_fingerprint
+from mem_triton.write import WriteConfig, bank_spec
 
 RECALL = Path("benchmarks/recall")
 REST = 1.5  # seconds; vLLM's processes spin for a second after their last step, and would slow the others down

@@ -130,7 +130,7 @@ def _with_adapter(model: Any, memory: Memory) -> Iterator[None]:
 @contextmanager
 def _with_bank(model: Any, memory: Memory) -> Iterator[None]:
     from mem_triton.store.bank import Bank
-    from mem_triton.store.plan import Attachment
+    from mem_triton.store.pool.plan import Attachment
     from mem_triton_transformers import read_plans
 
     plan = [Attachment(ref) for ref in memory.bank.refs]

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from mem_triton.delta_mem import save_adapter
-from mem_triton.memory3 import Document, WriteConfig, Writer, bank_spec
 from mem_triton.store.bank import Bank
-from mem_triton.store.fingerprint import model_fingerprint
+from mem_triton.store.bank.fingerprint import model_fingerprint
+from mem_triton.systems.delta_mem import save_adapter
+from mem_triton.write import Document, WriteConfig, Writer, bank_spec
 from mem_triton_transformers import TransformersEncoder
 from tests.support.models import random_adapter
 

@@ -16,7 +16,7 @@ from benchmarks.kernels.roofline import Work
 from benchmarks.kernels.shapes import Model, Random
 from mem_triton.ops.attention_inputs import HeadInputs, attention_inputs, attention_inputs_reference
 from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch, activate, delta_rule, delta_rule_paged
-from mem_triton.runtime.worker.folding import columns
+from mem_triton.systems.delta_mem.folding import columns
 
 BLOCK = 16  # tokens of a KV block and of a state cell
 SPEC = DeltaRuleSpec(rank=8, heads=1)

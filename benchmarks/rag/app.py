@@ -32,7 +32,7 @@ from benchmarks.recall import data
 from benchmarks.recall.evaluate import load
 from benchmarks.recall.explicit import MODEL
 from benchmarks.recall.explicit_world import KINDS, MOST, Librarian, Question, Shelf, chosen_names, questions
-from mem_triton.memory3 import prefix_ids
+from mem_triton.write import prefix_ids
 
 TEXT, MEMORY, NOTHING = "text RAG", "explicit memory", "no evidence"
 ENGINE = ENGINES["vllm"]

@@ -25,7 +25,7 @@ from benchmarks import record
 from benchmarks.demo.measure import wilson
 from benchmarks.recall import data
 from benchmarks.recall.chat import ask, asking, in_context, reply_tokens, tell, telling
-from mem_triton.delta_mem import load_adapter
+from mem_triton.systems.delta_mem import load_adapter
 from mem_triton_transformers import (
     apply_mem_triton,
     get_memory,

@@ -38,7 +38,7 @@ from benchmarks.recall.explicit_world import (
     right_answers,
     with_text,
 )
-from mem_triton.memory3 import Retriever
+from mem_triton.systems.explicit.retrieval import Retriever
 
 HERE = Path(__file__).parent
 MODEL = HERE / "model-memory"

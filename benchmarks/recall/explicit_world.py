@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from benchmarks.recall import data
 from benchmarks.recall.chat import ask, asking, in_context
 from benchmarks.recall.explicit_data import LENGTHS, library, telling_texts
-from mem_triton.memory3 import Document, WriteConfig, Writer, bank_spec, dense, prefix_ids
 from mem_triton.ops.block_codec import get_codec
 from mem_triton.store.bank import Bank
-from mem_triton.store.fingerprint import model_fingerprint
-from mem_triton.store.plan import Attachment
+from mem_triton.store.bank.fingerprint import model_fingerprint
+from mem_triton.store.pool.plan import Attachment
+from mem_triton.write import Document, WriteConfig, Writer, bank_spec, dense, prefix_ids
 from mem_triton_transformers import TransformersEncoder, read_memory, segments_of
 
 KINDS = {

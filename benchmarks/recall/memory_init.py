@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from benchmarks.recall import data
 from benchmarks.recall.chat import asking, telling
-from mem_triton.delta_mem import DeltaMemConfig
+from mem_triton.systems.delta_mem import DeltaMemConfig
 
 GATE_AT_FACTS, GATE_ELSEWHERE = -3.9, -8.0  # before the sigmoid: .02 and .0003; every write also fades the older ones
 VALUE_SIZE, SHARED_DIMS = 12.0, 48

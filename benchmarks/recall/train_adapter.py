@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from benchmarks.recall import data
 from benchmarks.recall.chat import ask, asking, in_context, reply_tokens, tell, telling
 from benchmarks.recall.memory_init import memory_init
-from mem_triton.delta_mem import DeltaMemAdapter, DeltaMemConfig, load_adapter, save_adapter
+from mem_triton.systems.delta_mem import DeltaMemAdapter, DeltaMemConfig, load_adapter, save_adapter
 from mem_triton_transformers import adapter_from, reset_memory, set_memory_write, trainable_adapter
 
 LAYER = 1  # its input holds a whole fact at the full stop after the value, thanks to the look-back heads of layer 0

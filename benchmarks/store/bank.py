@@ -28,8 +28,8 @@ import torch
 
 from benchmarks import record
 from mem_triton.store.bank import Bank, BankSpec, NewEntry
+from mem_triton.store.bank.fingerprint import Fingerprint
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.fingerprint import Fingerprint
 
 WORDS, TOPICS, LENGTH = 60_000, 2000, 24
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "er", "is")]

@@ -26,14 +26,14 @@ import torch
 
 from benchmarks import record
 from mem_triton.ops.reposition import rope_from_config
-from mem_triton.runtime.courier import PageCourier
-from mem_triton.runtime.residency import Residency
 from mem_triton.store.bank import Bank, BankSpec, NewEntry
+from mem_triton.store.bank.fingerprint import Fingerprint
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.fingerprint import Fingerprint
-from mem_triton.store.loader import PageLoader
-from mem_triton.store.placement import place
-from mem_triton.store.pool import PagePool
+from mem_triton.store.pool.courier import PageCourier
+from mem_triton.store.pool.loader import PageLoader
+from mem_triton.store.pool.placement import place
+from mem_triton.store.pool.pool import PagePool
+from mem_triton.store.pool.residency import Residency
 
 HEADS, SIZE, MODEL_LAYERS, REFERENCE = 8, 128, 36, 128
 KEPT = {"memory3": (18, 8), "prefix": (36, 128)}  # layers, tokens per head

@@ -10,8 +10,8 @@ from typing import Any
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from mem_triton.runtime.front.segments import Segments
-from mem_triton.runtime.front.text import TextOfTokens
+from mem_triton.runtime.frontend.continuation import Segments
+from mem_triton.runtime.frontend.text import TextOfTokens
 
 LOGPROBS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
 CUTTABLE = frozenset(

@@ -18,10 +18,10 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 from torch import Tensor, nn
 
 from mem_triton.config import ConfigError, DeltaSection
-from mem_triton.runtime.engine_shape import EngineShape
-from mem_triton.runtime.worker.attach import DeltaLayers, attention_modules, served_adapter
-from mem_triton.runtime.worker.folding import fold
-from mem_triton.runtime.worker.layers import DeltaMemory, has_launches
+from mem_triton.systems.delta_mem.attach import DeltaLayers, attention_modules, served_adapter
+from mem_triton.systems.delta_mem.folding import fold
+from mem_triton.systems.delta_mem.layer_memory import DeltaMemory, has_launches
+from mem_triton.systems.engine import EngineShape
 from mem_triton_sglang.states import DeltaStates
 
 logger = logging.getLogger("sglang.mem_triton")

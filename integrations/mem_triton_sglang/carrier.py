@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mem_triton.runtime.request import CARRIER
+from mem_triton.systems.request import CARRIER
 
 
 def packed(words: Mapping[str, Any] | None, carried: Mapping[str, Any]) -> dict[str, Any] | None:

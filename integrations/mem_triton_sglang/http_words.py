@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from mem_triton.runtime.front.http_words import RefuseMisplacedWords, WordPlaces
+from mem_triton.runtime.frontend.http_words import RefuseMisplacedWords, WordPlaces
 
 PLACES = WordPlaces(
     {

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from mem_triton.store.plan import FOREVER, from_carried
+from mem_triton.store.pool.plan import FOREVER, from_carried
 
 _OURS = '["mem_triton'
 MARK = f'{_OURS}", '

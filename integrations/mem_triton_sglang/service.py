@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mem_triton.runtime.slots import as_bytes
+from mem_triton.systems.delta_mem.slots import as_bytes
 from mem_triton_sglang.channel import serve
 from mem_triton_sglang.worker import WorkerMemory
 

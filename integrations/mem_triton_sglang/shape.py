@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mem_triton.runtime.engine_shape import EngineShape
+from mem_triton.systems.engine import EngineShape
 
 
 def shape_of(server_args: Any, model_config: Any) -> EngineShape:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mem_triton.ops.attention_inputs import HeadInputs, attention_inputs
 from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch, delta_rule_paged
-from mem_triton.runtime.slots import StateSlots
+from mem_triton.systems.delta_mem.slots import StateSlots
 from mem_triton_sglang.step import Step
 
 

@@ -25,20 +25,20 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.managers.utils import is_health_check_generate_req
 
 from mem_triton.config import MemTritonConfig
-from mem_triton.delta_mem import load_adapter
-from mem_triton.runtime import counters
-from mem_triton.runtime.front.asked import Asked
-from mem_triton.runtime.front.asynchronous import AsyncMemory, Said
-from mem_triton.runtime.front.captures import CaptureError
-from mem_triton.runtime.front.chat import chat_frame
-from mem_triton.runtime.front.explicit import ExplicitFrontEnd
-from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLoadError, MemoryLostError, Opened
-from mem_triton.runtime.front.segments import NORMAL_ENDS
-from mem_triton.runtime.front.sessions import SessionFrontEnd
-from mem_triton.runtime.front.tenants import Tenants
+from mem_triton.runtime.frontend.asynchronous import AsyncMemory, Said
+from mem_triton.runtime.frontend.continuation import NORMAL_ENDS
+from mem_triton.runtime.frontend.memory import MemoryFrontEnd, MemoryLostError, Opened
+from mem_triton.runtime.frontend.tenants import Tenants
 from mem_triton.runtime.incidents import VARIABLE, Incidents
-from mem_triton.runtime.request import RequestError
-from mem_triton.runtime.sessions import Lease
+from mem_triton.store.pool.loads import MemoryLoadError
+from mem_triton.systems.asked import Asked
+from mem_triton.systems.delta_mem import load_adapter
+from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
+from mem_triton.systems.delta_mem.sessions import Lease
+from mem_triton.systems.explicit.captures import CaptureError
+from mem_triton.systems.explicit.chat import chat_frame
+from mem_triton.systems.explicit.frontend import ExplicitFrontEnd
+from mem_triton.systems.request import RequestError, count_refusal
 from mem_triton_sglang.answer import Answer, fixed, fixed_by_engine
 from mem_triton_sglang.carrier import is_word, packed
 from mem_triton_sglang.channel import Client
@@ -195,7 +195,7 @@ class TokenizerManagerWithMemory(TokenizerManager):
             )  # fmt: skip
             opened = self.memory.open(words, asked)
         except RequestError as error:
-            counters.refused(error.field)
+            count_refusal(error.field)
             raise
         if obj.rid in self._running:
             self.memory.close(opened)
@@ -263,7 +263,7 @@ class TokenizerManagerWithMemory(TokenizerManager):
         try:
             await self._waits.claim(reading, obj.input_ids)
         except RequestError as error:
-            counters.refused(error.field)
+            count_refusal(error.field)
             raise
         room = max(1, (self.max_req_input_len or self.context_len) - len(obj.input_ids))  # every segment is a prompt
         wanted = obj.sampling_params.get("max_new_tokens", self.sampling_params_class().max_new_tokens)

@@ -14,9 +14,9 @@ import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from mem_triton.ops.memory_attention import memory_attention
-from mem_triton.runtime.worker.attach import attention_modules
-from mem_triton.runtime.worker.folding import empty_projections
 from mem_triton.runtime.worker.warmup import Batch, batches
+from mem_triton.systems.delta_mem.attach import attention_modules
+from mem_triton.systems.delta_mem.folding import empty_projections
 from mem_triton_sglang.shape import shape_of
 from mem_triton_sglang.step import Step
 

@@ -21,8 +21,8 @@ from torch import nn
 from mem_triton.compat import installation
 from mem_triton.config import ConfigError, MemTritonConfig
 from mem_triton.ops.memory_attention import Policy
-from mem_triton.runtime.worker.attach import attention_modules
 from mem_triton.runtime.worker.memory import BatchMemory
+from mem_triton.systems.delta_mem.attach import attention_modules
 from mem_triton_sglang.attach import attach, check_attention
 from mem_triton_sglang.carrier import carried_of, has_carried, is_word
 from mem_triton_sglang.configuration import configured
@@ -98,7 +98,7 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
         memory.slots = memory.delta.slots
         memory.slots.batch_invariant = invariant
     if config.memory is not None:
-        from mem_triton.runtime.worker.explicit import ExplicitMemory
+        from mem_triton.systems.explicit.worker import ExplicitMemory
 
         modules = attention_modules(runner.model, RadixAttention, "explicit memory").values()
         attentions = {module.attn.layer_id: module.attn for module in modules}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mem_triton.compat import require
 from mem_triton.config import ConfigError, parse_config
-from mem_triton.delta_mem import (
+from mem_triton.systems.delta_mem import (
     AttentionDims,
     DeltaMemAdapter,
     DeltaMemConfig,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from mem_triton.compat import require
-from mem_triton.memory3.encoder import EncodedText
 from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config, rotate
+from mem_triton.write.encoder import EncodedText
 from mem_triton_transformers.attach import ATTRIBUTE
 from mem_triton_transformers.contexts import cache_argument
 

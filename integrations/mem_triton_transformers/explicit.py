@@ -21,8 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mem_triton.compat import require
 from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.placement import place, place_sink
-from mem_triton.store.plan import FOREVER, Attachment
+from mem_triton.store.pool.placement import place, place_sink
+from mem_triton.store.pool.plan import FOREVER, Attachment
 from mem_triton_transformers.contexts import cache_argument, cache_of
 from mem_triton_transformers.encode import attention_layers
 
@@ -241,7 +241,7 @@ def generate_with_retrieval(
 ) -> tuple[list[int], tuple[Attachment, ...]]:
     """Greedy tokens of one request whose references are refreshed while it answers (§2.4), and its whole plan.
 
-    retriever: a ``mem_triton.memory3.Retriever``; options go to its ``plan`` and ``extend`` (top_k, tenant). Stops only
+    retriever: a ``mem_triton.write.Retriever``; options go to its ``plan`` and ``extend`` (top_k, tenant). Stops only
     after ``max_new_tokens``.
     """
     plan = tuple(retriever.plan(prompt_ids, refreshes=True, **options))

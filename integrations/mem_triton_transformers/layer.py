@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mem_triton.delta_mem import DeltaMemConfig, DeltaMemLayerWeights
 from mem_triton.ops.delta_rule.reference import DeltaRuleInputs, activate
 from mem_triton.ops.delta_rule.stepwise import scan
+from mem_triton.systems.delta_mem import DeltaMemConfig, DeltaMemLayerWeights
 from mem_triton_transformers.call import ModelCall
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mem_triton.delta_mem import (
+from mem_triton.systems.delta_mem import (
     AttentionDims,
     DeltaMemAdapter,
     DeltaMemConfig,

@@ -15,10 +15,11 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from mem_triton.runtime.front.asynchronous import AsyncMemory, Said
-from mem_triton.runtime.front.memory import MemoryLoadError, MemoryLostError, Opened
-from mem_triton.runtime.front.segments import NORMAL_ENDS
-from mem_triton.runtime.request import RequestError
+from mem_triton.runtime.frontend.asynchronous import AsyncMemory, Said
+from mem_triton.runtime.frontend.continuation import NORMAL_ENDS
+from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
+from mem_triton.store.pool.loads import MemoryLoadError
+from mem_triton.systems.request import RequestError
 from mem_triton_vllm import callers, front_end, http_words
 from mem_triton_vllm.capture import capture_failed, reading_request, tokens_so_far
 from mem_triton_vllm.front_end import VLLMFrontEnd

@@ -16,9 +16,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from mem_triton.config import ConfigError, DeltaSection
-from mem_triton.runtime.slots import StateSlots
-from mem_triton.runtime.worker.attach import DeltaLayers, attention_modules, served_adapter
-from mem_triton.runtime.worker.layers import Linear, plain_linear
+from mem_triton.systems.delta_mem.attach import DeltaLayers, attention_modules, served_adapter
+from mem_triton.systems.delta_mem.layer_memory import Linear, plain_linear
+from mem_triton.systems.delta_mem.slots import StateSlots
 from mem_triton_vllm import fused_inputs
 from mem_triton_vllm.layers import OutputWithMemory, QKVWithMemory
 from mem_triton_vllm.refusals import check_attention

@@ -30,8 +30,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from mem_triton.config import ConfigError
 from mem_triton.ops.memory_attention import PagedContext, Policy, memory_attention
-from mem_triton.runtime.worker.explicit import LayerMemory
 from mem_triton.runtime.worker.memory import attend_or_lose
+from mem_triton.systems.explicit.worker import LayerMemory
 
 
 @dataclass

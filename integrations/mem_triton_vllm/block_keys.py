@@ -15,8 +15,8 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core import kv_cache_utils
 
-from mem_triton.runtime.request import carried_by
-from mem_triton.store.plan import from_carried, seen_between
+from mem_triton.store.pool.plan import from_carried, seen_between
+from mem_triton.systems.request import carried_by
 
 logger = init_logger("vllm.mem_triton")
 

@@ -8,7 +8,7 @@ from vllm.exceptions import GenerationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from mem_triton.runtime.front.captures import Capture
+from mem_triton.systems.explicit.captures import Capture
 
 
 class CaptureFailed(GenerationError):

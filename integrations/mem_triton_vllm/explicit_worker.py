@@ -18,7 +18,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from mem_triton.config import ConfigError, MemorySection
 from mem_triton.ops.memory_attention import Policy
-from mem_triton.runtime.worker.explicit import ExplicitMemory
+from mem_triton.systems.explicit.worker import ExplicitMemory
 from mem_triton_vllm.backend import MemoryAttentionBackend
 from mem_triton_vllm.refusals import check_attention
 from mem_triton_vllm.shape import shape_of

@@ -25,15 +25,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from mem_triton.config import MemTritonConfig
-from mem_triton.delta_mem import load_adapter
-from mem_triton.runtime import counters
-from mem_triton.runtime.front.asked import Asked
-from mem_triton.runtime.front.chat import chat_frame
-from mem_triton.runtime.front.memory import MemoryFrontEnd, Opened
-from mem_triton.runtime.front.sessions import SessionFrontEnd
-from mem_triton.runtime.front.tenants import Tenants
+from mem_triton.runtime.frontend.memory import MemoryFrontEnd, Opened
+from mem_triton.runtime.frontend.tenants import Tenants
 from mem_triton.runtime.incidents import Incidents, make_file
-from mem_triton.runtime.request import CARRIER, RequestError
+from mem_triton.systems.asked import Asked
+from mem_triton.systems.delta_mem import load_adapter
+from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
+from mem_triton.systems.explicit.chat import chat_frame
+from mem_triton.systems.request import CARRIER, RequestError, count_refusal
 from mem_triton_vllm import callers
 from mem_triton_vllm.answer_text import AnswerText
 from mem_triton_vllm.refusals import (
@@ -47,7 +46,7 @@ from mem_triton_vllm.segments import OutputSegments, fixed, fixed_by_engine
 from mem_triton_vllm.shape import shape_of
 
 if TYPE_CHECKING:
-    from mem_triton.runtime.front.explicit import ExplicitFrontEnd
+    from mem_triton.systems.explicit.frontend import ExplicitFrontEnd
 
 TAKE_STATE = "mem_triton_take_state"
 LOAD_PAGES = "mem_triton_load_pages"
@@ -133,7 +132,7 @@ def _external_id(internal_id: str) -> str:
 
 
 def refused(error: RequestError) -> VLLMValidationError:
-    counters.refused(error.field)
+    count_refusal(error.field)
     return VLLMValidationError(str(error), parameter=error.field)
 
 
@@ -208,7 +207,7 @@ def _front_end(vllm_config: VllmConfig, config: MemTritonConfig, decode: Any, to
         adapter = load_adapter(config.delta.adapter, config.delta.revision, config.delta.scope)
         sessions = SessionFrontEnd(shape, config, adapter, session_obstacle(vllm_config))
     if config.memory is not None:
-        from mem_triton.runtime.front.explicit import ExplicitFrontEnd
+        from mem_triton.systems.explicit.frontend import ExplicitFrontEnd
 
         frame = functools.cache(lambda: None if tokenizer is None else chat_frame(tokenizer()))
         explicit = ExplicitFrontEnd(

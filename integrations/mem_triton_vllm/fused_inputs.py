@@ -20,8 +20,8 @@ from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
 from mem_triton.config import Scope
 from mem_triton.ops.attention_inputs import HeadInputs
-from mem_triton.runtime.worker.folding import fold
-from mem_triton.runtime.worker.layers import DeltaMemory, has_launches
+from mem_triton.systems.delta_mem.folding import fold
+from mem_triton.systems.delta_mem.layer_memory import DeltaMemory, has_launches
 from mem_triton_vllm.layers import StandIn
 
 MODELS = {f"vllm.model_executor.models.{name}" for name in

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from mem_triton.runtime.front.http_words import RefuseMisplacedWords, WordPlaces
+from mem_triton.runtime.frontend.http_words import RefuseMisplacedWords, WordPlaces
 from mem_triton_vllm import callers, front_end
 
 

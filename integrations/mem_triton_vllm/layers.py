@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mem_triton.runtime.worker.layers import DeltaMemory
+from mem_triton.systems.delta_mem.layer_memory import DeltaMemory
 
 
 class StandIn(nn.Module):

@@ -1,4 +1,4 @@
-"""vLLM's side of an answer in segments (``runtime.front.segments``): parameters of each, and their outputs as one."""
+"""vLLM's side of an answer in segments (``frontend.continuation``): parameters of each, and their outputs as one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from mem_triton.runtime.front.segments import Segments
+from mem_triton.runtime.frontend.continuation import Segments
 from mem_triton_vllm.answer_text import CONTEXT, AnswerText
 
 CUTTABLE = frozenset(

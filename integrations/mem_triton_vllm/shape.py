@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm.config import VllmConfig
 from vllm.distributed.utils import get_pp_indices
 
-from mem_triton.runtime.engine_shape import EngineShape
+from mem_triton.systems.engine import EngineShape
 
 
 def shape_of(vllm_config: VllmConfig) -> EngineShape:

@@ -15,14 +15,14 @@ from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from mem_triton.runtime.courier import PageCourier
-from mem_triton.runtime.front.asynchronous import CAPTURE_SECONDS
-from mem_triton.runtime.front.captures import Capture
-from mem_triton.runtime.front.loads import LoadWait
-from mem_triton.runtime.front.memory import MemoryLoadError, Opened
-from mem_triton.runtime.front.searches import Found, Searches
-from mem_triton.runtime.front.segments import NORMAL_ENDS
-from mem_triton.runtime.request import RequestError
+from mem_triton.runtime.frontend.asynchronous import CAPTURE_SECONDS
+from mem_triton.runtime.frontend.continuation import NORMAL_ENDS
+from mem_triton.runtime.frontend.memory import Opened
+from mem_triton.store.pool.courier import PageCourier
+from mem_triton.store.pool.loads import LoadWait, MemoryLoadError
+from mem_triton.systems.explicit.captures import Capture
+from mem_triton.systems.explicit.searches import Found, Searches
+from mem_triton.systems.request import RequestError
 from mem_triton_vllm import front_end
 from mem_triton_vllm.capture import reading_request, tokens_so_far
 from mem_triton_vllm.front_end import VLLMFrontEnd

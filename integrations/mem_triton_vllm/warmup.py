@@ -15,8 +15,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 
-from mem_triton.runtime.worker.folding import empty_projections
 from mem_triton.runtime.worker.warmup import Batch, batches
+from mem_triton.systems.delta_mem.folding import empty_projections
 from mem_triton_vllm.state_cache import DeltaStateCache, DeltaStateMetadata
 
 

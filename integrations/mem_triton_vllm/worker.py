@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.v1.worker.worker_base import WorkerBase
 
-from mem_triton.runtime.courier import Order
+from mem_triton.store.pool.courier import Order
 from mem_triton_vllm import front_end
 from mem_triton_vllm.worker_memory import WorkerMemory
 

@@ -13,8 +13,8 @@ from vllm.config import VllmConfig
 
 from mem_triton.config import MemTritonConfig
 from mem_triton.ops.memory_attention import Policy
-from mem_triton.runtime.request import carried_by
 from mem_triton.runtime.worker.memory import BatchMemory
+from mem_triton.systems.request import carried_by
 from mem_triton_vllm.attach import attach
 
 if TYPE_CHECKING:

@@ -55,7 +55,7 @@ def create(
 @app.command()
 def info(path: BankPath, json: Json = False) -> None:
     """What a bank holds, and which model it belongs to."""
-    from mem_triton.store.reindexing import outdated
+    from mem_triton.store.bank.reindexing import outdated
 
     with _open(path) as bank:
         fields = {**bank.spec.model_dump(mode="json"), **bank.stats(), "revision": bank.revision}
@@ -74,7 +74,7 @@ def _row(entry: EntryInfo) -> list[Any]:
 
 
 def _say_unnameable(path: Path, entries: list[EntryInfo]) -> None:
-    from mem_triton.store.documents import unnameable
+    from mem_triton.store.bank.documents import unnameable
 
     ids, tenants = unnameable(entries)
     if ids:
@@ -102,7 +102,7 @@ def list_entries(
     json: Json = False,
 ) -> None:
     """Entries in order of their ids, or of their document."""
-    from mem_triton.store.documents import in_order, of_source, references
+    from mem_triton.store.bank.documents import in_order, of_source, references
 
     with _open(path) as bank:
         more = False
@@ -134,7 +134,7 @@ def search(
     json: Json = False,
 ) -> None:
     """The entries nearest in meaning, best first: what retrieval would find."""
-    from mem_triton.store.reindexing import outdated
+    from mem_triton.store.bank.reindexing import outdated
 
     with _open(path) as bank:
         if old := outdated(bank):
@@ -156,7 +156,7 @@ def show(
     json: Json = False,
 ) -> None:
     """One entry: its text, where it is from, and the tokens it keeps."""
-    from mem_triton.store.documents import resolve_all
+    from mem_triton.store.bank.documents import resolve_all
 
     with _open(path) as bank:
         found = resolve_all(bank, id, tenant=tenant or "", any_tenant=tenant is None)
@@ -198,7 +198,7 @@ def delete(
 
     A version alone leaves the earlier ones: the id then names the newest that is left.
     """
-    from mem_triton.store.documents import of_source, resolve_all
+    from mem_triton.store.bank.documents import of_source, resolve_all
 
     if not ids and not source:
         raise ValueError("ID: name entries, or give --source FILE")
@@ -228,7 +228,7 @@ def rename(
     tenant: Annotated[bool, typer.Option("--tenant", help="Rename a tenant instead of an entry.")] = False,
 ) -> None:
     """Give an entry with all its versions another id, or a tenant another name."""
-    from mem_triton.store import writing
+    from mem_triton.store.bank import writing
 
     with _open(path, writable=True) as bank:
         if tenant:
@@ -265,7 +265,7 @@ def compact(path: BankPath, json: Json = False) -> None:
 @app.command()
 def reindex(path: BankPath) -> None:
     """Embed all texts anew with today's version of the bank's embedder."""
-    from mem_triton.store.reindexing import reindex as again
+    from mem_triton.store.bank.reindexing import reindex as again
 
     with _open(path, writable=True) as bank:
         count = again(bank)

@@ -10,7 +10,7 @@ from mem_triton.cli import output
 
 if TYPE_CHECKING:
     from mem_triton.cli.sources import Reader
-    from mem_triton.memory3 import WriteReport
+    from mem_triton.write import WriteReport
 
 FIRST, EVERY = 1.0, 5.0
 """Seconds until the first line, and between lines."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mem_triton.memory3 import WriteConfig, bank_spec
 from mem_triton.store.bank import Bank
-from mem_triton.store.fingerprint import Fingerprint, model_fingerprint
-from mem_triton.store.index import embedder_from
+from mem_triton.store.bank.embedders import embedder_from
+from mem_triton.store.bank.fingerprint import Fingerprint, model_fingerprint
+from mem_triton.write import WriteConfig, bank_spec
 
 CODECS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mem_triton import ids
-from mem_triton.memory3 import Document, DocumentError, read_documents
-from mem_triton.memory3.chunking import printable
+from mem_triton.write import Document, DocumentError, read_documents
+from mem_triton.write.chunking import printable
 
 SUFFIXES = (".txt", ".md", ".markdown", ".jsonl", ".ndjson")
 LONGEST = 100

@@ -14,8 +14,8 @@ from mem_triton.cli.progress import Progress
 
 if TYPE_CHECKING:
     from mem_triton.cli.sources import Reader
-    from mem_triton.memory3 import WriteConfig, Writer, WriteReport
     from mem_triton.store.bank import Bank
+    from mem_triton.write import WriteConfig, Writer, WriteReport
 
 Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
 MOST = 20
@@ -71,9 +71,10 @@ def write(
     from mem_triton.cli.settings import OptionError, check_encoding, create_bank, model_folder, write_config
     from mem_triton.cli.sources import SUFFIXES, Reader, sources_of
     from mem_triton.ids import ID_RULE, NAME_RULE, is_id, is_name
-    from mem_triton.memory3 import Writer, config_of, train_product_codec
     from mem_triton.store.bank import Bank
-    from mem_triton.store.fingerprint import model_fingerprint
+    from mem_triton.store.bank.fingerprint import model_fingerprint
+    from mem_triton.systems.explicit.training import train_product_codec
+    from mem_triton.write import Writer, config_of
 
     if id is not None and not is_id(id):
         raise OptionError(f"--id: id {id!r} must be {ID_RULE}")
@@ -147,7 +148,7 @@ def write(
 
 def _refuse(problems: list[str]) -> None:
     """Nothing could be written. Raises DocumentError with the first reason."""
-    from mem_triton.memory3 import DocumentError
+    from mem_triton.write import DocumentError
 
     more = f"; {len(problems) - 1} more are wrong" if len(problems) > 1 else ""
     raise DocumentError(problems[0] + more)
@@ -157,8 +158,8 @@ def _tidy(
     bank: Bank, writer: Writer, reader: Reader, report: WriteReport, tenant: str, replace: bool, folders: list[Path]
 ) -> None:
     """Take out, or tell of, what files held before. One of which something was not written keeps all that it had."""
-    from mem_triton.memory3.chunking import printable
-    from mem_triton.memory3.known import gone_files, stale
+    from mem_triton.write.chunking import printable
+    from mem_triton.write.known import gone_files, stale
 
     failed = reader.failed | writer.failed
     whole = [path for path in (printable(source.path) for source in reader.sources) if path not in failed]

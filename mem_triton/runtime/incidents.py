@@ -142,11 +142,11 @@ class Incidents:
                 file.truncate(0)
         except FileNotFoundError:
             return
-        from mem_triton.runtime import counters  # not with this module: SGLang says where counts are kept only later
+        from mem_triton import metrics  # not with this module: SGLang says where counts are kept only later
 
         for incident in _parsed(lines):
             self._lost[self._name(incident["request"])] = incident["reason"]
-            counters.INCIDENTS.labels(incident["where"]).inc()
+            metrics.INCIDENTS.labels(incident["where"]).inc()
         while len(self._lost) > KEPT:
             self._lost.popitem(last=False)
         self.epoch += bool(lines)

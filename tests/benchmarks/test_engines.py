@@ -222,7 +222,7 @@ def test_one_wrong_token_makes_a_gate_red(made, kinds, oracle):
 
 def test_a_memory_that_changes_nothing_makes_a_gate_red(made, kinds, oracle, tmp_path):
     """Negative control of the gate itself: with such a memory it could not tell a broken engine from a right one."""
-    from mem_triton.delta_mem import save_adapter
+    from mem_triton.systems.delta_mem import save_adapter
     from tests.support.models import random_adapter
 
     nothing = save_adapter(random_adapter(made.model, strength=0.0, delta_heads=("q", "o")), tmp_path / "nothing")

@@ -18,8 +18,8 @@ import torch
 from packaging.version import Version
 
 from mem_triton.cli import main
-from mem_triton.memory3 import Writer
 from mem_triton.store.bank import Bank
+from mem_triton.write import Writer
 from tests.memory3.support import RECALL, TEXT
 from tests.store.bank_case import entry, spec
 from tests.support.models import save_tiny_model

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from mem_triton.cli import main
 from mem_triton.config import ConfigError, load_config
-from mem_triton.delta_mem import AdapterError, load_adapter
 from mem_triton.store.bank import Bank, NewEntry
-from mem_triton.store.fingerprint import FingerprintError, model_fingerprint
+from mem_triton.store.bank.fingerprint import FingerprintError, model_fingerprint
+from mem_triton.systems.delta_mem import AdapterError, load_adapter
 from tests.cli.fuzz_case import (
     WORDS,
     commands,

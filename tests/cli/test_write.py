@@ -15,9 +15,9 @@ from mem_triton.cli import progress as bars
 from mem_triton.cli.progress import Progress
 from mem_triton.cli.sources import Reader, sources_of
 from mem_triton.ids import id_from
-from mem_triton.memory3 import WriteReport
 from mem_triton.store.bank import Bank, NewEntry
-from mem_triton.store.documents import references
+from mem_triton.store.bank.documents import references
+from mem_triton.write import WriteReport
 from tests.cli.test_cli import MODEL, refused, run
 
 PREFIX = ("--kind", "prefix")

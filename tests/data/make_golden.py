@@ -31,7 +31,7 @@ from deltamem.core.delta_impl import load_delta_mem_state_dict, save_delta_mem_a
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from mem_triton.delta_mem import DeltaMemAdapter, load_adapter, save_adapter  # noqa: E402
+from mem_triton.systems.delta_mem import DeltaMemAdapter, load_adapter, save_adapter  # noqa: E402
 from mem_triton_transformers import apply_mem_triton, get_memory, load_memory, save_memory  # noqa: E402
 from tests.support.models import random_adapter, tiny_model  # noqa: E402
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mem_triton.config import ConfigError
-from mem_triton.delta_mem import (
+from mem_triton.systems.delta_mem import (
     AdapterError,
     AttentionDims,
     DeltaMemAdapter,

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mem_triton.config import ConfigError
-from mem_triton.delta_mem import AttentionDims, DeltaMemConfig, pack_layer, tensor_shapes
-from mem_triton.delta_mem.config import ARCHIVED_KEYS
 from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
+from mem_triton.systems.delta_mem import AttentionDims, DeltaMemConfig, pack_layer, tensor_shapes
+from mem_triton.systems.delta_mem.config import ARCHIVED_KEYS
 
 OTHER_VALUES = {int: 7, float: 0.123, str: "other", bool: None, list: [1]}
 
@@ -123,7 +123,7 @@ def test_packed_layer_folds_the_scale_and_drops_inactive_heads() -> None:
 
 def test_import_brings_in_no_engine() -> None:
     code = (
-        "import sys, mem_triton, mem_triton.delta_mem\n"
+        "import sys, mem_triton, mem_triton.systems.delta_mem\n"
         "print([name for name in ('transformers', 'vllm', 'sglang') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from mem_triton.ops.reposition import rope_from_config
-from mem_triton.runtime.worker import captures as module
-from mem_triton.runtime.worker.captures import Captures
+from mem_triton.systems.explicit import worker_captures as module
+from mem_triton.systems.explicit.worker_captures import Captures
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from mem_triton.store.loader import PageLoader
-from mem_triton.store.pool import PagePool
+from mem_triton.store.pool.loader import PageLoader
+from mem_triton.store.pool.pool import PagePool
 from tests.runtime.loading_case import DIM, HEADS, LAYERS, PAGE, SOON, Disk, placed, records
 
 pytestmark = [

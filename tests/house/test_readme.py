@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mem_triton.config import DeltaSection, MemorySection, MemTritonConfig, RetrievalSection, parse_config
-from mem_triton.runtime.request import WORDS, parse_request
+from mem_triton.systems.request import WORDS, parse_request
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -98,6 +98,6 @@ def test_linked_files_exist():
 def test_drawn_folders_exist():
     drawn = README.split("## The house", 1)[1].split("```")[1]
     folders = [*re.findall(r"^(\w+)/ ", drawn, re.MULTILINE), "integrations"]
-    folders += [f"mem_triton/{name}" for name in ("ops", "delta_mem", "memory3", "store", "runtime", "cli")]
+    folders += [f"mem_triton/{name}" for name in ("ops", "store", "write", "systems", "runtime", "cli")]
     folders += [f"integrations/{name}" for name in ("mem_triton_vllm", "mem_triton_sglang", "mem_triton_transformers")]
     assert [name for name in folders if not (ROOT / name).is_dir()] == []

@@ -18,7 +18,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 INTEGRATIONS = ("vllm", "sglang", "transformers")
 ENGINES = {*INTEGRATIONS, *(f"mem_triton_{engine}" for engine in INTEGRATIONS)}
-LAYERS = ("mem_triton.ops", "mem_triton.store", "mem_triton.delta_mem", "mem_triton.memory3", "mem_triton.runtime")
+LAYERS = (
+    "mem_triton.ops",
+    "mem_triton.store",
+    "mem_triton.systems.delta_mem",
+    "mem_triton.write",
+    "mem_triton.runtime",
+)
 """Lowest first: a layer imports from those before it, never from those after it."""
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mem_triton.memory3 import Document, DocumentError, chunks_of, read_documents
-from mem_triton.memory3.chunking import join_tokens
+from mem_triton.write import Document, DocumentError, chunks_of, read_documents
+from mem_triton.write.chunking import join_tokens
 from tests.memory3.support import TEXT, tokenizer
 
 PIECES = st.sampled_from(

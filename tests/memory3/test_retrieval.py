@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from mem_triton.memory3 import Retriever
 from mem_triton.store.bank import Hit
-from mem_triton.store.plan import FOREVER, Attachment
+from mem_triton.store.pool.plan import FOREVER, Attachment
+from mem_triton.systems.explicit.retrieval import Retriever
 
 
 @dataclass

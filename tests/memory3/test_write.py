@@ -8,23 +8,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mem_triton.memory3 import (
-    Document,
-    Retriever,
-    WriteConfig,
-    Writer,
-    bank_spec,
-    chunks_of,
-    config_of,
-    dense,
-    prefix_ids,
-    sparsify,
-    train_product_codec,
-)
-from mem_triton.memory3.write import _windows
 from mem_triton.ops.block_codec import CodecError, ProductCodec
 from mem_triton.store.bank import Bank, BankError
-from mem_triton.store.fingerprint import model_fingerprint
+from mem_triton.store.bank.fingerprint import model_fingerprint
+from mem_triton.systems.explicit.retrieval import Retriever
+from mem_triton.systems.explicit.training import train_product_codec
+from mem_triton.write import Document, WriteConfig, Writer, bank_spec, chunks_of, config_of, dense, prefix_ids, sparsify
+from mem_triton.write.writer import _windows
 from tests.memory3.support import RECALL, TEXT, encoder, tokenizer
 from tests.support.models import tiny_tokenizer
 
@@ -266,7 +256,7 @@ class QuickCodec(ProductCodec):
 
 
 def test_a_codec_is_trained_on_what_the_bank_will_store(tmp_path, monkeypatch):
-    monkeypatch.setattr("mem_triton.memory3.training.ProductCodec", QuickCodec)
+    monkeypatch.setattr("mem_triton.systems.explicit.training.ProductCodec", QuickCodec)
     config = WriteConfig(keep_tokens=None, layers="all")
     words = [f"The {thing} of Mara Stone is {value} {i}." for i in range(20) for thing in ("desk", "team", "badge")
              for value in ("amber", "cedar", "comet")]  # fmt: skip
@@ -296,7 +286,7 @@ def test_a_codec_is_trained_on_what_the_bank_will_store(tmp_path, monkeypatch):
 
 def test_fault21_a_transaction_ends_by_tokens_and_by_time(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("mem_triton.memory3.write.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("mem_triton.write.writer.time.monotonic", lambda: clock[0])
 
     def commits(path, step: float, **options) -> list[int]:
         with new_bank(path, WriteConfig()) as bank:

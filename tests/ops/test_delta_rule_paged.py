@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mem_triton.ops.delta_rule import DeltaRuleSpec, activate, delta_rule, delta_rule_paged
-from mem_triton.runtime.slots import StateSlots
+from mem_triton.systems.delta_mem.slots import StateSlots
 from tests.ops.paged_case import PagedCase, assert_matches, expected, make_case, relative_rms
 
 

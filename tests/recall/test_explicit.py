@@ -74,7 +74,7 @@ def test_training_reads_what_the_product_reads(evaluation, kind):
 
 def product_logits(evaluation, pairs, read, bank):
     from benchmarks.recall.chat import ask
-    from mem_triton.store.plan import Attachment
+    from mem_triton.store.pool.plan import Attachment
     from mem_triton_transformers import read_memory, segments_of
 
     rows = [segments_of(evaluation.model, bank, [Attachment(ref) for ref in refs]) for refs in read]

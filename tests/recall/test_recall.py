@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.recall import chat, data
 from benchmarks.recall.evaluate import HERE, load, right_answers
-from mem_triton.delta_mem import load_adapter
+from mem_triton.systems.delta_mem import load_adapter
 from mem_triton_transformers import apply_mem_triton, remove_mem_triton, reset_memory
 
 SESSIONS, SEED = 128, 7

@@ -10,16 +10,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from mem_triton.ops.reposition import rope_from_config
-from mem_triton.runtime.front.asked import Asked
-from mem_triton.runtime.front.asynchronous import AsyncMemory, Said
-from mem_triton.runtime.front.captures import Capture, Captures
-from mem_triton.runtime.front.chat import ChatFrame
-from mem_triton.runtime.front.explicit import Reading
-from mem_triton.runtime.front.memory import MemoryFrontEnd, Opened
-from mem_triton.runtime.request import parse_request
-from mem_triton.runtime.residency import Residency
-from mem_triton.runtime.worker.captures import Captures as WorkerCaptures
+from mem_triton.runtime.frontend.asynchronous import AsyncMemory, Said
+from mem_triton.runtime.frontend.memory import MemoryFrontEnd, Opened
 from mem_triton.store.bank import Bank
+from mem_triton.store.pool.residency import Residency
+from mem_triton.systems.asked import Asked
+from mem_triton.systems.explicit.captures import Capture, Captures
+from mem_triton.systems.explicit.chat import ChatFrame
+from mem_triton.systems.explicit.frontend import Reading
+from mem_triton.systems.explicit.worker_captures import Captures as WorkerCaptures
+from mem_triton.systems.request import parse_request
 from tests.store.bank_case import DIM, LAYERS, block, spec
 
 PROMPT = list(range(10, 18))

@@ -11,12 +11,12 @@ from functools import lru_cache
 
 import torch
 
-from mem_triton.runtime.courier import PageCourier
-from mem_triton.runtime.residency import Residency, Ticket
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.loader import PageLoader
-from mem_triton.store.pages import Packed, PageLayout
-from mem_triton.store.pool import PagePool
+from mem_triton.store.pool.courier import PageCourier
+from mem_triton.store.pool.loader import PageLoader
+from mem_triton.store.pool.pages import Packed, PageLayout
+from mem_triton.store.pool.pool import PagePool
+from mem_triton.store.pool.residency import Residency, Ticket
 
 LAYERS, HEADS, DIM, PAGE = 2, 2, 8, 4
 SOON = 20.0

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from mem_triton.config import MemorySection, MemTritonConfig
-from mem_triton.runtime.engine_shape import EngineShape
-from mem_triton.runtime.front import explicit as module
-from mem_triton.runtime.front.asked import Asked
-from mem_triton.runtime.front.explicit import ExplicitFrontEnd
-from mem_triton.runtime.front.sessions import SessionFrontEnd
-from mem_triton.runtime.request import MemoryRequest, parse_request
-from mem_triton.runtime.sessions import CommittedState, SessionStore, StateLayout
-from mem_triton.runtime.worker.layout import layout_of
 from mem_triton.store.bank import Bank
+from mem_triton.systems.asked import Asked
+from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
+from mem_triton.systems.delta_mem.sessions import CommittedState, SessionStore, StateLayout
+from mem_triton.systems.engine import EngineShape
+from mem_triton.systems.explicit import frontend as module
+from mem_triton.systems.explicit.frontend import ExplicitFrontEnd
+from mem_triton.systems.explicit.layout import layout_of
+from mem_triton.systems.request import MemoryRequest, parse_request
 from tests.store.bank_case import DIM, HEADS, entry, spec
 
 SHAPE = EngineShape(

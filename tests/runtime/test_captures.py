@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config, rotate
-from mem_triton.runtime.worker import captures as module
-from mem_triton.runtime.worker.captures import Captures
+from mem_triton.systems.explicit import worker_captures as module
+from mem_triton.systems.explicit.worker_captures import Captures
 
 HEADS, TOKENS, DIM, LAYERS = 2, 5, 8, (1, 3)
 ROPE = rope_from_config({"model_type": "qwen3", "head_dim": DIM, "rope_theta": 10_000.0})

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from mem_triton.runtime.front.asked import Asked
-from mem_triton.runtime.front.captures import Captures
-from mem_triton.runtime.front.chat import chat_frame
-from mem_triton.runtime.request import RequestError, parse_request
 from mem_triton.store.bank import Bank
+from mem_triton.systems.asked import Asked
+from mem_triton.systems.explicit.captures import Captures
+from mem_triton.systems.explicit.chat import chat_frame
+from mem_triton.systems.request import RequestError, parse_request
 from tests.runtime.capture_case import make_bank
 
 CHATML = (

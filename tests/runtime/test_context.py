@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mem_triton.runtime import context
-from mem_triton.store.plan import Attachment
+from mem_triton.store.pool.plan import Attachment
+from mem_triton.systems.explicit import context
 
 PLAN = (Attachment("a@1"), Attachment("b@1"), Attachment("c@1", 0, 64, 0.9), Attachment("d@1", 64, 128, 0.5))
 TOKENS = {"a@1": 100, "b@1": 50, "c@1": 30, "d@1": 30}

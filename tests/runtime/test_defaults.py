@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from mem_triton.config import ConfigError
-from mem_triton.runtime.front.explicit import ExplicitFrontEnd, Reading
-from mem_triton.runtime.request import MemoryRequest, parse_request
-from mem_triton.runtime.residency import Residency
 from mem_triton.store.bank import Bank, UnknownEntryError
+from mem_triton.store.pool.residency import Residency
+from mem_triton.systems.explicit.frontend import ExplicitFrontEnd, Reading
+from mem_triton.systems.request import MemoryRequest, parse_request
 from tests.store.bank_case import TOKENS, entry, spec
 
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mem_triton.runtime.fitting import fitting, most_pages
-from mem_triton.runtime.tables import MemoryTables
-from mem_triton.store.plan import FOREVER, Attachment, joined, to_carried
+from mem_triton.store.pool.fitting import fitting, most_pages
+from mem_triton.store.pool.plan import FOREVER, Attachment, joined, to_carried
+from mem_triton.store.pool.tables import MemoryTables
 
 PAGES = {"a@1": 1, "b@1": 2, "c@1": 3, "d@1": 4}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mem_triton.runtime.worker.folding import ALIGNMENT, empty_projections, fold
+from mem_triton.systems.delta_mem.folding import ALIGNMENT, empty_projections, fold
 
 SIZES, HIDDEN, PROJECTIONS = (32, 16, 16), 24, 26
 WIDTH = sum(SIZES)

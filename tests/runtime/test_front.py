@@ -14,15 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from mem_triton.runtime.front.asked import Asked
-from mem_triton.runtime.front.asynchronous import AsyncMemory
-from mem_triton.runtime.front.explicit import Reading
-from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLoadError
-from mem_triton.runtime.front.segments import Segments
-from mem_triton.runtime.front.sessions import SessionFrontEnd
-from mem_triton.runtime.request import MemoryRequest, RequestError
-from mem_triton.runtime.residency import Residency
-from mem_triton.runtime.sessions import SessionStore, StateLayout
+from mem_triton.runtime.frontend.asynchronous import AsyncMemory
+from mem_triton.runtime.frontend.continuation import Segments
+from mem_triton.runtime.frontend.memory import MemoryFrontEnd
+from mem_triton.store.pool.loads import MemoryLoadError
+from mem_triton.store.pool.residency import Residency
+from mem_triton.systems.asked import Asked
+from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
+from mem_triton.systems.delta_mem.sessions import SessionStore, StateLayout
+from mem_triton.systems.explicit.frontend import Reading
+from mem_triton.systems.request import MemoryRequest, RequestError
 
 
 @given(st.integers(1, 40), st.integers(0, 60), st.integers(1, 50), st.integers(1, 80))

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from mem_triton.runtime.front.http_words import RefuseMisplacedWords, WordPlaces
+from mem_triton.runtime.frontend.http_words import RefuseMisplacedWords, WordPlaces
 
 PLACES = WordPlaces(
     {"/v1/completions": "xargs", "/generate": "sampling_params.custom_params"},

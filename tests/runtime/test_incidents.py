@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLostError, Opened
+from mem_triton.runtime.frontend.memory import MemoryFrontEnd, MemoryLostError, Opened
 from mem_triton.runtime.incidents import VARIABLE, IncidentLog, Incidents, make_file
-from mem_triton.runtime.slots import StateSlots
-from mem_triton.runtime.tables import MemoryTables
-from mem_triton.runtime.worker.explicit import ExplicitMemory
 from mem_triton.runtime.worker.memory import BatchMemory, attend_or_lose
-from mem_triton.store.plan import Attachment, to_carried
+from mem_triton.store.pool.plan import Attachment, to_carried
+from mem_triton.store.pool.tables import MemoryTables
+from mem_triton.systems.delta_mem.slots import StateSlots
+from mem_triton.systems.explicit.worker import ExplicitMemory
 
 
 @pytest.fixture

@@ -13,13 +13,13 @@ import pytest
 from safetensors import SafetensorError
 
 from mem_triton.config import ConfigError, parse_config
-from mem_triton.runtime.front import captures as captures_module
-from mem_triton.runtime.front.asked import Asked
-from mem_triton.runtime.request import RequestError, parse_request
-from mem_triton.runtime.worker import captures as worker_module
 from mem_triton.store.bank import Bank, BankError, NewEntry
-from mem_triton.store.captured import reader_of
-from mem_triton.store.writing import rename_tenant
+from mem_triton.store.bank.captured import reader_of
+from mem_triton.store.bank.writing import rename_tenant
+from mem_triton.systems.asked import Asked
+from mem_triton.systems.explicit import captures as captures_module
+from mem_triton.systems.explicit import worker_captures as worker_module
+from mem_triton.systems.request import RequestError, parse_request
 from tests.runtime.capture_case import PROMPT, Served, make_bank
 from tests.store.bank_case import block, spec
 
@@ -131,7 +131,7 @@ def test_fault29_an_entry_of_another_tenant_under_the_name_is_neither_seen_nor_s
 
 def test_fault29_what_an_operator_wrote_there_before_the_namespace_is_not_superseded(bank, monkeypatch):
     with monkeypatch.context() as earlier:
-        earlier.setattr("mem_triton.store.writing.is_captured", lambda id: False)
+        earlier.setattr("mem_triton.store.bank.writing.is_captured", lambda id: False)
         written(bank, "capture.acme:note", tenant="acme")
     refused(Served(bank), "was not captured; choose another name", mem_tenant="acme", mem_replace=1)
 

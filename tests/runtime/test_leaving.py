@@ -13,17 +13,17 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import REGISTRY
 
-from mem_triton.runtime.courier import PageCourier
-from mem_triton.runtime.front.asked import Asked
-from mem_triton.runtime.front.asynchronous import AsyncMemory
-from mem_triton.runtime.front.explicit import ExplicitFrontEnd, Reading
-from mem_triton.runtime.front.loads import LoadWait, PageLoads
-from mem_triton.runtime.front.memory import MemoryFrontEnd, MemoryLoadError, Opened
-from mem_triton.runtime.front.searches import Found, Searches
-from mem_triton.runtime.request import MemoryRequest, RequestError
-from mem_triton.runtime.residency import Residency
+from mem_triton.runtime.frontend.asynchronous import AsyncMemory
+from mem_triton.runtime.frontend.memory import MemoryFrontEnd, Opened
 from mem_triton.store.errors import BankError, EmbedderError
-from mem_triton.store.plan import Attachment
+from mem_triton.store.pool.courier import PageCourier
+from mem_triton.store.pool.loads import LoadWait, MemoryLoadError, PageLoads
+from mem_triton.store.pool.plan import Attachment
+from mem_triton.store.pool.residency import Residency
+from mem_triton.systems.asked import Asked
+from mem_triton.systems.explicit.frontend import ExplicitFrontEnd, Reading
+from mem_triton.systems.explicit.searches import Found, Searches
+from mem_triton.systems.request import MemoryRequest, RequestError
 
 TOKENS = 16
 

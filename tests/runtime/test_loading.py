@@ -13,10 +13,10 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
-from mem_triton.store import metrics
-from mem_triton.store.fetching import Fetcher
-from mem_triton.store.ledger import PageLedger
-from mem_triton.store.streams import HostCopies
+from mem_triton.store.pool import metrics
+from mem_triton.store.pool.fetching import Fetcher
+from mem_triton.store.pool.ledger import PageLedger
+from mem_triton.store.pool.streams import HostCopies
 from tests.runtime.loading_case import PAGE, SOON, Bench, Disk, block
 
 ONE_PAGE = {f"{name}@1": PAGE for name in "abcdef"}

@@ -15,10 +15,10 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from mem_triton.runtime.residency import PoolCapacityError, Residency, Ticket
-from mem_triton.store import loader as module
-from mem_triton.store.fetching import Fetcher
-from mem_triton.store.ledger import PageLedger
+from mem_triton.store.pool import loader as module
+from mem_triton.store.pool.fetching import Fetcher
+from mem_triton.store.pool.ledger import PageLedger
+from mem_triton.store.pool.residency import PoolCapacityError, Residency, Ticket
 from tests.runtime.loading_case import PAGE, Bench, Disk
 
 REFS = {f"{name}@1": PAGE * (1 + i % 3) - i % 2 for i, name in enumerate("abcdefg")}  # of one to three pages

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from mem_triton.runtime.front.explicit import ExplicitFrontEnd
-from mem_triton.runtime.request import RequestError, parse_request
-from mem_triton.runtime.residency import Residency
 from mem_triton.store.bank import Bank, NewEntry
-from mem_triton.store.documents import reference_id
+from mem_triton.store.bank.documents import reference_id
+from mem_triton.store.pool.residency import Residency
+from mem_triton.systems.explicit.frontend import ExplicitFrontEnd
+from mem_triton.systems.request import RequestError, parse_request
 from tests.store.bank_case import TOKENS, block, entry, spec
 
 

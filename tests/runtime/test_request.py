@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from prometheus_client import REGISTRY
 
-from mem_triton.runtime import counters
-from mem_triton.runtime.request import MemoryRequest, RequestError, parse_request
+from mem_triton import metrics
+from mem_triton.systems.request import FIELDS, MemoryRequest, RequestError, count_refusal, parse_request
 
 
 @pytest.mark.parametrize(
@@ -87,10 +87,10 @@ def test_fault09_messages_are_short_and_labels_come_from_a_closed_set(words):
         parse_request(words)
     assert len(str(refused.value)) <= 1000 and len(refused.value.field) <= 64
     before = REGISTRY.get_sample_value("mem_triton:refusals_total", {"field": "unknown"}) or 0.0
-    counters.refused(refused.value.field)
-    labels = {s.labels["field"] for metric in counters.REFUSALS.collect() for s in metric.samples}
-    assert labels <= counters.FIELDS | {"unknown"}
-    if refused.value.field not in counters.FIELDS:
+    count_refusal(refused.value.field)
+    labels = {s.labels["field"] for metric in metrics.REFUSALS.collect() for s in metric.samples}
+    assert labels <= FIELDS | {"unknown"}
+    if refused.value.field not in FIELDS:
         assert REGISTRY.get_sample_value("mem_triton:refusals_total", {"field": "unknown"}) == before + 1
 
 

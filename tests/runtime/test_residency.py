@@ -7,9 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mem_triton.runtime.courier import PageCourier
-from mem_triton.runtime.residency import PoolCapacityError, Residency
-from mem_triton.store.ledger import PageLedger
+from mem_triton.store.pool.courier import PageCourier
+from mem_triton.store.pool.ledger import PageLedger
+from mem_triton.store.pool.residency import PoolCapacityError, Residency
 
 
 def fill(residency: Residency) -> list[str]:

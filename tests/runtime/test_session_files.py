@@ -18,9 +18,9 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from mem_triton.runtime import session_files
-from mem_triton.runtime.request import MemoryRequest, RequestError
-from mem_triton.runtime.sessions import SessionStore, SessionWriteError
+from mem_triton.systems.delta_mem import session_files
+from mem_triton.systems.delta_mem.sessions import SessionStore, SessionWriteError
+from mem_triton.systems.request import MemoryRequest, RequestError
 from tests.runtime.test_sessions import LAYOUT, read, state, write
 
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mem_triton.runtime.request import MemoryRequest, RequestError
-from mem_triton.runtime.sessions import SessionStore, StateLayout, layer_order
+from mem_triton.systems.delta_mem.sessions import SessionStore, StateLayout, layer_order
+from mem_triton.systems.request import MemoryRequest, RequestError
 
 LAYERS = tuple(f"model.layers.{i}.self_attn" for i in range(12))
 LAYOUT = StateLayout(LAYERS, heads=2, rank=4, adapter="a" * 64, model="m" * 64)

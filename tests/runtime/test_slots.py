@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mem_triton.runtime.slots import StateSlots
+from mem_triton.systems.delta_mem.slots import StateSlots
 
 SIZE, ALL_LAYERS = 4, 6
 

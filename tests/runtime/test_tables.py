@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mem_triton.runtime.tables import MemoryTables
-from mem_triton.store.plan import FOREVER, Attachment, from_carried, seen_between, to_carried
+from mem_triton.store.pool.plan import FOREVER, Attachment, from_carried, seen_between, to_carried
+from mem_triton.store.pool.tables import MemoryTables
 
 P = 4
 

@@ -10,12 +10,12 @@ import pytest
 from starlette.datastructures import Headers
 
 from mem_triton.config import ConfigError, parse_config
-from mem_triton.runtime.front.asked import Asked
-from mem_triton.runtime.front.memory import MemoryFrontEnd
-from mem_triton.runtime.front.sessions import SessionFrontEnd
-from mem_triton.runtime.front.tenants import Tenants
-from mem_triton.runtime.request import MemoryRequest, RequestError, parse_request
-from mem_triton.runtime.sessions import SessionStore, StateLayout
+from mem_triton.runtime.frontend.memory import MemoryFrontEnd
+from mem_triton.runtime.frontend.tenants import Tenants
+from mem_triton.systems.asked import Asked
+from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
+from mem_triton.systems.delta_mem.sessions import SessionStore, StateLayout
+from mem_triton.systems.request import MemoryRequest, RequestError, parse_request
 
 HASHED = "sha256:" + hashlib.sha256(b"globex-key").hexdigest()
 

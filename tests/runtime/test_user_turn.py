@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.recall.data import facts, question
-from mem_triton.memory3 import Retriever
-from mem_triton.runtime.front.asked import Asked
-from mem_triton.runtime.front.explicit import ExplicitFrontEnd, Reading
-from mem_triton.runtime.front.memory import MemoryFrontEnd
-from mem_triton.runtime.front.user_turn import LastUserMessage, UserTurns
-from mem_triton.runtime.request import RequestError, parse_request
+from mem_triton.runtime.frontend.memory import MemoryFrontEnd
 from mem_triton.store.bank import Bank
+from mem_triton.systems.asked import Asked
+from mem_triton.systems.explicit.frontend import ExplicitFrontEnd, Reading
+from mem_triton.systems.explicit.retrieval import Retriever
+from mem_triton.systems.explicit.user_turn import LastUserMessage, UserTurns
+from mem_triton.systems.request import RequestError, parse_request
 from tests.store.bank_case import entry, spec
 
 SYSTEM = "You are the porter of a hotel. Be brief, be kind, and never guess: say so when you do not know an answer."

@@ -15,7 +15,7 @@ import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from mem_triton.runtime.front.user_turn import UserTurns
+from mem_triton.systems.explicit.user_turn import UserTurns
 from mem_triton_sglang.answer import CUTTABLE, CUTTABLE_FIELDS, Answer, fixed, fixed_by_engine
 
 PROMPT = list(b"tell: ")

@@ -8,7 +8,7 @@ import json
 import httpx
 import pytest
 
-from mem_triton.store.plan import Attachment
+from mem_triton.store.pool.plan import Attachment
 from tests.sglang_engine.server import Server
 from tests.support import server_scenarios as scenarios
 from tests.support.memory_bench import SECRET, reference, tokens_of

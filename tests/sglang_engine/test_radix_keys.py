@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from mem_triton.store.plan import FOREVER, Attachment, to_carried
+from mem_triton.store.pool.plan import FOREVER, Attachment, to_carried
 from mem_triton_sglang import identity, radix_keys
 from mem_triton_sglang.hooks import HOOKS
 from mem_triton_sglang.identity import MARK, extra_key_of, parse

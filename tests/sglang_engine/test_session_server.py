@@ -117,9 +117,9 @@ def test_chat_and_a_client_key(server):
 
 def test_a_client_key_cannot_pass_for_a_memory(server, bench, prompts):
     """A plain request whose extra key is the one of a session's request must not find that session's prefix."""
-    from mem_triton.delta_mem import load_adapter
-    from mem_triton.runtime.request import MemoryRequest
-    from mem_triton.runtime.sessions import SessionStore, StateLayout
+    from mem_triton.systems.delta_mem import load_adapter
+    from mem_triton.systems.delta_mem.sessions import SessionStore, StateLayout
+    from mem_triton.systems.request import MemoryRequest
     from mem_triton_sglang.identity import extra_key_of
 
     assert server.tokens(prompts[2], words=session("forged")) == bench.fresh(prompts[2])

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from mem_triton.store.bank import BankSpec, NewEntry
+from mem_triton.store.bank.fingerprint import Fingerprint
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.fingerprint import Fingerprint
 
 LAYERS, HEADS, DIM, TOKENS = (0, 1, 4), 2, 16, 8
 MODEL = Fingerprint(

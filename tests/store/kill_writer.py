@@ -16,7 +16,7 @@ import time
 import traceback
 
 from mem_triton.store.bank import Bank, NewEntry
-from mem_triton.store.shards import Shard, Shards
+from mem_triton.store.bank.shards import Shard, Shards
 from tests.store.bank_case import block
 
 

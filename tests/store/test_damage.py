@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from mem_triton.ops.block_codec import get_codec
-from mem_triton.store import checksums, vectors
-from mem_triton.store.bank import Bank, BankError, NewEntry
-from mem_triton.store.fingerprint import sampled_digest
+from mem_triton.store.bank import Bank, BankError, NewEntry, checksums, vectors
+from mem_triton.store.bank.fingerprint import sampled_digest
 from tests.store.bank_case import HEADS, LAYERS, MODEL, block, entry, equal, spec
 
 KINDS = ["bit", "bytes", "zeros", "cut", "longer"]
@@ -54,7 +53,7 @@ def without_checksums(shard: Path) -> None:
 
 def as_written_before(bank: Path) -> None:
     """Make a bank's shards those of a version without checksums, with the hashes of the files that they then were."""
-    from mem_triton.store.shards import file_sha256
+    from mem_triton.store.bank.shards import file_sha256
 
     with Bank.open(bank, writable=True) as opened, opened.catalogue.write() as db:
         for path in (bank / "shards").iterdir():

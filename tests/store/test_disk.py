@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from mem_triton.store import files, shards
-from mem_triton.store.bank import Bank, BankError, NewEntry
+from mem_triton.store import files
+from mem_triton.store.bank import Bank, BankError, NewEntry, shards
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.errors import BankFullError
 from tests.store.bank_case import LAYERS, block, entry, equal, spec
@@ -111,9 +111,9 @@ def test_fault17_every_failure_to_open_lets_go_of_the_lock(tmp_path, monkeypatch
             raise error
 
         target = {
-            "catalogue": "mem_triton.store.catalogue.connect",
-            "repair": "mem_triton.store.vectors.VectorIndex.repair",
-            "spec": "mem_triton.store.bank.check_unchanged",
+            "catalogue": "mem_triton.store.bank.catalogue.connect",
+            "repair": "mem_triton.store.bank.vectors.VectorIndex.repair",
+            "spec": "mem_triton.store.bank.bank.check_unchanged",
             "pwrite": "os.pwrite",
         }[place]
         patch.setattr(target, fail)
@@ -225,7 +225,7 @@ def test_fault17_a_bank_on_a_read_only_mount_is_read(tmp_path):
 
 def test_fault17_a_reader_without_locks_sees_each_commit(tmp_path, monkeypatch):
     """It reads the catalogue as it lies there, and looks again when somebody has written it."""
-    from mem_triton.store import connection
+    from mem_triton.store.bank import connection
 
     path = tmp_path / "bank"
     with Bank.create(path, spec()) as bank:
@@ -316,7 +316,7 @@ def test_fault11_an_empty_folder_and_a_creation_that_died_are_used(tmp_path):
 
 def test_fault11_of_two_who_create_at_once_none_loses_the_others_entries(tmp_path, monkeypatch):
     """The second looked before the first was done, and has the lock after it."""
-    from mem_triton.store import bank as module
+    from mem_triton.store.bank import bank as module
 
     path, lock = tmp_path / "bank", module.WriterLock
 

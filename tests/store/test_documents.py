@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mem_triton.store import documents, writing
-from mem_triton.store.bank import Bank, BankError, ForeignTenantError, UnknownEntryError
-from mem_triton.store.documents import reference_id, resolve_all
+from mem_triton.store.bank import Bank, BankError, ForeignTenantError, UnknownEntryError, documents, writing
+from mem_triton.store.bank.documents import reference_id, resolve_all
 from tests.store.bank_case import entry, equal, spec
 
 
@@ -54,7 +53,7 @@ def test_fault25_without_its_newest_version_an_id_names_the_one_before(bank, tmp
 
 def test_fault25_an_earlier_version_is_found_behind_a_graph(bank, monkeypatch):
     """A graph that was built while another version was the newest does not hold it."""
-    monkeypatch.setattr("mem_triton.store.vectors.SMALLEST_GRAPH", 8)
+    monkeypatch.setattr("mem_triton.store.bank.vectors.SMALLEST_GRAPH", 8)
     bank.add([entry("a", 1, "falcon in the locker")])
     bank.update("a", entry("a", 2, "cedar at home"))
     bank.add([entry(f"x{i}", i, f"filler number {i}") for i in range(20)])

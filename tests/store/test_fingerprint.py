@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mem_triton.store.fingerprint import Fingerprint, FingerprintError, model_fingerprint, sampled_digest
+from mem_triton.store.bank.fingerprint import Fingerprint, FingerprintError, model_fingerprint, sampled_digest
 from tests.support.models import tiny_model
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mem_triton.store import maintenance
-from mem_triton.store.bank import Bank, BankError
+from mem_triton.store.bank import Bank, BankError, maintenance
 from tests.store.bank_case import block, entry, equal, spec
 
 

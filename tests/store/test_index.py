@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mem_triton.store import vectors
-from mem_triton.store.bank import Bank, BankError, NewEntry
-from mem_triton.store.index import EmbedderError, embedder_from
+from mem_triton.store.bank import Bank, BankError, NewEntry, vectors
+from mem_triton.store.bank.embedders import EmbedderError, embedder_from
 from tests.store.bank_case import block, spec
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +45,7 @@ def test_lexical_vectors_are_unit_and_the_same_in_every_process():
     assert ours.shape == (5, 512) and ours.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-6)
     program = (
-        "import sys, json; from mem_triton.store.index import embedder_from; "
+        "import sys, json; from mem_triton.store.bank.embedders import embedder_from; "
         "sys.stdout.buffer.write(embedder_from('lexical').embed(json.loads(sys.argv[1])).tobytes())"
     )
     for seed in ("1", "2"):  # Python's own hash would differ

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mem_triton.store.bank import Bank
+from mem_triton.store.bank.embedders import FEATURES, LexicalEmbedder, embedder_from, tokens_of
+from mem_triton.store.bank.reindexing import outdated, reindex
 from mem_triton.store.errors import EmbedderError
-from mem_triton.store.index import FEATURES, LexicalEmbedder, embedder_from, tokens_of
-from mem_triton.store.reindexing import outdated, reindex
 from tests.store.bank_case import entry, spec
 
 FACTS = {
@@ -138,7 +138,7 @@ def test_fault23_an_older_bank_is_exported_with_new_vectors(older, tmp_path):
 
 
 def test_fault23_graphs_follow_a_reindexed_bank(older, monkeypatch):
-    monkeypatch.setattr("mem_triton.store.vectors.SMALLEST_GRAPH", 4)
+    monkeypatch.setattr("mem_triton.store.bank.vectors.SMALLEST_GRAPH", 4)
     with Bank.open(older, writable=True) as writer:
         writer.add([entry(f"x{i}", i, f"filler {i}") for i in range(12)])
         before = list((older / "index").iterdir())

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.loader import PageLoader
-from mem_triton.store.pool import PagePool
+from mem_triton.store.pool.loader import PageLoader
+from mem_triton.store.pool.pool import PagePool
 
 L, H, D, P = 2, 3, 16, 4
 CPU = torch.device("cpu")

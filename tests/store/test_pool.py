@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from mem_triton.ops.memory_attention import FOREVER, MemoryPages, MemoryTable, PagedContext, memory_attention
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.pages import PageLayout
-from mem_triton.store.pool import PagePool
+from mem_triton.store.pool.pages import PageLayout
+from mem_triton.store.pool.pool import PagePool
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.float8_e4m3fn]
 SHAPE = {"num_layers": 3, "kv_heads": 2, "head_dim": 16, "page_tokens": 4}

@@ -7,7 +7,7 @@ import torch
 
 from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config, rotate
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.placement import place, place_sink
+from mem_triton.store.pool.placement import place, place_sink
 
 ROPES = [
     rope_from_config({"model_type": "llama", "head_dim": 16, "rope_theta": 10000.0}),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mem_triton.delta_mem import save_adapter
+from mem_triton.systems.delta_mem import save_adapter
 from tests.support.models import random_adapter, save_tiny_model, tiny_model
 
 ADAPTERS = {

@@ -7,7 +7,7 @@ from typing import Any
 
 def one_last_state_only() -> None:
     """Workers keep nothing but the newest state of a request."""
-    from mem_triton.runtime import slots
+    from mem_triton.systems.delta_mem import slots
 
     slots.StateSlots.pick = _pick_newest
 
@@ -23,6 +23,6 @@ def _pick_newest(self: Any, lease: str, position: int) -> tuple[int, Any]:
 
 def no_pins() -> None:
     """Pages of running requests may be taken from them."""
-    from mem_triton.store.ledger import PageLedger
+    from mem_triton.store.pool.ledger import PageLedger
 
     PageLedger._may_go = staticmethod(lambda entry: entry.ready)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from mem_triton.delta_mem import save_adapter
+from mem_triton.systems.delta_mem import save_adapter
 from tests.support.models import random_adapter, save_tiny_model, tiny_model
 
 ROOT = Path(__file__).parents[2]

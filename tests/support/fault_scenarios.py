@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mem_triton.store.bank import Bank
-from mem_triton.store.pages import PageLayout
+from mem_triton.store.pool.pages import PageLayout
 from tests.support.bench import Bench
 from tests.support.faults import VARIABLE
 from tests.support.memory_bench import MemoryBench

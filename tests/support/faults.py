@@ -15,14 +15,14 @@ from typing import Any
 VARIABLE = "MEM_TRITON_TEST_FAULT"
 
 SHARED = {
-    "enter states": "mem_triton.runtime.slots:StateSlots.enter",
-    "leave states": "mem_triton.runtime.slots:StateSlots.leave",
-    "rows of states": "mem_triton.runtime.slots:StateSlots.set_rows",
-    "enter tables": "mem_triton.runtime.worker.explicit:ExplicitMemory.enter",
-    "leave tables": "mem_triton.runtime.worker.explicit:ExplicitMemory.leave",
-    "rows of tables": "mem_triton.runtime.worker.explicit:ExplicitMemory.set_rows",
-    "one row": "mem_triton.runtime.tables:MemoryTables._show",
-    "order of steps": "mem_triton.store.loader:PageLoader.before_step",
+    "enter states": "mem_triton.systems.delta_mem.slots:StateSlots.enter",
+    "leave states": "mem_triton.systems.delta_mem.slots:StateSlots.leave",
+    "rows of states": "mem_triton.systems.delta_mem.slots:StateSlots.set_rows",
+    "enter tables": "mem_triton.systems.explicit.worker:ExplicitMemory.enter",
+    "leave tables": "mem_triton.systems.explicit.worker:ExplicitMemory.leave",
+    "rows of tables": "mem_triton.systems.explicit.worker:ExplicitMemory.set_rows",
+    "one row": "mem_triton.store.pool.tables:MemoryTables._show",
+    "order of steps": "mem_triton.store.pool.loader:PageLoader.before_step",
 }
 VLLM = {
     **SHARED,

@@ -79,7 +79,7 @@ def as_on_a_gpu() -> None:
     """vLLM's layers as they are wired on a GPU: one matmul for all projections, norm and RoPE in the memory's op."""
     from vllm.model_executor.layers import utils
 
-    from mem_triton.runtime.worker import folding
+    from mem_triton.systems.delta_mem import folding
     from mem_triton_vllm import fused_inputs
 
     fused_inputs.has_launches = lambda device: True

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import torch
 
-from mem_triton.memory3 import Retriever, WriteConfig
-from mem_triton.memory3.sparsify import dense, sparsify
 from mem_triton.ops.reposition import rope_from_config
 from mem_triton.store.bank import Bank, BankSpec, NewEntry
+from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.fingerprint import model_fingerprint
-from mem_triton.store.pages import PageLayout
-from mem_triton.store.placement import place
-from mem_triton.store.plan import Attachment
+from mem_triton.store.pool.pages import PageLayout
+from mem_triton.store.pool.placement import place
+from mem_triton.store.pool.plan import Attachment
+from mem_triton.systems.explicit.retrieval import Retriever
+from mem_triton.write import WriteConfig
+from mem_triton.write.sparsify import dense, sparsify
 from mem_triton_transformers.encode import TransformersEncoder
 from mem_triton_transformers.explicit import MemorySegment, generate_with_retrieval, read_memory, read_plans
 from tests.support.models import save_tiny_model, tiny_model, tiny_tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mem_triton.store.bank import Bank
-from mem_triton.store.plan import FOREVER, Attachment
+from mem_triton.store.pool.plan import FOREVER, Attachment
 from mem_triton_transformers.explicit import read_plans
 from tests.support.bench import Bench
 from tests.support.cases import cached, tokens

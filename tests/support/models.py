@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 
-from mem_triton.delta_mem import AttentionDims, DeltaMemAdapter, DeltaMemConfig, adapter_from_tensors, tensor_shapes
+from mem_triton.systems.delta_mem import (
+    AttentionDims,
+    DeltaMemAdapter,
+    DeltaMemConfig,
+    adapter_from_tensors,
+    tensor_shapes,
+)
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "smollm3")
 VOCAB = 512

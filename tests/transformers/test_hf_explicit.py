@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mem_triton.memory3 import EncodedText, dense, sparsify
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.placement import place, place_sink
-from mem_triton.store.plan import FOREVER
+from mem_triton.store.pool.placement import place, place_sink
+from mem_triton.store.pool.plan import FOREVER
+from mem_triton.write import EncodedText, dense, sparsify
 from mem_triton_transformers import MemorySegment, TransformersEncoder, apply_mem_triton, read_memory
 from mem_triton_transformers.encode import UnsupportedModelError
 from mem_triton_transformers.explicit import model_ropes

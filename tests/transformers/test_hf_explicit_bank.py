@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from benchmarks.recall import data
-from mem_triton.memory3 import Document, Retriever, WriteConfig, Writer, bank_spec, dense
 from mem_triton.store.bank import Bank
-from mem_triton.store.fingerprint import model_fingerprint
-from mem_triton.store.placement import place, place_sink
-from mem_triton.store.plan import FOREVER, Attachment
+from mem_triton.store.bank.fingerprint import model_fingerprint
+from mem_triton.store.pool.placement import place, place_sink
+from mem_triton.store.pool.plan import FOREVER, Attachment
+from mem_triton.systems.explicit.retrieval import Retriever
+from mem_triton.write import Document, WriteConfig, Writer, bank_spec, dense
 from mem_triton_transformers import (
     MemorySegment,
     TransformersEncoder,

@@ -10,7 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import DynamicCache
 
-from mem_triton.delta_mem import DeltaMemAdapter, DeltaMemConfig, adapter_from_tensors, load_adapter, save_adapter
+from mem_triton.systems.delta_mem import (
+    DeltaMemAdapter,
+    DeltaMemConfig,
+    adapter_from_tensors,
+    load_adapter,
+    save_adapter,
+)
 from mem_triton_transformers import (
     apply_mem_triton,
     get_memory,

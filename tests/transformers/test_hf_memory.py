@@ -13,8 +13,8 @@ from transformers.masking_utils import flash_attention_mask
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
 from mem_triton.config import ConfigError
-from mem_triton.delta_mem import AdapterError, DeltaMemAdapter
 from mem_triton.ops.delta_rule.reference import activate, delta_rule
+from mem_triton.systems.delta_mem import AdapterError, DeltaMemAdapter
 from mem_triton_transformers import (
     apply_mem_triton,
     get_memory,

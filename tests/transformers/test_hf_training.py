@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mem_triton.delta_mem import AdapterError, DeltaMemConfig, load_adapter, save_adapter
+from mem_triton.systems.delta_mem import AdapterError, DeltaMemConfig, load_adapter, save_adapter
 from mem_triton_transformers import (
     adapter_from,
     apply_mem_triton,

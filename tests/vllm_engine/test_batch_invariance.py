@@ -9,7 +9,7 @@ import torch
 
 from mem_triton.config import parse_config
 from mem_triton.ops.memory_attention import Policy
-from mem_triton.runtime.slots import StateSlots
+from mem_triton.systems.delta_mem.slots import StateSlots
 from mem_triton_vllm import backend, explicit_worker, state_cache, worker_memory
 
 

@@ -9,8 +9,8 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.core import kv_cache_utils
 
-from mem_triton.runtime.request import CARRIER
-from mem_triton.store.plan import Attachment, to_carried
+from mem_triton.store.pool.plan import Attachment, to_carried
+from mem_triton.systems.request import CARRIER
 from mem_triton_vllm import block_keys
 
 

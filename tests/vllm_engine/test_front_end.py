@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from mem_triton.runtime.front.sessions import SessionFrontEnd
-from mem_triton.runtime.request import MemoryRequest
-from mem_triton.runtime.sessions import SessionStore, StateLayout
+from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
+from mem_triton.systems.delta_mem.sessions import SessionStore, StateLayout
+from mem_triton.systems.request import MemoryRequest
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_client_that_leaves_during_the_commit_does_not_free_the_session_early(
 
 def test_a_request_that_vllm_refuses_after_its_pages_were_filled_holds_nothing(monkeypatch):
     """``LLMEngine`` submits it in a step, long after ``add_request``."""
-    from mem_triton.runtime.front.memory import Opened
+    from mem_triton.runtime.frontend.memory import Opened
     from mem_triton_vllm.sync_engine import LLMEngineWithMemory, _Running
 
     def refuse(self, request_id, running):

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mem_triton.delta_mem import pack_layer
 from mem_triton.ops.delta_rule import launch
 from mem_triton.ops.tuning.delta_rule import select
-from mem_triton.runtime.slots import StateSlots
-from mem_triton.runtime.worker.layers import DeltaMemory
+from mem_triton.systems.delta_mem import pack_layer
+from mem_triton.systems.delta_mem.layer_memory import DeltaMemory
+from mem_triton.systems.delta_mem.slots import StateSlots
 from tests.support.models import attention_dims, random_adapter, tiny_model
 
 

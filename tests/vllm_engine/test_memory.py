@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mem_triton.runtime.front.searches import Found
+from mem_triton.systems.explicit.searches import Found
 from tests.support import memory_scenarios as scenarios
 from tests.support.cases import tokens
 from tests.support.memory_bench import SECRET

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mem_triton.store.plan import FOREVER, Attachment
+from mem_triton.store.pool.plan import FOREVER, Attachment
 from tests.support import memory_scenarios as scenarios
 from tests.support.cases import tokens
 from tests.support.kernels_on_cpu import RAN

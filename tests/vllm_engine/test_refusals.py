@@ -8,7 +8,7 @@ import pytest
 
 from mem_triton import compat
 from mem_triton.config import ConfigError
-from mem_triton.delta_mem import save_adapter
+from mem_triton.systems.delta_mem import save_adapter
 from tests.support.cases import request
 from tests.support.models import random_adapter, save_tiny_model, tiny_model
 from tests.vllm_engine.engine import run_engine

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mem_triton.runtime.front.memory import Opened
+from mem_triton.runtime.frontend.memory import Opened
 from mem_triton.store.bank import Bank
 from tests.runtime.capture_case import PROMPT, Served, make_bank
 

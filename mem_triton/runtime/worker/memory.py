@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mem_triton.runtime.incidents import IncidentLog
-from mem_triton.runtime.slots import StateSlots
+from mem_triton.systems.delta_mem.slots import StateSlots
 
 if TYPE_CHECKING:
-    from mem_triton.runtime.worker.explicit import ExplicitMemory
+    from mem_triton.systems.explicit.worker import ExplicitMemory
 
 Carried = Callable[[], Mapping[str, Any] | None]
 """Reads what the front end resolved for a request; None for a plain one."""

@@ -1,0 +1,34 @@
+"""Prometheus metrics of front ends, beside the pool's in ``store.pool.metrics``.
+
+An engine that serves ``/metrics`` from this process's default registry shows them.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge
+
+COMMITS = Counter("mem_triton:session_commits", "Session states committed")
+REFUSALS = Counter("mem_triton:refusals", "Requests refused because of their memory words", ["field"])
+COMMIT_FAILURES = Counter("mem_triton:session_commit_failures", "Session states that could not be committed")
+LATE_COMMITS = Counter(
+    "mem_triton:session_late_commits",
+    "Commits that include tokens after a stop string, because the engine had run ahead of the front end",
+)
+REFRESH_OFF = Counter(
+    "mem_triton:refresh_off", "Requests whose references stay as they are while they answer, and why", ["reason"]
+)
+INCIDENTS = Counter("mem_triton:incidents", "Requests that lost their memory in a worker and failed", ["where"])
+SEARCH_FAILURES = Counter(
+    "mem_triton:search_failures", "Requests answered without references because their search failed", ["reason"]
+)
+DEFAULTS_LOST = Counter("mem_triton:defaults_lost", "Default entries that requests are served without")
+FEWER_REFERENCES = Counter("mem_triton:fewer_references", "Requests whose references did not all fit")
+REFRESH_FAILURES = Counter("mem_triton:refresh_failures", "Refreshes that found no references or no room for them")
+WORKER_POOL = Gauge(
+    "mem_triton:worker_pool",
+    'What each worker counted below its device pages: "hits.host", ...',
+    ["worker", "count"],
+    multiprocess_mode="livesum",
+)
+CAPTURES = Counter("mem_triton:captures", "Prompts kept as entries of the bank")
+CAPTURE_FAILURES = Counter("mem_triton:capture_failures", "Prompts that could not be kept")

@@ -1,0 +1,265 @@
+"""Shards: immutable safetensors files with the blocks of many entries, in the bank's codec.
+
+An entry is one row of a shard; its tensors are named "<row>.<tensor>". Dense positions 0..T-1 are not stored. What is
+read is checked against the row's checksums; a shard of an earlier version, which has none, is hashed when it is opened.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mem_triton.ops.block_codec import Codec, codec_from_state, get_codec
+from mem_triton.store.bank.checksums import part_checksums
+from mem_triton.store.bank.spec import BankSpec
+from mem_triton.store.block import MemoryBlock
+from mem_triton.store.errors import BankError, not_written
+from mem_triton.store.files import write_durably
+
+NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
+MAX_ROWS = 1024
+MAX_BYTES = 256 << 20
+OPEN_SHARDS = 64
+TENSORS = ("keys", "values", "key_scale", "value_scale", "head", "positions")
+FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""The lossless codec of each dtype."""
+
+Row = dict[str, Tensor]
+"""One entry's tensors as they lie on the disk."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard. rows: how many entries it has."""
+
+    name: str
+    bytes: int
+    sha256: str
+    rows: int
+
+
+class OpenShard(NamedTuple):
+    """A mapped shard. names: of each row's tensors. checksums: uint32 [rows, L, Hkv], None before there were any."""
+
+    file: Any
+    names: dict[int, list[str]]
+    checksums: np.ndarray | None
+
+
+def codec_of(spec: BankSpec, state: bytes | None) -> Codec:
+    """The bank's codec. Raises BankError for one that must be trained and was not."""
+    try:
+        return codec_from_state(spec.codec, state)
+    except ValueError as error:
+        raise BankError(str(error)) from None
+
+
+class Shards:
+    """The shards of one bank. Thread-safe; files stay mapped for as long as they are in use.
+
+    sha256_of: what the catalogue says of a shard's name, None if it does not know it.
+    """
+
+    def __init__(self, folder: Path, spec: BankSpec, codec: Codec, sha256_of: Callable[[str], str | None]) -> None:
+        self.folder, self.spec, self.codec, self._sha256_of = folder, spec, codec, sha256_of
+        self.lossless = get_codec(FLOATS[spec.dtype])  # for the sink, which every request reads
+        self._open: OrderedDict[str, OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def encode(self, block: MemoryBlock, codec: Codec | None = None) -> Row:
+        """A block as one row. codec: None for the bank's. Raises BankError for what the codec cannot hold."""
+        try:
+            row = dict((codec or self.codec).encode(block.keys.detach().cpu(), block.values.detach().cpu()))
+        except ValueError as error:
+            raise BankError(str(error)) from None
+        dense = torch.arange(block.tokens, dtype=torch.int32)
+        if not torch.equal(block.positions.cpu(), dense.expand(block.positions.shape)):
+            row["positions"] = block.positions.cpu()
+        return row
+
+    def write(self, rows: Iterable[Row]) -> Iterator[Shard]:
+        """Store rows in as many shards as they need; each is on the disk under its name when it is yielded."""
+        part: list[Row] = []
+        size = 0
+        for row in rows:
+            part.append(row)
+            size += sum(tensor.nbytes for tensor in row.values())
+            if len(part) == MAX_ROWS or size >= MAX_BYTES:
+                yield self._write(part)
+                part, size = [], 0
+        if part:
+            yield self._write(part)
+
+    def _write(self, rows: Sequence[Row]) -> Shard:
+        tensors = {  # clones, since rows may be parts of one batch
+            f"{i}.{name}": tensor.clone(memory_format=torch.contiguous_format)
+            for i, row in enumerate(rows)
+            for name, tensor in row.items()
+        }
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        checksums = b"".join(_checksums(i, row).astype("<u4").tobytes() for i, row in enumerate(rows))
+        header = {
+            "format": "mem_triton.shard", "rows": str(len(rows)), "codec": self.spec.codec,
+            "checksums": base64.b64encode(checksums).decode(),
+        }  # fmt: skip
+        try:
+            write_durably(path, lambda temporary: save_file(tensors, temporary, metadata=header))
+            return Shard(path.name, path.stat().st_size, file_sha256(path), len(rows))
+        except (OSError, SafetensorError) as error:
+            raise not_written(path, error) from None
+
+    def raw(self, name: str, row: int) -> Row:
+        """One entry's tensors, undecoded. Raises FileNotFoundError if the shard is gone, BankError if it is damaged."""
+        return self._rows(name, row, None, slice(0, self.spec.kv_heads))
+
+    def read(
+        self,
+        name: str,
+        row: int,
+        dtype: torch.dtype,
+        layers: Sequence[int] | None = None,
+        heads: slice | None = None,
+        codec: Codec | None = None,
+    ) -> MemoryBlock:
+        """Part of one entry. layers: indices into the stored layers. Every tensor of a codec begins with [L, Hkv]."""
+        heads = heads or slice(0, self.spec.kv_heads)
+        tensors = self._rows(name, row, layers, heads)
+        positions = tensors.pop("positions", None)
+        try:
+            keys, values = (codec or self.codec).decode(tensors, dtype)
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise self._damaged(name, row, f"is no block of codec {self.spec.codec} ({error})") from None
+        if positions is None:
+            positions = torch.arange(keys.shape[2], dtype=torch.int32).expand(keys.shape[:3]).contiguous()
+        return MemoryBlock(keys, values, positions)
+
+    def _rows(self, name: str, row: int, layers: Sequence[int] | None, heads: slice) -> Row:
+        """One row's tensors, or some layers and heads of them, as they were written."""
+        file, names, checksums = self._file(name)
+        mine = names.get(row)
+        if mine is None:
+            raise self._damaged(name, row, "is not in it")
+        parts = [slice(None)] if layers is None else [slice(first, end) for first, end in runs(layers) or [(0, 0)]]
+
+        def part(piece: Any) -> Tensor:
+            found = [piece[layer, heads] for layer in parts]
+            return found[0] if len(found) == 1 else torch.cat(found)
+
+        try:
+            tensors = {tensor: part(file.get_slice(f"{row}.{tensor}")) for tensor in mine}
+            if checksums is not None and tensors["keys"].numel():
+                which = range(len(tensors["keys"])) if layers is None else layers
+                right = checksums[row][list(which), heads]
+                if not np.array_equal(part_checksums(row, tensors, which, heads), right):
+                    raise self._damaged(name, row, "has changed since it was written")
+        except (SafetensorError, RuntimeError, LookupError, TypeError, OSError) as error:
+            raise self._damaged(name, row, f"cannot be read ({error})") from None
+        return tensors
+
+    def _damaged(self, name: str, row: int, what: str) -> BankError:
+        return BankError(
+            f"{self.folder / name}: row {row} {what}; run `mem-triton bank verify`, and restore the file from a backup "
+            "or write the entry again"
+        )
+
+    def _file(self, name: str) -> OpenShard:
+        with self._lock:
+            if name in self._open:
+                self._open.move_to_end(name)
+                return self._open[name]
+        path = self.folder / check_name(name, NAME, self.folder)
+        if path.is_symlink():
+            raise BankError(f"{path} is a link; a bank's files lie in the bank itself: put the file there")
+        if not path.exists():
+            raise FileNotFoundError(path)
+        if not os.access(path, os.R_OK):
+            raise BankError(f"{path}: this user may not read it; let its owner run chmod")
+        try:
+            shard = self._opened(path)
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, ValueError, LookupError, OSError) as error:
+            raise BankError(
+                f"{path}: {error}; run `mem-triton bank verify`, and restore the file from a backup"
+            ) from None
+        with self._lock:
+            self._open[name] = shard
+            while len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return shard
+
+    def _opened(self, path: Path) -> OpenShard:
+        file = safe_open(path, framework="pt")
+        names: dict[int, list[str]] = {}
+        for full in file.keys():  # noqa: SIM118
+            row, _, tensor = full.partition(".")
+            if tensor not in TENSORS:
+                raise ValueError(f"has a tensor {full!r}, which no shard has")
+            names.setdefault(int(row), []).append(tensor)
+        header = file.metadata() or {}
+        if "checksums" in header:
+            found = np.frombuffer(base64.b64decode(header["checksums"], validate=True), "<u4")
+            return OpenShard(file, names, found.reshape(int(header["rows"]), -1, self.spec.kv_heads))
+        right = self._sha256_of(path.name)
+        if right is None:  # compact has moved its rows meanwhile
+            raise FileNotFoundError(path)
+        if file_sha256(path) != right:
+            raise ValueError("has changed since it was written")
+        return OpenShard(file, names, None)
+
+    def forget(self, name: str) -> None:
+        """Let go of a shard that was removed, so that the disk has its room again."""
+        with self._lock:
+            self._open.pop(name, None)
+
+    def close(self) -> None:
+        """Let go of every open shard."""
+        with self._lock:
+            self._open.clear()
+
+
+def runs(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive indices as [first, end) pairs: [0, 1, 2, 5] -> [(0, 3), (5, 6)]."""
+    found: list[tuple[int, int]] = []
+    for index in indices:
+        if found and found[-1][1] == index:
+            found[-1] = (found[-1][0], index + 1)
+        else:
+            found.append((index, index + 1))
+    return found
+
+
+def check_name(name: Any, form: re.Pattern, folder: Path) -> str:
+    """A file's name as a catalogue has it. Raises BankError for what is no name that a bank gives, such as a path."""
+    if not isinstance(name, str) or not form.fullmatch(name):
+        raise BankError(f"{folder}: the catalogue names a file {name!r}, which no bank does; restore it from a backup")
+    return name
+
+
+def _checksums(number: int, row: Row) -> np.ndarray:
+    layers, heads = row["keys"].shape[:2]
+    return part_checksums(number, row, range(layers), slice(0, heads))
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a whole file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

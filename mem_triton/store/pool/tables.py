@@ -1,0 +1,139 @@
+"""Worker-side tables of explicit memory: which pages each running request attends to, and from which positions.
+
+Engine-neutral. A request *enters* with its plan and the pages that hold it, and *leaves* when it is finished or
+preempted. Before each step the engine calls ``set_rows`` with the batch's order and positions; only the pages that the
+step's tokens see are in the tables then, so a long prompt's earlier references cost a decode step nothing. Kernels read
+the persistent device tables, so a captured CUDA graph sees every change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mem_triton.ops.memory_attention.types import MemoryTable
+from mem_triton.store.pool.plan import FOREVER, Attachment, from_carried, joined
+
+
+@dataclass
+class _Resident:
+    slot: int
+    plan: tuple[Attachment, ...]
+    runs: Mapping[str, tuple[list[int], int]]  # reference -> its pages in order, and its tokens
+    visible: tuple[int, ...] | None = None  # which attachments the table shows now; None: nothing written yet
+
+
+@dataclass
+class MemoryTables:
+    """Persistent device tables for ``slots`` running requests, of at most ``max_pages`` pages seen in one step each.
+
+    table: see ``MemoryTable``. row_slot: int32 [slots], one entry a batch row, -1 without memory. sink_first, sink_end:
+    int32 [slots], the query positions that see the bank's constant prefix: all those of requests with memory.
+    """
+
+    slots: int
+    max_pages: int
+    page_tokens: int
+    device: torch.device
+    _free: list[int] = field(init=False)
+    _residents: dict[str, _Resident] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.int32, device=self.device)
+
+        self._rows = zeros(4, self.slots, self.max_pages)  # page, tokens, first, end
+        self._counts = zeros(self.slots)
+        self.table = MemoryTable(*self._rows, count=self._counts)
+        self.row_slot = zeros(self.slots) - 1
+        self.sink_first = zeros(self.slots)
+        self.sink_end = zeros(self.slots) + FOREVER
+        self._free = list(range(self.slots))
+        self._rows_are_plain = True
+
+    def enter(self, request_id: str, carried: Mapping[str, Any] | None) -> None:
+        """Register a request that joins the batch; ``carried`` is what the front end resolved, None for a plain one."""
+        memory = (carried or {}).get("memory")
+        if not memory or request_id in self._residents:
+            return
+        plan, runs = joined(from_carried(memory["plan"])), memory["runs"]
+        self._residents[request_id] = _Resident(self._free.pop(), plan, runs)
+
+    def leave(self, request_id: str) -> None:
+        """Forget a request that left the batch."""
+        resident = self._residents.pop(request_id, None)
+        if resident is not None:
+            self._free.append(resident.slot)
+
+    def __contains__(self, request_id: object) -> bool:
+        """Whether a request in the batch reads memory."""
+        return request_id in self._residents
+
+    def readers(self, pages: Iterable[int]) -> list[str]:
+        """The requests in the batch that read one of these pages."""
+        wanted = set(pages)
+        return [
+            id
+            for id, resident in self._residents.items()
+            if any(not wanted.isdisjoint(own) for own, _ in resident.runs.values())
+        ]
+
+    def set_rows(
+        self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int],
+        faults: dict[str, Exception] | None = None,
+    ) -> None:  # fmt: skip
+        """Write the batch's order, and the pages that its tokens at positions first..last see, into the tables.
+
+        faults: takes the requests whose pages cannot be written, with the reasons; their rows have no memory then.
+        Without it the first one raises RuntimeError.
+        """
+        if not self._residents and self._rows_are_plain:
+            return
+        rows = []
+        for request_id, start, end in zip(request_ids, first, last, strict=True):
+            resident = self._residents.get(request_id)
+            try:
+                if resident is not None:
+                    self._show(resident, int(start), int(end))
+            except Exception as error:
+                if faults is None:
+                    raise
+                faults[request_id], resident = error, None
+            rows.append(-1 if resident is None else resident.slot)
+        rows += [-1] * (self.slots - len(rows))
+        self.row_slot.copy_(self._staged(rows), non_blocking=True)
+        self._rows_are_plain = not self._residents
+
+    def forget_rows(self) -> None:
+        """After a failure: no row of the coming step has memory."""
+        self.row_slot.fill_(-1)
+
+    def clear_rows(self) -> None:
+        """Dummy and warm-up batches: no row has memory."""
+        self.set_rows([], [], [])
+
+    def _show(self, resident: _Resident, first: int, last: int) -> None:
+        visible = tuple(i for i, a in enumerate(resident.plan) if a.first <= last and a.end > first)
+        if visible == resident.visible:
+            return
+        columns = [c for i in visible for c in self._columns(resident.plan[i], resident.runs)]
+        if len(columns) > self.max_pages:
+            raise RuntimeError(f"{len(columns)} memory pages are seen in one step, the tables hold {self.max_pages}")
+        resident.visible = visible
+        slot = resident.slot
+        if columns:
+            self._rows[:, slot, : len(columns)].copy_(self._staged(columns).T, non_blocking=True)
+        self._counts[slot : slot + 1].copy_(self._staged([len(columns)]), non_blocking=True)
+
+    def _columns(self, attachment: Attachment, runs: Mapping[str, tuple[list[int], int]]) -> Iterable[list[int]]:
+        pages, tokens = runs[attachment.ref]
+        for i, page in enumerate(pages):
+            yield [page, min(self.page_tokens, tokens - i * self.page_tokens), attachment.first, attachment.end]
+
+    def _staged(self, values: Any) -> Tensor:
+        staged = torch.tensor(values, dtype=torch.int32)
+        return staged.pin_memory() if self._rows.is_cuda else staged

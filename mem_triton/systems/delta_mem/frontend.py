@@ -1,0 +1,140 @@
+"""δ-mem's half of a front end: a request's session, its lease, and the commit of its last state.
+
+Workers keep no session: the state that a request starts from travels with it, and its last state is fetched when it has
+ended normally.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from mem_triton import metrics
+from mem_triton.config import MemTritonConfig, Scope
+from mem_triton.systems.asked import Asked
+from mem_triton.systems.delta_mem import DeltaMemAdapter
+from mem_triton.systems.delta_mem.sessions import Lease, SessionStore, StateLayout, layer_order
+from mem_triton.systems.engine import EngineShape
+from mem_triton.systems.request import MemoryRequest, RequestError
+
+LONGEST_NAME = 200
+"""Characters of a session's name with its tenant's: file systems take 255 bytes."""
+
+
+class SessionFrontEnd:
+    """Opens and closes the session of each request; one per engine front end.
+
+    obstacle: why this engine, as it is configured, cannot have sessions; None if it can. scope: the requests that the
+    adapter corrects where they do not say themselves.
+    """
+
+    scope: Scope = "all"
+
+    def __init__(
+        self, shape: EngineShape, config: MemTritonConfig, adapter: DeltaMemAdapter, obstacle: str | None = None
+    ) -> None:
+        names = sorted(adapter.layers, key=layer_order)
+        layout = StateLayout(
+            tuple(names), adapter.config.spec.heads, adapter.config.spec.rank, adapter.fingerprint,
+            shape.architecture_fingerprint,
+        )  # fmt: skip
+        self.store = SessionStore(layout, config.session_dir, config.max_sessions)
+        self.obstacle, self.scope = obstacle, adapter.scope
+        self._aborted: deque[str] = deque(maxlen=4096)  # workers forget old states by themselves, too
+        self._logger = logging.getLogger(f"{shape.engine.lower()}.mem_triton")
+
+    def open(self, request: MemoryRequest, asked: Asked) -> Lease:
+        """The request's lease; plain requests get one too, of a memory that starts empty. Raises RequestError.
+
+        One that is not read leases no session: its state stays empty.
+        """
+        by_scope = self.scope == "all" or request.session is not None
+        if not (by_scope if request.read is None else request.read):
+            request = replace(request, session=None, write=False, reset=False)
+        if request.session is not None:
+            request = _of_tenant(request)
+            if self.obstacle:
+                raise RequestError("mem_session", self.obstacle)
+            if asked.answers != 1:
+                raise RequestError(
+                    "mem_session", f"a session takes one answer at a time: set n to 1, got {asked.answers}"
+                )
+            if asked.unfit:
+                raise RequestError("mem_session", f"{asked.unfit} cannot use a session")
+        return self.store.open(request, lora=asked.lora)
+
+    def carried(self, lease: Lease) -> dict[str, Any]:
+        """What the workers need: nothing for a plain request."""
+        if self.is_plain(lease):
+            return {}
+        carried: dict[str, Any] = {"write": int(lease.request.write)}
+        if lease.request.session is not None:
+            carried |= {"lease": lease.id, "state": lease.start.data}
+        return carried
+
+    def abort(self, lease: Lease) -> None:
+        """End a request that commits nothing; workers forget its state at the next commit."""
+        if self.writes(lease):
+            self._aborted.append(lease.id)
+        self.store.close(lease)
+
+    def is_plain(self, lease: Lease) -> bool:
+        """Whether the request's memory is that of requests that say nothing: a state of its own, or none."""
+        return lease.request.session is None and lease.request.write == (self.scope == "all")
+
+    def writes(self, lease: Lease) -> bool:
+        """Whether the request commits its session when it ends normally."""
+        return lease.request.session is not None and lease.request.write
+
+    def take_arguments(self, lease: Lease, prompt_tokens: int, generated: int) -> tuple[str, int, list[str]]:
+        """Arguments of the workers' ``take_state``: the lease, the position of its last processed token, and leases to
+        forget.
+
+        The last sampled token was never fed to the model, so it is not part of the state.
+        """
+        forget = list(self._aborted)
+        self._aborted.clear()
+        return lease.id, max(prompt_tokens - 1, prompt_tokens + generated - 2), forget
+
+    def not_committed(self, lease: Lease, error: Exception) -> str:
+        """What an answer says whose session could not be committed."""
+        warning = (
+            f'mem_session "{lease.request.session}" was not committed and is as it was before this request: '
+            f"{type(error).__name__}: {str(error)[:300]}"
+        )
+        self._logger.error("%s", warning)
+        return warning
+
+    def commit(self, lease: Lease, position: int, parts: Sequence[dict[str, Any]]) -> None:
+        """Put the workers' layers together and commit them; closes the lease. parts: one answer per worker, ranks
+        repeat layers."""
+        try:
+            layers = {i: part["states"][i] for part in parts for i in part["states"]}
+            reached = max(part["position"] for part in parts)
+            states = b"".join(layers[str(i)] for i in range(len(self.store.layout.layers)))
+            version = self.store.commit(lease, states, tokens=reached + 1)
+        except Exception:
+            metrics.COMMIT_FAILURES.inc()
+            raise
+        finally:
+            self.store.close(lease)
+        metrics.COMMITS.inc()
+        if reached != position:
+            metrics.LATE_COMMITS.inc()
+        self._logger.debug("session %s: version %d, %d tokens", lease.request.session, version, reached + 1)
+
+
+def _of_tenant(request: MemoryRequest) -> MemoryRequest:
+    """The request with its session's name in the tenant's namespace, "acme:alice"; no name of a session or a tenant has
+    a colon. Raises RequestError for a name that is too long for a file."""
+    if not request.tenant:
+        return request
+    name = f"{request.tenant}:{request.session}"
+    if len(name) > LONGEST_NAME:
+        raise RequestError(
+            "mem_session", f"with mem_tenant its name has {len(name)} characters, at most {LONGEST_NAME} are possible"
+        )
+    return replace(request, session=name)

@@ -1,0 +1,1 @@
+"""Explicit memory: texts written once as keys and values, attended to by requests that name or retrieve them."""
