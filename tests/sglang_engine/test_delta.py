@@ -107,7 +107,9 @@ def test_states_are_part_of_a_tokens_bytes(page, states):
     from mem_triton_sglang.worker import WorkerMemory, after_cell_size
 
     delta = DeltaStates(DeltaRuleSpec(8, 1), slots=None, layers=2, page_size=page)
-    model = SimpleNamespace(mem_triton=WorkerMemory(delta, None, None))
+    memory = WorkerMemory(None)
+    memory.delta = delta
+    model = SimpleNamespace(mem_triton=memory)
     assert after_cell_size(1024, None, SimpleNamespace(model=model), 2) == 1024 + states
     assert after_cell_size(1024, None, SimpleNamespace(model=SimpleNamespace()), 2) == 1024
 
