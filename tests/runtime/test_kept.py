@@ -171,6 +171,17 @@ def test_fault07_an_engine_in_another_precision_captures_into_the_bank_s(bank):
     assert served.capture().ref and served.bank.load("capture:note@1").keys.dtype == served.bank.spec.torch_dtype
 
 
+def test_fault14_numbers_that_the_bank_s_dtype_cannot_hold_are_not_kept(tmp_path):
+    folder = tmp_path / "half"
+    Bank.create(folder, spec(kind="prefix", keep_tokens=None, codec="fp16", dtype="float16")).close()
+    served = Served(folder)
+    context = served.worker.read_context
+    served.worker.read_context = lambda *request: tuple(70000 * part for part in context(*request))
+    error = served.capture().error
+    assert error is not None and "hold NaN or infinity" in str(error)
+    assert served.left() == [] and served.bank.stats()["entries"] == 0
+
+
 def test_fault07_a_name_that_is_taken_meanwhile_is_an_error_and_not_a_version(bank):
     served, other = Served(bank), Served(bank)
     opened = served.open()

@@ -51,6 +51,10 @@ def test_a_retracted_request_is_kept_whole(memory_bench):
     assert tokens(result, 1) == [b.generate(text + PROMPTS[0]) for text in texts]
 
 
+def test_fault14_a_bank_of_another_dtype_is_read_and_written_with_a_warning(memory_bench):
+    scenarios.a_bank_of_another_dtype_is_read_and_written_with_a_warning(memory_bench, run_engine)
+
+
 def test_a_capture_of_the_wrong_tokens_would_be_seen(memory_bench):
     """Negative control: the copy is of another row of SGLang's table."""
     tamper = "tests.sglang_engine.tamper_memory:captures_of_the_next_row"

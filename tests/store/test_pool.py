@@ -207,6 +207,15 @@ def test_other_shapes_and_precisions_are_refused_by_name():
         pool(pages=0)
 
 
+def test_fault14_numbers_beyond_float16_are_refused_where_the_pool_holds_it():
+    b = block(4)
+    b.values[2, 1, 3, 0] = 70000.0
+    with pytest.raises(ValueError, match=r"block: torch\.float32 numbers beyond float16's range"):
+        pool(dtype=torch.float16).pack(b)
+    for dtype in (torch.bfloat16, torch.int8):
+        pool(dtype=dtype).pack(b)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_a_model_stage_without_memory_layers_has_pages_of_almost_nothing(dtype):
     p = pool(dtype=dtype, num_layers=0)

@@ -14,6 +14,7 @@ import torch
 
 from mem_triton.store.bank import Bank
 from mem_triton.store.pool.plan import FOREVER, Attachment
+from mem_triton_transformers.encode import TransformersEncoder
 from mem_triton_transformers.explicit import read_plans
 from tests.support.bench import Bench
 from tests.support.cases import cached, tokens
@@ -130,6 +131,26 @@ def a_prompt_is_captured_and_read_again(b: MemoryBench, run: Run, id: str = "not
         assert bank.load(f"{id}@2").tokens == bank.resolve(id, any_tenant=True).tokens == len(text + middle)
     assert not list((b.prefixes / "incoming").iterdir()), "the ranks' files are gone"
     return result
+
+
+def a_bank_of_another_dtype_is_read_and_written_with_a_warning(b: MemoryBench, run: Run, **options: Any) -> None:
+    """An fp32 bank on an engine that computes in bf16, as vLLM's "auto" does with an fp32 checkpoint."""
+    short, text, id = PROMPTS[0], tokens_of(51, 70), "capture:half"
+    rounds = [
+        [ask(text, mem_capture="half"), ask(short, 12, "alpha")],
+        [ask(short, 12, id), ask(text + short), ask(b.texts["alpha"] + short)],
+    ]
+    result = run(b.model, rounds, memory=b.section(capture="own"), dtype="bfloat16", **options)
+    assert result["rounds"][0][0]["memory"]["capture"] == {"id": f"{id}@1"}
+    captured, in_the_prompt, alpha = tokens(result, 1)
+    assert [captured, tokens(result, 0)[1]] == [in_the_prompt, alpha], "as text before the prompt, which it stands for"
+    assert result["output"].count("holds float32, the engine computes in bfloat16") == 1
+    with Bank.open(b.prefixes) as bank:
+        block = bank.load(f"{id}@1")
+    (exact,) = TransformersEncoder(b.oracle).encode([text])
+    for found, expected in ((block.keys, exact.keys), (block.values, exact.values)):
+        assert found.dtype == torch.float32
+        assert 0 < (found - expected).abs().max() < 0.03 * expected.abs().max(), "what a bf16 engine computed"
 
 
 def prompts_captured_at_once_are_kept_apart(b: MemoryBench, run: Run, **options: Any) -> None:

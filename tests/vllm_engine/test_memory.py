@@ -77,6 +77,10 @@ def test_a_prompt_is_captured_and_read_again(memory_bench, runner):
     assert result["rounds"][2][0]["cached"] == 2 * BLOCK
 
 
+def test_fault14_a_bank_of_another_dtype_is_read_and_written_with_a_warning(memory_bench):
+    scenarios.a_bank_of_another_dtype_is_read_and_written_with_a_warning(memory_bench, run_engine)
+
+
 def test_a_capture_of_the_wrong_tokens_would_be_seen(memory_bench):
     """Negative control: the copy is of other blocks."""
     tamper = f"{TAMPER}:captures_of_other_blocks"

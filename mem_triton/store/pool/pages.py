@@ -109,7 +109,8 @@ class PageLayout:
     def pack(self, block: MemoryBlock, out: Packed | None = None) -> Packed:
         """A block as records, written to ``out`` if given. Unused tokens of a page are zero.
 
-        Raises ValueError if the block has other layers, heads or head size than the pages.
+        Raises ValueError if the block has other layers, heads or head size than the pages, or numbers that float16
+        pages cannot hold.
         """
         wanted = (self.num_layers, self.kv_heads, block.tokens, self.head_dim)
         for name in ("keys", "values"):
@@ -128,6 +129,8 @@ class PageLayout:
         data = self.view_data(out.data)
         data[..., : self.head_dim].copy_(keys)
         data[..., self.head_dim :].copy_(values)
+        if self.dtype == torch.float16 != block.keys.dtype and not bool(data.isfinite().all()):
+            raise ValueError(f"block: {block.keys.dtype} numbers beyond float16's range; serve with another dtype")
         out.data[:, self._used_bytes :] = 0  # equal blocks, equal records
         return out
 

@@ -6,6 +6,7 @@ Both compute it from the engine's shape, so that nothing about it has to be sent
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,10 @@ class Layout:
 
 
 def open_bank(shape: EngineShape, section: MemorySection) -> Bank:
-    """The configured bank, checked against the served model. Raises ConfigError naming the differing field."""
+    """The configured bank, checked against the served model. Raises ConfigError naming the differing field.
+
+    A bank of another dtype than the engine's is read and written with a warning: numbers are rounded once on their way.
+    """
     try:
         bank = Bank.open(section.bank)
     except (OSError, BankError) as error:
@@ -58,6 +62,13 @@ def open_bank(shape: EngineShape, section: MemorySection) -> Bank:
         bank.check_model(model_fingerprint(model_folder(shape.model, shape.revision)))
     except BankError as error:
         raise ConfigError(f"mem_triton.memory.bank: {error}") from None
+    if bank.spec.torch_dtype != shape.dtype:
+        engine = str(shape.dtype).removeprefix("torch.")
+        logging.getLogger(f"{shape.engine.lower()}.mem_triton").warning(
+            "mem_triton.memory.bank: %s holds %s, the engine computes in %s: what is read and captured is converted, "
+            "so answers differ by rounding from those of a server that was started with --dtype %s",
+            bank.path, bank.spec.dtype, engine, bank.spec.dtype,
+        )  # fmt: skip
     return bank
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mem_triton.config import MemorySection
+from mem_triton.config import ConfigError, MemorySection
 from mem_triton.ops.memory_attention import MemoryPages, SharedSegment
 from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config
 from mem_triton.store.bank import Bank
@@ -82,13 +82,20 @@ class ExplicitMemory:
     def _sinks(
         self, ropes: Mapping[int, RotaryEmbedding], heads: slice, dtype: torch.dtype, device: torch.device
     ) -> dict[int, SharedSegment]:
-        """The bank's constant prefix by layer, at its place before all references; empty if the bank has none."""
+        """The bank's constant prefix by layer, at its place before all references; empty if the bank has none.
+
+        Raises ConfigError for one with numbers that the engine's dtype cannot hold.
+        """
         block = self.bank.sink()
         if block is None:
             return {}
         indices = sorted(ropes)  # the sink is stored for all layers of the model
         own = MemoryBlock(*(tensor[indices][:, heads] for tensor in (block.keys, block.values, block.positions)))
         placed = place_sink(own, [ropes[index] for index in indices], self.bank.spec.reference_tokens)
+        if not bool(placed.keys.to(dtype).isfinite().all() and placed.values.to(dtype).isfinite().all()):
+            raise ConfigError(
+                f"mem_triton.memory.bank: its constant prefix has numbers beyond {dtype}; serve another dtype"
+            )
         first, end = self.tables.sink_first, self.tables.sink_end
         return {
             index: SharedSegment(placed.keys[i].to(device, dtype), placed.values[i].to(device, dtype), first, end)
