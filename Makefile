@@ -36,7 +36,7 @@ FAST := $(if $(shell nvidia-smi -L 2>/dev/null),not slow,not slow and not gpu)
 ALL := $(if $(shell nvidia-smi -L 2>/dev/null),,not gpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-sglang demo lint test test-all test-triton test-vllm clean
+.PHONY: help env env-sglang demo docs lint test test-all test-triton test-vllm clean
 
 help:
 	@echo "make demo      a small model with and without memory, on a real server (about two minutes); ENGINE=vllm or sglang"
@@ -45,6 +45,7 @@ help:
 	@echo "make test-triton  the kernels alone, compiled and interpreted under TRITON=$(TRITON)"
 	@echo "make test-vllm  vLLM's tests under VLLM=$(VLLM); without a GPU its Python files over the compiled part of $(VENV)'s"
 	@echo "make lint      style alone"
+	@echo "make docs      the generated parts of docs/ written anew, and the site in .cache/site"
 	@echo "make env       the environment alone: $(VENV); make env-sglang: SGLang's, $(SGLANG_VENV)"
 	@echo "make clean     remove the environments and every cache"
 
@@ -60,6 +61,11 @@ demo: $(if $(filter sglang,$(ENGINE)),env-sglang,env)
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Tests build the site, too, and fail where a generated part is out of date (tests/house/test_docs.py).
+docs: env
+	$(BIN)/python scripts/make_docs.py
+	$(BIN)/python -m mkdocs build --strict --quiet --site-dir .cache/site
 
 test: lint $(if $(SGLANG_TESTS),env-sglang)
 	$(call run_tests,$(FAST))

@@ -1,0 +1,243 @@
+"""Lists every change that this integration makes to vLLM: what, why, what vLLM offers, and when it can go."""
+
+from __future__ import annotations
+
+from mem_triton.patches import EnginePatch
+
+PATCHES: tuple[EnginePatch, ...] = (
+    EnginePatch(
+        target="vllm.v1.engine.async_llm.AsyncLLM.__init__, vllm.v1.engine.llm_engine.LLMEngine.__init__",
+        kind="patch",
+        sites=(
+            "front_end.install: stock.__init__",
+            "front_end.install: undo.callback(setattr)",
+            "front_end._checking_init.__init__: self.*",
+        ),
+        what="The two constructors are wrapped. An engine whose configuration has a mem_triton section gets, once it "
+        "is built, a subclass of its class that overrides generate, or add_request and step. All others stay stock.",
+        why="A request's memory is opened before vLLM schedules it, and committed before its last output is returned.",
+        upstream="vLLM's plugin groups offer no class for the engine's front end; vllm.endpoint_plugins adds routes "
+        "only.",
+        until="vLLM lets a plugin name the engine class, or calls a plugin at the start and at the end of a request.",
+    ),
+    EnginePatch(
+        target="vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys",
+        kind="patch",
+        sites=(
+            "block_keys.install: kv_cache_utils.generate_block_hash_extra_keys",
+            "block_keys.install: undo.callback(setattr)",
+        ),
+        what="The function is wrapped in the engine-core process: a block's hash covers the references that its "
+        "tokens see.",
+        why="Keys and values after the first layer depend on the memory that was read; without it requests with other "
+        "memory find them in the prefix cache, and answer wrongly.",
+        upstream="cache_salt covers whole requests, and is what sessions use. References change every 64 tokens, and "
+        "no plugin can add a key per block.",
+        until="A request may carry a key per block or per range of tokens.",
+    ),
+    EnginePatch(
+        target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.get_kv_cache_spec, ._update_states",
+        kind="patch",
+        sites=("v1_runner.prepare: GPUModelRunner.*", "v1_runner.prepare: setattr(GPUModelRunner, _MARK)"),
+        what="Two methods of Model Runner V1 are wrapped, in workers that loaded a model with memory: the first "
+        "attaches memory after LoRA has wrapped the layers, the second says which requests a step has, and in which "
+        "rows.",
+        why="Workers of a CPU build without Triton run V1. Memory has to know a step's requests and their rows.",
+        upstream="V1 has no extension point in the worker. Its successor V2 has one, ModelState, used on GPUs.",
+        until="vLLM's CPU worker runs Model Runner V2 without Triton.",
+    ),
+    EnginePatch(
+        target="vllm.entrypoints.launchers.app.init_entrypoints_middleware (request headers)",
+        kind="patch",
+        sites=(
+            "callers.install: setattr(import_module(APP), ADDS_MIDDLEWARE)",
+            "callers.install.adds_middleware: app.add_middleware",
+        ),
+        what="The function is wrapped, only where tenants are configured: the server gets one middleware more, which "
+        "keeps a request's headers for the code that answers it.",
+        why="The API key says which tenant a request speaks for.",
+        upstream="Handlers do not pass headers to the engine. --middleware takes a class by name, from the user alone; "
+        "vllm.endpoint_plugins gets the app, but only where VLLM_PLUGINS names the plugin.",
+        until="A plugin that is installed may add middleware, or generate is told who calls.",
+    ),
+    EnginePatch(
+        target="vllm.entrypoints.launchers.app.init_entrypoints_middleware (misplaced fields)",
+        kind="patch",
+        sites=(
+            "http_words.install: app.init_entrypoints_middleware",
+            "http_words._with_refusals.init_entrypoints_middleware: app.user_middleware.append",
+        ),
+        what="The function is wrapped: the server gets one middleware more, behind authentication, which answers "
+        "memory fields that vLLM would drop with HTTP 400 and the place where they belong.",
+        why="A field that is silently dropped is an answer without the memory that was asked for.",
+        upstream="vLLM ignores fields that it does not know. --middleware takes a class by name, from the user alone; "
+        "vllm.endpoint_plugins gets the app, but only where VLLM_PLUGINS names the plugin.",
+        until="A plugin that is installed may add middleware.",
+    ),
+    EnginePatch(
+        target="vllm.entrypoints.launchers.run_batch.run_request",
+        kind="patch",
+        sites=("http_words.install: run_batch.run_request",),
+        what="The function is wrapped: a line of `vllm run-batch` with a misplaced memory field is refused, as over "
+        "HTTP.",
+        why="See above; run-batch has no HTTP server.",
+        upstream="run-batch has no hook for a line of its file.",
+        until="run-batch refuses fields that it does not know.",
+    ),
+    EnginePatch(
+        target="vllm.v1.attention.backends.registry: the slot CPU_ATTN",
+        kind="patch",
+        sites=("backend.chosen_for: register_backend",),
+        what="On a CPU the slot's class is overridden while the model is built, and put back after it. The same call "
+        "fills the slot CUSTOM elsewhere, which is meant for that.",
+        why="Attention of layers with a bank runs over memory and context in one softmax.",
+        upstream="vLLM's CPU platform takes CPU_ATTN whatever backend was chosen.",
+        until="The CPU platform honours --attention-backend CUSTOM.",
+    ),
+    EnginePatch(
+        target="vllm_config.attention_config.backend",
+        kind="object",
+        sites=("backend.chosen_for: vllm_config.attention_config.backend",),
+        what="In a worker whose configuration has a bank the choice is set to CUSTOM, after another one was refused.",
+        why="One option, the mem_triton section, is enough to serve a bank.",
+        upstream="--attention-backend CUSTOM is the user's to give.",
+        until="A load format may choose the backend, or users are asked to give the option.",
+    ),
+    EnginePatch(
+        target="qkv_proj and o_proj of the model's attention modules",
+        kind="object",
+        sites=("attach.attach: module.qkv_proj", "attach.attach: module.o_proj"),
+        what="The two modules are replaced by wrappers that call them and add the corrections of δ-mem.",
+        why="δ-mem corrects q, k and v before norm and RoPE, and the output after the projection.",
+        upstream="Modules have forward hooks, which torch.compile handles less well than modules. There is no hook of "
+        "vLLM's own.",
+        until="vLLM offers a place for per-token corrections around projections.",
+    ),
+    EnginePatch(
+        target="qkv_proj, q_norm, k_norm and rotary_emb of Qwen3, Qwen2 and Llama attention, on GPUs",
+        kind="object",
+        sites=("fused_inputs.install: module.*",),
+        what="One kernel does projection, correction, norm and RoPE; the norms and the rotary embedding pass on what "
+        "they get.",
+        why="A decode step of δ-mem costs launches, not bytes. Its launches take the place of the model's own.",
+        upstream="A compiler pass fuses q/k norm with RoPE, and leaves no place for a correction before them.",
+        until="The pass takes an addition before the norm.",
+    ),
+    EnginePatch(
+        target="weight and bias of an unquantised qkv_proj, on GPUs",
+        kind="object",
+        sites=("folding.fold: base.weight.data", "folding.fold: base.bias.data"),
+        what="Both become views of a larger matrix, which holds the rows of δ-mem's projections, too.",
+        why="One matmul gives q, k, v and δ-mem's projections.",
+        upstream="vLLM merges its own projections when a model is defined, not after it is loaded.",
+        until="A plugin may add rows to a merged projection.",
+    ),
+    EnginePatch(
+        target="attention layers: mem_triton_memory, impl.policy, impl.lose",
+        kind="object",
+        sites=("explicit_worker.attach_explicit: attention.*",),
+        what="A layer's attention is told which pages and segments it reads, how its batches are computed, and whom "
+        "to tell of an exception.",
+        why="vLLM builds the backend's objects itself, before the memory is there.",
+        upstream="A backend's constructor gets no argument of a plugin's.",
+        until="It does.",
+    ),
+    EnginePatch(
+        target="compilation_config.static_forward_context",
+        kind="object",
+        sites=("state_cache.DeltaStateCache.__init__: layers.*",),
+        what="The layer that stores states is entered in front of the attention layers.",
+        why="vLLM takes a group's block manager from the group's first layer, and it has to be the one that knows "
+        "that a state is not there before its step is over.",
+        upstream="Layers register themselves there as they are built; the order is theirs.",
+        until="Block managers are chosen by all specs of a group.",
+    ),
+    EnginePatch(
+        target="compilation_config.splitting_ops",
+        kind="object",
+        sites=("attach.split_graphs_at_ops: splitting_ops",),
+        what="The operators of δ-mem are added to the list.",
+        why="They look at the step's metadata, so piecewise CUDA graphs have to be cut at them.",
+        upstream="The list is an option of the user's; models of vLLM are in its default.",
+        until="An operator may say of itself that graphs are cut at it.",
+    ),
+    EnginePatch(
+        target="the loaded model: mem_triton, mem_triton_pending",
+        kind="object",
+        sites=(
+            "v1_runner.prepare: model.mem_triton_pending",
+            "v1_runner._attach_first.get_kv_cache_spec: model.mem_triton",
+            "v2_runner.MemoryModelState.__init__: model.mem_triton",
+        ),
+        what="The worker's memory is an attribute of the model.",
+        why="Worker methods and runners find it there; they have the model and nothing else in common.",
+        upstream="A worker has no place for a plugin's objects.",
+        until="It has one.",
+    ),
+    EnginePatch(
+        target="model.get_model_state_cls",
+        kind="extension",
+        sites=("v2_runner.prepare: model.get_model_state_cls",),
+        what="The model names a ModelState class of ours, in front of the one that vLLM would have chosen.",
+        why="Memory has to know a step's requests and their rows.",
+        upstream="This is Model Runner V2's extension point; it is not documented as stable.",
+        until="No need.",
+    ),
+    EnginePatch(
+        target="vllm.model_executor.model_loader.register_model_loader",
+        kind="extension",
+        sites=("__init__._register: register_model_loader",),
+        what="The load format mem_triton, which loads weights by another format and then attaches memory.",
+        why="It runs in every worker after the weights are there and before device memory is profiled.",
+        upstream="Documented extension point.",
+        until="No need.",
+    ),
+    EnginePatch(
+        target="vllm.v1.kv_cache_spec_registry",
+        kind="extension",
+        sites=("kv_spec: KVCacheSpecRegistry._ensure_registered", "kv_spec: register_kv_cache_spec"),
+        what="The spec of δ-mem's states and its block manager are registered, after vLLM's own.",
+        why="States lie beside the KV blocks whose tokens made them.",
+        upstream="The registry is an extension point. It registers vLLM's own specs only while it is empty, so the "
+        "private _ensure_registered is called first.",
+        until="The registry registers vLLM's own specs in any case: the private call can go.",
+    ),
+    EnginePatch(
+        target="vllm.v1.worker.worker_base.WorkerBase",
+        kind="extension",
+        sites=("worker.install: setattr(WorkerBase, name)",),
+        what="The methods that the front end calls by name are added, with names that begin with mem_triton_.",
+        why="The front end loads pages, takes states and keeps prompts through vLLM's collective RPC.",
+        upstream="vLLM's guide for plugins has them add their methods to WorkerBase.",
+        until="No need.",
+    ),
+    EnginePatch(
+        target="vllm.model_executor.warmup.jit_warmup.JitWarmupRegistry",
+        kind="extension",
+        sites=("warmup.register: JitWarmupRegistry.register",),
+        what="Memory's kernels are compiled in vLLM's own warm-up.",
+        why="No request waits for a compiler, and CUDA graphs can be captured.",
+        upstream="Extension point of vLLM's.",
+        until="No need.",
+    ),
+    EnginePatch(
+        target="prompts, SamplingParams, RequestOutput and CompletionOutput of one request",
+        kind="request",
+        sites=(
+            "front_end.VLLMFrontEnd.carry: *",
+            "front_end.with_tokens: prompt.prompt_token_ids",
+            "front_end._salt: prompt.cache_salt",
+            "front_end.add_report: output.kv_transfer_params",
+            "segments.OutputSegments._merged: answer.*",
+            "segments.OutputSegments._spell: answer.logprobs",
+            "segments.OutputSegments.take: merged.finished",
+            "sync_engine.LLMEngineWithMemory._not_kept: running.held.outputs[0].finish_reason",
+            "sync_engine.LLMEngineWithMemory._read_capture: output.outputs[0].finish_reason",
+        ),
+        what="Copies of a request's parameters get extra_args for the workers, its prompt a cache_salt; answers in "
+        "several pieces are put together, and the last output says in kv_transfer_params what was read.",
+        why="All that memory needs travels with the request; the report has no other field in OpenAI's protocol.",
+        upstream="extra_args and cache_salt are public; kv_transfer_params is meant for KV connectors.",
+        until="Outputs have a field for plugins.",
+    ),
+)  # fmt: skip
