@@ -32,4 +32,5 @@ def shape_of(server_args: Any, model_config: Any) -> EngineShape:
         max_requests=max([cfg.max_running_requests, *(graphs or ())]),  # a captured batch may be padded beyond it
         max_step_tokens=longest_step,
         max_model_len=model_config.context_len,
+        quantization=model_config.quantization,
     )

@@ -27,4 +27,5 @@ def shape_of(vllm_config: VllmConfig) -> EngineShape:
         max_requests=scheduler.max_num_seqs,
         max_step_tokens=scheduler.max_num_batched_tokens,
         max_model_len=model.max_model_len,
+        quantization=model.quantization,
     )

@@ -21,7 +21,7 @@ class EngineShape:
 
     hidden: width of the hidden state. heads, kv_heads: of the whole model. tp_size: ranks that split heads. pp_spans:
     each pipeline stage's layers, first and end. max_requests: running at once. max_step_tokens: processed in one step.
-    max_model_len: tokens of a prompt and its answer.
+    max_model_len: tokens of a prompt and its answer. quantization: how the engine quantises weights, None: not at all.
     """
 
     engine: str
@@ -38,6 +38,7 @@ class EngineShape:
     max_requests: int
     max_step_tokens: int
     max_model_len: int
+    quantization: str | None = None
 
     @property
     def architecture_fingerprint(self) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,3 +78,106 @@ def test_fault14_a_constant_prefix_that_the_engine_s_dtype_cannot_hold_is_refuse
     start(torch.bfloat16)
     with pytest.raises(ConfigError, match=r"constant prefix has numbers beyond torch\.float16"):
         start(torch.float16)
+
+
+def refused(bank: Path, shape: EngineShape, *messages: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        opened(bank, shape)
+    for message in (r"mem_triton\.memory\.bank: ", *messages):
+        assert re.search(message, str(raised.value)), str(raised.value)
+
+
+THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (THETA, r"RoPE: the folder has .*10000\.0.*, the engine .*5000\.0"),
+        (YARN, "RoPE: .*, the engine .*yarn"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers: the folder has 2, the engine 1"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps: the folder has 1e-06, the engine 1e-05"),
+        ({"hidden_act": "gelu"}, "hidden_act: the folder has silu, the engine gelu"),
+        ({"attention_bias": True}, "attention_bias: the folder has False, the engine True"),
+    ],
+)
+@pytest.mark.parametrize(("engine", "option"), [("vLLM", "--hf-overrides"), ("SGLang", "--json-model-override-args")])
+def test_fault14_what_overrides_change_in_keys_and_values_is_refused_by_name(
+    model, bank, changes, message, engine, option
+):
+    stock = shape_of(model, engine=engine)
+    opened(bank, stock)
+    refused(bank, replace(stock, hf_config={**stock.hf_config, **changes}), message, option)
+
+
+def test_fault14_what_changes_no_key_and_value_is_served(model, bank):
+    """A longer context, windows that an engine has options of its own for, and names that engines rewrite."""
+    stock = shape_of(model)
+    for changes in (
+        {"max_position_embeddings": 8192}, {"sliding_window": 64, "layer_types": ["sliding_attention"] * 2},
+        {"architectures": ["X"], "torch_dtype": "bfloat16", "vocab_size": 1024, "model_type": "other"},
+        {"rope_theta": 10000, "rope_parameters": None},
+    ):  # fmt: skip
+        opened(bank, replace(stock, hf_config={**stock.hf_config, **changes}))
+
+
+def edited(model: Path, folder: Path, **changes) -> Path:
+    """A copy of the model's folder with another config.json. A field that is None is left out."""
+    shutil.copytree(model, folder)
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    config = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def bank_of(model: Path, folder: Path) -> Path:
+    fingerprint = model_fingerprint(model)
+    shape = {"layers": (0,), "kv_heads": fingerprint.kv_heads, "head_dim": fingerprint.head_dim}
+    Bank.create(folder, spec(fingerprint=fingerprint, **shape)).close()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": None, "rope_theta": 10000.0},
+        {"rope_parameters": None, "rope_theta": 20000, "rope_scaling": {"type": "linear", "factor": 2}},
+        {"rope_parameters": {"rope_theta": 10000.0, **YARN["rope_parameters"]}, "max_position_embeddings": 16384},
+    ],
+)
+def test_fault14_a_config_of_any_generation_is_served_as_engines_read_it(model, tmp_path, changes):
+    """Engines rewrite RoPE settings; comparing with config.json as it is written would refuse them."""
+    folder = edited(model, tmp_path / "m", **changes)
+    bank = bank_of(folder, tmp_path / "b")
+    opened(bank, shape_of(folder))
+    raw = json.loads((folder / "config.json").read_text())
+    opened(bank, shape_of(folder, hf_config=raw))
+    refused(bank, shape_of(folder, hf_config={**shape_of(folder).hf_config, **THETA}), "RoPE")
+
+
+def test_fault14_an_architecture_that_transformers_does_not_know_is_compared_as_it_is_written(model, tmp_path, caplog):
+    folder = edited(model, tmp_path / "m", model_type="my_own", rope_parameters=None, rope_theta=500.0)
+    bank, raw = bank_of(folder, tmp_path / "b"), json.loads((folder / "config.json").read_text())
+    stock = replace(shape_of(model), model=str(folder), hf_config=raw)
+    opened(bank, stock)
+    assert "transformers does not know the architecture" in caplog.text
+    refused(bank, replace(stock, hf_config={**raw, "rope_theta": 600.0}), "RoPE")
+    refused(bank, replace(stock, hf_config={**raw, "hidden_act": "gelu"}), "hidden_act")
+
+
+@pytest.mark.parametrize("written", ["config.json", "text_config", "hf_quant_config.json"])
+def test_fault14_a_bank_of_weights_that_are_not_quantised_is_not_read_by_an_engine_that_quantises(
+    model, bank, tmp_path, written
+):
+    opened(bank, shape_of(model))
+    refused(bank, shape_of(model, quantization="fp8"), r"quantises the weights \(fp8\)", "--quantization")
+    said = {"quantization_config": {"quant_method": "fp8"}}
+    config = json.loads((model / "config.json").read_text())
+    changes = {"config.json": said, "text_config": {"text_config": config | said}}.get(written, {})
+    folder = edited(model, tmp_path / "m", **changes)
+    if written == "hf_quant_config.json":
+        (folder / written).write_text("{}")
+    quantised, engine = bank_of(folder, tmp_path / "b"), replace(shape_of(model), model=str(folder))
+    opened(quantised, replace(engine, quantization="modelopt"))
+    refused(quantised, engine, "whose weights are quantised .*computes without quantisation")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.sglang_engine.engine import run_engine
@@ -74,3 +76,17 @@ def test_b11_retrieval_for_every_chunk_of_the_prompt_and_of_the_answer(memory_be
 @pytest.mark.slow  # the front end's doing, and vLLM's tests have it each time
 def test_fault01_a_full_pool_ends_the_refreshes_and_not_the_answer(memory_bench):
     scenarios.a_full_pool_ends_the_refreshes_and_not_the_answer(memory_bench, run_engine)
+
+
+def test_fault14_options_that_change_a_bank_s_keys_are_refused_at_start(memory_bench):
+    """On the engine's own reading of the folder; a longer context, which changes none, is served."""
+    b = memory_bench
+    longer = {"json_model_override_args": json.dumps({"max_position_embeddings": 8192})}
+    result = run_engine(b.model, [[ask(PROMPTS[0], 12, "alpha")]], memory=b.section(), **longer)
+    assert tokens(result) == [b.after(PROMPTS[0], "alpha")]
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "rms_norm_eps": 1e-3}
+    output = run_engine(b.model, [], memory=b.section(), fails=True, json_model_override_args=json.dumps(rope))
+    assert "RoPE: the folder has {'rope_theta': 10000.0}, the engine {'rope_theta': 5000.0}" in output
+    assert "rms_norm_eps: the folder has 1e-06, the engine 0.001" in output and "--json-model-override-args" in output
+    output = run_engine(b.model, [], memory=b.section(), fails=True, quantization="fp8")
+    assert "the engine quantises the weights (fp8)" in output

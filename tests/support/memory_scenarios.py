@@ -134,16 +134,15 @@ def a_prompt_is_captured_and_read_again(b: MemoryBench, run: Run, id: str = "not
 
 
 def a_bank_of_another_dtype_is_read_and_written_with_a_warning(b: MemoryBench, run: Run, **options: Any) -> None:
-    """An fp32 bank on an engine that computes in bf16, as vLLM's "auto" does with an fp32 checkpoint."""
-    short, text, id = PROMPTS[0], tokens_of(51, 70), "capture:half"
-    rounds = [
-        [ask(text, mem_capture="half"), ask(short, 12, "alpha")],
-        [ask(short, 12, id), ask(text + short), ask(b.texts["alpha"] + short)],
-    ]
+    """An fp32 bank on an engine that computes in bf16, as vLLM's "auto" does with an fp32 checkpoint.
+
+    The text is one whose answer bf16 does not change, on either engine.
+    """
+    short, text, id = PROMPTS[0], b.texts["alpha"], "capture:half"
+    rounds = [[ask(text, mem_capture="half"), ask(short, 12, "alpha")], [ask(short, 12, id)]]
     result = run(b.model, rounds, memory=b.section(capture="own"), dtype="bfloat16", **options)
     assert result["rounds"][0][0]["memory"]["capture"] == {"id": f"{id}@1"}
-    captured, in_the_prompt, alpha = tokens(result, 1)
-    assert [captured, tokens(result, 0)[1]] == [in_the_prompt, alpha], "as text before the prompt, which it stands for"
+    assert [tokens(result)[1], *tokens(result, 1)] == [b.after(short, "alpha")] * 2
     assert result["output"].count("holds float32, the engine computes in bfloat16") == 1
     with Bank.open(b.prefixes) as bank:
         block = bank.load(f"{id}@1")

@@ -188,3 +188,20 @@ def test_speculation_refuses_coarse_states_and_sessions(bench, prompts):
         errors_are_results=True, **speculation,
     )  # fmt: skip
     assert "sessions do not work with speculative decoding" in result["rounds"][0]["error"]
+
+
+@pytest.mark.engine
+def test_fault14_overrides_that_change_a_bank_s_keys_are_refused_at_start(memory_bench):
+    """On the engine's own reading of the folder; a longer context, which changes none, is served."""
+    prompt = [request([5, 6, 7], words={"mem_ids": ["alpha"]})]
+    longer = {"hf_overrides": {"max_position_embeddings": 8192}}
+    assert run_engine(memory_bench.model, [prompt], memory=memory_bench.section(), **longer)["rounds"][0][0]["tokens"]
+    rope = {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "rms_norm_eps": 1e-3}}
+    output = run_engine(memory_bench.model, [], memory=memory_bench.section(), fails=True, **rope)
+    assert "RoPE: the folder has {'rope_theta': 10000.0}, the engine {'rope_theta': 5000.0}" in output
+    assert "rms_norm_eps: the folder has 1e-06, the engine 0.001" in output and "--hf-overrides" in output
+    output = run_engine(
+        memory_bench.model, [], memory=memory_bench.section(), fails=True, dtype="bfloat16",
+        quantization="fp8_per_tensor",
+    )  # fmt: skip
+    assert "the engine quantises the weights (fp8_per_tensor)" in output

@@ -86,7 +86,7 @@ def model_fingerprint(folder: str | Path) -> Fingerprint:
     head_dim = need("head_dim", hidden // heads)
     num_layers = need("num_hidden_layers")
     try:
-        rope = _rope(text)
+        rope = rope_settings(text)
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise FingerprintError(f"{where}: its RoPE settings cannot be read: {error}") from None
     weights, stored_dtype = _weights(folder)
@@ -131,7 +131,7 @@ def _offsets(length: int, samples: int, size: int) -> list[int]:
     return sorted({last * i // max(samples - 1, 1) for i in range(samples)})
 
 
-def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
+def rope_settings(text: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE in one form for configs of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
     found = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if not isinstance(found, Mapping):

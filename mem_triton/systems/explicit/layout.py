@@ -21,6 +21,7 @@ from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.pool.pages import PageLayout
 from mem_triton.systems.engine import EngineShape
+from mem_triton.systems.served_model import check_served
 
 GIB = 1 << 30
 MOST_PAGES = 4096
@@ -58,10 +59,12 @@ def open_bank(shape: EngineShape, section: MemorySection) -> Bank:
         bank = Bank.open(section.bank)
     except (OSError, BankError) as error:
         raise ConfigError(f"mem_triton.memory.bank: {error}") from None
+    folder = model_folder(shape.model, shape.revision)
     try:
-        bank.check_model(model_fingerprint(model_folder(shape.model, shape.revision)))
+        bank.check_model(model_fingerprint(folder))
     except BankError as error:
         raise ConfigError(f"mem_triton.memory.bank: {error}") from None
+    check_served(shape, folder, bank.path)
     if bank.spec.torch_dtype != shape.dtype:
         engine = str(shape.dtype).removeprefix("torch.")
         logging.getLogger(f"{shape.engine.lower()}.mem_triton").warning(
