@@ -21,7 +21,6 @@ from typing import Any
 
 from fastapi import HTTPException
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.managers.utils import is_health_check_generate_req
 
 from mem_triton.config import MemTritonConfig
@@ -44,6 +43,7 @@ from mem_triton_sglang.carrier import is_word, packed
 from mem_triton_sglang.channel import Client
 from mem_triton_sglang.identity import extra_key_of
 from mem_triton_sglang.shape import shape_of
+from mem_triton_sglang.weights import FixedWeights
 
 LOOK_SECONDS = 0.5
 """How often a request that waits for its pages looks whether its client is still there."""
@@ -76,7 +76,7 @@ class _Running:
             raise ValueError(f"Request is disconnected from the client side; {self.obj.rid} waited for its memory")
 
 
-class TokenizerManagerWithMemory(TokenizerManager):
+class TokenizerManagerWithMemory(FixedWeights):
     """Requests may have a session and read a bank. Bad words are ValueErrors, which SGLang answers with HTTP 400."""
 
     def start_memory(self, config: MemTritonConfig) -> None:

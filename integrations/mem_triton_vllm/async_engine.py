@@ -20,7 +20,7 @@ from mem_triton.runtime.frontend.continuation import NORMAL_ENDS
 from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
 from mem_triton.store.pool.loads import MemoryLoadError
 from mem_triton.systems.request import RequestError
-from mem_triton_vllm import callers, front_end, http_words
+from mem_triton_vllm import callers, front_end, http_words, weights
 from mem_triton_vllm.capture import capture_failed, reading_request, tokens_so_far
 from mem_triton_vllm.front_end import VLLMFrontEnd
 
@@ -124,6 +124,14 @@ class AsyncLLMWithMemory(AsyncLLM):
             if segments.done:
                 return
             await self._waits.refresh(reading, len(prompt_ids), segments.generated)
+
+    async def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        weights.check_call(method, *args, **kwargs)
+        return await super().collective_rpc(method, *args, **kwargs)
+
+    async def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> None:
+        weights.check_sleep(level)
+        await super().sleep(level, *args, **kwargs)
 
     @functools.cached_property
     def _waits(self) -> AsyncMemory:

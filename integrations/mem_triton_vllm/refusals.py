@@ -154,6 +154,10 @@ TOUCH_POINTS: dict[str, Callable[[], bool]] = {
     "register_model_loader": lambda: _takes("vllm.model_executor.model_loader:register_model_loader", "load_format"),
     "AsyncLLM.generate": lambda: _takes("vllm.v1.engine.async_llm:AsyncLLM.generate", "prompt", "sampling_params"),
     "AsyncLLM.collective_rpc": lambda: _takes("vllm.v1.engine.async_llm:AsyncLLM.collective_rpc", "method", "args"),
+    "sleep": lambda: (
+        _takes("vllm.v1.engine.async_llm:AsyncLLM.sleep", "level")
+        and _takes("vllm.v1.engine.llm_engine:LLMEngine.sleep", "level")
+    ),
     "LLMEngine.add_request": lambda: _takes("vllm.v1.engine.llm_engine:LLMEngine.add_request", "prompt", "params"),
     "LLMEngine.step": lambda: _has("vllm.v1.engine.llm_engine:LLMEngine", "step", "abort_request", "collective_rpc"),
     "SamplingParams": lambda: _has("vllm.sampling_params:SamplingParams", "__struct_fields__", "detokenize", "n"),

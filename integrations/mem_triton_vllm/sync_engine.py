@@ -23,7 +23,7 @@ from mem_triton.store.pool.loads import LoadWait, MemoryLoadError
 from mem_triton.systems.explicit.captures import Capture
 from mem_triton.systems.explicit.searches import Found, Searches
 from mem_triton.systems.request import RequestError
-from mem_triton_vllm import front_end
+from mem_triton_vllm import front_end, weights
 from mem_triton_vllm.capture import reading_request, tokens_so_far
 from mem_triton_vllm.front_end import VLLMFrontEnd
 from mem_triton_vllm.segments import OutputSegments
@@ -142,6 +142,14 @@ class LLMEngineWithMemory(LLMEngine):
                 self.memory.close(running.opened)
                 if running.held is not None:
                     self._drop(running.opened.capture)
+
+    def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        weights.check_call(method, *args, **kwargs)
+        return super().collective_rpc(method, *args, **kwargs)
+
+    def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> None:
+        weights.check_sleep(level)
+        super().sleep(level, *args, **kwargs)
 
     def _submit_ready(self) -> list[RequestOutput]:
         """Carry pages one round further and submit what they have made ready; outputs of requests that failed."""

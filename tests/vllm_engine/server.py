@@ -17,7 +17,7 @@ class Server(ServerProcess):
 
     words_field, report_field = "vllm_xargs", "kv_transfer_params"
 
-    def __init__(self, model: str, log: str, flags: list[str]) -> None:
+    def __init__(self, model: str, log: str, flags: list[str], **env: str) -> None:
         port = free_port()
         command = [
             sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "m",
@@ -25,7 +25,7 @@ class Server(ServerProcess):
             "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--enforce-eager", "--block-size", "32",
             "--gpu-memory-utilization", "0.3", *flags,
         ]  # fmt: skip
-        super().__init__(spawn(command, environment(VLLM_ENABLE_V1_MULTIPROCESSING="1"), ROOT, log), port, log)
+        super().__init__(spawn(command, environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", **env), ROOT, log), port, log)
 
     def tokens(self, prompt: list[int], max_tokens: int = 12, words: Any = None) -> list[int]:
         response = self.complete(prompt, max_tokens, words)
