@@ -92,7 +92,8 @@ def _default(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    text = " ".join(text.split()).replace("``", "`").replace("|", "\\|")
+    parts = " ".join(text.split()).replace("``", "`").replace("|", "\\|").split("`")
+    text = "`".join(part.replace("<", "&lt;") if i % 2 == 0 else part for i, part in enumerate(parts))  # no HTML
     text = text[:1].upper() + text[1:] if text[:1].isascii() else text  # δ-mem keeps its letter
     return text + ("" if text.endswith((".", ".]")) or not text else ".")
 

@@ -22,19 +22,10 @@ import yaml
 
 from mem_triton.config import DeltaSection, MemorySection, MemTritonConfig, RetrievalSection, parse_config
 from mem_triton.systems.request import WORDS, parse_request
+from tests.support.documents import ALL, PAGES, ROOT, blocks, commands, mem_triton
 
-ROOT = Path(__file__).parents[2]
-PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md",
-                                                  *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
 README, COMPATIBILITY = PAGES["README.md"], PAGES["compatibility.md"]
-ALL = "\n\n".join(PAGES.values())
 NEEDS = ("needs a GPU", "needs the network", "takes hours")
-
-
-def blocks(language: str, text: str = ALL) -> list[tuple[str, str]]:
-    """(title, content) of every fenced block of a language."""
-    fence = rf'^```{language}(?: title="([^"\n]*)")?\n(.*?)^```$'
-    return re.findall(fence, text, re.MULTILINE | re.DOTALL)
 
 
 def first_column(header: str, text: str = ALL) -> list[str]:
@@ -167,17 +158,6 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def mem_triton(folder: Path, arguments: list[str]) -> None:
-    """Run the command in this process, which has the libraries loaded."""
-    from mem_triton.cli.app import main
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["mem-triton", *arguments])
-        main()
-    assert end.value.code == 0, arguments
-
-
 @functools.cache
 def help_of(module: str) -> str:
     wide = {**os.environ, "COLUMNS": "300"}
@@ -201,19 +181,14 @@ def run_line(folder: Path, line: str) -> None:
         pytest.fail(f"nothing runs `{line}`: give its block a title")
 
 
-def lines(content: str) -> list[str]:
-    whole = content.replace("\\\n", " ").splitlines()
-    return [line for line in whole if line.strip() and not line.startswith("#")]
-
-
 @pytest.mark.parametrize("page", [name for name, text in PAGES.items() if blocks("bash", text)])
 def test_shell_examples_run(page, place, capsys):
     for title, content in blocks("bash", PAGES[page]):
         if not title:
-            for line in lines(content):
+            for line in commands(content):
                 run_line(place, line)
         elif title == "takes hours":  # at least nothing in it is misspelt
-            for line in lines(content):
+            for line in commands(content):
                 if not line.startswith("mem-triton"):
                     run_line(place, line)
 
