@@ -147,15 +147,15 @@ def metrics() -> str:
     return "\n".join(rows) + "\n"
 
 
-def registers(root: Path = ROOT) -> dict[str, tuple[Any, ...]]:
-    """Engine -> its integration's register of patches, read from its file: the engine need not be installed."""
+def registers(root: Path = ROOT) -> dict[str, Any]:
+    """Engine -> its integration's module ``patches``, read from its file: the engine need not be installed."""
     found = {}
     for engine in ENGINES:
         path = root / "integrations" / f"mem_triton_{engine}" / "patches.py"
         spec = importlib.util.spec_from_file_location(f"_register_{engine}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        found[engine] = module.PATCHES
+        found[engine] = module
     return found
 
 
@@ -164,7 +164,8 @@ def engine_patches() -> str:
     from mem_triton.patches import KINDS
 
     lines = ["| kind | meaning |", "|---|---|", *(f"| {kind} | {_cell(said)} |" for kind, said in KINDS.items())]
-    for engine, patches in registers().items():
+    for engine, register in registers().items():
+        patches = register.PATCHES
         counts = ", ".join(f"{sum(p.kind == kind for p in patches)} {kind}" for kind in KINDS)
         lines += ["", f"## {ENGINES[engine]}", "", f"{len(patches)} entries: {counts}.", ""]
         for number, patch in enumerate(patches, 1):
@@ -173,6 +174,8 @@ def engine_patches() -> str:
             lines += [f"- **Kind**: {patch.kind}", f"- **Where**: {', '.join(f'`{one}`' for one in where)}"]
             said = {"What": patch.what, "Why": patch.why, "Upstream": patch.upstream, "Until": patch.until}
             lines += [f"- **{name}**: {text}" for name, text in said.items()] + [""]
+        lines += ["### Private names that are read or called", "", "| name | what for |", "|---|---|"]
+        lines += [f"| `{name}` | {_cell(said)} |" for name, said in register.PRIVATE.items()] + [""]
     return "\n".join(lines)
 
 

@@ -202,3 +202,17 @@ PATCHES: tuple[EnginePatch, ...] = (
         until="It has one of the two.",
     ),
 )  # fmt: skip
+
+PRIVATE: dict[str, str] = {
+    "_HOOKS": "steps of the resolution of arguments are taken out again",
+    "_collect_batch_responses": "answers of a batch are put together as SGLang does it",
+    "_handle_abort_req": "a request that the scheduler never had is ended as SGLang ends an aborted one",
+    "_hooks": "hooks that were handed over are taken out again",
+    "_init_req_state": "as _handle_abort_req",
+    "_patched": "the start-up check looks which hooks were applied",
+    "_stream_batch_responses": "streams of a batch are put together as SGLang does it",
+    "_tokenize_texts": "references are found for a prompt's tokens before the request is SGLang's",
+    "_validate_one_request": "a prompt that is too long is refused before its references are found",
+    "_wait_one_response": "as _handle_abort_req",
+}
+"""Private name of SGLang that is read or called -> what for."""

@@ -90,3 +90,8 @@ PATCHES: tuple[EnginePatch, ...] = (
         until="No need.",
     ),
 )  # fmt: skip
+
+PRIVATE: dict[str, str] = {
+    "_attn_implementation": "the attention implementation in use, to add memory to it and to put it back",
+}
+"""Private name of transformers that is read -> what for."""

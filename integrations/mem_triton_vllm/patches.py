@@ -241,3 +241,14 @@ PATCHES: tuple[EnginePatch, ...] = (
         until="Outputs have a field for plugins.",
     ),
 )  # fmt: skip
+
+PRIVATE: dict[str, str] = {
+    "_LOAD_FORMAT_TO_MODEL_LOADER": "the table of load formats is looked at, so that registering twice is harmless",
+    "_api_process_count": "the number of API servers: memory needs one front end",
+    "_cached_get_attn_backend": "the choice of an attention backend is remembered, and forgotten when we change it",
+    "_ensure_registered": "vLLM registers its own KV cache specs before ours",
+    "_k_scale": "the layer's scale, for vLLM's kernel that writes the KV cache",
+    "_v_scale": "as _k_scale",
+    "_verify_tokens": "texts of tokens that are parts of a character, for the log-probabilities of an answer in pieces",
+}
+"""Private name of vLLM that is read or called -> what for."""

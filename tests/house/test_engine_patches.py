@@ -9,7 +9,7 @@ import pytest
 
 from mem_triton.patches import KINDS, EnginePatch, names
 from scripts.make_docs import registers
-from tests.support.patch_sites import Own, Site, sites
+from tests.support.patch_sites import Own, Site, private_names, sites
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ("vllm", "sglang", "transformers")
@@ -29,7 +29,7 @@ def own() -> Own:
 
 def register(engine: str) -> tuple[EnginePatch, ...]:
     """Read from its file: to import the package would import the engine."""
-    return registers(ROOT)[engine]
+    return registers()[engine].PATCHES
 
 
 def unnamed(found: list[Site], patches: tuple[EnginePatch, ...]) -> list[str]:
@@ -61,6 +61,25 @@ def test_every_entry_is_a_change_and_says_all(engine, own):
 
 def _only(patch: EnginePatch, site: str) -> EnginePatch:
     return EnginePatch(patch.target, patch.kind, (site,), *4 * ("",))
+
+
+@every
+def test_every_private_name_of_an_engine_is_in_the_register(engine):
+    """The start-up checks look for names; what is private may go with any release."""
+    ours = [*(ROOT / "integrations").rglob("*.py"), *(ROOT / "mem_triton").rglob("*.py")]
+    used = private_names(sorted((ROOT / "integrations" / f"mem_triton_{engine}").glob("*.py")), ours)
+    told = registers()[engine].PRIVATE
+    assert used == set(told), f"PRIVATE in integrations/mem_triton_{engine}/patches.py"
+    assert list(told) == sorted(told)
+
+
+def test_a_private_name_would_be_seen(tmp_path):
+    path = tmp_path / "uses.py"
+    path.write_text(
+        "from vllm.x import _imported\nclass A:\n    def f(self, engine):\n        self._own = 1\n"
+        "        self._own, self._inherited(), engine.a._looked_up, getattr(engine, '_by_name'), engine.__class__\n"
+    )
+    assert private_names([path], [path]) == {"_imported", "_inherited", "_looked_up", "_by_name"}
 
 
 @every

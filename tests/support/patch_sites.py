@@ -277,3 +277,25 @@ def _flat(targets: list[ast.expr]) -> Iterator[ast.expr]:
 
 def _name(func: ast.expr) -> str:
     return func.id if isinstance(func, ast.Name) else func.attr if isinstance(func, ast.Attribute) else ""
+
+
+def private_names(paths: list[Path], ours: list[Path]) -> set[str]:
+    """Private names of an engine that files use: imported, looked up as an attribute, or by ``getattr``.
+
+    ours: files of the repository; what is defined or set in them is not an engine's.
+    """
+    defined: set[str] = set()
+    for node in (node for path in ours for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
+            defined.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    used: set[str] = set()
+    for node in (node for path in paths for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.Attribute):
+            used.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FOREIGN:
+            used |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Call) and _name(node.func) in ("getattr", "hasattr"):
+            used |= {one.value for one in node.args[1:2] if isinstance(one, ast.Constant)}
+    return {name for name in used - defined if name.startswith("_") and not name.startswith("__")}
