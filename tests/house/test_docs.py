@@ -61,3 +61,27 @@ def test_the_page_of_commands_names_every_option():
         shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "300", "NO_COLOR": "1"}).output
         options = set(re.findall(r"--[a-z][\w-]+", shown)) - {"--help"}
         assert [option for option in options if option not in told] == [], command
+
+
+def test_every_fact_has_a_test_and_every_test_a_fact():
+    """Facts of systems that are planned have none yet."""
+    told = set(re.findall(r"^\| ([A-D]\d+) \|", (ROOT / "docs" / "facts.md").read_text(), re.MULTILINE))
+    numbers = [*(f"A{i}" for i in range(1, 15)), *(f"B{i}" for i in range(1, 13))]
+    numbers += [*(f"C{i}" for i in range(1, 13)), *(f"D{i}" for i in range(1, 9))]
+    assert told == set(numbers)
+    named = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for name in re.findall(r"def test_((?:[abcd]\d+_)+)", path.read_text()):
+            named |= {part.upper() for part in name.strip("_").split("_")}
+    assert named <= told
+    assert {fact for fact in told if fact[0] in "AB"} <= named, "facts without a test"
+
+
+def test_every_fault_is_told():
+    """Names of tests carry the numbers in the headings of docs/robustness.md."""
+    text = (ROOT / "docs" / "robustness.md").read_text()
+    told = {int(n) for group in re.findall(r"\((\d+(?:, \d+)*)\)", text) for n in group.split(", ")}
+    named = {
+        int(n) for path in (ROOT / "tests").rglob("test_*.py") for n in re.findall(r"fault(\d+)_", path.read_text())
+    }
+    assert named and named <= told, sorted(named - told)
