@@ -7,6 +7,7 @@ hand. ``python scripts/make_docs.py`` rewrites them, ``--check`` says which are 
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -159,6 +160,35 @@ def registers(root: Path = ROOT) -> dict[str, Any]:
     return found
 
 
+def subclasses(engine: str) -> list[tuple[str, str, list[str]]]:
+    """(class of an integration, the engine's class that it extends, public methods that it defines)."""
+    trees = {
+        p.stem: ast.parse(p.read_text()) for p in sorted((ROOT / f"integrations/mem_triton_{engine}").glob("*.py"))
+    }
+    imported = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }  # fmt: skip
+    classes = [(module, n) for module, tree in trees.items() for n in tree.body if isinstance(n, ast.ClassDef)]
+    bases = {n.name: [b.value if isinstance(b, ast.Subscript) else b for b in n.bases] for _, n in classes}
+
+    def extended(name: str) -> str | None:
+        for base in bases.get(name, ()):
+            if isinstance(base, ast.Name):
+                path = imported.get(base.id, "") if base.id not in bases else extended(base.id) or ""
+                if path.split(".")[0] == engine:
+                    return path
+        return None
+
+    found = []
+    for module, node in classes:
+        if path := extended(node.name):
+            methods = [n.name for n in node.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+            found.append((f"{module}.{node.name}", path, [m for m in methods if not m.startswith("_")]))
+    return found
+
+
 def engine_patches() -> str:
     """A section for each engine, and an entry for each of its patches."""
     from mem_triton.patches import KINDS
@@ -174,6 +204,11 @@ def engine_patches() -> str:
             lines += [f"- **Kind**: {patch.kind}", f"- **Where**: {', '.join(f'`{one}`' for one in where)}"]
             said = {"What": patch.what, "Why": patch.why, "Upstream": patch.upstream, "Until": patch.until}
             lines += [f"- **{name}**: {text}" for name, text in said.items()] + [""]
+        if extended := subclasses(engine):
+            lines += ["### Classes that extend the engine's", "", "| class | extends | methods |", "|---|---|---|"]
+            for name, base, methods in extended:
+                lines.append(f"| `{name}` | `{base}` | {', '.join(f'`{one}`' for one in methods)} |")
+            lines.append("")
         lines += ["### Private names that are read or called", "", "| name | what for |", "|---|---|"]
         lines += [f"| `{name}` | {_cell(said)} |" for name, said in register.PRIVATE.items()] + [""]
     return "\n".join(lines)

@@ -14,9 +14,8 @@ PATCHES: tuple[EnginePatch, ...] = (
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__",
         kind="hook",
         sites=(*_REGISTRY, "front_end.after_init: manager.__class__"),
-        what="After the constructor the manager gets a subclass of its class, which overrides generate_request and "
-        "abort_request and calls private methods of it (_tokenize_texts, _validate_one_request, "
-        "_stream_batch_responses, _collect_batch_responses, _init_req_state, _wait_one_response, _handle_abort_req).",
+        what="After the constructor the manager gets a subclass of its class, which overrides generate_request, "
+        "abort_request and the methods that change weights, and calls private methods of it (listed below).",
         why="A request's memory is opened before the scheduler has it, and committed before its last output is "
         "returned.",
         upstream=_SEEN
@@ -127,7 +126,7 @@ PATCHES: tuple[EnginePatch, ...] = (
         ),
         what="Forward hooks of torch add the corrections of δ-mem to what the projections give.",
         why="δ-mem corrects q, k and v before norm and RoPE, and the output after the projection. The modules, their "
-        "parameters and names stay, so that weights can be updated while serving.",
+        "parameters and names stay as they are.",
         upstream="Forward hooks are public in torch; SGLang also has --forward-hooks for hooks by name.",
         until="No need.",
     ),

@@ -14,7 +14,8 @@ PATCHES: tuple[EnginePatch, ...] = (
             "front_end._checking_init.__init__: self.*",
         ),
         what="The two constructors are wrapped. An engine whose configuration has a mem_triton section gets, once it "
-        "is built, a subclass of its class that overrides generate, or add_request and step. All others stay stock.",
+        "is built, a subclass of its class that overrides how requests come in and answers go out, collective_rpc and "
+        "sleep. All others stay stock.",
         why="A request's memory is opened before vLLM schedules it, and committed before its last output is returned.",
         upstream="vLLM's plugin groups offer no class for the engine's front end; vllm.endpoint_plugins adds routes "
         "only.",
