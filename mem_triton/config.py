@@ -60,7 +60,7 @@ class DeltaSection(_Section):
 
 
 class RetrievalSection(_Section):
-    """Memory³'s reading schedule (§2.4 of its paper's inference): references by the similarity of what is being said.
+    """Memory³'s reading schedule (arXiv 2407.01178): references by the similarity of what is being said.
 
     top_k: references for each chunk. every: tokens of a chunk, of the prompt and of the answer alike.
     refresh: fetch anew while generating; False keeps the last prompt chunk's references to the end.
@@ -134,8 +134,8 @@ class MemTritonConfig(_Section):
 
     delta: δ-mem, off if absent. memory: explicit memory, off if absent. tenants: what binds requests to tenants.
     session_dir: folder for committed session states; None keeps them in the server's memory only.
-    deterministic: memory's own kernels give a row the same bits in any batch; ``ops/memory_attention/invariant.py``
-        says what is promised. The engine's own such mode turns this on, too; for whole answers both are needed.
+    deterministic: memory's own kernels give a row the same bits in any batch; ``docs/numerics.md`` says what is
+        promised. The engine's own such mode turns this on, too; for whole answers both are needed.
     max_sessions: sessions kept in memory. With ``session_dir`` the least recently used one leaves memory and stays
         on disk; without it a new session beyond the limit is refused, because nothing may be lost silently.
     """

@@ -95,7 +95,7 @@ def _default(value: Any) -> str:
 def _cell(text: str) -> str:
     parts = " ".join(text.split()).replace("``", "`").replace("|", "\\|").split("`")
     text = "`".join(part.replace("<", "&lt;") if i % 2 == 0 else part for i, part in enumerate(parts))  # no HTML
-    text = text[:1].upper() + text[1:] if text[:1].isascii() else text  # δ-mem keeps its letter
+    text = text[:1].upper() + text[1:] if re.match(r"[a-z][a-z ]", text) else text  # δ-mem and vLLM keep their letters
     return text + ("" if text.endswith((".", ".]")) or not text else ".")
 
 
