@@ -42,7 +42,8 @@ def _sections(model: type, path: tuple[str, ...]) -> Iterator[str]:
         kind = "section" if section is not None else _type(field.annotation) + _bounds(field.metadata)
         key = ".".join((*path, name))
         default = "**required**" if field.is_required() else _default(field.get_default(call_default_factory=True))
-        yield f"| `{key}` | {kind} | {default} | {_cell(field.description or meanings[name])} |"
+        meaning = field.description or meanings.get(name) or _first_sentence(section)
+        yield f"| `{key}` | {kind} | {default} | {_cell(meaning)} |"
     yield ""
     for section, where in inner:
         yield from _sections(section, where)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from mem_triton import ids
 from mem_triton.store.bank import Bank, BankError, NewEntry
-from mem_triton.systems.request import RequestError, parse_request
+from mem_triton.systems.registry import parse_request
+from mem_triton.systems.request import RequestError
 from tests.store.bank_case import entry, spec
 
 NAMES = [

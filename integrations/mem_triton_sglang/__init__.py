@@ -12,8 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
-BACKEND = "mem_triton"
-VARIABLE = "MEM_TRITON_CONFIG"
+from mem_triton_sglang.names import BACKEND, VARIABLE
 
 logger = logging.getLogger("sglang.mem_triton")
 

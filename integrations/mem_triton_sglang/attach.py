@@ -17,8 +17,10 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.model_executor.forward_context import get_attn_backend
 from torch import Tensor, nn
 
-from mem_triton.config import ConfigError, DeltaSection
-from mem_triton.systems.delta_mem.attach import DeltaLayers, attention_modules, served_adapter
+from mem_triton.config import ConfigError
+from mem_triton.runtime.worker.modules import attention_modules
+from mem_triton.systems.delta_mem.adapter import DeltaMemAdapter
+from mem_triton.systems.delta_mem.attach import DeltaLayers
 from mem_triton.systems.delta_mem.folding import fold
 from mem_triton.systems.delta_mem.layer_memory import DeltaMemory, has_launches
 from mem_triton.systems.engine import EngineShape
@@ -42,25 +44,25 @@ def check_attention(name: str, attention: RadixAttention, what: str) -> None:
 
 
 def attach(
-    model: nn.Module, shape: EngineShape, section: DeltaSection, page_size: int, rank: int,
-    lose: Callable[[BaseException], None],
+    model: nn.Module, shape: EngineShape, adapter: DeltaMemAdapter, tokens_per_state: int | None, page_size: int,
+    rank: int, lose: Callable[[BaseException], None], batch_invariant: bool = False,
 ) -> DeltaStates:  # fmt: skip
-    """Attach the adapter named in ``section`` to this rank's layers; returns their states, not allocated yet.
+    """Attach an adapter to this rank's layers; returns their states, not allocated yet.
 
-    page_size: tokens of a KV page. rank: of this process, among those that split heads. lose: told of an exception in a
+    tokens_per_state: as configured. page_size: tokens of a KV page. rank: of this process, among those that split
+    heads. lose: told of an exception in a
     layer's step, whose requests lose their memory then.
     Raises ConfigError or AdapterError naming what does not fit.
     """
-    adapter = served_adapter(section, "SGLang")
-    if section.tokens_per_state not in (None, page_size):
+    if tokens_per_state not in (None, page_size):
         raise ConfigError(
             f"mem_triton.delta.tokens_per_state: SGLang keeps one state a KV page, and --page-size is {page_size}; "
-            f"leave it out, or serve with --page-size {section.tokens_per_state}"
+            f"leave it out, or serve with --page-size {tokens_per_state}"
         )
     modules = attention_modules(model, RadixAttention, "δ-mem")
     for name, module in modules.items():
         check_attention(name, module.attn, "δ-mem")
-    layers = DeltaLayers(adapter, modules, shape, rank, next(model.parameters()).device)
+    layers = DeltaLayers(adapter, modules, shape, rank, next(model.parameters()).device, batch_invariant)
     states = DeltaStates(layers.spec, layers.slots, len(layers.weights), page_size)
     launches = has_launches(layers.reads.device)
     rounded = layers.reads.to(shape.dtype) if launches else None

@@ -38,10 +38,10 @@ def create(runner: Any) -> AttentionBackend:
     if memory is None:
         raise ConfigError("--attention-backend mem_triton: no memory hangs at the model")
     pool = runner.token_to_kv_pool
-    if memory.explicit is not None and (type(pool) is not MHATokenToKVPool or pool.dtype != runner.dtype):
+    if memory.has_segments and (type(pool) is not MHATokenToKVPool or pool.dtype != runner.dtype):
         raise ConfigError(
-            f"explicit memory reads plain KV caches in the model's dtype, and this one is a {type(pool).__name__} of "
-            f"{pool.dtype}; leave out --kv-cache-dtype, or the option that chooses the pool"
+            f"memory in attention reads plain KV caches in the model's dtype, and this one is a {type(pool).__name__} "
+            f"of {pool.dtype}; leave out --kv-cache-dtype, or the option that chooses the pool"
         )
     stock = type(backend)
     backend.__class__ = type(f"{stock.__name__}WithMemory", (BackendWithMemory, stock), {})
@@ -105,12 +105,12 @@ class BackendWithMemory(AttentionBackend):
     def _stock_extends(self) -> bool:
         """Whose prefill it is may not depend on the batch in the batch-invariant way."""
         memory = self.mem_triton
-        return not memory.reads_bank and (memory.policy is None or memory.explicit is None)
+        return not memory.reads_segments_now and (memory.policy is None or not memory.has_segments)
 
     @property
     def _stock_decodes(self) -> bool:
         """A captured step cannot choose, so with a bank every decode computes with memory."""
-        return self.mem_triton.explicit is None
+        return not self.mem_triton.has_segments
 
     @property
     def _stock_captures(self) -> bool:
@@ -131,7 +131,7 @@ class BackendWithMemory(AttentionBackend):
         if save_kv_cache and k is not None:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
         step = self.mem_step
-        memory = self.mem_triton.explicit.layer(layer.layer_id)
+        memory = self.mem_triton.segments(layer.layer_id)
         read = {} if memory is None else memory.read(step.seq_lens.shape[0])
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = torch.empty_like(queries)
@@ -139,7 +139,7 @@ class BackendWithMemory(AttentionBackend):
             memory_attention, queries, self._context(layer, step), out, scale=layer.scaling,
             soft_cap=layer.logit_cap or 0.0, sinks=sinks, policy=self.mem_triton.policy,
         )  # fmt: skip
-        attend_or_lose(attend, read, self.mem_triton.lose_references)
+        attend_or_lose(attend, read, lambda error: self.mem_triton.lose_step(error, False))
         return out.view(q.shape[0], -1)
 
     def _context(self, layer: RadixAttention, step: Step) -> PagedContext:

@@ -6,21 +6,20 @@ SGLang's messages allow scalars, and lists or tables of scalars, there; deeper o
 from __future__ import annotations
 
 import base64
-import json
+import binascii
 from collections.abc import Mapping
 from typing import Any
 
+from mem_triton.systems.payload import PayloadError, RequestPayload, encode
 from mem_triton.systems.request import CARRIER
 
 
-def packed(words: Mapping[str, Any] | None, carried: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A request's ``custom_params`` for the workers: without memory's words, which have been answered."""
+def packed(words: Mapping[str, Any] | None, payload: RequestPayload | None) -> dict[str, Any] | None:
+    """A request's ``custom_params`` for the workers: without memory's fields, which have been answered."""
     others = {name: value for name, value in (words or {}).items() if not is_word(name)}
-    if not carried:
+    if payload is None:
         return others or None
-    if state := carried.get("state"):
-        carried = {**carried, "state": base64.b64encode(state).decode()}
-    return {**others, CARRIER: json.dumps(carried)}
+    return {**others, CARRIER: base64.b64encode(encode(payload)).decode()}
 
 
 def has_carried(params: Any) -> bool:
@@ -28,15 +27,15 @@ def has_carried(params: Any) -> bool:
     return CARRIER in (getattr(params, "custom_params", None) or {})
 
 
-def carried_of(params: Any) -> dict[str, Any] | None:
-    """What the front end put into a request's sampling parameters, None if nothing."""
+def carried_of(params: Any) -> bytes | None:
+    """The encoded payload among a request's sampling parameters, None if there is none. Raises PayloadError."""
     text = (getattr(params, "custom_params", None) or {}).get(CARRIER)
     if text is None:
         return None
-    carried = json.loads(text)
-    if state := carried.get("state"):
-        carried["state"] = base64.b64decode(state)
-    return carried
+    try:
+        return base64.b64decode(text, validate=True)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise PayloadError(f"a request's memory payload is no base64: {error}") from None
 
 
 def is_word(name: Any) -> bool:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mem_triton.config import ConfigError, MemTritonConfig, load_config
-from mem_triton_sglang import BACKEND, VARIABLE
+from mem_triton.systems import registry
+from mem_triton.systems.base import Capability
+from mem_triton_sglang.names import BACKEND, VARIABLE
 
 logger = logging.getLogger("sglang.mem_triton")
 
@@ -29,8 +31,9 @@ def configured() -> MemTritonConfig | None:
     if not path:
         return None
     config = load_config(Path(path))
-    if config.delta is None and config.memory is None:
-        raise ConfigError(f"{path}: no memory is configured; give it delta, memory or both, or unset {VARIABLE}")
+    if not config.systems:
+        known = ", ".join(registry.systems())
+        raise ConfigError(f"{path}: no memory is configured; give it one or more of {known}, or unset {VARIABLE}")
     return config
 
 
@@ -54,9 +57,9 @@ def _before_graphs(server_args: Any, previous: Any) -> None:
     config = configured()  # read here alone; the steps that follow only ask whether there is one
     if _is_asked(server_args):
         _refuse(server_args)
-    if config is not None and config.delta is not None:
+    if config is not None and Capability.STATE in registry.required(config.systems):
         _declare(
-            server_args, "cuda_graph_backend_prefill", "disabled", "δ-mem looks at each prefill's requests, which a "
+            server_args, "cuda_graph_backend_prefill", "disabled", "states look at each prefill's requests, which a "
             "captured prefill cannot; decoding keeps its graphs",
         )  # fmt: skip
     previous(server_args)

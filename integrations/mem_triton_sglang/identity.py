@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
 
-from mem_triton.store.pool.plan import FOREVER, from_carried
+from mem_triton.store.pool.plan import FOREVER
+from mem_triton.systems.payload import RequestPayload
 
 _OURS = '["mem_triton'
 MARK = f'{_OURS}", '
@@ -22,16 +22,17 @@ _NAMESPACE = f"{_OURS} namespace"
 _SECRET = os.urandom(16)  # of this front end: nobody outside can search for references whose digests collide
 
 
-def extra_key_of(
-    client_key: str | None, session_key: str | None, bank_key: str | None, plan: Sequence[Sequence[Any]] | None
-) -> str | None:
-    """The key of one request. plan: as carried (``store.plan.to_carried``); bank_key: the bank as it is served.
+def extra_key_of(client_key: str | None, key: str | None = None, payload: RequestPayload | None = None) -> str | None:
+    """The key of one request. key: what all its tokens depend on; payload: what parts of them depend on.
 
     Call it for every request: without memory it is the client's own key, quoted if it imitates one of ours.
     """
-    if session_key is None and bank_key is None and not (client_key or "").startswith(_OURS):
+    parts = sorted(payload.systems.items()) if payload is not None else []
+    keys = [[name, part.key] for name, part in parts if part.key]
+    segments = [(f"{name}:{s.ref}", s.first, s.end) for name, part in parts for s in part.segments]
+    if key is None and not keys and not segments and not (client_key or "").startswith(_OURS):
         return client_key
-    return json.dumps(["mem_triton", client_key, session_key, bank_key, _seen(plan or ())])
+    return json.dumps(["mem_triton", client_key, key, keys, _seen(segments)])
 
 
 @lru_cache(maxsize=1024)
@@ -42,19 +43,19 @@ def parse(extra_key: str) -> tuple[str, tuple[tuple[int, int], ...]]:
     return json.dumps([_NAMESPACE[2:], *namespace]) + extra_key[end:], tuple((f, d) for f, d in stretches)
 
 
-def _seen(plan: Sequence[Sequence[Any]]) -> list[tuple[int, int]]:
-    """Where what tokens see changes, and the digest of what they see from there."""
+def _seen(segments: Iterable[tuple[str, int, int]]) -> list[tuple[int, int]]:
+    """Where what tokens see changes, and the digest of what they see from there. segments: (what, first, end)."""
     starts: dict[int, list[str]] = {0: []}
     ends: dict[int, list[str]] = {}
-    for a in from_carried(plan):
-        if a.first < a.end:
-            starts.setdefault(max(a.first, 0), []).append(a.ref)
-            ends.setdefault(a.end, []).append(a.ref)
+    for what, first, end in segments:
+        if first < end:
+            starts.setdefault(max(first, 0), []).append(what)
+            ends.setdefault(end, []).append(what)
     seen: list[str] = []
     stretches = []
     for position in sorted({*starts, *ends} - {FOREVER}):
-        for ref in ends.get(position, ()):
-            seen.remove(ref)
+        for what in ends.get(position, ()):
+            seen.remove(what)
         seen += starts.get(position, ())
         stretches.append((position, _digest(sorted(seen)) if seen else 0))
     return stretches

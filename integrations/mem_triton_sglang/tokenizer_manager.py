@@ -24,24 +24,19 @@ from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
 from sglang.srt.managers.utils import is_health_check_generate_req
 
 from mem_triton.config import MemTritonConfig
-from mem_triton.runtime.frontend.asynchronous import AsyncMemory, Said
 from mem_triton.runtime.frontend.continuation import NORMAL_ENDS
 from mem_triton.runtime.frontend.memory import MemoryFrontEnd, MemoryLostError, Opened
-from mem_triton.runtime.frontend.tenants import Tenants
 from mem_triton.runtime.incidents import VARIABLE, Incidents
 from mem_triton.store.pool.loads import MemoryLoadError
-from mem_triton.systems.asked import Asked
-from mem_triton.systems.delta_mem import load_adapter
-from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
-from mem_triton.systems.delta_mem.sessions import Lease
-from mem_triton.systems.explicit.captures import CaptureError
-from mem_triton.systems.explicit.chat import chat_frame
-from mem_triton.systems.explicit.frontend import ExplicitFrontEnd
-from mem_triton.systems.request import RequestError, count_refusal
+from mem_triton.systems.base import Failure, FrontendServices, Outcome
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.registry import count_refusal
+from mem_triton.systems.request import RequestError
 from mem_triton_sglang.answer import Answer, fixed, fixed_by_engine
 from mem_triton_sglang.carrier import is_word, packed
 from mem_triton_sglang.channel import Client
 from mem_triton_sglang.identity import extra_key_of
+from mem_triton_sglang.service import CALL
 from mem_triton_sglang.shape import shape_of
 from mem_triton_sglang.weights import FixedWeights
 
@@ -82,19 +77,15 @@ class TokenizerManagerWithMemory(FixedWeights):
     def start_memory(self, config: MemTritonConfig) -> None:
         """Open what is configured. Raises ConfigError naming what does not fit."""
         shape = shape_of(self.server_args, self.model_config)
-        sessions = explicit = None
-        if config.delta is not None:
-            adapter = load_adapter(config.delta.adapter, config.delta.revision, config.delta.scope)
-            sessions = SessionFrontEnd(shape, config, adapter)
-        if config.memory is not None:
-            decode = None if self.tokenizer is None else self.tokenizer.decode
-            frame = functools.cache(lambda: None if self.tokenizer is None else chat_frame(self.tokenizer))
-            render = self.tokenizer and self._render
-            explicit = ExplicitFrontEnd(shape, config.memory, decode, render=render, frame=frame)
         client = Client(ranks=shape.tp_size * len(shape.pp_spans))
+        services = FrontendServices(
+            decode=None if self.tokenizer is None else self.tokenizer.decode,
+            render=self.tokenizer and self._render,
+            tokenizer=None if self.tokenizer is None else lambda: self.tokenizer,
+        )
         incidents = Incidents(Path(os.environ[VARIABLE]))
-        self.memory = MemoryFrontEnd(sessions, explicit, Tenants(config.tenants), incidents)
-        self._waits = AsyncMemory(self.memory, client.call)
+        call = functools.partial(client.call, CALL)
+        self.memory = MemoryFrontEnd.of(config, shape, services, incidents=incidents, call=call)
         self._running: dict[str, _Running] = {}
 
     def _render(self, messages: list[dict[str, str]]) -> str:
@@ -133,13 +124,10 @@ class TokenizerManagerWithMemory(FixedWeights):
         """Whether memory has anything to do with this call; the others go SGLang's way, untouched."""
         if not isinstance(obj, GenerateReqInput) or is_health_check_generate_req(obj):
             return False
-        explicit = self.memory.explicit
-        if explicit is not None and explicit.concerns_all:
+        if self.memory.concerns_all or self.memory.is_salted:
             return True
-        if self.memory.sessions is not None and self.memory.incidents.epoch:
-            return True  # KV that was cached without its states must not be found
         keys = obj.extra_key if isinstance(obj.extra_key, list) else [obj.extra_key]
-        if any(extra_key_of(key, None, None, None) != key for key in keys if isinstance(key, str)):
+        if any(extra_key_of(key) != key for key in keys if isinstance(key, str)):
             return True  # it imitates one of ours
         said = obj.sampling_params if isinstance(obj.sampling_params, list) else [obj.sampling_params]
         return any(_speaks(self._with_preferred(params)) for params in said)
@@ -188,7 +176,7 @@ class TokenizerManagerWithMemory(FixedWeights):
             if words is not None and not isinstance(words, dict):
                 raise RequestError("custom_params", f"must be an object of names and values, got {words!r:.80}")
             fixed_by = fixed_by_engine(self.server_args) or fixed(obj, obj.sampling_params)
-            asked = Asked(
+            asked = RequestParams(
                 answers, str(obj.lora_path or ""), _unfit(obj), fixed_by,
                 prompt_tokens=None if obj.input_ids is None else len(obj.input_ids),
                 headers=None if request is None else getattr(request, "headers", {}),  # None: from ``Engine``
@@ -214,7 +202,7 @@ class TokenizerManagerWithMemory(FixedWeights):
         try:
             async with contextlib.aclosing(self._outputs(running)) as outputs:
                 async for out in outputs:
-                    if running.opened.capture is not None:
+                    if running.opened.reads_answer:
                         news = bool(running.obj.stream) and self.incremental_streaming_output
                         running.said = (running.said if news else []) + list(out["output_ids"])
                     if out["meta_info"]["finish_reason"] is not None:
@@ -226,8 +214,8 @@ class TokenizerManagerWithMemory(FixedWeights):
             self._close(running)
 
     async def _outputs(self, running: _Running) -> AsyncGenerator[Any, None]:
-        obj, reading = running.obj, running.opened.reading
-        if reading is None:
+        obj, opened = running.obj, running.opened
+        if not opened.waits:
             async with contextlib.aclosing(self._generate(copy.copy(obj), running)) as outputs:
                 async for out in outputs:
                     yield out
@@ -236,14 +224,14 @@ class TokenizerManagerWithMemory(FixedWeights):
         try:
             answer = await self._begin(running)
             while not answer.done:
-                await self._waits.fill(reading, running.look)
+                await self.memory.ready(opened, running.look)
                 await running.look()
                 async with contextlib.aclosing(self._generate(answer.request(), running)) as outputs:
                     async for out in outputs:
                         if (seen := answer.take(out)) is not None:
                             yield seen
                 if not answer.done:
-                    await self._waits.refresh(reading, len(answer.own_prompt), answer.generated)
+                    await self.memory.advance(opened, len(answer.own_prompt), answer.generated)
         except Aborted:
             reason = None
         except MemoryLoadError as error:
@@ -255,22 +243,22 @@ class TokenizerManagerWithMemory(FixedWeights):
 
     async def _begin(self, running: _Running) -> Answer:
         """Find and claim what a request reads, and decide how its answer is cut. Raises ValueError before it runs."""
-        obj, reading = running.obj, running.opened.reading
+        obj, opened = running.obj, running.opened
         if obj.input_ids is None:
             obj.input_ids, _ = await self._tokenize_texts(obj.text)
             obj.text = None
         self._validate_one_request(obj, obj.input_ids)
         try:
-            await self._waits.claim(reading, obj.input_ids)
+            await self.memory.prepare(opened, obj.input_ids)
         except RequestError as error:
             count_refusal(error.field)
             raise
         room = max(1, (self.max_req_input_len or self.context_len) - len(obj.input_ids))  # every segment is a prompt
         wanted = obj.sampling_params.get("max_new_tokens", self.sampling_params_class().max_new_tokens)
         limit = room if wanted is None else min(wanted, room)
-        every, limit = self.memory.explicit.cut(reading, len(obj.input_ids), limit)
-        if reading.context_note is not None:
-            obj.sampling_params = {**obj.sampling_params, "max_new_tokens": limit}
+        every, allowed = self.memory.cut(opened, len(obj.input_ids), limit) or (limit, limit)
+        if allowed < limit:
+            limit, obj.sampling_params = allowed, {**obj.sampling_params, "max_new_tokens": allowed}
         said = {n: obj.sampling_params.get(n) for n in ("skip_special_tokens", "spaces_between_special_tokens")}
         as_asked = {name: value is None or bool(value) for name, value in said.items()}
         decode = self.tokenizer and functools.partial(self.tokenizer.decode, **as_asked)
@@ -278,24 +266,12 @@ class TokenizerManagerWithMemory(FixedWeights):
 
     def _generate(self, obj: GenerateReqInput, running: _Running) -> AsyncGenerator[Any, None]:
         """One request of SGLang's, with what its workers and its KV's keys need."""
-        carried, lease = self.memory.carried(running.opened), running.opened.lease
-        memory = carried.get("memory")
-        obj.sampling_params = {
-            **obj.sampling_params, "custom_params": packed(obj.sampling_params.get("custom_params"), carried)
-        }  # fmt: skip
-        obj.extra_key = extra_key_of(
-            obj.extra_key,
-            self.memory.key_of(lease) if self._is_keyed(lease) else None,
-            memory and memory["bank"],
-            memory and memory["plan"],
-        )
+        payload = self.memory.payload(running.opened)
+        custom = packed(obj.sampling_params.get("custom_params"), payload)
+        obj.sampling_params = {**obj.sampling_params, "custom_params": custom}
+        key = self.memory.identity(running.opened, of_plain=False)  # plain requests pass by this front end
+        obj.extra_key = extra_key_of(obj.extra_key, key, payload)
         return super().generate_request(obj, running.request)
-
-    def _is_keyed(self, lease: Lease | None) -> bool:
-        """Whether the KV of a request depends on a state that not every request has."""
-        if lease is None:
-            return False
-        return not self.memory.sessions.is_plain(lease) or bool(self.memory.incidents.epoch)
 
     async def _aborted(self, running: _Running, reason: dict[str, Any] | None) -> AsyncGenerator[Any, None]:
         """The output of a request that ended before the scheduler had it, made as SGLang makes it."""
@@ -310,15 +286,16 @@ class TokenizerManagerWithMemory(FixedWeights):
         """Commit, keep and release what the request leaves; its last output says what it saw."""
         meta, opened = out["meta_info"], running.opened
         normal = meta["finish_reason"]["type"] in NORMAL_ENDS
-        read = functools.partial(self._read_capture, running.obj.extra_key)
-        said = Said(running.obj.input_ids or (), running.said, read)
-        await self._waits.end(opened, meta.get("prompt_tokens", 0), meta.get("completion_tokens", 0), normal, said)
+        read = functools.partial(self._read_text, running.obj.extra_key)
+        prompt_tokens, generated = meta.get("prompt_tokens", 0), meta.get("completion_tokens", 0)
+        outcome = Outcome(normal, prompt_tokens, generated, running.obj.input_ids or (), running.said)
+        await self.memory.end(opened, outcome, read)
         if (report := opened.report()) is not None:
             meta["mem_triton"] = report
-        if opened.capture is not None and opened.capture.error is not None:
-            self._capture_failed(out, running, opened.capture.error)
+        if opened.failure is not None:
+            self._not_kept(out, running, opened.failure)
 
-    async def _read_capture(self, client_key: str | None, ids: list[int], opened: Opened) -> None:
+    async def _read_text(self, client_key: str | None, ids: list[int], opened: Opened) -> None:
         """Run the request that reads what is kept."""
         params = {"max_new_tokens": 1, "temperature": 0.0}
         obj = GenerateReqInput(input_ids=ids, sampling_params=params, rid=uuid.uuid4().hex, extra_key=client_key)
@@ -327,7 +304,7 @@ class TokenizerManagerWithMemory(FixedWeights):
             async for _ in outputs:
                 pass
 
-    def _capture_failed(self, out: dict[str, Any], running: _Running, error: CaptureError) -> None:
+    def _not_kept(self, out: dict[str, Any], running: _Running, error: Failure) -> None:
         """Say so as SGLang says that a request has failed: by the HTTP status, or in the last output where a stream or
         others' answers would be lost. The answer comes along."""
         if running.request is not None and running.alone and not running.obj.stream:

@@ -14,8 +14,8 @@ import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from mem_triton.ops.memory_attention import memory_attention
+from mem_triton.runtime.worker.modules import attention_modules
 from mem_triton.runtime.worker.warmup import Batch, batches
-from mem_triton.systems.delta_mem.attach import attention_modules
 from mem_triton.systems.delta_mem.folding import empty_projections
 from mem_triton_sglang.shape import shape_of
 from mem_triton_sglang.step import Step
@@ -27,17 +27,17 @@ def warm_up(backend: Any, runner: Any) -> None:
     """Launch every kernel of ours on batches of padding, one layer for all that read the same kinds of memory."""
     begun, shape, memory = time.perf_counter(), shape_of(runner.server_args, runner.model_config), backend.mem_triton
     layers = {}
-    if memory.explicit is not None:
-        for module in attention_modules(runner.model, RadixAttention, "explicit memory").values():
-            read = memory.explicit.layer(module.attn.layer_id)
+    if memory.has_segments:
+        for module in attention_modules(runner.model, RadixAttention, "memory in attention").values():
+            read = memory.segments(module.attn.layer_id)
             layers.setdefault(None if read is None else (read.pages is None, read.sink is None), module.attn)
     group = shape.heads // shape.kv_heads
     # Block tables are as wide as a step's longest row; only one as wide as they come lets short queries be divided.
     widths = (1, backend.mem_steps.max_pages)
     for batch, width in itertools.product(batches(group, shape.max_requests, shape.max_step_tokens), widths):
         step = _padding(backend, batch, width)
-        if memory.delta is not None and memory.delta.layers:
-            _advance(memory.delta, batch, step, shape.dtype)
+        if memory.states is not None and memory.states.layers:
+            _advance(memory.states, batch, step, shape.dtype)
         for layer in layers.values():
             _attend(backend, layer, batch, step, shape.dtype)
     logger.info("mem_triton: kernels are compiled, in %.1f s", time.perf_counter() - begun)
@@ -67,7 +67,7 @@ def _advance(states: Any, batch: Batch, step: Step, dtype: torch.dtype) -> None:
 def _attend(backend: Any, layer: RadixAttention, batch: Batch, step: Step, dtype: torch.dtype) -> None:
     heads = (batch.tokens, layer.tp_q_head_num, layer.qk_head_dim)
     queries = torch.empty(heads, dtype=dtype, device=step.seq_lens.device)
-    memory = backend.mem_triton.explicit.layer(layer.layer_id)
+    memory = backend.mem_triton.segments(layer.layer_id)
     memory_attention(
         queries, backend._context(layer, step), torch.empty_like(queries), scale=layer.scaling,
         soft_cap=layer.logit_cap or 0.0, policy=backend.mem_triton.policy,

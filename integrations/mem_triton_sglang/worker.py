@@ -8,8 +8,10 @@ written into the device tables that kernels read, on the stream of the forward p
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,9 @@ from mem_triton.compat import installation
 from mem_triton.config import ConfigError, MemTritonConfig
 from mem_triton.ops.memory_attention import Policy
 from mem_triton.runtime.worker.memory import BatchMemory
-from mem_triton.systems.delta_mem.attach import attention_modules
+from mem_triton.runtime.worker.modules import attention_modules
+from mem_triton.systems import registry
+from mem_triton.systems.base import Capability, WorkerHost
 from mem_triton_sglang.attach import attach, check_attention
 from mem_triton_sglang.carrier import carried_of, has_carried, is_word
 from mem_triton_sglang.configuration import configured
@@ -34,18 +38,30 @@ logger = logging.getLogger("sglang.mem_triton")
 
 
 class WorkerMemory(BatchMemory):
-    """delta: δ-mem's states. context: where requests' own keys and values lie.
+    """states: recurrent states beside the KV cache, None without a system that has some. context: where requests' own
+    keys and values lie.
 
     on_stream: the context in which work joins the forward passes' stream. lock: between SGLang's thread and the
-    channel's. reads_bank: whether a row of the coming step reads the bank; without one, a prefill takes the stock path.
-    policy: of attention; None leaves the way to each step's batch.
+    channel's. reads_segments_now: whether attention reads more than the context for a row of the coming step; else a
+    prefill takes the stock path. policy: of attention; None leaves the way to each step's batch.
     """
 
     def __init__(self, context: ContextReader, on_stream: Any = contextlib.nullcontext, policy: Policy | None = None):
         super().__init__()
-        self.delta: DeltaStates | None = None
+        self.states: DeltaStates | None = None
         self.context, self.on_stream, self.policy = context, on_stream, policy
-        self.lock, self.reads_bank = threading.Lock(), False
+        self.lock, self.reads_segments_now = threading.Lock(), False
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """No forward pass begins inside, and what is queued joins their stream."""
+        with self.lock, self.on_stream():
+            yield
+
+    @functools.cached_property
+    def has_segments(self) -> bool:
+        """Whether attention reads more than the context, for some requests."""
+        return Capability.SEGMENTS in registry.required(self.parts)
 
     def before_step(self, batch: Any) -> None:
         """Write the coming forward pass's rows. batch: SGLang's ``ScheduleBatch``."""
@@ -59,7 +75,7 @@ class WorkerMemory(BatchMemory):
                 self.skip_step(ids, error)
             else:
                 self.begin_step(ids, first, last)
-            self.reads_bank = self.explicit is not None and any(id in self.explicit for id in ids)
+            self.reads_segments_now = self.has_segments and self.reads_segments(ids)
 
     def end_request(self, request: Any) -> None:
         """A request gives its row back, finished, aborted or retracted; its KV is still where it was."""
@@ -93,22 +109,39 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
     invariant = config.deterministic or runner.server_args.enable_deterministic_inference
     policy = Policy(batch_invariant=True) if invariant else None
     memory = WorkerMemory(ContextReader(runner), stream_of(runner), policy)
-    if config.delta is not None:
-        memory.delta = attach(runner.model, shape, config.delta, runner.page_size, ranks.tp, memory.lose_states)
-        memory.slots = memory.delta.slots
-        memory.slots.batch_invariant = invariant
-    if config.memory is not None:
-        from mem_triton.systems.explicit.worker import ExplicitMemory
 
-        modules = attention_modules(runner.model, RadixAttention, "explicit memory").values()
-        attentions = {module.attn.layer_id: module.attn for module in modules}
-        for index, attention in attentions.items():
-            check_attention(f"layer {index}", attention, "explicit memory")
-        device = next(runner.model.parameters()).device
-        memory.explicit = ExplicitMemory(
-            shape, config.memory, sorted(attentions), ranks.tp, ranks.world, device, memory.context
-        )
+    def attach_states(adapter: Any, tokens_per_state: int | None, lose: Callable[[BaseException], None]) -> Any:
+        memory.states = attach(
+            runner.model, shape, adapter, tokens_per_state, runner.page_size, ranks.tp, lose, invariant
+        )  # fmt: skip
+        return memory.states.slots
+
+    host = WorkerHost(
+        layers=attention_layers(runner.model) if Capability.SEGMENTS in registry.required(config.systems) else (),
+        tp_rank=ranks.tp,
+        rank=ranks.world,
+        device=next(runner.model.parameters()).device,
+        lose=memory.lose_step,
+        exclusive=memory.exclusive,
+        on_stream=memory.on_stream,
+        read_kv=memory.context,
+        attach_states=attach_states,
+        deterministic=invariant,
+        policy=policy,
+        leaves_promptly=False,  # the overlapped scheduler runs a request a step longer
+    )
+    memory.attach(config, shape, host)
+    logger.info("memory attached: %s", memory.describe())
     return memory
+
+
+def attention_layers(model: nn.Module) -> list[int]:
+    """This rank's attention layers by their index in the model. Raises ConfigError for what memory cannot serve."""
+    modules = attention_modules(model, RadixAttention, "memory in attention").values()
+    attentions = {module.attn.layer_id: module.attn for module in modules}
+    for index, attention in attentions.items():
+        check_attention(f"layer {index}", attention, "memory in attention")
+    return sorted(attentions)
 
 
 def memory_of(model: nn.Module) -> WorkerMemory | None:
@@ -152,7 +185,7 @@ def after_initialize(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Non
 def after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -> int:
     """``DefaultPoolConfigurator._compute_cell_size``: a token takes the bytes of its state, too."""
     memory = memory_of(kvc.model)
-    return result + (memory.delta.bytes_per_token if memory is not None and memory.delta is not None else 0)
+    return result + (memory.states.bytes_per_token if memory is not None and memory.states is not None else 0)
 
 
 def after_alloc(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
@@ -160,9 +193,9 @@ def after_alloc(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
     memory = memory_of(runner.model)
     if memory is None:
         return
-    if memory.delta is not None:
+    if memory.states is not None:
         pool = runner.token_to_kv_pool
-        memory.delta.allocate(pool.size + pool.page_size, pool.device)
+        memory.states.allocate(pool.size + pool.page_size, pool.device)
     runner.req_to_token_pool.mem_triton = memory
     from mem_triton_sglang.service import serve_memory
 

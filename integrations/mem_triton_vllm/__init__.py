@@ -10,7 +10,7 @@ import logging
 from contextlib import ExitStack
 from typing import Any
 
-LOAD_FORMAT = "mem_triton"
+from mem_triton_vllm.names import LOAD_FORMAT
 
 logger = logging.getLogger("vllm.mem_triton")
 
@@ -46,10 +46,10 @@ def _register() -> None:
 
 def _installed() -> type:
     """The loader, with every patch in place; where one fails, none is."""
-    from mem_triton_vllm import block_keys, front_end, loader
+    from mem_triton_vllm import block_keys, engines, loader
 
     with ExitStack() as undo:
-        front_end.install(undo)
+        engines.install(undo)
         block_keys.install(undo)
         undo.pop_all()
     return loader.MemTritonLoader

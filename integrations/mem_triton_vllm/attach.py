@@ -15,8 +15,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-from mem_triton.config import ConfigError, DeltaSection
-from mem_triton.systems.delta_mem.attach import DeltaLayers, attention_modules, served_adapter
+from mem_triton.config import ConfigError
+from mem_triton.runtime.worker.modules import attention_modules
+from mem_triton.systems.delta_mem.adapter import DeltaMemAdapter
+from mem_triton.systems.delta_mem.attach import DeltaLayers
 from mem_triton.systems.delta_mem.layer_memory import Linear, plain_linear
 from mem_triton.systems.delta_mem.slots import StateSlots
 from mem_triton_vllm import fused_inputs
@@ -31,19 +33,22 @@ TOKENS_PER_STATE = 16
 """Cells are exact where execution resumes: at the frontier or at a block boundary. 16 costs 0.39 % of Qwen3-4B's KV."""
 
 
-def attach(vllm_config: VllmConfig, model: nn.Module, section: DeltaSection, lose: Lose) -> StateSlots:
-    """Attach the adapter named in ``section`` to this worker's layers; returns the worker's state tables.
+def attach(
+    vllm_config: VllmConfig, model: nn.Module, adapter: DeltaMemAdapter, tokens_per_state: int | None, lose: Lose,
+    batch_invariant: bool = False,
+) -> StateSlots:  # fmt: skip
+    """Attach an adapter to this worker's layers; returns the worker's state tables.
 
-    lose: told of an exception in a layer's step, whose requests lose their memory then.
-    Raises ConfigError or AdapterError naming what does not fit.
+    tokens_per_state: as configured. lose: told of an exception in a layer's step, whose requests lose their memory
+    then. Raises ConfigError or AdapterError naming what does not fit.
     """
-    adapter = served_adapter(section, "vLLM")
     modules = attention_modules(model, Attention, "δ-mem")
     device = next(model.parameters()).device
-    layers = DeltaLayers(adapter, modules, shape_of(vllm_config), get_tensor_model_parallel_rank(), device)
+    rank = get_tensor_model_parallel_rank()
+    layers = DeltaLayers(adapter, modules, shape_of(vllm_config), rank, device, batch_invariant)
     _check_uniform(vllm_config)
 
-    tokens_per_state = _tokens_per_state(vllm_config, section)
+    tokens_per_state = _tokens_per_state(vllm_config, tokens_per_state)
     fuse = vllm_config.compilation_config.mode != CompilationMode.NONE
     linear = cpu_linear if device.type == "cpu" else plain_linear
     how = "no layer of it is on this rank"
@@ -97,9 +102,9 @@ def _check_uniform(vllm_config: VllmConfig) -> None:
         check_attention(name, attention)
 
 
-def _tokens_per_state(vllm_config: VllmConfig, section: DeltaSection) -> int:
+def _tokens_per_state(vllm_config: VllmConfig, wanted: int | None) -> int:
     """16, or 1 under speculative decoding, where a step may resume after any accepted token."""
-    speculative, wanted = vllm_config.speculative_config is not None, section.tokens_per_state
+    speculative = vllm_config.speculative_config is not None
     if speculative and wanted not in (None, 1):
         raise ConfigError(
             f"mem_triton.delta.tokens_per_state: {wanted} is wrong under speculative decoding, which resumes after any "

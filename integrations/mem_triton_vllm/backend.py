@@ -31,7 +31,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from mem_triton.config import ConfigError
 from mem_triton.ops.memory_attention import PagedContext, Policy, memory_attention
 from mem_triton.runtime.worker.memory import attend_or_lose
-from mem_triton.systems.explicit.worker import LayerMemory
+from mem_triton.systems.base import LayerSegments
 
 
 @dataclass
@@ -135,7 +135,7 @@ class MemoryAttentionImpl(AttentionImpl):
         }
         for name, value in unsupported.items():
             if value is not None:
-                raise ConfigError(f"mem_triton.memory: explicit memory does not support models with {name}")
+                raise ConfigError(f"memory in attention does not support models with {name}")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype, self.soft_cap = kv_cache_dtype, logits_soft_cap or 0.0
@@ -179,7 +179,7 @@ class MemoryAttentionImpl(AttentionImpl):
         m = attn_metadata
         keys, values = kv_cache.split(self.head_size, dim=-1)
         context = PagedContext(keys, values, m.block_table, m.query_start_loc, m.seq_lens, m.max_query_len)
-        memory: LayerMemory | None = getattr(layer, "mem_triton_memory", None)
+        memory: LayerSegments | None = getattr(layer, "mem_triton_memory", None)
         read = {} if memory is None else memory.read(m.seq_lens.shape[0])
         tokens = m.num_actual_tokens
         heads = (tokens, self.num_heads, self.head_size)
@@ -200,7 +200,7 @@ def chosen_for(vllm_config: VllmConfig) -> Iterator[None]:
     chosen = vllm_config.attention_config.backend
     if chosen not in (None, AttentionBackendEnum.CUSTOM):
         raise ConfigError(
-            f"mem_triton.memory needs its own attention backend, and --attention-backend asks for {chosen.name}; "
+            f"memory in attention needs its own attention backend, and --attention-backend asks for {chosen.name}; "
             "leave the option out"
         )
     if not current_platform.is_cpu():

@@ -15,7 +15,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.core import kv_cache_utils
 
-from mem_triton.store.pool.plan import from_carried, seen_between
+from mem_triton.systems.payload import decode, keys_between
 from mem_triton.systems.request import carried_by
 
 logger = init_logger("vllm.mem_triton")
@@ -38,8 +38,8 @@ def _with_memory(stock: Any) -> Any:
     ) -> Any:
         keys, next_mm_idx = stock(request, start_token_idx, end_token_idx, start_mm_idx)
         try:
-            memory = (carried_by(request.sampling_params) or {}).get("memory")
-            own = (memory_key(memory, start_token_idx, end_token_idx),) if memory else ()
+            carried = carried_by(request.sampling_params)
+            own = memory_keys(carried, start_token_idx, end_token_idx) if carried is not None else ()
         except Exception as error:  # the scheduler goes on: nobody else finds these blocks
             logger.error("mem_triton: blocks of %s are not shared: %s", request.request_id, error)
             own = (("mem_triton", request.request_id),)
@@ -49,6 +49,6 @@ def _with_memory(stock: Any) -> Any:
     return generate_block_hash_extra_keys
 
 
-def memory_key(memory: dict[str, Any], start: int, end: int) -> tuple[str, Any]:
-    """What the tokens at positions start..end-1 saw: the bank as it is served, and its references with their parts."""
-    return ("mem_triton", (memory["bank"], *seen_between(from_carried(memory["plan"]), start, end)))
+def memory_keys(carried: bytes, start: int, end: int) -> tuple[tuple[str, Any], ...]:
+    """What the tokens at positions start..end-1 saw, by memory system. carried: the request's encoded payload."""
+    return tuple(("mem_triton", keys) for keys in keys_between(decode(carried), start, end))

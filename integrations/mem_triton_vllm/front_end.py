@@ -8,52 +8,28 @@ travels with the request in ``extra_args``; what a KV cache needs to tell memori
 from __future__ import annotations
 
 import copy
-import functools
 import hashlib
 import json
 import re
+import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.llm_engine import LLMEngine
 
-from mem_triton.config import MemTritonConfig
 from mem_triton.runtime.frontend.memory import MemoryFrontEnd, Opened
 from mem_triton.runtime.frontend.tenants import Tenants
 from mem_triton.runtime.incidents import Incidents, make_file
-from mem_triton.systems.asked import Asked
-from mem_triton.systems.delta_mem import load_adapter
-from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
-from mem_triton.systems.explicit.chat import chat_frame
-from mem_triton.systems.request import CARRIER, RequestError, count_refusal
-from mem_triton_vllm import callers
+from mem_triton.systems.base import FrontendPart
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.payload import encode
+from mem_triton.systems.registry import count_refusal
+from mem_triton.systems.request import CARRIER, RequestError
 from mem_triton_vllm.answer_text import AnswerText
-from mem_triton_vllm.refusals import (
-    check_engine,
-    check_touch_points,
-    explicit_obstacle,
-    section_of,
-    session_obstacle,
-)
-from mem_triton_vllm.segments import OutputSegments, fixed, fixed_by_engine
-from mem_triton_vllm.shape import shape_of
-
-if TYPE_CHECKING:
-    from mem_triton.systems.explicit.frontend import ExplicitFrontEnd
-
-TAKE_STATE = "mem_triton_take_state"
-LOAD_PAGES = "mem_triton_load_pages"
-PAGES_STATE = "mem_triton_pages_state"
-CAPTURE_STATE = "mem_triton_capture_state"
-DROP_CAPTURES = "mem_triton_drop_captures"
-"""Worker methods, called by name over vLLM's collective RPC; see ``worker``."""
+from mem_triton_vllm.segments import OutputSegments, fixed
 
 
 class VLLMFrontEnd(MemoryFrontEnd):
@@ -71,10 +47,10 @@ class VLLMFrontEnd(MemoryFrontEnd):
     """
 
     def __init__(
-        self, sessions: SessionFrontEnd | None, explicit: ExplicitFrontEnd | None,
-        tokenizer: Callable[[], Any] | None = None, fixed_all: str | None = None, tenants: Tenants | None = None,
+        self, parts: Mapping[str, FrontendPart], tenants: Tenants | None = None,
+        tokenizer: Callable[[], Any] | None = None, fixed_all: str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(sessions, explicit, tenants, Incidents(make_file(), _external_id))
+        super().__init__(parts, tenants, Incidents(make_file(), _external_id))
         self.tokenizer, self._fixed = tokenizer, fixed_all
 
     def open_request(
@@ -97,26 +73,29 @@ class VLLMFrontEnd(MemoryFrontEnd):
                         RequestError(word, "streaming inputs have no prefix key that would part their states")
                     )
         fixed_by = self._fixed or fixed(params)
-        asked = Asked(params.n, _lora_name(lora), _unfit(prompt), fixed_by, _prompt_tokens(prompt), headers, chat)
+        said = RequestParams(
+            params.n, _lora_name(lora), _unfit(prompt), fixed_by, _prompt_tokens(prompt), headers, chat
+        )
         try:
-            return self.open(params.extra_args, asked)
+            return self.open(params.extra_args, said)
         except RequestError as error:
             raise refused(error) from None
 
     def carry(self, prompt: Any, params: Any, opened: Opened) -> tuple[Any, Any]:
         """The salted prompt, and a copy of the parameters with what workers and block hashes need."""
-        if carried := self.carried(opened):  # a plain request carries nothing
+        if (payload := self.payload(opened)) is not None:  # a plain request carries nothing
             params = copy.copy(params)
-            params.extra_args = {**(params.extra_args or {}), CARRIER: carried}
+            params.extra_args = {**(params.extra_args or {}), CARRIER: encode(payload)}
         if isinstance(prompt, EngineCoreRequest):
             prompt = copy.copy(prompt)
             prompt.sampling_params = params
-        return (_salt(prompt, self.key_of(opened.lease)) if opened.lease is not None else prompt), params
+        return (_salt(prompt, self.identity(opened)) if opened.parts else prompt), params
 
     def segments(self, opened: Opened, prompt_ids: list[int], params: SamplingParams) -> OutputSegments:
         """How the answer is cut."""
-        every, limit = self.explicit.cut(opened.reading, len(prompt_ids), params.max_tokens)
-        spells = opened.reading.refreshes and params.detokenize and self.tokenizer is not None
+        whole = params.max_tokens or sys.maxsize
+        every, limit = self.cut(opened, len(prompt_ids), params.max_tokens) or (whole, whole)
+        spells = every < limit and params.detokenize and self.tokenizer is not None
         text = AnswerText(self.tokenizer(), prompt_ids, params) if spells else None
         return OutputSegments(prompt_ids, params, every, limit, text)
 
@@ -142,6 +121,12 @@ def count_tokens(output: RequestOutput, kind: RequestOutputKind, before: int) ->
     return before + tokens if kind is RequestOutputKind.DELTA else tokens
 
 
+def tokens_so_far(output: RequestOutput, kind: RequestOutputKind, before: list[int]) -> list[int]:
+    """The answer's tokens: an output holds the new ones alone (DELTA), or all of them."""
+    tokens = list(output.outputs[0].token_ids)
+    return before + tokens if kind is RequestOutputKind.DELTA else tokens
+
+
 def add_report(output: RequestOutput, opened: Opened) -> None:
     """What the request saw, in the response's field for KV-related extras; OpenAI's protocol has no other."""
     if (report := opened.report()) is not None:
@@ -149,71 +134,20 @@ def add_report(output: RequestOutput, opened: Opened) -> None:
         output.kv_transfer_params = {**extras, "mem_triton": report}
 
 
+def ended_by_error(output: RequestOutput) -> RequestOutput:
+    """The last output of a whole answer, beside which something failed; its report says what."""
+    ended = copy.copy(output)
+    ended.outputs = [copy.copy(answer) for answer in output.outputs]
+    for answer in ended.outputs:
+        answer.finish_reason = "error"
+    return ended
+
+
 def failed(request_id: str, prompt_ids: list[int] | None, reason: str) -> RequestOutput:
     """The last output of a request that ends alone, because its memory could not be had."""
     answer = CompletionOutput(0, "", [], None, None, finish_reason="error")
     report = {"mem_triton": {"error": reason}}
     return RequestOutput(request_id, None, prompt_ids, None, [answer], finished=True, kv_transfer_params=report)
-
-
-def install(undo: ExitStack) -> None:
-    """Let engines whose configuration has a ``mem_triton`` section become their counterparts with memory.
-
-    Only the two constructors are wrapped; an engine without the section is the stock class, untouched. ``undo``
-    puts them back.
-    """
-    from mem_triton_vllm.async_engine import AsyncLLMWithMemory
-    from mem_triton_vllm.sync_engine import LLMEngineWithMemory
-
-    for stock, with_memory in ((AsyncLLM, AsyncLLMWithMemory), (LLMEngine, LLMEngineWithMemory)):
-        if not getattr(stock.__init__, "_mem_triton", False):
-            undo.callback(setattr, stock, "__init__", stock.__init__)
-            stock.__init__ = _checking_init(stock.__init__, with_memory)
-
-
-def _checking_init(stock_init: Any, with_memory: type) -> Any:
-    @functools.wraps(stock_init)
-    def __init__(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        config = section_of(vllm_config)
-        if config is None:
-            return stock_init(self, vllm_config, *args, **kwargs)
-        check_touch_points()
-        check_engine(vllm_config)
-        if config.tenants is not None and with_memory.SERVES:
-            callers.install()
-
-        def tokenizer() -> Any:
-            return self.renderer.get_tokenizer()
-
-        memory = _front_end(vllm_config, config, lambda ids: tokenizer().decode(ids), tokenizer)
-        stock_init(self, vllm_config, *args, **kwargs)
-        self.memory, self.__class__ = memory, with_memory
-        self.start_memory()
-
-    __init__._mem_triton = True
-    return __init__
-
-
-def _front_end(vllm_config: VllmConfig, config: MemTritonConfig, decode: Any, tokenizer: Any = None) -> VLLMFrontEnd:
-    """Both halves, as configured, before the engine starts: what cannot work is said at once."""
-    shape, sessions, explicit = shape_of(vllm_config), None, None
-    if vllm_config.model_config.skip_tokenizer_init:
-        decode = tokenizer = None
-
-    def render(messages: list[dict[str, str]]) -> str:
-        return tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    if config.delta is not None:
-        adapter = load_adapter(config.delta.adapter, config.delta.revision, config.delta.scope)
-        sessions = SessionFrontEnd(shape, config, adapter, session_obstacle(vllm_config))
-    if config.memory is not None:
-        from mem_triton.systems.explicit.frontend import ExplicitFrontEnd
-
-        frame = functools.cache(lambda: None if tokenizer is None else chat_frame(tokenizer()))
-        explicit = ExplicitFrontEnd(
-            shape, config.memory, decode, explicit_obstacle(vllm_config), tokenizer and render, frame
-        )  # fmt: skip
-    return VLLMFrontEnd(sessions, explicit, tokenizer, fixed_by_engine(vllm_config), Tenants(config.tenants))
 
 
 def _lora_name(lora: Any) -> str:
@@ -281,7 +215,7 @@ def _salt(prompt: Any, key: str | None) -> Any:
         prompt = {"prompt_token_ids": prompt}
     if isinstance(prompt, dict):
         return {**prompt, "cache_salt": _join(prompt.get("cache_salt"), key)}
-    return prompt  # a stream of inputs: plain requests only, see SessionFrontEnd
+    return prompt  # a stream of inputs: plain requests only, see ``admit``
 
 
 def _join(salt: str | None, key: str | None) -> str:

@@ -18,10 +18,10 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
-from mem_triton.config import Scope
 from mem_triton.ops.attention_inputs import HeadInputs
 from mem_triton.systems.delta_mem.folding import fold
 from mem_triton.systems.delta_mem.layer_memory import DeltaMemory, has_launches
+from mem_triton.systems.delta_mem.section import Scope
 from mem_triton_vllm.layers import StandIn
 
 MODELS = {f"vllm.model_executor.models.{name}" for name in

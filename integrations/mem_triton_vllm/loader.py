@@ -18,7 +18,10 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from mem_triton.compat import installation
-from mem_triton_vllm import LOAD_FORMAT, warmup
+from mem_triton.systems import registry
+from mem_triton.systems.base import Capability
+from mem_triton_vllm import warmup
+from mem_triton_vllm.names import LOAD_FORMAT
 from mem_triton_vllm.refusals import check_engine, check_touch_points, section_of
 
 logger = init_logger("vllm.mem_triton")
@@ -50,7 +53,8 @@ class MemTritonLoader(BaseModelLoader):
         check_touch_points()
         logger.info("%s", installation(__file__))
         check_engine(vllm_config)
-        with _attention_with_memory(vllm_config) if config.memory else nullcontext():
+        reads = Capability.SEGMENTS in registry.required(config.systems)
+        with _attention_with_memory(vllm_config) if reads else nullcontext():
             model = self.base.load_model(vllm_config, model_config, prefix)
         _prepare(vllm_config, model, config)
         warmup.register(vllm_config)
@@ -64,9 +68,9 @@ def _attention_with_memory(vllm_config: VllmConfig) -> AbstractContextManager[No
 
 
 def _prepare(vllm_config: VllmConfig, model: nn.Module, config: Any) -> None:
-    from mem_triton_vllm import v1_runner, v2_runner, worker  # after vLLM has chosen its runner
+    from mem_triton_vllm import service, v1_runner, v2_runner  # after vLLM has chosen its runner
 
-    worker.install()
+    service.install()
     if vllm_config.use_v2_model_runner:
         v2_runner.prepare(vllm_config, model, config)
     else:

@@ -9,9 +9,9 @@ PATCHES: tuple[EnginePatch, ...] = (
         target="vllm.v1.engine.async_llm.AsyncLLM.__init__, vllm.v1.engine.llm_engine.LLMEngine.__init__",
         kind="patch",
         sites=(
-            "front_end.install: stock.__init__",
-            "front_end.install: undo.callback(setattr)",
-            "front_end._checking_init.__init__: self.*",
+            "engines.install: stock.__init__",
+            "engines.install: undo.callback(setattr)",
+            "engines._checking_init.__init__: self.*",
         ),
         what="The two constructors are wrapped. An engine whose configuration has a mem_triton section gets, once it "
         "is built, a subclass of its class that overrides how requests come in and answers go out, collective_rpc and "
@@ -136,7 +136,7 @@ PATCHES: tuple[EnginePatch, ...] = (
     EnginePatch(
         target="attention layers: mem_triton_memory, impl.policy, impl.lose",
         kind="object",
-        sites=("explicit_worker.attach_explicit: attention.*",),
+        sites=("attention.connect: attention.*",),
         what="A layer's attention is told which pages and segments it reads, how its batches are computed, and whom "
         "to tell of an exception.",
         why="vLLM builds the backend's objects itself, before the memory is there.",
@@ -206,8 +206,8 @@ PATCHES: tuple[EnginePatch, ...] = (
     EnginePatch(
         target="vllm.v1.worker.worker_base.WorkerBase",
         kind="extension",
-        sites=("worker.install: setattr(WorkerBase, name)",),
-        what="The methods that the front end calls by name are added, with names that begin with mem_triton_.",
+        sites=("service.install: setattr(WorkerBase, CALL)",),
+        what="One method, mem_triton_call, is added; it hands the front end's calls to the memory systems of a worker.",
         why="The front end loads pages, takes states and keeps prompts through vLLM's collective RPC.",
         upstream="vLLM's guide for plugins has them add their methods to WorkerBase.",
         until="No need.",

@@ -17,7 +17,9 @@ from vllm.model_executor.layers.attention import Attention
 
 from mem_triton.compat import TESTED_VERSIONS, UnsupportedVersionError, require
 from mem_triton.config import ConfigError, MemTritonConfig, parse_config
-from mem_triton_vllm import LOAD_FORMAT
+from mem_triton.systems import registry
+from mem_triton.systems.base import Capability
+from mem_triton_vllm.names import LOAD_FORMAT
 
 SECTION = "mem_triton"
 
@@ -45,8 +47,9 @@ def section_of(vllm_config: VllmConfig) -> MemTritonConfig | None:
             "add --load-format mem_triton (a load format of your own goes into --model-loader-extra-config "
             "'{\"base_load_format\": ...}')"
         )
-    if config.delta is None and config.memory is None:
-        raise ConfigError("mem_triton: no memory is configured; give it delta, memory or both, or drop the flags")
+    if not config.systems:
+        known = ", ".join(registry.systems())
+        raise ConfigError(f"mem_triton: no memory is configured; give it one or more of {known}, or drop the flags")
     return config
 
 
@@ -97,8 +100,14 @@ def session_obstacle(vllm_config: VllmConfig) -> str | None:
     return None
 
 
-def explicit_obstacle(vllm_config: VllmConfig) -> str | None:
-    """Why requests of this engine, as it is configured, cannot read a bank; None if they can."""
+def obstacles(vllm_config: VllmConfig) -> dict[Capability, str]:
+    """Why requests of this engine, as it is configured, cannot use a capability."""
+    found = {Capability.STATE: session_obstacle(vllm_config), Capability.SEGMENTS: segment_obstacle(vllm_config)}
+    return {capability: why for capability, why in found.items() if why is not None}
+
+
+def segment_obstacle(vllm_config: VllmConfig) -> str | None:
+    """Why requests of this engine, as it is configured, cannot read memory in attention; None if they can."""
     if option := _several_front_ends(vllm_config):
         return f"explicit memory needs {option} 1: one front end decides what lies in the pool"
     return None

@@ -17,10 +17,10 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from mem_triton.config import MemTritonConfig
-from mem_triton_vllm.worker_memory import WorkerMemory, attach_memory
+from mem_triton_vllm.worker import WorkerMemory, attach_memory
 
 if TYPE_CHECKING:
-    from mem_triton_vllm.explicit_worker import BlockRow
+    from mem_triton_vllm.attention import BlockRow
 
 _MARK = "_mem_triton_patched"
 

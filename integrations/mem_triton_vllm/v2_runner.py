@@ -14,7 +14,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from mem_triton.config import MemTritonConfig
-from mem_triton_vllm.worker_memory import attach_memory
+from mem_triton_vllm.worker import attach_memory
 
 
 class MemoryModelState:

@@ -1,68 +1,68 @@
-"""The worker methods that the front end calls: a finished request's state, pages to fill, prompts that were kept.
+"""A vLLM worker's memory: runners tell it who enters, who leaves, and how the rows stand.
 
-vLLM calls worker methods by name over its collective RPC; its plugin guide has plugins add theirs to ``WorkerBase``.
-The methods exist only in processes that loaded a model with memory. None of them waits: vLLM's engine waits for them.
+The model has it as its attribute ``mem_triton``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import Any
 
-from vllm.v1.worker.worker_base import WorkerBase
+import torch
+import vllm.envs as envs
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
 
-from mem_triton.store.pool.courier import Order
-from mem_triton_vllm import front_end
-from mem_triton_vllm.worker_memory import WorkerMemory
+from mem_triton.config import MemTritonConfig
+from mem_triton.ops.memory_attention import Policy
+from mem_triton.runtime.worker.memory import BatchMemory
+from mem_triton.systems import registry
+from mem_triton.systems.base import Capability, WorkerHost
+from mem_triton.systems.request import carried_by
+from mem_triton_vllm.attach import attach
+from mem_triton_vllm.attention import BlockRow, attentions_of, connect, read_context
+from mem_triton_vllm.shape import shape_of
 
-
-def _memory(worker: WorkerBase) -> WorkerMemory:
-    return worker.get_model().mem_triton
-
-
-def take_state(self: WorkerBase, lease: str, position: int, forget: list[str]) -> dict[str, Any]:
-    """This worker's layers of a lease's state after ``position``: {"position": int, "states": {index: fp32 bytes}}."""
-    slots = _memory(self).slots
-    slots.drop(forget)
-    reached, data = slots.take(lease, position)
-    size = 4 * slots.state_size
-    parts = {str(layer): data[i * size : (i + 1) * size] for i, layer in enumerate(slots.layer_indices)}
-    return {"position": reached, "states": parts}
-
-
-def load_pages(self: WorkerBase, orders: list[Order]) -> None:
-    """Start to fill pages in the background."""
-    for ref, pages, _ in orders:
-        _memory(self).explicit.load(ref, pages)
+logger = init_logger("vllm.mem_triton")
 
 
-def pages_state(self: WorkerBase, heard: list[str]) -> dict[str, dict[str, Any]]:
-    """What has been filled, less what the front end has ``heard``: reference -> None, or why it could not be; and the
-    loader's counts."""
-    loader = _memory(self).explicit.loader
-    return {"finished": loader.outcomes(heard), "stats": loader.stats()}
+class WorkerMemory(BatchMemory):
+    """What a worker of vLLM has; see ``BatchMemory``."""
+
+    def enter(self, request_id: str, params: Any) -> None:
+        """A request joins the batch. params: its sampling parameters, which carry what the front end resolved."""
+        super().enter(request_id, lambda: carried_by(params))
 
 
-def capture_state(self: WorkerBase, lease: str) -> dict[str, Any]:
-    """{"file": path} of this worker's layers and heads of a kept prompt, {"error": reason}, {} while it is written."""
-    try:
-        return _memory(self).explicit.captures.state(lease)
-    except KeyError as error:
-        return {"error": str(error)}
+def attach_memory(
+    vllm_config: VllmConfig, model: nn.Module, config: MemTritonConfig, block_row: BlockRow
+) -> WorkerMemory:
+    """Give a loaded model the memory that its configuration asks for. Raises ConfigError naming what does not fit.
 
-
-def drop_captures(self: WorkerBase, leases: list[str]) -> None:
-    """Forget captures; nothing of them stays here or on the disk."""
-    _memory(self).explicit.captures.drop(leases)
-
-
-def install() -> None:
-    """Add the methods to vLLM's workers in this process."""
-    methods = {
-        front_end.TAKE_STATE: take_state,
-        front_end.LOAD_PAGES: load_pages,
-        front_end.PAGES_STATE: pages_state,
-        front_end.CAPTURE_STATE: capture_state,
-        front_end.DROP_CAPTURES: drop_captures,
-    }
-    for name, method in methods.items():
-        setattr(WorkerBase, name, method)
+    block_row: reads a running request's row of the engine's block table.
+    """
+    memory = WorkerMemory()
+    reads_segments = Capability.SEGMENTS in registry.required(config.systems)
+    attentions = attentions_of(vllm_config) if reads_segments else {}
+    invariant = config.deterministic or envs.VLLM_BATCH_INVARIANT
+    policy = Policy(batch_invariant=True) if invariant else None
+    host = WorkerHost(
+        layers=sorted(attentions),
+        tp_rank=get_tensor_model_parallel_rank(),
+        rank=torch.distributed.get_rank() if torch.distributed.is_initialized() else 0,
+        device=next(model.parameters()).device,
+        lose=memory.lose_step,
+        exclusive=contextlib.nullcontext,  # vLLM calls its workers between steps, on the steps' stream
+        on_stream=contextlib.nullcontext,
+        read_kv=functools.partial(read_context, attentions, block_row),
+        attach_states=functools.partial(attach, vllm_config, model, batch_invariant=invariant),
+        deterministic=invariant,
+        policy=policy,
+    )
+    memory.attach(config, shape_of(vllm_config), host)
+    connect(attentions, memory, policy)
+    logger.info("memory attached: %s", memory.describe())
+    return memory

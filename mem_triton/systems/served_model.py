@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mem_triton.config import ConfigError
 from mem_triton.ops.reposition import UnsupportedRopeError, rope_from_config
+from mem_triton.schema import ConfigError
 from mem_triton.store.bank.fingerprint import rope_settings
 from mem_triton.systems.engine import EngineShape
 

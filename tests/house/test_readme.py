@@ -20,8 +20,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mem_triton.config import DeltaSection, MemorySection, MemTritonConfig, RetrievalSection, parse_config
-from mem_triton.systems.request import WORDS, parse_request
+from mem_triton.config import MemTritonConfig, parse_config
+from mem_triton.systems.delta_mem.section import DeltaSection
+from mem_triton.systems.explicit.section import MemorySection, RetrievalSection
+from mem_triton.systems.registry import fields, parse_request
 from tests.support.documents import ALL, PAGES, ROOT, blocks, commands, mem_triton
 
 README, COMPATIBILITY = PAGES["README.md"], PAGES["compatibility.md"]
@@ -99,7 +101,7 @@ def test_configuration_table_is_the_schema():
 
 
 def test_vocabulary_table_is_the_vocabulary():
-    assert sorted(first_column("field", PAGES["request-fields.md"])) == sorted(WORDS)
+    assert sorted(first_column("field", PAGES["request-fields.md"])) == sorted(fields())
 
 
 def test_every_metric_is_told_and_no_other():
@@ -119,7 +121,7 @@ def test_shell_examples_hold_valid_json():
         parse_config(section)
     for words in requests:
         request = parse_request(words)
-        assert request.session == "alice" or request.ids
+        assert request.systems["delta"].session == "alice" or request.systems["memory"].ids
 
 
 @pytest.mark.parametrize(("title", "code"), blocks("python"))

@@ -10,17 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 from mem_triton.ops.reposition import rope_from_config
-from mem_triton.runtime.frontend.asynchronous import AsyncMemory, Said
-from mem_triton.runtime.frontend.memory import MemoryFrontEnd, Opened
+from mem_triton.runtime.frontend.memory import Opened
 from mem_triton.store.bank import Bank
 from mem_triton.store.pool.residency import Residency
-from mem_triton.systems.asked import Asked
+from mem_triton.systems.base import Outcome
 from mem_triton.systems.explicit.captures import Capture, Captures
 from mem_triton.systems.explicit.chat import ChatFrame
-from mem_triton.systems.explicit.frontend import Reading
+from mem_triton.systems.explicit.frontend import ExplicitFrontEnd, Reading
 from mem_triton.systems.explicit.worker_captures import Captures as WorkerCaptures
-from mem_triton.systems.request import parse_request
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.registry import parse_request
 from tests.store.bank_case import DIM, LAYERS, block, spec
+from tests.support.front import front_end
 
 PROMPT = list(range(10, 18))
 ROPE = rope_from_config({"model_type": "qwen3", "head_dim": DIM, "rope_theta": 10_000.0})
@@ -41,18 +42,12 @@ class Served:
             self.bank, layout, mode, 512, lambda ids: f"text {ids}", lambda: frame, logging.getLogger()
         )
         self.residency = Residency(8, 16, 1)
-        explicit = SimpleNamespace(
-            captures=self.captures, residency=self.residency, close=self._close, carried=lambda reading: {}
-        )
-        self.memory = MemoryFrontEnd(None, explicit)
-        self.waits = AsyncMemory(self.memory, self.call)
+        explicit = object.__new__(ExplicitFrontEnd)
+        explicit.captures, explicit.residency = self.captures, self.residency
+        self.memory = front_end(explicit=explicit, call=self.call)
         self.worker = WorkerCaptures(dict.fromkeys(LAYERS, ROPE), 0, 0, self._context)
         self.read: list[list[int]] = []  # what engine requests have read
         self.awaits = 2
-
-    def _close(self, reading: Reading) -> None:
-        if reading.capture is not None and not reading.capture.watched:
-            self.captures.release(reading.capture)
 
     def _context(self, request_id: str, layer: int, tokens: int) -> Any:
         kept = block(layer, tokens, layers=1, dense=True)
@@ -74,28 +69,28 @@ class Served:
 
     def open(self, name: str = "note", **words: Any) -> Opened:
         """A request that asks to be kept."""
-        request = parse_request({"mem_capture": name, **words})
-        return Opened(None, Reading(request, capture=self.captures.check(request, Asked())))
+        request = parse_request({"mem_capture": name, **words}).systems["memory"]
+        capture = self.captures.check(request, RequestParams())
+        return Opened({"memory": Reading(request, capture=capture, reads_answer=True)})
 
     async def run_engine(self, ids: list[int], opened: Opened) -> None:
         """What an engine does with the request that reads what is kept."""
         self.read.append(ids)
         name = f"r{len(self.read)}"
-        self.worker.enter(name, self.memory.carried(opened))
+        self.worker.enter(name, self.memory.payload(opened).systems["memory"].capture)
         await asyncio.sleep(0)
         self.worker.set_rows([name], [len(ids) - 1])
         await asyncio.sleep(0)
         self.worker.leave(name)
 
     async def end(self, opened: Opened, answer: Sequence[int] = (), normal: bool = True) -> None:
-        said = Said(PROMPT, list(answer), self.run_engine)
-        await self.waits.end(opened, len(PROMPT), len(answer), normal, said)
+        await self.memory.end(opened, Outcome(normal, len(PROMPT), len(answer), PROMPT, list(answer)), self.run_engine)
 
     def capture(self, name: str = "note", answer: Sequence[int] = (), **words: Any) -> Capture:
         """A request that is kept, from its words to its end."""
         opened = self.open(name, **words)
         asyncio.run(self.end(opened, answer))
-        return opened.capture
+        return opened.parts["memory"].capture
 
     def left(self) -> list[str]:
         """What captures have left behind."""

@@ -11,16 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mem_triton.config import MemorySection, MemTritonConfig
+from mem_triton.config import MemTritonConfig
 from mem_triton.store.bank import Bank
-from mem_triton.systems.asked import Asked
 from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
+from mem_triton.systems.delta_mem.request import SessionRequest
 from mem_triton.systems.delta_mem.sessions import CommittedState, SessionStore, StateLayout
 from mem_triton.systems.engine import EngineShape
-from mem_triton.systems.explicit import frontend as module
+from mem_triton.systems.explicit import plans as module
 from mem_triton.systems.explicit.frontend import ExplicitFrontEnd
 from mem_triton.systems.explicit.layout import layout_of
-from mem_triton.systems.request import MemoryRequest, parse_request
+from mem_triton.systems.explicit.section import MemorySection
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.registry import parse_request
 from tests.store.bank_case import DIM, HEADS, entry, spec
 
 SHAPE = EngineShape(
@@ -45,11 +47,11 @@ def carried_bank(bank: Bank, monkeypatch, dtype: str = "auto", shape: EngineShap
     """What a request that reads ``alice@1`` carries as its bank."""
     monkeypatch.setattr(module, "open_bank", lambda shape, section: bank)
     front = ExplicitFrontEnd(shape, MemorySection(bank=str(bank.path), pool_gib=POOL, pool_dtype=dtype), None)
-    reading = front.open(parse_request({"mem_ids": ["alice"]}), Asked())
+    reading = front.admit(parse_request({"mem_ids": ["alice"]}).systems["memory"], RequestParams())
     front.claim(reading)
-    memory = front.carried(reading)["memory"]
-    assert list(memory["runs"]) == ["alice@1"]
-    return memory["bank"]
+    payload = front.payload(reading)
+    assert list(payload.pages) == ["alice@1"]
+    return payload.key
 
 
 def test_fault29_requests_of_two_banks_share_no_kv(banks, monkeypatch):
@@ -72,7 +74,7 @@ def session_key(fingerprint: str) -> str:
         layers={"model.layers.0.self_attn": None}, fingerprint=fingerprint, scope="all",
         config=SimpleNamespace(spec=SimpleNamespace(heads=2, rank=4)),
     )  # fmt: skip
-    return SessionFrontEnd(SHAPE, MemTritonConfig(), adapter).open(MemoryRequest("alice"), Asked()).key
+    return SessionFrontEnd(SHAPE, MemTritonConfig(), adapter).open(SessionRequest("alice"), RequestParams()).key
 
 
 def test_fault29_two_adapters_share_no_kv():
@@ -82,5 +84,5 @@ def test_fault29_two_adapters_share_no_kv():
 
 def test_fault29_two_states_under_one_name_and_number_share_no_kv():
     store = SessionStore(StateLayout(("model.layers.0.self_attn",), 2, 4, "a" * 64, "m" * 64))
-    keys = {store._key(MemoryRequest("alice"), CommittedState(1, data), "") for data in (b"one", b"other", None)}
+    keys = {store._key(SessionRequest("alice"), CommittedState(1, data), "") for data in (b"one", b"other", None)}
     assert len(keys) == 3

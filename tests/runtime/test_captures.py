@@ -13,6 +13,7 @@ from safetensors import safe_open
 from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config, rotate
 from mem_triton.systems.explicit import worker_captures as module
 from mem_triton.systems.explicit.worker_captures import Captures
+from mem_triton.systems.payload import CaptureOrder
 
 HEADS, TOKENS, DIM, LAYERS = 2, 5, 8, (1, 3)
 ROPE = rope_from_config({"model_type": "qwen3", "head_dim": DIM, "rope_theta": 10_000.0})
@@ -35,8 +36,8 @@ def make(read=rotated) -> Captures:
     return Captures(ropes, first_head=4, rank=1, read_context=read)
 
 
-def carried(folder: Path, lease: str, tokens: int = TOKENS) -> dict:
-    return {"capture": {"lease": lease, "folder": str(folder), "tokens": tokens}}
+def carried(folder: Path, lease: str, tokens: int = TOKENS) -> CaptureOrder:
+    return CaptureOrder(lease, str(folder), tokens)
 
 
 def answer(captures: Captures, lease: str) -> dict:

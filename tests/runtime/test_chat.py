@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from mem_triton.store.bank import Bank
-from mem_triton.systems.asked import Asked
 from mem_triton.systems.explicit.captures import Captures
 from mem_triton.systems.explicit.chat import chat_frame
-from mem_triton.systems.request import RequestError, parse_request
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.registry import parse_request
+from mem_triton.systems.request import RequestError
 from tests.runtime.capture_case import make_bank
 
 CHATML = (
@@ -94,9 +95,9 @@ def test_fault07_a_chat_whose_turns_cannot_be_told_is_refused_before_it_runs(tok
     layout = SimpleNamespace(max_pages=8, page_tokens=16)
     with Bank.open(make_bank(tmp_path / "bank")) as bank:
         captures = Captures(bank, layout, "own", 512, str, lambda: chat_frame(tokenizer), logging.getLogger())
-        request = parse_request({"mem_capture": "note"})
-        capture = captures.check(request, Asked(chat=True))
+        request = parse_request({"mem_capture": "note"}).systems["memory"]
+        capture = captures.check(request, RequestParams(chat=True))
         with pytest.raises(RequestError, match="where they end is unknown"):
             captures.begin(capture, [1, 2, 3])
         captures.release(capture)
-        captures.begin(captures.check(request, Asked()), [1, 2, 3])
+        captures.begin(captures.check(request, RequestParams()), [1, 2, 3])

@@ -11,7 +11,8 @@ from mem_triton.config import ConfigError
 from mem_triton.store.bank import Bank, UnknownEntryError
 from mem_triton.store.pool.residency import Residency
 from mem_triton.systems.explicit.frontend import ExplicitFrontEnd, Reading
-from mem_triton.systems.request import MemoryRequest, parse_request
+from mem_triton.systems.explicit.request import ReadingRequest
+from mem_triton.systems.registry import parse_request
 from tests.store.bank_case import TOKENS, entry, spec
 
 
@@ -36,9 +37,9 @@ def test_fault10_a_running_server_serves_the_version_it_pinned(bank):
     bank.update("alice", entry("alice", 3))
     bank.delete("alice")
     for _ in range(2):
-        refs = explicit._resolve(parse_request({}))
+        refs = explicit._resolve(parse_request({}).systems["memory"])
         assert list(refs) == ["alice@1"]
-        reading = Reading(MemoryRequest(), tokens=dict(refs))
+        reading = Reading(ReadingRequest(), tokens=dict(refs))
         explicit.claim(reading)
         explicit.close(reading)
     assert bank.load("alice@1", deleted=True).tokens == TOKENS, "workers may still read it"
@@ -61,13 +62,13 @@ def test_fault10_a_name_that_never_was_is_refused_at_start(bank):
 def test_fault10_a_default_entry_whose_data_is_gone_is_left_out_from_then_on(bank, caplog):
     explicit = front(bank, "alice", "bob")
     (load, _) = explicit.residency.take_loads()
-    reading = Reading(MemoryRequest(), tokens=dict(explicit._default))
+    reading = Reading(ReadingRequest(), tokens=dict(explicit._default))
     reading.plan = ()
     reading.tickets.append(explicit.residency.request("r", dict(explicit._default)))
     explicit.residency.failed(load.ref, "the shard is missing")
     explicit.close(reading)
     assert list(explicit._default) == ["bob@1"] and "cannot be read any more" in caplog.text
-    assert list(explicit._resolve(parse_request({}))) == ["bob@1"]
+    assert list(explicit._resolve(parse_request({}).systems["memory"])) == ["bob@1"]
 
 
 def test_fault01_default_entries_that_no_request_could_read_are_refused_at_start(bank):

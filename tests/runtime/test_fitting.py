@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mem_triton.store.pool.fitting import fitting, most_pages
-from mem_triton.store.pool.plan import FOREVER, Attachment, joined, to_carried
+from mem_triton.store.pool.plan import FOREVER, Attachment, joined
 from mem_triton.store.pool.tables import MemoryTables
+from mem_triton.systems.payload import PageRun
 
 PAGES = {"a@1": 1, "b@1": 2, "c@1": 3, "d@1": 4}
 
@@ -62,8 +63,8 @@ def test_fault01_the_best_reference_of_each_stretch_stays_longest():
 def test_fault01_tables_as_wide_as_the_count_show_every_step(plan, window, start):
     width = max(1, most_pages(plan, PAGES.get, window))
     tables = MemoryTables(slots=1, max_pages=width, page_tokens=4, device=torch.device("cpu"))
-    runs = {ref: [list(range(n)), 4 * n] for ref, n in PAGES.items()}
-    tables.enter("r", {"memory": {"plan": to_carried(plan), "runs": runs}})
+    runs = {ref: PageRun(tuple(range(n)), 4 * n) for ref, n in PAGES.items()}
+    tables.enter("r", joined(plan), runs)
     tables.set_rows(["r"], [start], [start + window - 1])
     assert int(tables.table.count[0]) <= width
 
@@ -76,9 +77,9 @@ def test_fault01_neighbouring_stretches_of_a_reference_take_its_pages_once():
 
 def test_fault01_a_row_that_does_not_fit_loses_its_memory_and_its_neighbour_keeps_it():
     tables = MemoryTables(slots=2, max_pages=2, page_tokens=4, device=torch.device("cpu"))
-    runs = {"c@1": [[5, 6, 7], 12], "b@1": [[1, 2], 8]}
+    runs = {"c@1": PageRun((5, 6, 7), 12), "b@1": PageRun((1, 2), 8)}
     for name, ref in (("wide", "c@1"), ("good", "b@1")):
-        tables.enter(name, {"memory": {"plan": to_carried([Attachment(ref)]), "runs": runs}})
+        tables.enter(name, (Attachment(ref),), runs)
     faults: dict[str, Exception] = {}
     tables.set_rows(["wide", "good"], [0, 0], [3, 3], faults)
     assert list(faults) == ["wide"] and "3 memory pages" in str(faults["wide"])

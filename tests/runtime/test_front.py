@@ -14,16 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from mem_triton.runtime.frontend.asynchronous import AsyncMemory
 from mem_triton.runtime.frontend.continuation import Segments
-from mem_triton.runtime.frontend.memory import MemoryFrontEnd
 from mem_triton.store.pool.loads import MemoryLoadError
 from mem_triton.store.pool.residency import Residency
-from mem_triton.systems.asked import Asked
 from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
+from mem_triton.systems.delta_mem.request import SessionRequest
 from mem_triton.systems.delta_mem.sessions import SessionStore, StateLayout
-from mem_triton.systems.explicit.frontend import Reading
-from mem_triton.systems.request import MemoryRequest, RequestError
+from mem_triton.systems.explicit.frontend import ExplicitFrontEnd, Reading
+from mem_triton.systems.explicit.request import ReadingRequest
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.request import RequestError
+from tests.support.front import Waits, end, front_end
 
 
 @given(st.integers(1, 40), st.integers(0, 60), st.integers(1, 50), st.integers(1, 80))
@@ -52,7 +53,7 @@ def sessions() -> SessionFrontEnd:
 
 def busy(sessions: SessionFrontEnd, name: str = "alice") -> bool:
     try:
-        sessions.store.close(sessions.store.open(MemoryRequest(name)))
+        sessions.store.close(sessions.store.open(SessionRequest(name)))
     except RequestError:
         return True
     return False
@@ -65,13 +66,13 @@ async def taken(method: str, *args):
 
 def test_a_caller_who_leaves_while_his_commit_is_queued_still_commits(sessions):
     """Every thread is busy when the commit comes, and the caller is gone before one is free."""
-    memory, go_on = MemoryFrontEnd(sessions, None), threading.Event()
+    memory, go_on = front_end(sessions, call=taken), threading.Event()
 
     async def main():
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
         asyncio.get_running_loop().run_in_executor(None, go_on.wait, 30)
-        opened = memory.open({"mem_session": "alice"}, Asked())
-        task = asyncio.create_task(AsyncMemory(memory, taken).end(opened, 2, 1, normal=True))
+        opened = memory.open({"mem_session": "alice"}, RequestParams())
+        task = asyncio.create_task(end(memory, opened, 2, 1))
         await asyncio.sleep(0.05)
         task.cancel()
         await asyncio.wait([task])
@@ -84,26 +85,26 @@ def test_a_caller_who_leaves_while_his_commit_is_queued_still_commits(sessions):
             await asyncio.sleep(0.02)
 
     asyncio.run(main())
-    lease = sessions.store.open(MemoryRequest("alice"))
+    lease = sessions.store.open(SessionRequest("alice"))
     assert (lease.start.version, lease.start.tokens) == (1, 2)
 
 
 def test_a_state_that_cannot_be_taken_leaves_the_session_free_and_as_it_was(sessions):
-    memory = MemoryFrontEnd(sessions, None)
-
     async def broken(method, *args):
         raise RuntimeError("rank 1 is gone")
 
+    memory = front_end(sessions, call=broken)
+
     async def main():
-        opened = memory.open({"mem_session": "alice"}, Asked())
-        with pytest.raises(RuntimeError, match="rank 1"):
-            await AsyncMemory(memory, broken).end(opened, 2, 1, normal=True)
-        assert busy(sessions)
+        opened = memory.open({"mem_session": "alice"}, RequestParams())
+        await end(memory, opened, 2, 1)
+        (warning,) = opened.report()["warnings"]
+        assert "was not committed and is as it was" in warning and "rank 1 is gone" in warning
         memory.close(opened)
         memory.close(opened)
 
     asyncio.run(main())
-    assert not busy(sessions) and sessions.store.open(MemoryRequest("alice")).start.version == 0
+    assert not busy(sessions) and sessions.store.open(SessionRequest("alice")).start.version == 0
 
 
 @pytest.mark.parametrize(
@@ -111,11 +112,11 @@ def test_a_state_that_cannot_be_taken_leaves_the_session_free_and_as_it_was(sess
 )
 def test_fault17_a_session_that_cannot_be_committed_is_a_warning_beside_the_answer(sessions, monkeypatch, broken):
     """The session is as it was, free for the next request, and commits when there is room."""
-    memory = MemoryFrontEnd(sessions, None)
+    memory = front_end(sessions, call=taken)
 
     def ended():
-        opened = memory.open({"mem_session": "alice"}, Asked())
-        asyncio.run(AsyncMemory(memory, taken).end(opened, 2, 1, normal=True))
+        opened = memory.open({"mem_session": "alice"}, RequestParams())
+        asyncio.run(end(memory, opened, 2, 1))
         return opened.report()
 
     def full(*_, **__):
@@ -126,24 +127,26 @@ def test_fault17_a_session_that_cannot_be_committed_is_a_warning_beside_the_answ
         (warning,) = ended()["warnings"]
     assert 'mem_session "alice" was not committed and is as it was' in warning and "No space left" in warning
     assert not busy(sessions) and ended() is None
-    assert sessions.store.open(MemoryRequest("alice")).start.version == 1
+    assert sessions.store.open(SessionRequest("alice")).start.version == 1
 
 
 @pytest.mark.parametrize(("words", "normal"), [({"mem_session": "alice", "mem_write": 0}, True), ({}, True)])
 def test_who_writes_nothing_takes_nothing(sessions, words, normal):
-    memory = MemoryFrontEnd(sessions, None)
-    asyncio.run(AsyncMemory(memory, None).end(memory.open(words, Asked()), 2, 1, normal))
+    memory = front_end(sessions)
+    asyncio.run(end(memory, memory.open(words, RequestParams()), 2, 1, normal))
     assert not busy(sessions)
 
 
 def test_fault16_whom_the_adapter_corrects_and_which_prefixes_are_shared(sessions):
     """By the scope where a request says nothing; a request that is not read holds no session."""
-    memory = MemoryFrontEnd(sessions, None)
+    memory = front_end(sessions)
 
     def opened(scope: str, **words):
         sessions.scope = scope
-        opened = memory.open(words, Asked())
-        seen = memory.carried(opened).get("write"), memory.key_of(opened.lease), busy(sessions)
+        opened = memory.open(words, RequestParams())
+        payload = memory.payload(opened)
+        write = None if payload is None else int(payload.systems["delta"].state.write)
+        seen = write, memory.identity(opened), busy(sessions)
         memory.close(opened)
         assert not busy(sessions)
         return seen
@@ -163,23 +166,24 @@ def test_fault16_whom_the_adapter_corrects_and_which_prefixes_are_shared(session
     read = opened("sessions", mem_read=1)
     assert read[0] == 1 and read[1] == plain[1], "what a plain request is where the scope is all"
     with pytest.raises(RequestError, match=r"mem_read: .*without mem_triton\.delta"):
-        MemoryFrontEnd(None, None).open({"mem_read": 1}, Asked())
+        front_end().open({"mem_read": 1}, RequestParams())
 
 
 def test_fault16_after_an_incident_plain_requests_share_nothing_with_before(sessions):
     sessions.scope = "sessions"
-    memory = MemoryFrontEnd(sessions, None, incidents=SimpleNamespace(epoch=0))
-    lease = memory.open({}, Asked()).lease
-    assert memory.key_of(lease) is None
+    memory = front_end(sessions, incidents=SimpleNamespace(epoch=0))
+    opened = memory.open({}, RequestParams())
+    assert memory.identity(opened) is None and memory.identity(opened, of_plain=False) is None
     memory.incidents.epoch = 1
-    assert memory.key_of(lease) is not None
+    assert memory.identity(opened) is not None and memory.identity(opened, of_plain=False) is not None
+    assert memory.is_salted and not front_end(explicit=SimpleNamespace(corrects_plain=False)).is_salted
 
 
 def test_an_aborted_answer_commits_nothing_and_workers_are_told_to_forget_it(sessions):
-    memory = MemoryFrontEnd(sessions, None)
-    opened = memory.open({"mem_session": "alice"}, Asked())
-    lease = opened.lease
-    asyncio.run(AsyncMemory(memory, None).end(opened, 2, 1, normal=False))
+    memory = front_end(sessions)
+    opened = memory.open({"mem_session": "alice"}, RequestParams())
+    lease = opened.parts["delta"].lease
+    asyncio.run(end(memory, opened, 2, 1, normal=False))
     assert not busy(sessions)
     assert sessions.take_arguments(lease, 5, 3) == (lease.id, 6, [lease.id]), "the third token was never fed"
 
@@ -187,17 +191,17 @@ def test_an_aborted_answer_commits_nothing_and_workers_are_told_to_forget_it(ses
 @pytest.mark.parametrize(
     ("words", "asked", "message"),
     [
-        ({"mem_session": "a"}, Asked(answers=2), "mem_session: .*set n to 1, got 2"),
-        ({"mem_session": "a"}, Asked(unfit="beam search"), "mem_session: beam search cannot"),
-        ({"mem_ids": ["a"]}, Asked(), r"mem_ids: .*without mem_triton\.memory"),
-        ({"mem_capture": "a"}, Asked(), r"mem_capture: .*without mem_triton\.memory"),
+        ({"mem_session": "a"}, RequestParams(answers=2), "mem_session: .*set n to 1, got 2"),
+        ({"mem_session": "a"}, RequestParams(unfit="beam search"), "mem_session: beam search cannot"),
+        ({"mem_ids": ["a"]}, RequestParams(), r"mem_ids: .*without mem_triton\.memory"),
+        ({"mem_capture": "a"}, RequestParams(), r"mem_capture: .*without mem_triton\.memory"),
     ],
 )
 def test_refusals_name_the_word(sessions, words, asked, message):
     with pytest.raises(RequestError, match=message):
-        MemoryFrontEnd(sessions, None).open(words, asked)
+        front_end(sessions).open(words, asked)
     with pytest.raises(RequestError, match=r"mem_write: .*without mem_triton\.delta"):
-        MemoryFrontEnd(None, None).open({"mem_write": 0}, Asked())
+        front_end().open({"mem_write": 0}, RequestParams())
 
 
 class Workers:
@@ -220,11 +224,13 @@ class Workers:
 
 
 def reader(residency: Residency, owner: str, **tokens: int) -> Reading:
-    return Reading(MemoryRequest(), tickets=[residency.request(owner, tokens)])
+    return Reading(ReadingRequest(), tickets=[residency.request(owner, tokens)])
 
 
-def waits(residency: Residency, workers: Workers) -> AsyncMemory:
-    return AsyncMemory(MemoryFrontEnd(None, SimpleNamespace(residency=residency)), workers.call)
+def waits(residency: Residency, workers: Workers) -> Waits:
+    explicit = object.__new__(ExplicitFrontEnd)
+    explicit.residency = residency
+    return Waits(front_end(explicit=explicit, call=workers.call))
 
 
 def test_many_wait_and_one_tells_the_workers():
@@ -272,10 +278,10 @@ def test_a_wait_ends_when_nobody_waits_any_more():
 
 
 def test_fault27_a_session_is_refused_under_another_lora_adapter(sessions):
-    memory = MemoryFrontEnd(sessions, None)
-    opened = memory.open({"mem_session": "alice"}, Asked(lora="poet:1"))
-    asyncio.run(AsyncMemory(memory, taken).end(opened, 2, 1, normal=True))
+    memory = front_end(sessions, call=taken)
+    opened = memory.open({"mem_session": "alice"}, RequestParams(lora="poet:1"))
+    asyncio.run(end(memory, opened, 2, 1))
     for lora in ("", "poet:2"):
         with pytest.raises(RequestError, match=r"mem_session.*LoRA"):
-            memory.open({"mem_session": "alice"}, Asked(lora=lora))
-    memory.close(memory.open({"mem_session": "alice"}, Asked(lora="poet:1")))
+            memory.open({"mem_session": "alice"}, RequestParams(lora=lora))
+    memory.close(memory.open({"mem_session": "alice"}, RequestParams(lora="poet:1")))

@@ -12,13 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mem_triton.runtime.frontend.memory import MemoryFrontEnd, MemoryLostError, Opened
+from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
 from mem_triton.runtime.incidents import VARIABLE, IncidentLog, Incidents, make_file
 from mem_triton.runtime.worker.memory import BatchMemory, attend_or_lose
-from mem_triton.store.pool.plan import Attachment, to_carried
 from mem_triton.store.pool.tables import MemoryTables
+from mem_triton.systems.base import RequestMemory
 from mem_triton.systems.delta_mem.slots import StateSlots
+from mem_triton.systems.delta_mem.worker import DeltaWorker
 from mem_triton.systems.explicit.worker import ExplicitMemory
+from mem_triton.systems.payload import PageRun, RequestPayload, Segment, SystemPayload, encode
+from tests.support.front import front_end
 
 
 @pytest.fixture
@@ -40,12 +43,20 @@ def explicit() -> ExplicitMemory:
     return memory
 
 
-def reads(ref: str, *pages: int) -> dict:
-    return {"memory": {"plan": to_carried([Attachment(ref)]), "runs": {ref: [list(pages), 4 * len(pages)]}}}
+def part_that_reads(ref: str, *pages: int) -> SystemPayload:
+    return SystemPayload(segments=(Segment(ref),), pages={ref: PageRun(pages, 4 * len(pages))})
 
 
-def batch(path, **parts) -> tuple[BatchMemory, Incidents]:
-    return BatchMemory(**parts), Incidents(path)
+def reads(ref: str, *pages: int) -> bytes:
+    return encode(RequestPayload({"memory": part_that_reads(ref, *pages)}))
+
+
+def batch(path, explicit=None, slots=None) -> tuple[BatchMemory, Incidents]:
+    parts = {} if explicit is None else {"memory": explicit}
+    if slots is not None:
+        parts["delta"] = object.__new__(DeltaWorker)
+        parts["delta"].slots = slots
+    return BatchMemory(parts), Incidents(path)
 
 
 def test_fault01_a_worker_reports_and_the_front_end_reads_it_once(path):
@@ -80,27 +91,27 @@ def test_fault01_files_of_killed_engines_go_with_the_next_one(tmp_path, monkeypa
 
 
 def test_fault01_whose_answer_is_withheld_and_what_is_not_found_again(path):
-    memory = MemoryFrontEnd(None, None, incidents=Incidents(path))
-    lease = SimpleNamespace(key="k")
-    before = memory.key_of(lease)
+    part = SimpleNamespace(identity=lambda memory, salted: "k", payload=lambda memory: None)
+    memory, opened = front_end(part, incidents=Incidents(path)), Opened({"delta": RequestMemory()})
+    before = memory.identity(opened)
     memory.check("a", final=True)
     IncidentLog().report(["a"], "attention", RuntimeError("no kernel"))
     with pytest.raises(MemoryLostError, match="no kernel"):
         memory.check("a", final=True)
     memory.check("b", final=True)
-    assert before == "k" and memory.key_of(lease) != before
+    assert before == "k" and memory.identity(opened) != before
 
 
 def test_fault29_after_an_incident_blocks_that_lack_their_references_are_not_found_again(path):
-    explicit = SimpleNamespace(carried=lambda reading: {"memory": {"bank": "k"}})
-    memory = MemoryFrontEnd(None, explicit, incidents=Incidents(path))
-    opened = Opened(None, SimpleNamespace())
-    before = memory.carried(opened)
+    explicit = SimpleNamespace(payload=lambda reading: SystemPayload("k"))
+    memory = front_end(explicit=explicit, incidents=Incidents(path))
+    opened = Opened({"memory": RequestMemory()})
+    before = memory.payload(opened)
     IncidentLog().report(["a"], "attention", RuntimeError("no kernel"))
     memory.incidents.look(final=True)
-    after = memory.carried(opened)
-    assert before == {"memory": {"bank": "k"}} and after["memory"]["bank"] != "k"
-    assert memory.carried(opened) == after, "until the next incident requests share again"
+    after = memory.payload(opened)
+    assert before.systems["memory"].key == "k" and after.systems["memory"].key != "k"
+    assert memory.payload(opened) == after, "until the next incident requests share again"
 
 
 def test_fault29_incidents_are_written_and_taken_under_one_lock(path, monkeypatch):
@@ -148,12 +159,12 @@ def test_fault01_a_request_whose_tables_raise_loses_its_memory_alone(path, where
 def test_fault01_a_payload_that_cannot_be_read_costs_its_request_alone(path):
     memory, incidents = batch(path, explicit=explicit(), slots=StateSlots([0], 4, 2, torch.device("cpu")))
     memory.enter("bad", lambda: json.loads("{"))
-    memory.enter("newer", lambda: {"memory": {"plan": "?"}, "lease": "l"})
+    memory.enter("newer", lambda: encode(RequestPayload({}, version=99)))
     memory.begin_step(["bad", "newer"], [0, 0], [0, 0])
     assert set(incidents.lost()) == {"bad", "newer"}
-    assert memory.slots.row_slot.tolist() == [-1, -1]
+    assert memory.parts["delta"].slots.row_slot.tolist() == [-1, -1]
     memory.leave("newer")
-    assert len(memory.slots._free) == 2
+    assert len(memory.parts["delta"].slots._free) == 2
 
 
 def test_fault01_a_step_whose_rows_cannot_be_written_runs_without_memory(path, monkeypatch):
@@ -173,16 +184,16 @@ def test_fault01_a_failed_attention_costs_the_readers_and_a_failed_state_everybo
     part.load("a@1", [0])
     memory.enter("a", lambda: reads("a@1", 0))
     memory.begin_step(["a", "plain"], [0, 0], [3, 3])
-    memory.lose_references(RuntimeError("kernel"))
+    memory.lose_step(RuntimeError("kernel"), everybody=False)
     assert set(incidents.lost()) == {"a"}
-    memory.lose_states(RuntimeError("kernel"))
+    memory.lose_step(RuntimeError("kernel"), everybody=True)
     assert set(incidents.lost()) == {"a", "plain"}
 
 
 def test_fault02_pages_that_are_still_read_are_not_filled_with_something_else():
     part = explicit()
     part.load("a@1", [0, 1])
-    part.enter("running", reads("a@1", 0, 1))
+    part.enter("running", part_that_reads("a@1", 0, 1))
     part.load("b@1", [1], wait=True)  # the client of "running" has left, the engine does not know yet
     assert part.loaded == [("a@1", [0, 1])]
     part.leave("running")
@@ -271,7 +282,7 @@ def test_fault29_files_of_living_engines_stay_whoever_starts_or_ends_beside_them
 
 
 def test_fault01_a_client_may_name_his_next_request_as_the_one_that_was_lost(path):
-    memory, log = MemoryFrontEnd(None, None, incidents=Incidents(path)), IncidentLog()
+    memory, log = front_end(incidents=Incidents(path)), IncidentLog()
     log.report(["same"], "attention", RuntimeError("no kernel"))
     with pytest.raises(MemoryLostError):
         memory.check("same", final=True)

@@ -16,10 +16,11 @@ from mem_triton.config import ConfigError, parse_config
 from mem_triton.store.bank import Bank, BankError, NewEntry
 from mem_triton.store.bank.captured import reader_of
 from mem_triton.store.bank.writing import rename_tenant
-from mem_triton.systems.asked import Asked
 from mem_triton.systems.explicit import captures as captures_module
 from mem_triton.systems.explicit import worker_captures as worker_module
-from mem_triton.systems.request import RequestError, parse_request
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.registry import parse_request
+from mem_triton.systems.request import RequestError
 from tests.runtime.capture_case import PROMPT, Served, make_bank
 from tests.store.bank_case import block, spec
 
@@ -29,9 +30,11 @@ def bank(tmp_path):
     return make_bank(tmp_path / "bank")
 
 
-def refused(served: Served, message: str, asked: Asked | None = None, **words) -> None:
+def refused(served: Served, message: str, asked: RequestParams | None = None, **words) -> None:
     with pytest.raises(RequestError, match=message):
-        served.captures.check(parse_request({"mem_capture": "note", **words}), asked or Asked())
+        served.captures.check(
+            parse_request({"mem_capture": "note", **words}).systems["memory"], asked or RequestParams()
+        )
 
 
 def written(bank, id: str, **fields) -> None:
@@ -51,9 +54,9 @@ def test_fault07_captures_are_off_unless_the_configuration_says_otherwise(bank):
 @pytest.mark.parametrize(
     ("asked", "words", "message"),
     [
-        (Asked(answers=2), {}, "set n to 1, got 2"),
-        (Asked(lora=True), {}, "LoRA"),
-        (Asked(), {"mem_capture": "a" * 128}, "136 characters, an id has at most 128"),
+        (RequestParams(answers=2), {}, "set n to 1, got 2"),
+        (RequestParams(lora=True), {}, "LoRA"),
+        (RequestParams(), {"mem_capture": "a" * 128}, "136 characters, an id has at most 128"),
     ],
 )
 def test_fault07_what_cannot_be_kept_is_refused_before_it_runs(bank, asked, words, message):
@@ -73,7 +76,7 @@ def test_fault07_a_bank_of_references_keeps_no_prompts(tmp_path):
 
 def test_fault07_a_prompt_that_could_never_be_read_is_refused_before_it_runs(bank):
     served = Served(bank)
-    capture = served.open().capture
+    capture = served.open().parts["memory"].capture
     with pytest.raises(RequestError, match="129 tokens could never be read: they need 9 memory pages"):
         served.captures.begin(capture, list(range(129)))
     with pytest.raises(RequestError, match="no tokens"):
@@ -109,7 +112,7 @@ def test_fault07_two_requests_cannot_capture_under_one_name_at_once(bank):
 
 def test_fault29_a_request_that_is_over_frees_no_name_of_another(bank):
     served = Served(bank)
-    over = served.open().capture
+    over = served.open().parts["memory"].capture
     served.captures.release(over)
     served.open()
     served.captures.release(over)
@@ -161,7 +164,7 @@ def test_fault07_what_else_the_request_read_is_no_part_of_what_is_kept(bank):
     served.worker.enter = lambda name, carried: (seen.append(carried), stock(name, carried))
     assert served.capture(answer=[1, 2]).ref and served.read == [PROMPT]
     assert served.capture("more", answer=[1, 2], mem_capture_answer=1).ref and served.read[1] == [*PROMPT, 1, 2]
-    assert [list(carried) for carried in seen] == [["capture"], ["capture"]]
+    assert all(order.tokens for order in seen) and len(seen) == 2
 
 
 def test_fault07_an_engine_in_another_precision_captures_into_the_bank_s(bank):
@@ -187,7 +190,9 @@ def test_fault07_a_name_that_is_taken_meanwhile_is_an_error_and_not_a_version(ba
     opened = served.open()
     assert other.capture().ref
     asyncio.run(served.end(opened))
-    assert opened.capture.error.status == HTTPStatus.CONFLICT and "is there" in str(opened.capture.error)
+    assert opened.parts["memory"].capture.error.status == HTTPStatus.CONFLICT and "is there" in str(
+        opened.parts["memory"].capture.error
+    )
 
 
 FULL = os.strerror(errno.ENOSPC)
@@ -236,9 +241,9 @@ def test_fault18_a_client_may_leave_at_any_await_and_nothing_stays_behind(bank):
             cancelled = not task.done() and task.cancel()
             await asyncio.wait([task])
             served.memory.close(opened)  # as engines do
-            while served.waits._owned:
+            while served.memory._owned:
                 await asyncio.sleep(0.001)
-            return cancelled, opened.capture
+            return cancelled, opened.parts["memory"].capture
 
         cancelled, capture = asyncio.run(leaves())
         assert capture.ref == f"capture:n{point}@1" and served.left() == [], point
@@ -251,7 +256,8 @@ def test_fault18_a_request_that_does_not_end_normally_keeps_nothing(bank):
     opened = served.open()
     asyncio.run(served.end(opened, normal=False))
     served.memory.close(opened)
-    assert served.read == [] and served.left() == [] and "did not end normally" in opened.capture.report()["error"]
+    assert served.read == [] and served.left() == []
+    assert "did not end normally" in opened.parts["memory"].capture.report()["error"]
 
 
 @pytest.mark.parametrize("method", ["capture_state", "drop_captures"])
@@ -264,7 +270,8 @@ def test_fault18_workers_that_cannot_be_asked_leave_no_file(bank, method):
             raise RuntimeError("rank 0 is gone")
         return await stock(name, *args)
 
-    stock, served.waits._call = served.call, gone
+    stock, served.call = served.call, gone
+    served.memory.call = lambda system, *call: gone(*call)
     capture = served.capture()
     assert (capture.error is None) == (method == "drop_captures")
     assert list(served.captures.folder.iterdir()) == [] and not served.captures._running
@@ -274,7 +281,7 @@ def test_fault18_an_engine_request_that_fails_leaves_nothing(bank):
     served = Served(bank)
 
     async def fails(ids, opened):
-        served.worker.enter("late", served.memory.carried(opened))
+        served.worker.enter("late", served.memory.payload(opened).systems["memory"].capture)
         raise RuntimeError("aborted")
 
     served.run_engine = fails

@@ -13,17 +13,19 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client import REGISTRY
 
-from mem_triton.runtime.frontend.asynchronous import AsyncMemory
-from mem_triton.runtime.frontend.memory import MemoryFrontEnd, Opened
+from mem_triton.runtime.frontend.memory import Opened
 from mem_triton.store.errors import BankError, EmbedderError
 from mem_triton.store.pool.courier import PageCourier
 from mem_triton.store.pool.loads import LoadWait, MemoryLoadError, PageLoads
 from mem_triton.store.pool.plan import Attachment
 from mem_triton.store.pool.residency import Residency
-from mem_triton.systems.asked import Asked
+from mem_triton.systems.base import Outcome
 from mem_triton.systems.explicit.frontend import ExplicitFrontEnd, Reading
+from mem_triton.systems.explicit.request import ReadingRequest
 from mem_triton.systems.explicit.searches import Found, Searches
-from mem_triton.systems.request import MemoryRequest, RequestError
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.request import RequestError
+from tests.support.front import Waits, front_end
 
 TOKENS = 16
 
@@ -73,7 +75,7 @@ def front(pages: int = 4) -> ExplicitFrontEnd:
     return front
 
 
-def request_steps(memory: AsyncMemory, reading: Reading):
+def request_steps(memory: Waits, reading: Reading):
     async def run() -> None:
         try:
             await memory.claim(reading, [1, 2, 3])
@@ -81,7 +83,7 @@ def request_steps(memory: AsyncMemory, reading: Reading):
             await memory.refresh(reading, 3, list(range(64)))
             await memory.fill(reading)
         finally:
-            memory.memory.explicit.close(reading)
+            memory.memory.parts["memory"].close(reading)
 
     return run()
 
@@ -91,15 +93,15 @@ def test_fault02_and_03_whenever_a_client_leaves_nothing_stays_and_the_next_one_
     explicit, worker = front(), Worker()
 
     async def main() -> None:
-        memory = AsyncMemory(MemoryFrontEnd(None, explicit), worker.call)
-        task = asyncio.create_task(request_steps(memory, Reading(MemoryRequest(), top_k=1)))
+        memory = Waits(front_end(explicit=explicit, call=worker.call))
+        task = asyncio.create_task(request_steps(memory, Reading(ReadingRequest(), top_k=1)))
         await asyncio.sleep(after)
         task.cancel()
         await asyncio.wait([task])
         await asyncio.sleep(0.05)  # a thread that still searches ends
         assert explicit.residency._tickets == {}, "whose ticket is this?"
         assert explicit.residency._ledger.pinned_pages == 0
-        await asyncio.wait_for(request_steps(memory, Reading(MemoryRequest(), top_k=1)), 10)
+        await asyncio.wait_for(request_steps(memory, Reading(ReadingRequest(), top_k=1)), 10)
         assert explicit.residency._tickets == {}
 
     asyncio.run(main())
@@ -118,8 +120,8 @@ def test_fault02_control_an_answer_that_leaves_with_its_client_wedges_the_entry(
     monkeypatch.setattr(PageLoads, "wait", own_task)
 
     async def main() -> None:
-        memory = AsyncMemory(MemoryFrontEnd(None, explicit), worker.call)
-        reading = Reading(MemoryRequest())
+        memory = Waits(front_end(explicit=explicit, call=worker.call))
+        reading = Reading(ReadingRequest())
         reading.tickets.append(explicit.residency.request("r", {"alice@1": TOKENS}))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(memory.fill(reading), 1)
@@ -133,10 +135,10 @@ def test_fault02_answers_that_get_lost_are_asked_for_again(lost):
     worker.deaf = lost
 
     async def main() -> None:
-        memory = AsyncMemory(MemoryFrontEnd(None, explicit), worker.call)
+        memory = Waits(front_end(explicit=explicit, call=worker.call))
         failed = []
         for i in range(len(lost) + 1):
-            reading = Reading(MemoryRequest())
+            reading = Reading(ReadingRequest())
             reading.tickets.append(explicit.residency.request(f"r{i}", {"alice@1": TOKENS}))
             try:
                 await asyncio.wait_for(memory.fill(reading), 10)
@@ -166,7 +168,7 @@ def test_fault02_a_worker_repeats_itself_until_it_is_heard():
 
 def test_fault03_a_request_that_is_over_claims_nothing():
     explicit = front()
-    reading = Reading(MemoryRequest(), top_k=1)
+    reading = Reading(ReadingRequest(), top_k=1)
     explicit.close(reading)
     reading.plan = (Attachment("alice@1"),)
     explicit.claim(reading)
@@ -217,8 +219,8 @@ def test_fault26_a_request_whose_search_failed_reads_what_it_named_and_says_why(
     explicit.retriever.plan = lambda *_, **__: 1 / 0
 
     async def main() -> None:
-        memory = AsyncMemory(MemoryFrontEnd(None, explicit), worker.call)
-        reading = Reading(MemoryRequest(), (Attachment("bob@1"),), top_k=1, tokens={"bob@1": TOKENS})
+        memory = Waits(front_end(explicit=explicit, call=worker.call))
+        reading = Reading(ReadingRequest(), (Attachment("bob@1"),), top_k=1, tokens={"bob@1": TOKENS})
         await memory.claim(reading, [1, 2, 3])
         await memory.fill(reading)
         assert reading.report()["retrieval"] == "off: the bank cannot be searched"
@@ -295,26 +297,26 @@ def test_fault29_a_search_whose_client_left_before_it_began_is_not_made():
 
 
 def test_fault29_an_ending_that_fails_when_its_client_has_left_closes_what_was_opened():
-    explicit, reading, go_on = front(), Reading(MemoryRequest(), (Attachment("bob@1"),)), asyncio.Event()
+    explicit, reading, go_on = front(), Reading(ReadingRequest(), (Attachment("bob@1"),)), asyncio.Event()
     explicit.claim(reading)
     closed = []
 
     async def main() -> None:
-        memory = MemoryFrontEnd(None, explicit)
-        waits, opened = AsyncMemory(memory, Worker().call), Opened(None, reading)
-
-        async def fails() -> None:
+        async def fails(*_) -> None:
             await go_on.wait()
             raise RuntimeError("rank 1 is gone")
 
-        task = asyncio.create_task(waits._own(fails(), opened))
+        memory, opened = front_end(explicit=explicit, call=Worker().call), Opened({"memory": reading})
+        explicit.finish = fails
+        task = asyncio.create_task(memory.end(opened, Outcome(True, 3, 1)))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.wait([task])
+        memory.close(opened)  # as who has left does
         assert explicit.residency._tickets, "it still ends"
         go_on.set()
-        while waits._owned:
+        while memory._owned:
             await asyncio.sleep(0)
         await asyncio.sleep(0)
         closed.append(not explicit.residency._tickets)
@@ -326,7 +328,7 @@ def test_fault29_an_ending_that_fails_when_its_client_has_left_closes_what_was_o
 def test_fault29_references_that_found_no_free_pages_wait_for_none():
     explicit = front(pages=1)
     explicit.residency.request("other", {"bob@1": TOKENS})
-    reading = Reading(MemoryRequest(), top_k=1)
+    reading = Reading(ReadingRequest(), top_k=1)
     explicit.refresh(reading, 64, Found((Attachment("alice@1", 64, 128, 0.5),)))
     assert "no free pages" in reading.note and not reading.plan and not reading.tickets
     assert list(explicit.residency._tickets) == ["other"] and not explicit.residency._waiting
@@ -334,13 +336,13 @@ def test_fault29_references_that_found_no_free_pages_wait_for_none():
 
 def test_fault29_who_is_refused_a_session_holds_no_references_and_no_name():
     released = []
-    explicit, reading = front(), Reading(MemoryRequest(), capture=SimpleNamespace(watched=False))
+    explicit, reading = front(), Reading(ReadingRequest(), capture=SimpleNamespace())
     explicit.captures = SimpleNamespace(release=released.append)
-    explicit.open = lambda request, asked: reading
+    explicit.admit = lambda request, params: reading
 
     def refuse(request, asked):
         raise RequestError("mem_session", "is being written")
 
     with pytest.raises(RequestError, match="being written"):
-        MemoryFrontEnd(SimpleNamespace(open=refuse), explicit).open({"mem_session": "alice"}, Asked())
+        front_end(SimpleNamespace(admit=refuse), explicit).open({"mem_session": "alice"}, RequestParams())
     assert reading.closed and released == [reading.capture]

@@ -10,7 +10,8 @@ from mem_triton.store.bank import Bank, NewEntry
 from mem_triton.store.bank.documents import reference_id
 from mem_triton.store.pool.residency import Residency
 from mem_triton.systems.explicit.frontend import ExplicitFrontEnd
-from mem_triton.systems.request import RequestError, parse_request
+from mem_triton.systems.registry import parse_request
+from mem_triton.systems.request import RequestError
 from tests.store.bank_case import TOKENS, block, entry, spec
 
 
@@ -25,7 +26,7 @@ def front(tmp_path):
 
 
 def resolved(front: ExplicitFrontEnd, *ids: str) -> tuple[str, ...]:
-    return tuple(front._resolve(parse_request({"mem_ids": list(ids)})))
+    return tuple(front._resolve(parse_request({"mem_ids": list(ids)}).systems["memory"]))
 
 
 def test_fault25_an_entry_that_is_named_twice_takes_its_pages_once(front):

@@ -6,30 +6,48 @@ import pytest
 from prometheus_client import REGISTRY
 
 from mem_triton import metrics
-from mem_triton.systems.request import FIELDS, MemoryRequest, RequestError, count_refusal, parse_request
+from mem_triton.systems.delta_mem.request import SessionRequest
+from mem_triton.systems.explicit.request import ReadingRequest
+from mem_triton.systems.registry import count_refusal, parse_request, refusable
+from mem_triton.systems.request import MemoryRequest, RequestError
+
+
+def expected(tenant: str = "", **values) -> MemoryRequest:
+    """What fields are read as; those that are not named have their defaults."""
+    kinds = {"delta": SessionRequest, "memory": ReadingRequest}
+    return MemoryRequest(
+        tenant,
+        {
+            system: kind(tenant=tenant, **{n: v for n, v in values.items() if n in kind.__dataclass_fields__})
+            for system, kind in kinds.items()
+        },
+    )
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("words", "wanted"),
     [
-        (None, MemoryRequest()),
-        ({"top_n_tokens": 3}, MemoryRequest()),
-        ({"mem_session": "alice"}, MemoryRequest("alice")),
-        ({"mem_session": "a.b-c_1", "mem_write": 0}, MemoryRequest("a.b-c_1", write=False)),
-        ({"mem_session": "alice", "mem_write": True, "mem_reset": 1.0}, MemoryRequest("alice", reset=True)),
-        ({"mem_write": False}, MemoryRequest(write=False)),
-        ({"mem_read": 1}, MemoryRequest(read=True)),
-        ({"mem_session": "alice", "mem_read": False, "mem_write": 0}, MemoryRequest("alice", False, read=False)),
-        ({"mem_ids": "alice"}, MemoryRequest(ids=("alice",))),
-        ({"mem_ids": ["alice", "doc/7:a@2", "alice"]}, MemoryRequest(ids=("alice", "doc/7:a@2"))),
-        ({"mem_ids": []}, MemoryRequest(ids=())),
-        ({"mem_top_k": 0}, MemoryRequest(top_k=0)),
-        ({"mem_top_k": 3.0, "mem_tenant": "acme"}, MemoryRequest(top_k=3, tenant="acme")),
-        ({"mem_capture": "contract"}, MemoryRequest(capture="contract")),
+        (None, expected()),
+        ({"top_n_tokens": 3}, expected()),
+        ({"mem_session": "alice"}, expected(session="alice")),
+        ({"mem_session": "a.b-c_1", "mem_write": 0}, expected(session="a.b-c_1", write=False)),
+        ({"mem_session": "alice", "mem_write": True, "mem_reset": 1.0}, expected(session="alice", reset=True)),
+        ({"mem_write": False}, expected(write=False)),
+        ({"mem_read": 1}, expected(read=True)),
+        (
+            {"mem_session": "alice", "mem_read": False, "mem_write": 0},
+            expected(session="alice", write=False, read=False),
+        ),
+        ({"mem_ids": "alice"}, expected(ids=("alice",))),
+        ({"mem_ids": ["alice", "doc/7:a@2", "alice"]}, expected(ids=("alice", "doc/7:a@2"))),
+        ({"mem_ids": []}, expected(ids=())),
+        ({"mem_top_k": 0}, expected(top_k=0)),
+        ({"mem_top_k": 3.0, "mem_tenant": "acme"}, expected(top_k=3, tenant="acme")),
+        ({"mem_capture": "contract"}, expected(capture="contract")),
     ],
 )
-def test_accepted(words, expected):
-    assert parse_request(words) == expected
+def test_accepted(words, wanted):
+    assert parse_request(words) == wanted
 
 
 @pytest.mark.parametrize(
@@ -89,8 +107,8 @@ def test_fault09_messages_are_short_and_labels_come_from_a_closed_set(words):
     before = REGISTRY.get_sample_value("mem_triton:refusals_total", {"field": "unknown"}) or 0.0
     count_refusal(refused.value.field)
     labels = {s.labels["field"] for metric in metrics.REFUSALS.collect() for s in metric.samples}
-    assert labels <= FIELDS | {"unknown"}
-    if refused.value.field not in FIELDS:
+    assert labels <= refusable() | {"unknown"}
+    if refused.value.field not in refusable():
         assert REGISTRY.get_sample_value("mem_triton:refusals_total", {"field": "unknown"}) == before + 1
 
 

@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from mem_triton.config import ConfigError, MemorySection
+from mem_triton.config import ConfigError
 from mem_triton.store.bank import Bank
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.store.block import MemoryBlock
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.explicit.layout import open_bank
+from mem_triton.systems.explicit.section import MemorySection
 from mem_triton.systems.explicit.worker import ExplicitMemory
 from tests.store.bank_case import spec
+from tests.support.host import host
 from tests.support.models import save_tiny_model
 
 
@@ -73,7 +75,7 @@ def test_fault14_a_constant_prefix_that_the_engine_s_dtype_cannot_hold_is_refuse
     section = MemorySection(bank=tmp_path / "b", pool_gib=2**-10)
 
     def start(dtype: torch.dtype) -> None:
-        ExplicitMemory(shape_of(model, dtype=dtype), section, list(layers), 0, 0, torch.device("cpu"), lambda *_: None)
+        ExplicitMemory(shape_of(model, dtype=dtype), section, host(list(layers)))
 
     start(torch.bfloat16)
     with pytest.raises(ConfigError, match=r"constant prefix has numbers beyond torch\.float16"):

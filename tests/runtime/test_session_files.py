@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mem_triton.systems.delta_mem import session_files
+from mem_triton.systems.delta_mem.request import SessionRequest
 from mem_triton.systems.delta_mem.sessions import SessionStore, SessionWriteError
-from mem_triton.systems.request import MemoryRequest, RequestError
+from mem_triton.systems.request import RequestError
 from tests.runtime.test_sessions import LAYOUT, read, state, write
 
 
@@ -85,8 +86,8 @@ def test_fault19_reset_repairs_any_damage(stored, what):
         stored.chmod(0)
     store = SessionStore(LAYOUT, stored.parent)
     with pytest.raises(RequestError, match=r"cannot read .*alice.*mem_reset"):
-        store.open(MemoryRequest("alice"))
-    lease = store.open(MemoryRequest("alice", reset=True))
+        store.open(SessionRequest("alice"))
+    lease = store.open(SessionRequest("alice", reset=True))
     assert lease.start.data is None
     store.commit(lease, state(2), 3)
     store.close(lease)
@@ -99,12 +100,12 @@ def test_fault19_reset_repairs_any_damage(stored, what):
 
 def test_fault19_a_reset_that_is_aborted_leaves_the_session_and_its_damage_as_they_were(stored):
     store = SessionStore(LAYOUT, stored.parent)
-    lease = store.open(MemoryRequest("alice", reset=True))
+    lease = store.open(SessionRequest("alice", reset=True))
     assert read(store, "alice").data == state(1), "a reader beside a reset sees the last commit"
     store.close(lease)
     assert read(store, "alice").data == state(1)
     stored.write_bytes(b"junk")
-    lease = store.open(MemoryRequest("alice", reset=True))
+    lease = store.open(SessionRequest("alice", reset=True))
     with pytest.raises(RequestError, match="cannot read"):
         read(store, "alice")
     store.close(lease)
@@ -120,7 +121,7 @@ def test_fault19_a_state_that_is_not_finite_is_never_committed(tmp_path, bad, on
     write(store, "alice", 1)
     values = np.frombuffer(state(2), np.float32).copy()
     values[7] = bad
-    lease = store.open(MemoryRequest("alice"))
+    lease = store.open(SessionRequest("alice"))
     with pytest.raises(SessionWriteError, match=r'"alice".*not finite.*last version'):
         store.commit(lease, values.tobytes(), 5)
     store.close(lease)
@@ -195,11 +196,11 @@ def test_fault13_two_servers_on_one_directory_lose_nothing(tmp_path):
     assert [write(store, "alice", seed) for seed, store in enumerate((one, other, one, other))] == [1, 2, 3, 4]
     for store in (one, other):
         assert (read(store, "alice").version, read(store, "alice").data) == (4, state(3))
-    lease = one.open(MemoryRequest("alice"))
+    lease = one.open(SessionRequest("alice"))
     with pytest.raises(RequestError, match=r'"alice" is being written by another request.*"mem_write": 0'):
-        other.open(MemoryRequest("alice"))
+        other.open(SessionRequest("alice"))
     with pytest.raises(RequestError, match="is being written"):
-        other.open(MemoryRequest("alice", reset=True))
+        other.open(SessionRequest("alice", reset=True))
     assert read(other, "alice").data == state(3), "readers need no lock"
     one.close(lease)
     assert write(other, "alice", 5) == 5
@@ -216,7 +217,7 @@ def test_fault13_a_file_removed_by_its_owner_is_forgotten(stored):
 def test_fault13_a_commit_over_a_file_that_changed_meanwhile_is_refused(stored, how):
     """A writer that takes no lock: a version from before locks, or a mount without them."""
     store = SessionStore(LAYOUT, stored.parent)
-    lease = store.open(MemoryRequest("alice"))
+    lease = store.open(SessionRequest("alice"))
     if how == "advanced":
         store.files.write("alice", session_files.CommittedState(2, state(9), 10, ""))
     else:
@@ -256,8 +257,8 @@ def test_fault13_a_server_that_is_killed_leaves_no_lock(tmp_path):
     script = textwrap.dedent(
         f"""
         from pathlib import Path
-        from tests.runtime.test_sessions import LAYOUT, MemoryRequest, SessionStore
-        lease = SessionStore(LAYOUT, Path({str(tmp_path)!r})).open(MemoryRequest("alice"))
+        from tests.runtime.test_sessions import LAYOUT, SessionRequest, SessionStore
+        lease = SessionStore(LAYOUT, Path({str(tmp_path)!r})).open(SessionRequest("alice"))
         print("open", flush=True)
         input()
         """
@@ -269,7 +270,7 @@ def test_fault13_a_server_that_is_killed_leaves_no_lock(tmp_path):
     assert process.stdout.readline() == "open\n"
     store = SessionStore(LAYOUT, tmp_path)
     with pytest.raises(RequestError, match="is being written"):
-        store.open(MemoryRequest("alice"))
+        store.open(SessionRequest("alice"))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert write(store, "alice", 1) == 1
@@ -309,23 +310,23 @@ def test_fault14_a_state_of_another_dtype_is_read_with_a_warning(tmp_path, caplo
 @pytest.mark.parametrize("told", ["", "sql:1"])
 def test_fault27_a_session_belongs_to_the_lora_adapter_it_was_told_under(tmp_path, told):
     store = SessionStore(LAYOUT, tmp_path)
-    lease = store.open(MemoryRequest("alice"), lora=told)
+    lease = store.open(SessionRequest("alice"), lora=told)
     store.commit(lease, state(1), 5)
     store.close(lease)
     for other in (store, SessionStore(LAYOUT, tmp_path)):
         for write_ in (True, False):
             with pytest.raises(RequestError, match=r'mem_session: "alice" was told under .*LoRA adapter.*"poet:2"'):
-                other.open(MemoryRequest("alice", write=write_), lora="poet:2")
-        lease = other.open(MemoryRequest("alice"), lora=told)
+                other.open(SessionRequest("alice", write=write_), lora="poet:2")
+        lease = other.open(SessionRequest("alice"), lora=told)
         assert lease.start.data == state(1)
         other.close(lease)
-    lease = store.open(MemoryRequest("alice", reset=True), lora="poet:2")
+    lease = store.open(SessionRequest("alice", reset=True), lora="poet:2")
     store.commit(lease, state(2), 5)
     store.close(lease)
-    assert store.open(MemoryRequest("alice"), lora="poet:2").start.data == state(2)
+    assert store.open(SessionRequest("alice"), lora="poet:2").start.data == state(2)
 
 
 def test_fault27_the_lora_adapter_is_part_of_every_cache_key():
     store = SessionStore(LAYOUT)
-    for request in (MemoryRequest(), MemoryRequest("alice", write=False)):
+    for request in (SessionRequest(), SessionRequest("alice", write=False)):
         assert len({store.open(request, lora).key for lora in ("", "sql:1", "sql:2")}) == 3

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mem_triton.systems.delta_mem.request import SessionRequest
 from mem_triton.systems.delta_mem.sessions import SessionStore, StateLayout, layer_order
-from mem_triton.systems.request import MemoryRequest, RequestError
+from mem_triton.systems.request import RequestError
 
 LAYERS = tuple(f"model.layers.{i}.self_attn" for i in range(12))
 LAYOUT = StateLayout(LAYERS, heads=2, rank=4, adapter="a" * 64, model="m" * 64)
@@ -26,7 +27,7 @@ def state(seed: int) -> bytes:
 
 
 def write(store: SessionStore, name: str, seed: int, tokens: int = 5) -> int:
-    lease = store.open(MemoryRequest(name))
+    lease = store.open(SessionRequest(name))
     try:
         return store.commit(lease, state(seed), tokens)
     finally:
@@ -34,7 +35,7 @@ def write(store: SessionStore, name: str, seed: int, tokens: int = 5) -> int:
 
 
 def read(store: SessionStore, name: str):
-    lease = store.open(MemoryRequest(name, write=False))
+    lease = store.open(SessionRequest(name, write=False))
     store.close(lease)
     return lease.start
 
@@ -56,7 +57,7 @@ def test_states_survive_a_restart_bit_for_bit(tmp_path):
 def test_an_aborted_request_commits_nothing(tmp_path):
     store = SessionStore(LAYOUT, tmp_path)
     write(store, "alice", 1)
-    lease = store.open(MemoryRequest("alice"))
+    lease = store.open(SessionRequest("alice"))
     store.close(lease)
     with pytest.raises(ValueError, match="may not write"):
         store.commit(lease, state(2), 5)
@@ -66,10 +67,10 @@ def test_an_aborted_request_commits_nothing(tmp_path):
 def test_one_writer_at_a_time_and_readers_see_the_last_commit():
     store = SessionStore(LAYOUT)
     write(store, "alice", 1)
-    writer = store.open(MemoryRequest("alice"))
+    writer = store.open(SessionRequest("alice"))
     with pytest.raises(RequestError, match=r'"alice" is being written.*"mem_write": 0'):
-        store.open(MemoryRequest("alice"))
-    reader = store.open(MemoryRequest("alice", write=False))
+        store.open(SessionRequest("alice"))
+    reader = store.open(SessionRequest("alice", write=False))
     assert reader.start.data == state(1)
     store.commit(writer, state(2), 5)
     store.close(writer)
@@ -83,26 +84,26 @@ def test_cache_keys_tell_memories_apart():
     store = SessionStore(LAYOUT)
     keys = set()
 
-    def key_of(request: MemoryRequest) -> str:
+    def key_of(request: SessionRequest) -> str:
         lease = store.open(request)
         store.close(lease)
         return lease.key
 
     for _ in range(2):
-        keys |= {key_of(r) for r in (MemoryRequest("a"), MemoryRequest("a", write=False), MemoryRequest("b"))}
+        keys |= {key_of(r) for r in (SessionRequest("a"), SessionRequest("a", write=False), SessionRequest("b"))}
         write(store, "a", 1)
-    keys |= {key_of(MemoryRequest()), key_of(MemoryRequest(write=False))}
+    keys |= {key_of(SessionRequest()), key_of(SessionRequest(write=False))}
     assert len(keys) == 3 + 2 + 2, "name, version, write flag and no session at all are all different"
     other = SessionStore(replace(LAYOUT, adapter="b" * 64))
-    lease = other.open(MemoryRequest())
+    lease = other.open(SessionRequest())
     assert lease.key not in keys, "the adapter is part of the key"
-    assert key_of(MemoryRequest("b")) in keys, "the same memory keeps its key, so that prefixes are shared"
+    assert key_of(SessionRequest("b")) in keys, "the same memory keeps its key, so that prefixes are shared"
 
 
 def test_reset_starts_from_zeros_and_keeps_counting(tmp_path):
     store = SessionStore(LAYOUT, tmp_path)
     write(store, "alice", 1)
-    lease = store.open(MemoryRequest("alice", reset=True))
+    lease = store.open(SessionRequest("alice", reset=True))
     assert lease.start.data is None
     assert store.commit(lease, state(2), 3) == 2
     store.close(lease)
@@ -114,8 +115,8 @@ def test_a_file_of_another_model_or_adapter_is_refused(tmp_path, field):
     write(SessionStore(LAYOUT, tmp_path), "alice", 1)
     other = SessionStore(replace(LAYOUT, **{field: "other"}), tmp_path)
     with pytest.raises(RequestError, match=rf"another {field}.*mem_reset"):
-        other.open(MemoryRequest("alice"))
-    lease = other.open(MemoryRequest("alice", reset=True))  # the way out that the message names
+        other.open(SessionRequest("alice"))
+    lease = other.open(SessionRequest("alice", reset=True))  # the way out that the message names
     assert other.commit(lease, state(2), 3) == 2
 
 
@@ -124,7 +125,7 @@ def test_a_broken_file_is_refused_and_kept(tmp_path):
     path = tmp_path / "alice.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RequestError, match=r"cannot read .*alice"):
-        SessionStore(LAYOUT, tmp_path).open(MemoryRequest("alice"))
+        SessionStore(LAYOUT, tmp_path).open(SessionRequest("alice"))
     assert path.exists()
 
 
@@ -132,7 +133,7 @@ def test_without_a_directory_a_new_session_beyond_the_limit_is_refused():
     store = SessionStore(LAYOUT, max_sessions=2)
     write(store, "a", 1), write(store, "b", 2)
     with pytest.raises(RequestError, match=r"no room.*set session_dir or raise max_sessions"):
-        store.open(MemoryRequest("c"))
+        store.open(SessionRequest("c"))
     assert read(store, "a").data == state(1), "nothing was lost to make room"
 
 
@@ -142,9 +143,9 @@ def test_with_a_directory_idle_sessions_leave_memory_and_come_back(tmp_path):
         write(store, name, seed)
     assert len(store) == 2
     assert [read(store, name).data for name in "abcd"] == [state(seed) for seed in range(4)]
-    held = [store.open(MemoryRequest(name)) for name in "ab"]
+    held = [store.open(SessionRequest(name)) for name in "ab"]
     with pytest.raises(RequestError, match="raise max_sessions"):
-        store.open(MemoryRequest("c"))  # both places are in use
+        store.open(SessionRequest("c"))  # both places are in use
     for lease in held:
         store.close(lease)
 
@@ -152,7 +153,7 @@ def test_with_a_directory_idle_sessions_leave_memory_and_come_back(tmp_path):
 def test_sessions_that_never_committed_take_no_room():
     store = SessionStore(LAYOUT, max_sessions=1)
     for name in "abc":
-        store.close(store.open(MemoryRequest(name)))
+        store.close(store.open(SessionRequest(name)))
     assert len(store) == 0
 
 
@@ -214,7 +215,7 @@ def test_any_sequence_of_requests_counts_right(steps):
             versions[name] += 1
             assert write(store, name, versions[name]) == versions[name]
         elif what == "abort":
-            store.close(store.open(MemoryRequest(name)))
+            store.close(store.open(SessionRequest(name)))
         start = read(store, name)
         assert start.version == versions[name]
         assert start.data == (state(versions[name]) if versions[name] else None)

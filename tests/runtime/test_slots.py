@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from mem_triton.systems.delta_mem.slots import StateSlots
+from mem_triton.systems.payload import StateRef
 
 SIZE, ALL_LAYERS = 4, 6
 
 
-def carried(lease: str, value: float | None = None, write: int = 1) -> dict:
+def carried(lease: str, value: float | None = None, write: int = 1) -> StateRef:
     data = None
     if value is not None:
         data = (torch.arange(ALL_LAYERS * SIZE, dtype=torch.float32) + value).numpy().tobytes()
-    return {"lease": lease, "state": data, "write": write}
+    return StateRef(lease, data, bool(write))
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def slots() -> StateSlots:
 def test_rows_follow_the_batch(slots):
     slots.enter("a", carried("la", 100.0))
     slots.enter("plain", None)
-    slots.enter("frozen", {"write": 0})
+    slots.enter("frozen", StateRef(write=False))
     slots.set_rows(["plain", "a", "frozen"], [3, 4, 5])
     slot = int(slots.row_slot[1])
     assert slots.row_slot.tolist() == [-1, slot, -1] and slot >= 0
@@ -42,8 +43,8 @@ def test_fault16_rows_of_requests_that_say_nothing_stay_at_zeros(tmp_path):
     slots = StateSlots([1, 4], SIZE, 5, torch.device("cpu"), writes=False)
     assert slots.row_write.tolist() == [0] * 5, "before any request"
     slots.enter("a", carried("la", 100.0))
-    slots.enter("bank", {"memory": {}})
-    slots.enter("own", {"write": 1})
+    slots.enter("bank", None)
+    slots.enter("own", StateRef(write=True))
     slots.set_rows(["plain", "a", "bank", "own"], [3, 4, 5, 6])
     slot = int(slots.row_slot[1])
     assert slots.row_slot.tolist() == [-1, slot, -1, -1, -1] and slot >= 0

@@ -12,10 +12,12 @@ from starlette.datastructures import Headers
 from mem_triton.config import ConfigError, parse_config
 from mem_triton.runtime.frontend.memory import MemoryFrontEnd
 from mem_triton.runtime.frontend.tenants import Tenants
-from mem_triton.systems.asked import Asked
 from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
 from mem_triton.systems.delta_mem.sessions import SessionStore, StateLayout
-from mem_triton.systems.request import MemoryRequest, RequestError, parse_request
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.registry import parse_request
+from mem_triton.systems.request import RequestError
+from tests.support.front import front_end
 
 HASHED = "sha256:" + hashlib.sha256(b"globex-key").hexdigest()
 
@@ -35,7 +37,7 @@ def bearer(key: str) -> Headers:
 
 
 def bound(tenants: Tenants, headers, said: str = "") -> str:
-    return tenants.bind(MemoryRequest(tenant=said), headers).tenant
+    return tenants.bind(said, headers)
 
 
 def test_fault08_a_key_says_whom_a_request_speaks_for(tenants):
@@ -108,14 +110,15 @@ def memory(tenants, tmp_path):
     sessions = object.__new__(SessionFrontEnd)  # no adapter on disk
     sessions.store = SessionStore(StateLayout(("l",), 1, 4, "a", "m"), tmp_path)
     sessions.obstacle = None
-    return MemoryFrontEnd(sessions, None, tenants)
+    return front_end(sessions, tenants=tenants)
 
 
 def committed(memory: MemoryFrontEnd, headers, **words) -> int:
     """The version from which a request starts that commits the next."""
-    lease = memory.open({"mem_session": "alice", **words}, Asked(headers=headers)).lease
-    memory.sessions.store.commit(lease, bytes(64), tokens=1)
-    memory.sessions.store.close(lease)
+    lease = memory.open({"mem_session": "alice", **words}, RequestParams(headers=headers)).parts["delta"].lease
+    store = memory.parts["delta"].store
+    store.commit(lease, bytes(64), tokens=1)
+    store.close(lease)
     return lease.start.version
 
 
@@ -129,13 +132,13 @@ def test_fault08_a_session_is_its_tenant_s(memory, tmp_path):
     }
     with pytest.raises(RequestError, match="mem_tenant"):
         committed(memory, bearer("acme-key"), mem_tenant="globex")
-    memory.open({"mem_session": "a" * 128}, Asked(headers=bearer("acme-key")))
+    memory.open({"mem_session": "a" * 128}, RequestParams(headers=bearer("acme-key")))
     with pytest.raises(RequestError, match="with mem_tenant its name has 201 characters, at most 200"):
-        memory.open({"mem_session": "a" * 100, "mem_tenant": "b" * 100}, Asked())
+        memory.open({"mem_session": "a" * 100, "mem_tenant": "b" * 100}, RequestParams())
 
 
 def test_fault08_who_is_refused_has_nothing_opened(memory):
-    memory.explicit = SimpleNamespace(open=lambda *_: pytest.fail("opened"))
+    memory.parts["memory"] = SimpleNamespace(admit=lambda *_: pytest.fail("opened"))
     with pytest.raises(RequestError, match="mem_tenant"):
-        memory.open({"mem_tenant": "globex"}, Asked(headers=bearer("acme-key")))
+        memory.open({"mem_tenant": "globex"}, RequestParams(headers=bearer("acme-key")))
     assert parse_request({"mem_tenant": "globex"}).tenant == "globex"

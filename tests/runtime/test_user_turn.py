@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.recall.data import facts, question
-from mem_triton.runtime.frontend.memory import MemoryFrontEnd
 from mem_triton.store.bank import Bank
-from mem_triton.systems.asked import Asked
 from mem_triton.systems.explicit.frontend import ExplicitFrontEnd, Reading
 from mem_triton.systems.explicit.retrieval import Retriever
 from mem_triton.systems.explicit.user_turn import LastUserMessage, UserTurns
-from mem_triton.systems.request import RequestError, parse_request
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.registry import parse_request
+from mem_triton.systems.request import RequestError
 from tests.store.bank_case import entry, spec
+from tests.support.front import front_end
 
 SYSTEM = "You are the porter of a hotel. Be brief, be kind, and never guess: say so when you do not know an answer."
 CHAT = [
@@ -90,7 +91,7 @@ def front(bank: Bank, render=None, every: int = 64) -> ExplicitFrontEnd:
 
 def found(front: ExplicitFrontEnd, text: str, **words) -> str:
     """The reference that the answer sees."""
-    request = parse_request(words)
+    request = parse_request(words).systems["memory"]
     plan = front.find(Reading(request, top_k=1), list(map(ord, text)))
     return plan[-1].ref
 
@@ -133,11 +134,11 @@ def test_fault24_a_request_may_say_what_is_searched_for(told):
 )
 def test_fault24_a_query_that_nobody_searches_by_is_refused(told, words, message):
     bank, _ = told
-    memory = MemoryFrontEnd(None, front(bank))
-    memory.explicit.residency = SimpleNamespace(pages_for=lambda tokens: 1)
-    memory.explicit.layout, memory.explicit.longest_step = SimpleNamespace(max_pages=99), 64
+    memory = front_end(explicit=(explicit := front(bank)))
+    explicit.residency = SimpleNamespace(pages_for=lambda tokens: 1)
+    explicit.layout, explicit.longest_step = SimpleNamespace(max_pages=99), 64
     with pytest.raises(RequestError, match=message) as error:
-        memory.open(words, Asked())
+        memory.open(words, RequestParams())
     assert error.value.field == "mem_query"
 
 

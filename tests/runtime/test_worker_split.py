@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mem_triton.config import ConfigError, MemorySection
+from mem_triton.config import ConfigError
 from mem_triton.systems.delta_mem import pack_layer
 from mem_triton.systems.delta_mem.attach import shard
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.explicit.layout import GIB, MOST_PAGES, join_captured, layout_of
+from mem_triton.systems.explicit.section import MemorySection
 from mem_triton.systems.explicit.worker import _heads
 from tests.support.models import attention_dims, random_adapter, tiny_model
 

@@ -14,7 +14,7 @@ def cells_forget_prefixes() -> None:
     def before_step(self: Any, batch: Any) -> None:
         starts = batch.prefix_lens if batch.forward_mode.is_extend() else [0] * len(batch.reqs)
         if any(start and r.rid not in known for r, start in zip(batch.reqs, starts, strict=True)):
-            self.delta.cells.zero_()
+            self.states.cells.zero_()
         known.update(r.rid for r in batch.reqs)
         stock(self, batch)
 
@@ -37,7 +37,7 @@ def no_memory_in_radix_keys() -> None:
     """The front end says nothing of memory in a request's extra key."""
     from mem_triton_sglang import tokenizer_manager
 
-    tokenizer_manager.extra_key_of = lambda client_key, session_key, bank_key, plan: client_key
+    tokenizer_manager.extra_key_of = lambda client_key, key=None, payload=None: client_key
 
 
 def new_tensors_for_replays() -> None:

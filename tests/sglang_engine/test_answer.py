@@ -215,19 +215,19 @@ def test_fault24_turns_are_learnt_from_the_tokenizers_template(monkeypatch):
 
     made = {}
 
-    def front_end(*args, **options):
-        made.update(options)
+    def front_end(config, shape, services, **more):
+        made["render"] = services.render
         return SimpleNamespace()
 
     shape = SimpleNamespace(tp_size=1, pp_spans=((0, 2),))
     monkeypatch.setattr(module, "shape_of", lambda *_: shape)
-    monkeypatch.setattr(module, "ExplicitFrontEnd", front_end)
+    monkeypatch.setattr(module.MemoryFrontEnd, "of", front_end)
     manager = object.__new__(module.TokenizerManagerWithMemory)
     manager.server_args = manager.model_config = None
     manager.tokenizer = tiny_tokenizer()
-    monkeypatch.setattr(module, "Client", lambda ranks: SimpleNamespace(call=None))
-    monkeypatch.setattr(module, "AsyncMemory", lambda memory, call: None)
-    manager.start_memory(SimpleNamespace(delta=None, memory=True, tenants=None))
+    monkeypatch.setattr(module, "Client", lambda ranks: SimpleNamespace(call=print))
+    monkeypatch.setenv(module.VARIABLE, "/nowhere")
+    manager.start_memory(None)
     turns = UserTurns.of(made["render"])
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who has the key?"}]
     assert turns.last(made["render"](chat)) == "Who has the key?"

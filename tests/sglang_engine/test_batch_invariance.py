@@ -24,5 +24,5 @@ def test_deterministic_inference_takes_our_backend():
 )
 def test_whose_prefill_it_is(reads_bank, policy, stock):
     """Otherwise a row without memory would be stock's or ours, as its neighbours have none or some."""
-    memory = SimpleNamespace(reads_bank=reads_bank, policy=policy, explicit=object())
+    memory = SimpleNamespace(reads_segments_now=reads_bank, policy=policy, has_segments=True)
     assert BackendWithMemory._stock_extends.fget(SimpleNamespace(mem_triton=memory)) is stock

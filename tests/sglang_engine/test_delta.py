@@ -108,7 +108,7 @@ def test_states_are_part_of_a_tokens_bytes(page, states):
 
     delta = DeltaStates(DeltaRuleSpec(8, 1), slots=None, layers=2, page_size=page)
     memory = WorkerMemory(None)
-    memory.delta = delta
+    memory.states = delta
     model = SimpleNamespace(mem_triton=memory)
     assert after_cell_size(1024, None, SimpleNamespace(model=model), 2) == 1024 + states
     assert after_cell_size(1024, None, SimpleNamespace(model=SimpleNamespace()), 2) == 1024

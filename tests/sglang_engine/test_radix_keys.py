@@ -17,7 +17,8 @@ from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from mem_triton.store.pool.plan import FOREVER, Attachment, to_carried
+from mem_triton.store.pool.plan import FOREVER, Attachment
+from mem_triton.systems.payload import RequestPayload, Segment, SystemPayload
 from mem_triton_sglang import identity, radix_keys
 from mem_triton_sglang.hooks import HOOKS
 from mem_triton_sglang.identity import MARK, extra_key_of, parse
@@ -58,8 +59,9 @@ class Request:
 
     @property
     def extra_key(self) -> str | None:
-        key = extra_key_of(self.client, self.session, self.bank, to_carried(self.plan))
-        return (key or "") + self.suffix or None
+        segments = tuple(Segment(a.ref, a.first, a.end) for a in self.plan)
+        payload = self.bank and RequestPayload({"memory": SystemPayload(self.bank, segments=segments)})
+        return (extra_key_of(self.client, self.session, payload) or "") + self.suffix or None
 
     def seen_at(self, position: int) -> list[str]:
         return sorted(a.ref for a in self.plan if a.first <= position < a.end)
@@ -192,7 +194,7 @@ def test_a_client_cannot_imitate_a_key(kind, seen_by_the_cache):
 def test_plain_requests_are_left_alone():
     """The same objects, whatever key the client gave."""
     for given_key in (None, "mine", '{"mem_triton": 1}'):
-        tokens, extra_key = array("q", PROMPT), extra_key_of(given_key, None, None, None)
+        tokens, extra_key = array("q", PROMPT), extra_key_of(given_key)
         key = RadixKey(tokens, extra_key, False, 5, cache_salt="salt")
         assert extra_key == given_key and key.token_ids is tokens
         assert (key.extra_key, key.limit, key.cache_salt) == (given_key, 5, "salt")

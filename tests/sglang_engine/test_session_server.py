@@ -118,15 +118,15 @@ def test_chat_and_a_client_key(server):
 def test_a_client_key_cannot_pass_for_a_memory(server, bench, prompts):
     """A plain request whose extra key is the one of a session's request must not find that session's prefix."""
     from mem_triton.systems.delta_mem import load_adapter
+    from mem_triton.systems.delta_mem.request import SessionRequest
     from mem_triton.systems.delta_mem.sessions import SessionStore, StateLayout
-    from mem_triton.systems.request import MemoryRequest
     from mem_triton_sglang.identity import extra_key_of
 
     assert server.tokens(prompts[2], words=session("forged")) == bench.fresh(prompts[2])
     lease = SessionStore(StateLayout(("l",), 1, 1, load_adapter(bench.adapter).fingerprint, "m")).open(
-        MemoryRequest("forged")
+        SessionRequest("forged")
     )
-    key = extra_key_of(None, lease.key, None, None)
+    key = extra_key_of(None, lease.key)
     response = server.generate(prompts[2], extra_key=key).json()
     assert response["output_ids"] == bench.fresh(prompts[2])
     assert response["meta_info"]["cached_tokens"] == 0

@@ -20,18 +20,19 @@ SHARED = {
     "rows of states": "mem_triton.systems.delta_mem.slots:StateSlots.set_rows",
     "enter tables": "mem_triton.systems.explicit.worker:ExplicitMemory.enter",
     "leave tables": "mem_triton.systems.explicit.worker:ExplicitMemory.leave",
-    "rows of tables": "mem_triton.systems.explicit.worker:ExplicitMemory.set_rows",
+    "rows of tables": "mem_triton.systems.explicit.worker:ExplicitMemory.begin_step",
     "one row": "mem_triton.store.pool.tables:MemoryTables._show",
+    "load pages": "mem_triton.systems.explicit.worker:ExplicitMemory.load_pages",
+    "state of pages": "mem_triton.systems.explicit.worker:ExplicitMemory.pages_state",
+    "take a state": "mem_triton.systems.delta_mem.worker:DeltaWorker.take_state",
     "order of steps": "mem_triton.store.pool.loader:PageLoader.before_step",
 }
 VLLM = {
     **SHARED,
-    "payload": "mem_triton_vllm.worker_memory:carried_by",
+    "payload": "mem_triton_vllm.worker:carried_by",
     "attention": "mem_triton_vllm.backend:memory_attention",
     "step of states": "mem_triton_vllm.state_cache:DeltaStateCache.step",
-    "block keys": "mem_triton_vllm.block_keys:memory_key",
-    "load pages": "mem_triton_vllm.worker:load_pages",
-    "state of pages": "mem_triton_vllm.worker:pages_state",
+    "block keys": "mem_triton_vllm.block_keys:memory_keys",
 }
 SGLANG = {
     **SHARED,
@@ -40,8 +41,6 @@ SGLANG = {
     "attention": "mem_triton_sglang.backend:memory_attention",
     "step of states": "mem_triton_sglang.states:DeltaStates.advance",
     "radix keys": "mem_triton_sglang.radix_keys:seen_tokens",
-    "load pages": "mem_triton_sglang.service:Service.load_pages",
-    "state of pages": "mem_triton_sglang.service:Service.pages_state",
 }
 
 

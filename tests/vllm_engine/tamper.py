@@ -12,12 +12,12 @@ def no_memory_in_cache_keys() -> None:
 def coarse_states_under_speculation() -> None:
     from mem_triton_vllm import attach
 
-    attach._tokens_per_state = lambda vllm_config, section: 16
+    attach._tokens_per_state = lambda vllm_config, wanted: 16
 
 
 def attach_before_lora() -> None:
     from mem_triton_vllm import v1_runner
-    from mem_triton_vllm.worker_memory import attach_memory
+    from mem_triton_vllm.worker import attach_memory
 
     def prepare(vllm_config, model, config) -> None:
         model.mem_triton = attach_memory(vllm_config, model, config, block_row=None)
@@ -68,7 +68,7 @@ def same_step_hits_allowed() -> None:
 def no_memory_in_block_keys() -> None:
     from mem_triton_vllm import block_keys
 
-    block_keys.memory_key = lambda memory, start, end: ("mem_triton", ())
+    block_keys.memory_keys = lambda carried, start, end: (("mem_triton", ()),)
 
 
 def captures_of_other_blocks() -> None:

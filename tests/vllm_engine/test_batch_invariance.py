@@ -10,21 +10,30 @@ import torch
 from mem_triton.config import parse_config
 from mem_triton.ops.memory_attention import Policy
 from mem_triton.systems.delta_mem.slots import StateSlots
-from mem_triton_vllm import backend, explicit_worker, state_cache, worker_memory
+from mem_triton_vllm import backend, state_cache, worker
 
 
 @pytest.mark.parametrize(("configured", "variable"), [(True, "0"), (False, "1"), (False, "0")])
 def test_the_option_or_vllms_own_mode_turns_it_on(configured, variable, monkeypatch):
-    slots = StateSlots([0], 64, 4, torch.device("cpu"))
-    policies = []
-    monkeypatch.setattr(worker_memory, "attach", lambda *args: slots)
-    monkeypatch.setattr(explicit_worker, "attach_explicit", lambda *args: policies.append(args[-1]))
+    hosts = []
+    monkeypatch.setattr(worker.WorkerMemory, "attach", lambda self, config, shape, host: hosts.append(host))
+    monkeypatch.setattr(worker, "shape_of", lambda _: None)
+    monkeypatch.setattr(worker, "get_tensor_model_parallel_rank", lambda: 0)
+    attention = SimpleNamespace(impl=SimpleNamespace())
+    monkeypatch.setattr(worker, "attentions_of", lambda _: {0: attention})
+    monkeypatch.setattr(worker, "attach", lambda *args, batch_invariant: batch_invariant)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", variable)
     section = {"delta": {"adapter": "a"}, "memory": {"bank": "b"}, "deterministic": configured}
-    worker_memory.attach_memory(None, None, parse_config(section), None)
+    worker.attach_memory(None, torch.nn.Linear(1, 1), parse_config(section), None)
     on = configured or variable == "1"
-    assert slots.batch_invariant == on
-    assert policies == [Policy(batch_invariant=True) if on else None]
+    (host,) = hosts
+    assert host.attach_states() == on == host.deterministic
+    assert attention.impl.policy == host.policy == (Policy(batch_invariant=True) if on else None)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_states_tables_are_told(on):
+    assert StateSlots([0], 64, 4, torch.device("cpu"), batch_invariant=on).batch_invariant == on
 
 
 def test_every_backend_says_that_it_can():

@@ -9,7 +9,8 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.core import kv_cache_utils
 
-from mem_triton.store.pool.plan import Attachment, to_carried
+from mem_triton.store.pool.plan import Attachment
+from mem_triton.systems.payload import RequestPayload, Segment, SystemPayload, encode
 from mem_triton.systems.request import CARRIER
 from mem_triton_vllm import block_keys
 
@@ -32,8 +33,9 @@ def extra_keys():
         yield keys
 
 
-def memory(bank: str, *plan: Attachment) -> dict:
-    return {"memory": {"bank": bank, "plan": to_carried(plan), "runs": {}}}
+def memory(bank: str, *plan: Attachment) -> bytes:
+    segments = tuple(Segment(a.ref, a.first, a.end) for a in plan)
+    return encode(RequestPayload({"memory": SystemPayload(bank, segments=segments)}))
 
 
 def test_fault29_blocks_that_saw_another_bank_or_other_references_are_not_shared(extra_keys):
@@ -50,6 +52,6 @@ def test_fault29_blocks_that_saw_another_bank_or_other_references_are_not_shared
 
 def test_fault29_a_memory_that_cannot_be_read_shares_its_blocks_with_nobody(extra_keys):
     """The scheduler goes on, and what it cannot tell apart it keeps apart."""
-    broken = extra_keys({"memory": {"bank": "one", "plan": "?"}})
+    broken = extra_keys(b"no msgpack")
     assert broken not in (None, extra_keys(memory("one")), extra_keys(memory("one", Attachment("?"))))
     assert "r" in broken[-1]

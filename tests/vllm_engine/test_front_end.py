@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
+from mem_triton.systems.delta_mem.request import SessionRequest
 from mem_triton.systems.delta_mem.sessions import SessionStore, StateLayout
-from mem_triton.systems.request import MemoryRequest
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def engine(monkeypatch):
     sessions.store = SessionStore(StateLayout(("l",), heads=1, rank=4, adapter="a", model="m"))
     sessions.obstacle, sessions._aborted, sessions._logger = None, [], logging.getLogger()
     engine = object.__new__(AsyncLLMWithMemory)
-    engine.memory = VLLMFrontEnd(sessions, explicit=None)
+    engine.memory = VLLMFrontEnd({"delta": sessions})
+    engine.memory.call = engine._call_workers
     return engine
 
 
@@ -52,8 +53,8 @@ def alice():
 
 def is_free(engine) -> bool:
     return (
-        "alice" not in engine.memory.sessions.store._sessions
-        or engine.memory.sessions.store._sessions["alice"].writer is None
+        "alice" not in engine.memory.parts["delta"].store._sessions
+        or engine.memory.parts["delta"].store._sessions["alice"].writer is None
     )
 
 
@@ -71,20 +72,20 @@ def test_a_read_stream_commits(engine):
             assert is_free(engine), "the session is free before the answer is out"
 
     asyncio.run(read())
-    lease = engine.memory.sessions.store.open(MemoryRequest("alice"))
+    lease = engine.memory.parts["delta"].store.open(SessionRequest("alice"))
     assert (lease.start.version, lease.start.tokens) == (1, 2)
 
 
 def test_a_client_that_leaves_during_the_commit_does_not_free_the_session_early(engine, monkeypatch):
     entered, go = threading.Event(), threading.Event()
-    stock = engine.memory.sessions.store.commit
+    stock = engine.memory.parts["delta"].store.commit
 
     def commit(*args, **kwargs):
         entered.set()
         go.wait(10)
         return stock(*args, **kwargs)
 
-    monkeypatch.setattr(engine.memory.sessions.store, "commit", commit)
+    monkeypatch.setattr(engine.memory.parts["delta"].store, "commit", commit)
 
     async def leave() -> None:
         async def read() -> None:
@@ -102,29 +103,47 @@ def test_a_client_that_leaves_during_the_commit_does_not_free_the_session_early(
         go.set()
 
     asyncio.run(leave())
-    assert is_free(engine) and engine.memory.sessions.store.open(MemoryRequest("alice")).start.version == 1
+    assert is_free(engine) and engine.memory.parts["delta"].store.open(SessionRequest("alice")).start.version == 1
 
 
 def test_a_request_that_vllm_refuses_after_its_pages_were_filled_holds_nothing(monkeypatch):
     """``LLMEngine`` submits it in a step, long after ``add_request``."""
-    from mem_triton.runtime.frontend.memory import Opened
-    from mem_triton_vllm.sync_engine import LLMEngineWithMemory, _Running
+    from vllm import SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
 
-    def refuse(self, request_id, running):
-        self._running[request_id] = running
+    from mem_triton.systems.base import FrontendPart, RequestMemory
+    from mem_triton_vllm.front_end import VLLMFrontEnd
+    from mem_triton_vllm.sync_engine import LLMEngineWithMemory
+
+    def refuse(self, *_, **__):
         raise ValueError("too long")
 
-    monkeypatch.setattr(LLMEngineWithMemory, "_submit", refuse)
-    monkeypatch.setattr(LLMEngineWithMemory, "__del__", lambda self: None)
-    closed, opened = [], Opened(reading=SimpleNamespace(pending=[]))
-    engine = object.__new__(LLMEngineWithMemory)
-    engine.memory = SimpleNamespace(close=closed.append)
-    engine._courier = SimpleNamespace(orders=list, busy=False)
-    engine._running = {"r": _Running(opened, None, None, ((), {}))}
-    engine._put_off, engine._external_ids = ["r"], {}
+    class Part(FrontendPart):
+        filled, closed = False, []
+
+        def admit(self, fields, params):
+            return RequestMemory(waits=True)
+
+        async def ready(self, memory, alive, rpc):
+            while not self.filled:
+                await asyncio.sleep(0)
+
+        def close(self, memory):
+            self.closed.append(memory)
+
+    monkeypatch.setattr(LLMEngine, "add_request", refuse)
+    monkeypatch.setattr(LLMEngine, "abort_request", lambda *_: None)
+    monkeypatch.setattr(LLMEngine, "has_unfinished_requests", lambda _: False)
+    monkeypatch.setattr(LLMEngineWithMemory, "__del__", lambda self: None, raising=False)
+    engine, part = object.__new__(LLMEngineWithMemory), Part()
+    engine.memory = VLLMFrontEnd({"memory": part})
+    engine.start_memory()
+    engine.add_request("r", {"prompt_token_ids": [1, 2]}, SamplingParams())
+    assert engine.step() == [] and engine._running and not part.closed
+    part.filled = True
     with pytest.raises(ValueError, match="too long"):
-        engine._submit_ready()
-    assert closed == [opened] and not engine._running and not engine._put_off
+        engine.step()
+    assert part.closed and not engine._running and not engine._streams and engine.step() == []
 
 
 def test_fault16_a_client_s_salt_cannot_pass_for_a_memory():
@@ -156,4 +175,4 @@ def test_fault16_streams_of_inputs_cannot_choose_their_scope():
 
     for word in ("mem_read", "mem_write"):
         with pytest.raises(VLLMValidationError, match=f"{word}: streaming inputs"):
-            VLLMFrontEnd(None, None).open_request(stream(), SamplingParams(extra_args={word: 0}))
+            VLLMFrontEnd({}).open_request(stream(), SamplingParams(extra_args={word: 0}))

@@ -116,7 +116,7 @@ def test_a_tenant_reads_its_own_and_what_is_public(front_end):
 
     for ids in ([SECRET], ["alpha"], [SECRET, "beta"]):
         opened = front_end.open_request([1], SamplingParams(extra_args={"mem_ids": ids, "mem_tenant": "acme"}))
-        assert [a.ref for a in opened.reading.plan] == [f"{i}@1" for i in ids]
+        assert [a.ref for a in opened.parts["memory"].plan] == [f"{i}@1" for i in ids]
 
 
 def test_fault15_memory_beyond_the_models_context_is_refused_and_the_answer_ends_within_it(memory_bench):
@@ -136,9 +136,9 @@ def test_fault15_memory_beyond_the_models_context_is_refused_and_the_answer_ends
         with pytest.raises(VLLMValidationError, match=numbers):
             opened(prompt, *ids)
     asked, params = opened(50, "alpha")
-    retrieve(front.explicit, asked.reading, [5] * 50)
+    retrieve(front.parts["memory"], asked.parts["memory"], [5] * 50)
     assert front.segments(asked, [5] * 50, params).params().max_tokens == 96 - 50 - 40
-    assert "memory takes 40 of 96" in asked.reading.report()["context"]
+    assert "memory takes 40 of 96" in asked.report()["context"]
 
 
 def test_fault15_default_entries_beyond_the_models_context_are_refused_at_start(memory_bench):
@@ -152,8 +152,8 @@ def test_fault15_fewer_references_are_retrieved_where_the_context_has_no_room(me
     section = memory_bench.section(memory_bench.references, retrieval={"top_k": 4, "every": 32})
     front = front_end_of(memory_bench.model, section, max_model_len=64)
     for prompt, seen in ((20, 4), (46, 2), (62, 0)):
-        reading = front.open_request({"prompt_token_ids": [5] * prompt}, params_of()).reading
-        retrieve(front.explicit, reading, [5] * prompt)
+        reading = front.open_request({"prompt_token_ids": [5] * prompt}, params_of()).parts["memory"]
+        retrieve(front.parts["memory"], reading, [5] * prompt)
         assert len({a.ref for a in reading.plan if a.end > prompt}) == seen, "references keep 8 tokens each"
         assert ("context of 64 tokens" in reading.report().get("retrieval", "")) == (seen < 4)
 
@@ -161,11 +161,11 @@ def test_fault15_fewer_references_are_retrieved_where_the_context_has_no_room(me
 def test_fault06_entries_that_are_named_switch_retrieval_off_and_the_answer_says_so(memory_bench):
     section = memory_bench.section(memory_bench.references, retrieval={"top_k": 2, "every": 32})
     front = front_end_of(memory_bench.model, section)
-    reading = front.open_request([5] * 9, params_of(mem_ids=["ref-5"])).reading
-    retrieve(front.explicit, reading, [5] * 9)
+    reading = front.open_request([5] * 9, params_of(mem_ids=["ref-5"])).parts["memory"]
+    retrieve(front.parts["memory"], reading, [5] * 9)
     assert [a.ref for a in reading.plan] == ["ref-5@1"] and "mem_top_k" in reading.report()["retrieval"]
-    reading = front.open_request([5] * 9, params_of(mem_ids=["ref-5"], mem_top_k=2)).reading
-    retrieve(front.explicit, reading, [5] * 9)
+    reading = front.open_request([5] * 9, params_of(mem_ids=["ref-5"], mem_top_k=2)).parts["memory"]
+    retrieve(front.parts["memory"], reading, [5] * 9)
     assert len(reading.plan) == 3 and "retrieval" not in reading.report(), "both, when both are said"
 
 
@@ -175,12 +175,12 @@ def test_fault24_the_last_user_message_is_what_vllm_searches_for(memory_bench):
     section = memory_bench.section(memory_bench.references, retrieval={"top_k": 1, "every": 64})
     front = front_end_of(memory_bench.model, section, tokenizer=tiny_tokenizer)
     tokenizer, searched = tiny_tokenizer(), []
-    front.explicit.retriever._search = lambda text, *rest: searched.append(text) or []
+    front.parts["memory"].retriever._search = lambda text, *rest: searched.append(text) or []
     chat = [("system", "Be brief. " * 30), ("user", "Hello"), ("assistant", "Hi."), ("user", "Who has the key?")]
     messages = [{"role": role, "content": text} for role, text in chat]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    reading = front.open_request({"prompt_token_ids": ids}, params_of()).reading
-    retrieve(front.explicit, reading, ids)
+    reading = front.open_request({"prompt_token_ids": ids}, params_of()).parts["memory"]
+    retrieve(front.parts["memory"], reading, ids)
     assert searched[-1] == "Who has the key?" and len(searched) > 3
 
 
@@ -190,15 +190,15 @@ def test_fault27_prompt_embeddings_are_refused_by_name_where_memory_would_be_rea
     from vllm.exceptions import VLLMValidationError
 
     embeds = {"type": "embeds", "prompt_embeds": torch.zeros(3, 8)}
-    front_end.explicit._default, kept = ("alpha@1",), front_end.explicit._default
+    front_end.parts["memory"]._default, kept = ("alpha@1",), front_end.parts["memory"]._default
     try:
         for words in (None, {"mem_ids": ["beta"]}, {"mem_capture": "x"}):
             with pytest.raises(VLLMValidationError, match="prompts given as embeddings cannot use explicit memory"):
                 front_end.open_request(embeds, SamplingParams(extra_args=words))
         opened = front_end.open_request(embeds, SamplingParams(extra_args={"mem_ids": []}))
-        assert opened.reading is None, "without memory they are served"
+        assert "memory" not in opened.parts, "without memory they are served"
     finally:
-        front_end.explicit._default = kept
+        front_end.parts["memory"]._default = kept
 
 
 def test_fault27_a_prompt_that_reaches_the_engine_unrendered_is_rendered_as_vllm_does(front_end):
@@ -244,7 +244,7 @@ def front_end_of(model, section, tokenizer=None, max_model_len=512):
     """A server's front end without its engine. tokenizer: makes the model's."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from mem_triton_vllm.front_end import _front_end
+    from mem_triton_vllm.engines import _front_end
     from mem_triton_vllm.refusals import section_of
 
     config = EngineArgs(

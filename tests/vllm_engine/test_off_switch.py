@@ -91,7 +91,7 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor import model_loader
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER as FORMATS, get_model_loader
 import mem_triton_vllm
-from mem_triton_vllm import block_keys, front_end
+from mem_triton_vllm import block_keys
 
 class Raises:
     error = None

@@ -118,9 +118,9 @@ def test_fault06_a_batch_file_drops_no_word():
     [({"data_parallel_size": 2}, "--data-parallel-size 1"), ({"_api_process_count": 2}, "--api-server-count 1")],
 )
 def test_requests_that_name_a_memory_need_one_front_end(parallel, option):
-    from mem_triton_vllm.refusals import explicit_obstacle, session_obstacle
+    from mem_triton_vllm.refusals import segment_obstacle, session_obstacle
 
-    for obstacle in (session_obstacle, explicit_obstacle):
+    for obstacle in (session_obstacle, segment_obstacle):
         assert obstacle(config(speculative_config=None)) is None
         assert option in obstacle(config(parallel=parallel, speculative_config=None))
 

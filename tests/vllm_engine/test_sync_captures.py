@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
+import time
 from types import SimpleNamespace
 
 import pytest
+from vllm import SamplingParams
 
 from mem_triton.runtime.frontend.memory import Opened
+from mem_triton.runtime.incidents import IncidentLog
 from mem_triton.store.bank import Bank
+from mem_triton.systems.delta_mem.frontend import SessionFrontEnd, SessionMemory
+from mem_triton.systems.payload import decode
 from tests.runtime.capture_case import PROMPT, Served, make_bank
 
 pytestmark = pytest.mark.engine
 
 
 class Engine:
-    """``LLMEngineWithMemory`` over a worker's real captures; what it submits is in ``submitted``."""
+    """``LLMEngineWithMemory`` over a worker's real captures; what it submits is in ``submitted``, by request."""
 
     def __init__(self, served: Served, monkeypatch) -> None:
         module = importlib.import_module("mem_triton_vllm.sync_engine")
         front_end = importlib.import_module("mem_triton_vllm.front_end")
-        self.served, self.submitted, self.gone = served, [], None
+        self.served, self.submitted, self.gone, self.outputs = served, {}, None, []
         self.engine = engine = object.__new__(module.LLMEngineWithMemory)
-        engine.memory = front_end.VLLMFrontEnd(None, served.memory.explicit)
+        engine.memory = front_end.VLLMFrontEnd(served.memory.parts)
         engine.start_memory()
         engine.collective_rpc = self._call
         self.running = module._Running
-        monkeypatch.setattr(module.LLMEngine, "add_request", lambda _, id, *rest: (self.submitted.append(rest), id)[1])
-        monkeypatch.setattr(module.LLMEngine, "abort_request", lambda *_: None)
+        stock = module.LLMEngine
+        monkeypatch.setattr(
+            stock, "add_request", lambda _, id, prompt, params, *rest: (self.submitted.update({id: params}), id)[1]
+        )
+        monkeypatch.setattr(stock, "abort_request", lambda *_: None)
+        monkeypatch.setattr(stock, "has_unfinished_requests", lambda _: bool(self.outputs))
+        monkeypatch.setattr(stock, "step", lambda _: [self.outputs.pop(0)])
 
-    def _call(self, method: str, args: tuple = ()):
-        method = method.removeprefix("mem_triton_")
+    def _call(self, name: str, args: tuple = ()):
+        _, method, *args = args
         if method == self.gone:
             raise RuntimeError("rank 0 is gone")
         worker = self.served.worker
@@ -39,29 +50,43 @@ class Engine:
             return [worker.drop(*args)]
         return [worker.state(*args)]
 
+    def steps(self, *outputs) -> list:
+        """What the caller sees while the engine gives these outputs, until nothing more happens without others."""
+        self.outputs += outputs
+        seen, before = [], dict(self.submitted)
+        until = time.monotonic() + 20
+        while self.engine._running and self.submitted == before and time.monotonic() < until:
+            seen += self.engine.step()
+        return seen
+
     def answered(self, finish: str = "length", **words) -> list:
         """What the caller sees when a request's answer is whole."""
         opened = self.served.open(**words)
-        prompt = {"prompt_token_ids": PROMPT}
-        params = SimpleNamespace(output_kind=None)
-        running = self.running(opened, prompt, params, ((), {}))
+        running = self.running(opened, {"prompt_token_ids": PROMPT}, PROMPT, SamplingParams(), ((), {}))
         self.engine._running["r"] = running
-        return self.engine._advance(_output("an answer", [1, 2], finish), running)
+        running.task = self.engine._loop.spawn(self.engine._serve("r", running))
+        self.engine._loop.run_until(lambda: bool(self.submitted))
+        return self.steps(_output("an answer", [1, 2], finish))
+
+    @property
+    def order(self):
+        """What the engine request that reads what is kept carries."""
+        return decode(list(self.submitted.values())[-1].extra_args["mem_triton"]).systems["memory"].capture
 
     def read(self) -> list:
         """What the caller sees when what is kept has been read."""
-        carried = self.submitted[-1][1].extra_args["mem_triton"]
-        self.served.worker.enter("r", carried)
-        self.served.worker.set_rows(["r"], [carried["capture"]["tokens"] - 1])
+        order, name = self.order, list(self.submitted)[-1]
+        self.served.worker.enter("r", order)
+        self.served.worker.set_rows(["r"], [order.tokens - 1])
         self.served.worker.leave("r")
-        return self.engine._advance(_output("", [3], "length"), self.engine._running["r"])
+        return self.steps(_output("", [3], "length", name))
 
 
-def _output(text: str, tokens: list[int], finish: str):
+def _output(text: str, tokens: list[int], finish: str, name: str = "r"):
     from vllm.outputs import CompletionOutput, RequestOutput
 
     answer = CompletionOutput(0, text, tokens, None, None, finish_reason=finish)
-    return RequestOutput("r", None, PROMPT, None, [answer], finished=True)
+    return RequestOutput(name, None, PROMPT, None, [answer], finished=True)
 
 
 @pytest.fixture
@@ -105,8 +130,7 @@ def test_fault18_workers_that_are_gone_cost_llm_no_answer_and_leave_no_file(engi
 
 def test_fault18_an_abort_while_it_is_read_leaves_nothing_behind(engine):
     engine.answered()
-    carried = engine.submitted[-1][1].extra_args["mem_triton"]
-    engine.served.worker.enter("r", carried)
+    engine.served.worker.enter("r", engine.order)
     engine.engine.abort_request(["r"])
     engine.served.worker.set_rows(["r"], [99])
     engine.served.worker.leave("r")
@@ -116,7 +140,10 @@ def test_fault18_an_abort_while_it_is_read_leaves_nothing_behind(engine):
 
 def test_fault18_a_read_that_loses_its_memory_fails_the_capture_and_not_the_answer(engine):
     engine.answered()
-    output = engine.engine._fail("r", "lost in a worker")
+    incidents = engine.engine.memory.incidents
+    name = list(engine.submitted)[-1]
+    IncidentLog(incidents._path).report([f"{name}-0123abcd"], "attention", RuntimeError("lost in a worker"))
+    (output,) = engine.steps(_output("", [3], "length", name))
     assert output.outputs[0].text == "an answer" and "lost in a worker" in report(output)["capture"]["error"]
     assert engine.served.left() == []
 
@@ -124,19 +151,36 @@ def test_fault18_a_read_that_loses_its_memory_fails_the_capture_and_not_the_answ
 def test_fault18_an_answer_that_does_not_end_normally_keeps_nothing(engine):
     (output,) = engine.answered("abort")
     assert "did not end normally" in report(output)["capture"]["error"]
-    assert engine.submitted == [] and engine.served.left() == []
+    assert list(engine.submitted) == ["r"] and engine.served.left() == []
 
 
 def test_fault17_a_session_that_cannot_be_committed_is_a_warning_beside_llm_s_answer(engine):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    engine.engine.memory.sessions = SimpleNamespace(
-        writes=lambda lease: True, take_arguments=lambda *_: ("lease", 1, []), commit=full, abort=lambda lease: None,
-        not_committed=lambda lease, error: f"not committed: {error}",
-    )  # fmt: skip
+    class Sessions(SessionFrontEnd):
+        def __init__(self) -> None:
+            self._logger = logging.getLogger()
+
+        writes, take_arguments = (lambda self, lease: True), (lambda self, *_: ("lease", 1, []))
+
+        def payload(self, memory):
+            return None
+
+        def identity(self, memory, salted):
+            return None
+
+        def commit(self, *_):
+            full()
+
+    engine.engine.memory.parts["delta"] = Sessions()
+    engine.engine.memory._rpc["delta"] = engine.engine.memory._rpc["memory"]
     engine.engine.collective_rpc = lambda *_, **__: [{}]
-    running = engine.running(Opened(lease=object()), {}, SimpleNamespace(output_kind=None), ((), {}))
+    lease = SimpleNamespace(request=SimpleNamespace(session="alice"))
+    opened = Opened({"delta": SessionMemory(lease=lease)})
+    running = engine.running(opened, {"prompt_token_ids": PROMPT}, PROMPT, SamplingParams(), ((), {}))
     engine.engine._running["r"] = running
-    (output,) = engine.engine._advance(_output("an answer", [1, 2], "stop"), running)
+    running.task = engine.engine._loop.spawn(engine.engine._serve("r", running))
+    engine.engine._loop.run_until(lambda: bool(engine.submitted))
+    (output,) = engine.steps(_output("an answer", [1, 2], "stop"))
     assert output.outputs[0].text == "an answer" and "No space left" in report(output)["warnings"][0]

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mem_triton.systems.request import RequestError, count_refusal
+from mem_triton.systems.registry import count_refusal
+from mem_triton.systems.request import RequestError
 
 MARK = "mem_"
 CONTAINERS = (

@@ -1,137 +1,236 @@
-"""The front end of a request's memory, both kinds behind one door: words in, a lease and a reading out.
+"""Requests with memory in the process that takes an engine's requests, whatever memory systems are configured.
 
-Runs where an engine takes its requests. Everything a worker needs travels with the request; what a KV cache needs to
-tell memories apart becomes part of its keys. The engine's integration carries both.
+Each system's part (``systems.base.FrontendPart``) is asked in turn. What a worker needs travels with the request
+(``payload``); what a KV cache needs to tell memories apart becomes part of its keys (``payload`` and ``identity``).
+
+A client may leave at any ``await``: what has to come to its end runs in tasks that belong to no client.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import dataclasses
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import msgspec
+
+from mem_triton.config import MemTritonConfig
 from mem_triton.runtime.frontend.tenants import Tenants
 from mem_triton.runtime.incidents import Incidents
-from mem_triton.systems.asked import Asked
-from mem_triton.systems.delta_mem.sessions import Lease
-from mem_triton.systems.request import MemoryRequest, RequestError, parse_request
+from mem_triton.systems import registry
+from mem_triton.systems.base import Alive, Failure, FrontendPart, FrontendServices, Outcome, RequestMemory
+from mem_triton.systems.engine import EngineShape
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.payload import RequestPayload, SystemPayload
+from mem_triton.systems.request import MemoryRequest, RequestError
 
-if TYPE_CHECKING:
-    from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
-    from mem_triton.systems.explicit.captures import Capture
-    from mem_triton.systems.explicit.frontend import ExplicitFrontEnd, Reading
+logger = logging.getLogger(__name__)
 
-DELTA_WORDS = ("mem_session", "mem_write", "mem_read", "mem_reset")
-EXPLICIT_WORDS = ("mem_ids", "mem_top_k", "mem_query", "mem_capture", "mem_capture_answer", "mem_replace")
+Call = Callable[..., Awaitable[list[Any]]]
+"""call(system, method, *args) -> one answer a worker."""
+ReadText = Callable[[list[int], "Opened"], Awaitable[None]]
+"""Runs an engine request of these tokens and this memory to its end."""
 
 
 class MemoryLostError(RuntimeError):
     """A worker lost the memory of a request while it ran; its answer is not what was asked for and is withheld."""
 
 
-@dataclass
-class Opened:
-    """One request's memory: its lease on a session, its reading of a bank; each None where it has none.
+async def always() -> None:
+    """Ends no wait."""
 
-    more: what its workers need besides. warnings: what went wrong after its answer was whole.
+
+@dataclass(eq=False)
+class Opened:
+    """One request's memory. parts: by system; systems in which it has none are absent.
+
+    more: payloads of systems in which it only does what another request needs. ending: the task that sees to its
+    end, and closes it; None where there is none (any more).
     """
 
-    lease: Lease | None = None
-    reading: Reading | None = None
-    more: Mapping[str, Any] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    parts: dict[str, RequestMemory] = field(default_factory=dict)
+    more: Mapping[str, SystemPayload] = field(default_factory=dict)
+    ending: asyncio.Task[None] | None = None
 
     @property
-    def capture(self) -> Capture | None:
-        """What the request asked to keep."""
-        return self.reading.capture if self.reading is not None else None
+    def waits(self) -> bool:
+        """Whether it has to be prepared before it runs."""
+        return any(part.waits for part in self.parts.values())
+
+    @property
+    def finishes(self) -> bool:
+        """Whether its end has to be seen to."""
+        return any(part.waits or part.finishes for part in self.parts.values())
+
+    @property
+    def reads_answer(self) -> bool:
+        """Whether the answer's tokens are wanted at its end."""
+        return any(part.reads_answer for part in self.parts.values())
+
+    @property
+    def failure(self) -> Failure | None:
+        """Why something that it asked for besides its answer was not done."""
+        return next((part.failure for part in self.parts.values() if part.failure is not None), None)
 
     def report(self) -> dict[str, Any] | None:
         """What the answer says of its memory; None if there is nothing to say."""
-        report = self.reading.report() if self.reading is not None else {}
-        if self.warnings:
-            report["warnings"] = self.warnings
+        report: dict[str, Any] = {}
+        for part in self.parts.values():
+            report |= part.report()
+        if warnings := [warning for part in self.parts.values() for warning in part.warnings]:
+            report["warnings"] = warnings
         return report or None
 
 
 class MemoryFrontEnd:
     """Opens and closes the memory of each request; one per engine front end.
 
+    parts: by system, in the registry's order. call: reaches the workers; set once the engine runs.
+
     Example::
 
-        opened = memory.open(words, Asked(answers=1))        # RequestError: answer it with HTTP 400
-        workers_need = memory.carried(opened)
+        opened = memory.open(fields, RequestParams(answers=1))        # RequestError: answer it with HTTP 400
+        await memory.prepare(opened, prompt_ids)
+        await memory.ready(opened)
+        payload = memory.payload(opened)
         ...
+        await memory.end(opened, outcome)
         memory.close(opened)
     """
 
     def __init__(
-        self, sessions: SessionFrontEnd | None, explicit: ExplicitFrontEnd | None, tenants: Tenants | None = None,
-        incidents: Incidents | None = None,
+        self, parts: Mapping[str, FrontendPart], tenants: Tenants | None = None, incidents: Incidents | None = None,
+        call: Call | None = None,
     ) -> None:  # fmt: skip
-        self.sessions, self.explicit, self.tenants = sessions, explicit, tenants or Tenants(None)
-        self.incidents = incidents
+        self.parts, self.tenants, self.incidents = dict(parts), tenants or Tenants(None), incidents
+        self.call = call
+        self._rpc = {name: functools.partial(self._call, name) for name in self.parts}
+        self._owned: set[asyncio.Task[Any]] = set()
 
-    def open(self, words: Mapping[str, Any] | None, asked: Asked) -> Opened:
-        """Check a request's words. Raises RequestError naming the word and the fix, with nothing scheduled."""
-        request = self.tenants.bind(parse_request(words), asked.headers)
-        self._check_served(words or {})
-        reading = self.explicit.open(request, asked) if self.explicit is not None else None
+    @classmethod
+    def of(
+        cls, config: MemTritonConfig, engine: EngineShape, services: FrontendServices, **more: Any
+    ) -> MemoryFrontEnd:
+        """What is configured, before the engine starts. Raises ConfigError naming what cannot work."""
+        systems = registry.systems()
+        parts = {name: systems[name].frontend(config, engine, services) for name in config.systems}
+        return cls(parts, Tenants(config.tenants), **more)
+
+    async def _call(self, system: str, method: str, *args: Any) -> list[Any]:
+        return await self.call(system, method, *args)
+
+    @property
+    def concerns_all(self) -> bool:
+        """Whether requests that say nothing have memory, too."""
+        return any(part.concerns_all for part in self.parts.values())
+
+    # Before anything runs.
+
+    def open(self, fields: Mapping[str, Any] | None, params: RequestParams) -> Opened:
+        """Check a request's fields. Raises RequestError naming the field and the fix, with nothing scheduled."""
+        request = self._parse(fields, params.headers)
+        opened = Opened()
         try:
-            lease = self.sessions.open(request, asked) if self.sessions is not None else None
+            for name in reversed(self.parts):  # states last: a lease keeps others out
+                if (memory := self.parts[name].admit(request.systems[name], params)) is not None:
+                    opened.parts[name] = memory
         except BaseException:
-            self.close(Opened(None, reading))
+            self.close(opened)
             raise
-        return Opened(lease, reading)
+        opened.parts = {name: opened.parts[name] for name in self.parts if name in opened.parts}
+        return opened
 
-    def check_words(self, words: Mapping[str, Any], headers: Mapping[str, str] | None) -> None:
-        """Raise the RequestError that ``open`` would because of the words alone; opens nothing."""
-        request = self.tenants.bind(parse_request(words), headers)
-        self._check_served(words)
-        if self.explicit is not None:
-            self.explicit.check(request)
+    def check_words(self, fields: Mapping[str, Any], headers: Mapping[str, str] | None) -> None:
+        """Raise the RequestError that ``open`` would because of the fields alone; opens nothing."""
+        request = self._parse(fields, headers)
+        for name, part in self.parts.items():
+            part.check(request.systems[name])
 
-    def open_capture(self, capture: Capture, ids: list[int]) -> Opened:
-        """The memory of the engine request that reads what is kept: none, so that nothing but its text is kept."""
-        plain = MemoryRequest(write=False)
-        lease = self.sessions.open(plain, Asked()) if self.sessions is not None else None
-        return Opened(lease, None, self.explicit.captures.carried(capture, ids))
-
-    def _check_served(self, words: Mapping[str, Any]) -> None:
-        """Words of a memory that this server does not have are refused, not ignored."""
-        parts = ((DELTA_WORDS, self.sessions, "delta"), (EXPLICIT_WORDS, self.explicit, "memory"))
-        for names, part, section in parts:
-            said = next((name for name in names if name in words), None)
-            if part is None and said is not None:
-                raise RequestError(
-                    said, f"this server is configured without mem_triton.{section}, which serves the word"
-                )
-
-    def carried(self, opened: Opened) -> dict[str, Any]:
-        """What the workers and the prefix keys need of a request whose pages are filled; empty for a plain one."""
-        carried = self.sessions.carried(opened.lease) if opened.lease is not None else {}
-        if opened.reading is not None:
-            carried |= self.explicit.carried(opened.reading)
-        if "memory" in carried:
-            carried["memory"]["bank"] = self._salted(carried["memory"]["bank"])
-        return carried | opened.more
-
-    def key_of(self, lease: Lease) -> str | None:
-        """What a KV cache needs to tell the request's state from others; None for one that no state corrects, where
-        the scope leaves plain requests to the engine: its KV is the engine's own."""
-        epoch = self.incidents.epoch if self.incidents is not None else 0
-        stock = self.sessions is not None and self.sessions.scope == "sessions" and self.sessions.is_plain(lease)
-        return None if stock and not epoch else self._salted(lease.key)
-
-    def _salted(self, key: str) -> str:
-        """After an incident nothing that was cached before is found again: some of it lacks its memory."""
-        epoch = self.incidents.epoch if self.incidents is not None else 0
-        return f"{key}|{epoch}" if epoch else key
+    def _parse(self, fields: Mapping[str, Any] | None, headers: Mapping[str, str] | None) -> MemoryRequest:
+        request = registry.parse_request(fields, lambda named: self.tenants.bind(named, headers))
+        for name, system in registry.systems().items():  # fields of what is not configured are refused, not ignored
+            said = next((field for field in system.fields if field in (fields or {})), None)
+            if name not in self.parts and said is not None:
+                raise RequestError(said, f"this server is configured without mem_triton.{name}, which serves the word")
+        return request
 
     def begin(self, request_id: str) -> None:
         """A request of this name begins: what befell an earlier one of the same name is not its own."""
         if self.incidents is not None:
             self.incidents.forget(request_id)
+
+    def start(self) -> None:
+        """Begin what every request would wait for; the engine runs, and an event loop."""
+        for name, part in self.parts.items():
+            part.start(self._rpc[name])
+
+    async def prepare(self, opened: Opened, prompt_ids: Sequence[int]) -> None:
+        """Find and claim what the request reads. Raises RequestError if it never fits."""
+        for name, memory in opened.parts.items():
+            await self.parts[name].prepare(memory, prompt_ids, self._rpc[name])
+
+    async def ready(self, opened: Opened, alive: Alive = always) -> None:
+        """Wait until the request can run; alive: looked at in every round. Raises MemoryLoadError."""
+        for name, memory in opened.parts.items():
+            await self.parts[name].ready(memory, alive, self._rpc[name])
+
+    def cut(self, opened: Opened, prompt_tokens: int, max_tokens: int | None) -> tuple[int, int] | None:
+        """(tokens of each engine request that serves the answer, tokens of the whole answer); None for one request.
+
+        max_tokens: what the request allows, None if as many as fit.
+        """
+        cuts = [self.parts[name].cut(memory, prompt_tokens, max_tokens) for name, memory in opened.parts.items()]
+        cuts = [cut for cut in cuts if cut is not None]
+        return (min(every for every, _ in cuts), min(limit for _, limit in cuts)) if cuts else None
+
+    async def advance(self, opened: Opened, prompt_tokens: int, generated: Sequence[int]) -> None:
+        """The answer has come to a cut: change what the coming tokens read."""
+        for name, memory in opened.parts.items():
+            await self.parts[name].advance(memory, prompt_tokens, generated, self._rpc[name])
+
+    # What travels.
+
+    def payload(self, opened: Opened) -> RequestPayload | None:
+        """What the workers and the prefix keys need of a request that is ready; None for a plain one."""
+        parts = {name: self.parts[name].payload(memory) for name, memory in opened.parts.items()} | dict(opened.more)
+        parts = {name: self._salted_part(part) for name, part in parts.items() if part is not None}
+        return RequestPayload(parts) if parts else None
+
+    def identity(self, opened: Opened, of_plain: bool = True) -> str | None:
+        """What a KV cache needs to tell all tokens of the request from those of others; None for the engine's own.
+
+        of_plain: also of systems to which it is like a request that says nothing; False where an engine takes those
+        requests past this front end.
+        """
+        keys = []
+        for name, memory in opened.parts.items():
+            part = self.parts[name]
+            if of_plain or self._salt or part.payload(memory) is not None:
+                keys.append(part.identity(memory, bool(self._salt)))
+        keys = [key for key in keys if key is not None]
+        return self._salted("|".join(keys)) if keys else None
+
+    @property
+    def is_salted(self) -> bool:
+        """Whether plain requests have to be kept from what was cached before an incident, too."""
+        return bool(self._salt) and any(part.corrects_plain for part in self.parts.values())
+
+    @property
+    def _salt(self) -> int:
+        """Above 0 after an incident: nothing that was cached before is found again, some of it lacks its memory."""
+        return self.incidents.epoch if self.incidents is not None else 0
+
+    def _salted(self, key: str) -> str:
+        return f"{key}|{self._salt}" if self._salt else key
+
+    def _salted_part(self, part: SystemPayload) -> SystemPayload:
+        return msgspec.structs.replace(part, key=self._salted(part.key)) if part.key else part
+
+    # While it runs, and after its answer.
 
     def check(self, request_id: str, final: bool = False) -> None:
         """Raise MemoryLostError if a worker lost the request's memory. final: its answer is about to be handed out."""
@@ -139,10 +238,51 @@ class MemoryFrontEnd:
             self.incidents.forget(request_id)
             raise MemoryLostError(f"the engine lost the memory of this request ({reason}); please try again")
 
+    async def end(self, opened: Opened, outcome: Outcome, read: ReadText | None = None) -> None:
+        """Commit, keep and release what a request leaves, and close it; it is over when this returns.
+
+        A caller who leaves meanwhile changes nothing of it. The answer is whole by now: what cannot be committed or
+        kept is a warning in ``opened.report()``, or its ``failure``. read: for outcomes whose answer is to be kept.
+        """
+        opened.ending = task = asyncio.create_task(self._end(opened, outcome, read))
+        self._owned.add(task)
+        task.add_done_callback(lambda _: self._ended(task, opened))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.done():
+                task.add_done_callback(_report_late)
+            raise
+
+    async def _end(self, opened: Opened, outcome: Outcome, read: ReadText | None) -> None:
+        for name, memory in opened.parts.items():
+            reading = functools.partial(self._read, name, read) if read is not None else None
+            mine = dataclasses.replace(outcome, read=reading)
+            await self.parts[name].finish(memory, mine, self._rpc[name])
+
+    def _ended(self, task: asyncio.Task[None], opened: Opened) -> None:
+        self._owned.discard(task)
+        opened.ending = None
+        self.close(opened)
+
+    async def _read(self, name: str, read: ReadText, ids: list[int], payload: SystemPayload) -> None:
+        """An engine request for one system's sake, in which the others take no part."""
+        reading = {other: part.admit_reading() for other, part in self.parts.items() if other != name}
+        opened = Opened({other: memory for other, memory in reading.items() if memory is not None}, {name: payload})
+        try:
+            await read(ids, opened)
+        finally:
+            self.close(opened)
+
     def close(self, opened: Opened) -> None:
-        """End a request that commits nothing more; harmless when it has ended already."""
-        lease, opened.lease = opened.lease, None
-        if lease is not None:
-            self.sessions.abort(lease)
-        if opened.reading is not None:
-            self.explicit.close(opened.reading)
+        """End a request, however it came to its end; harmless when it has ended already, and while a task ends it."""
+        if opened.ending is not None:
+            return
+        for name, memory in opened.parts.items():
+            self.parts[name].close(memory)
+
+
+def _report_late(task: asyncio.Task[None]) -> None:
+    """An ending whose caller has left is over."""
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("memory of a request whose client had left: %s", task.exception())

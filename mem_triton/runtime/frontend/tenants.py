@@ -10,11 +10,10 @@ import hashlib
 import hmac
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 
 from mem_triton import ids as names
 from mem_triton.config import ConfigError, TenantsSection
-from mem_triton.systems.request import MemoryRequest, RequestError
+from mem_triton.systems.request import RequestError
 
 
 class Tenants:
@@ -23,7 +22,7 @@ class Tenants:
     Example::
 
         tenants = Tenants(TenantsSection(keys={"env:ACME_KEY": "acme"}))
-        tenants.bind(MemoryRequest(), {"authorization": "Bearer ..."}).tenant      # "acme"
+        tenants.bind("", {"authorization": "Bearer ..."})      # "acme"
     """
 
     def __init__(self, section: TenantsSection | None) -> None:
@@ -36,16 +35,16 @@ class Tenants:
                 if self._keys.setdefault(digest, tenant) != tenant:
                     raise ConfigError(f'mem_triton.tenants.keys: the key of "{tenant}" is also another tenant\'s')
 
-    def bind(self, request: MemoryRequest, headers: Mapping[str, str] | None) -> MemoryRequest:
-        """The request of the tenant that sends it. Raises RequestError if it names another one.
+    def bind(self, named: str, headers: Mapping[str, str] | None) -> str:
+        """The tenant that a request is sent for. Raises RequestError if it names another one. named: "" for none.
 
         headers: of its HTTP request, by lower-case names (or starlette's); None if it came from Python code, which
         holds the whole engine and is asked for nothing.
         """
         if headers is None or (self._header is None and self._keys is None):
-            return request
+            return named
         bound = self._by_header(headers) if self._keys is None else self._by_key(headers)
-        if request.tenant not in ("", bound):
+        if named not in ("", bound):
             raise RequestError(
                 "mem_tenant",
                 "is not the tenant that this request is sent for; leave the word out"
@@ -53,7 +52,7 @@ class Tenants:
                 else "this request is sent for no tenant, and this server binds tenants to "
                 + (f"the header {self._header}" if self._header else "its API keys"),
             )
-        return replace(request, tenant=bound)
+        return bound
 
     def _by_key(self, headers: Mapping[str, str]) -> str:
         scheme, _, key = (headers.get("authorization") or "").partition(" ")

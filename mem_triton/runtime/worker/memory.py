@@ -1,4 +1,4 @@
-"""A worker's memory of both kinds, engine-neutral: who enters the batch, who leaves, and how a step's rows stand.
+"""A worker's memory of all systems: who enters the batch, who leaves, and how a step's rows stand.
 
 No exception of ours passes: whatever raises costs the requests concerned their memory, which the front end hears of
 (``runtime.incidents``), and the step goes on.
@@ -7,48 +7,58 @@ No exception of ours passes: whatever raises costs the requests concerned their 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mem_triton.config import MemTritonConfig
 from mem_triton.runtime.incidents import IncidentLog
-from mem_triton.systems.delta_mem.slots import StateSlots
+from mem_triton.systems import registry
+from mem_triton.systems.base import LayerSegments, StepBatch, WorkerHost, WorkerPart
+from mem_triton.systems.engine import EngineShape
+from mem_triton.systems.payload import decode
 
-if TYPE_CHECKING:
-    from mem_triton.systems.explicit.worker import ExplicitMemory
-
-Carried = Callable[[], Mapping[str, Any] | None]
-"""Reads what the front end resolved for a request; None for a plain one."""
+Carried = Callable[[], bytes | None]
+"""Reads the encoded payload that came with a request; None for a plain one."""
 
 
 class BatchMemory:
-    """slots: δ-mem's states. explicit: the pool of pages, its tables, loader and captures. None where not configured.
+    """What a worker has. parts: by system; see ``attach``. incidents: where lost memory is reported."""
 
-    incidents: where lost memory is reported.
-    """
-
-    def __init__(
-        self, slots: StateSlots | None = None, explicit: ExplicitMemory | None = None,
-        incidents: IncidentLog | None = None,
-    ) -> None:  # fmt: skip
-        self.slots, self.explicit = slots, explicit
+    def __init__(self, parts: Mapping[str, WorkerPart] | None = None, incidents: IncidentLog | None = None) -> None:
+        self.parts: dict[str, WorkerPart] = dict(parts or {})
         self.incidents = incidents or IncidentLog()
         self._step: list[str] = []  # requests of the step that runs, or ran last
         self._lost: set[str] = set()  # requests in the batch that go on without memory
+
+    def attach(self, config: MemTritonConfig, engine: EngineShape, host: WorkerHost) -> None:
+        """Make the configured systems' parts. Raises ConfigError naming what does not fit, or what the engine lacks."""
+        registry.check_capabilities(config.systems, host.capabilities, engine.engine)
+        for name in config.systems:
+            if (part := registry.systems()[name].worker(config, engine, host)) is not None:
+                self.parts[name] = part
+
+    def call(self, system: str, method: str, *args: Any) -> Any:
+        """Answer a front end's call. Raises LookupError for a system or method that there is not."""
+        part = self.parts.get(system)
+        if part is None or method not in part.calls:
+            known = ", ".join(f"{name}.{call}" for name, one in self.parts.items() for call in sorted(one.calls))
+            raise LookupError(f"{system}.{method} is unknown; known are {known}")
+        return part.calls[method](*args)
 
     def enter(self, request_id: str, carried: Carried) -> None:
         """A request joins the batch; one that is there already, or has lost its memory, stays as it is."""
         if request_id in self._lost:
             return
         try:
-            read = carried()
-            for part in self._parts:
-                part.enter(request_id, read)
+            data = carried()
+            for name, payload in decode(data).systems.items() if data is not None else ():
+                self.parts[name].enter(request_id, payload)
         except Exception as error:
             self.lose([request_id], "enter", error)
 
     def leave(self, request_id: str) -> None:
         """A request is about to leave the batch, finished or preempted; its KV blocks are still its own."""
         self._lost.discard(request_id)
-        for part in self._parts:
+        for part in self.parts.values():
             try:
                 part.leave(request_id)
             except Exception as error:
@@ -58,12 +68,10 @@ class BatchMemory:
     def begin_step(self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int]) -> None:
         """The coming step's batch: per row, the positions of the first and the last token that it processes."""
         self._step = list(request_ids)
-        faults = {}
+        step, faults = StepBatch(request_ids, first, last), {}
         try:
-            if self.slots is not None:
-                self.slots.set_rows(request_ids, last)
-            if self.explicit is not None:
-                faults = self.explicit.set_rows(request_ids, first, last)
+            for part in self.parts.values():
+                faults |= part.begin_step(step)
         except Exception as error:
             self.skip_step(request_ids, error)
         for request_id, error in faults.items():
@@ -72,21 +80,33 @@ class BatchMemory:
     def skip_step(self, request_ids: Sequence[str], error: BaseException) -> None:
         """The coming step's rows cannot be told: none of them has memory in it."""
         self._step = list(request_ids)
-        for part in self._parts:
+        for part in self.parts.values():
             part.forget_rows()
         self.lose(self._readers(request_ids), "begin_step", error)
 
-    def lose_states(self, error: BaseException) -> None:
-        """A layer's step over the states failed: whoever is in the batch may have been corrected wrongly."""
-        self.lose(self._step, "delta", error)
+    def lose_step(self, error: BaseException, everybody: bool) -> None:
+        """A layer failed with memory. everybody: whoever is in the batch may have been computed wrongly; else those
+        that have memory of their own went without."""
+        where = "state" if everybody else "attention"
+        self.lose(self._step if everybody else self._readers(self._step), where, error)
 
-    def lose_references(self, error: BaseException) -> None:
-        """A layer's attention over memory failed: who reads memory in this step went without."""
-        self.lose(self._readers(self._step), "attention", error)
+    def segments(self, layer: int) -> LayerSegments | None:
+        """What an attention layer reads besides its context, by its index in the model; None if nothing."""
+        found = (part.segments(layer) for part in self.parts.values())
+        return next((segments for segments in found if segments is not None), None)
+
+    def reads_segments(self, request_ids: Iterable[str]) -> bool:
+        """Whether attention has to read more than the context for one of these requests."""
+        readers = [part for name, part in self.parts.items() if registry.reads_segments(name)]
+        return any(id in part for part in readers for id in request_ids)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return "; ".join(part.describe() for part in self.parts.values())
 
     def _readers(self, request_ids: Iterable[str]) -> list[str]:
         """Those of the requests that have memory of their own."""
-        return [id for id in request_ids if any(id in part for part in self._parts)]
+        return [id for id in request_ids if any(id in part for part in self.parts.values())]
 
     def lose(self, request_ids: Iterable[str], where: str, error: BaseException) -> None:
         """These requests go on without memory, and fail with the reason."""
@@ -94,18 +114,14 @@ class BatchMemory:
         self.incidents.report(request_ids, where, error)
         self._lost |= set(request_ids)
         for request_id in request_ids:
-            for part in self._parts:
+            for part in self.parts.values():
                 part.drop_request(request_id)
-
-    @property
-    def _parts(self) -> list[StateSlots | ExplicitMemory]:
-        return [part for part in (self.slots, self.explicit) if part is not None]
 
 
 def attend_or_lose(attend: Callable[..., Any], read: Mapping[str, Any], lose: Callable[[BaseException], None]) -> None:
     """One layer's attention with memory, or without it if that fails.
 
-    attend: takes what ``LayerMemory.read`` gives, or nothing, and writes its output. lose: told of what was raised;
+    attend: takes what ``LayerSegments.read`` gives, or nothing, and writes its output. lose: told of what was raised;
     rows without memory do not notice. Raises what attention without memory raises.
     """
     try:

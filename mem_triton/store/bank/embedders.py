@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mem_triton.config import nearest_name_hint
+from mem_triton.schema import nearest_name_hint
 from mem_triton.store.errors import EmbedderError
 
 LEXICAL_DIM = 512

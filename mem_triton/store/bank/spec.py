@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mem_triton import ids
-from mem_triton.config import nearest_name_hint
+from mem_triton.schema import nearest_name_hint
 from mem_triton.store.bank.fingerprint import Fingerprint
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.errors import BankError, UnknownEntryError

@@ -10,20 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mem_triton.ops.memory_attention.types import MemoryTable
-from mem_triton.store.pool.plan import FOREVER, Attachment, from_carried, joined
+from mem_triton.store.pool.plan import FOREVER, Attachment
+
+
+class Run(Protocol):
+    """The pages of a reference, in order, and the tokens in them."""
+
+    pages: tuple[int, ...]
+    tokens: int
 
 
 @dataclass
 class _Resident:
     slot: int
     plan: tuple[Attachment, ...]
-    runs: Mapping[str, tuple[list[int], int]]  # reference -> its pages in order, and its tokens
+    runs: Mapping[str, Run]  # by reference
     visible: tuple[int, ...] | None = None  # which attachments the table shows now; None: nothing written yet
 
 
@@ -55,13 +62,10 @@ class MemoryTables:
         self._free = list(range(self.slots))
         self._rows_are_plain = True
 
-    def enter(self, request_id: str, carried: Mapping[str, Any] | None) -> None:
-        """Register a request that joins the batch; ``carried`` is what the front end resolved, None for a plain one."""
-        memory = (carried or {}).get("memory")
-        if not memory or request_id in self._residents:
-            return
-        plan, runs = joined(from_carried(memory["plan"])), memory["runs"]
-        self._residents[request_id] = _Resident(self._free.pop(), plan, runs)
+    def enter(self, request_id: str, plan: tuple[Attachment, ...], runs: Mapping[str, Run]) -> None:
+        """Register a request that joins the batch. plan: () for a plain one. runs: where each reference lies."""
+        if plan and request_id not in self._residents:
+            self._residents[request_id] = _Resident(self._free.pop(), plan, runs)
 
     def leave(self, request_id: str) -> None:
         """Forget a request that left the batch."""
@@ -79,7 +83,7 @@ class MemoryTables:
         return [
             id
             for id, resident in self._residents.items()
-            if any(not wanted.isdisjoint(own) for own, _ in resident.runs.values())
+            if any(not wanted.isdisjoint(run.pages) for run in resident.runs.values())
         ]
 
     def set_rows(
@@ -129,10 +133,10 @@ class MemoryTables:
             self._rows[:, slot, : len(columns)].copy_(self._staged(columns).T, non_blocking=True)
         self._counts[slot : slot + 1].copy_(self._staged([len(columns)]), non_blocking=True)
 
-    def _columns(self, attachment: Attachment, runs: Mapping[str, tuple[list[int], int]]) -> Iterable[list[int]]:
-        pages, tokens = runs[attachment.ref]
-        for i, page in enumerate(pages):
-            yield [page, min(self.page_tokens, tokens - i * self.page_tokens), attachment.first, attachment.end]
+    def _columns(self, attachment: Attachment, runs: Mapping[str, Run]) -> Iterable[list[int]]:
+        run = runs[attachment.ref]
+        for i, page in enumerate(run.pages):
+            yield [page, min(self.page_tokens, run.tokens - i * self.page_tokens), attachment.first, attachment.end]
 
     def _staged(self, values: Any) -> Tensor:
         staged = torch.tensor(values, dtype=torch.int32)

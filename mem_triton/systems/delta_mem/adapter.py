@@ -29,9 +29,10 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from mem_triton.config import ConfigError, Scope, nearest_name_hint
+from mem_triton.schema import ConfigError, nearest_name_hint
 from mem_triton.systems.delta_mem.config import DeltaMemConfig
 from mem_triton.systems.delta_mem.layer import AttentionDims, DeltaMemLayerWeights, pack_layer, tensor_shapes
+from mem_triton.systems.delta_mem.section import Scope
 
 CONFIG_FILE = "delta_mem_config.json"
 SCOPE_FILE = "mem_triton.json"

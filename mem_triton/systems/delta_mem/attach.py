@@ -4,7 +4,7 @@ An engine checks what it cannot serve, makes its own place for the states, and h
 projections in its own way::
 
     modules = attention_modules(model, Attention, "δ-mem")
-    layers = DeltaLayers(served_adapter(section, "vLLM"), modules, shape, rank, device)
+    layers = DeltaLayers(adapter, modules, shape, rank, device)
     for index, name in enumerate(layers.weights):
         memory = layers.memory(name, local_heads, local_kv_heads, step, fuse=True)
 """
@@ -16,59 +16,27 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mem_triton.config import ConfigError, DeltaSection
-from mem_triton.systems.delta_mem import AttentionDims, DeltaMemAdapter, DeltaMemLayerWeights, load_adapter
+from mem_triton.systems.delta_mem import AttentionDims, DeltaMemAdapter, DeltaMemLayerWeights
 from mem_triton.systems.delta_mem.layer_memory import DeltaMemory
 from mem_triton.systems.delta_mem.sessions import layer_order
 from mem_triton.systems.delta_mem.slots import StateSlots
 from mem_triton.systems.engine import EngineShape
 
 
-def served_adapter(section: DeltaSection, engine: str) -> DeltaMemAdapter:
-    """The configured adapter. Raises AdapterError, or ConfigError if engines cannot serve it. engine: for messages."""
-    adapter = load_adapter(section.adapter, section.revision, section.scope)
-    if adapter.config.memory_write_granularity != "token":
-        raise ConfigError(
-            f"mem_triton.delta.adapter: {section.adapter} writes its memory by "
-            f"{adapter.config.memory_write_granularity}; {engine} serves token writes only (memory_write_granularity "
-            '"token"). Use mem_triton_transformers for message and sentence means'
-        )
-    return adapter
-
-
-def attention_modules(model: nn.Module, attention: type[nn.Module], what: str) -> dict[str, nn.Module]:
-    """Every module with ``qkv_proj``, ``attn`` and ``o_proj``, by name, in the model's order.
-
-    attention: the engine's class of ``attn``. what: the kind of memory, for messages. Raises ConfigError if a module
-    has no ``o_proj``, or if there is none.
-    """
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "attn", None), attention) and hasattr(module, "qkv_proj")
-    }
-    for name, module in modules.items():
-        if not hasattr(module, "o_proj"):
-            raise ConfigError(f"{what} cannot be attached to {name}: it has no o_proj")
-    if not modules:
-        raise ConfigError(
-            f"{what} cannot be attached to {type(model).__name__}: none of its modules has qkv_proj, attn and o_proj"
-        )
-    return modules
-
-
 class DeltaLayers:
     """The layers of an adapter that a rank has. weights: whole, by module name, in the model's order.
 
-    names: of this rank's attention modules. rank: among those that split heads. slots: what running requests start from
-    and leave behind. reads: one buffer for all layers. Raises AdapterError naming the tensor that does not fit.
+    names: of this rank's attention modules. rank: among those that split heads. batch_invariant: see ``StateSlots``.
+    slots: what running requests start from and leave behind. reads: one buffer for all layers. Raises AdapterError
+    naming the tensor that does not fit.
     """
 
     def __init__(
-        self, adapter: DeltaMemAdapter, names: Collection[str], shape: EngineShape, rank: int, device: torch.device
-    ) -> None:
+        self, adapter: DeltaMemAdapter, names: Collection[str], shape: EngineShape, rank: int, device: torch.device,
+        batch_invariant: bool = False,
+    ) -> None:  # fmt: skip
         self.spec = adapter.config.spec
         self._adapter, self._names, self._shape, self._rank, self._device = adapter, names, shape, rank, device
         heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -77,7 +45,9 @@ class DeltaLayers:
         order = sorted(adapter.layers, key=layer_order)
         indices = [order.index(name) for name in self.weights]
         every = adapter.scope == "all"
-        self.slots = StateSlots(indices, self.spec.state_size, shape.max_requests, device, writes=every)
+        self.slots = StateSlots(
+            indices, self.spec.state_size, shape.max_requests, device, writes=every, batch_invariant=batch_invariant
+        )
         self.reads = torch.zeros(shape.max_step_tokens, self.spec.read_width, dtype=torch.float32, device=device)
 
     def memory(

@@ -21,8 +21,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
-from mem_triton.config import ConfigError, nearest_name_hint
 from mem_triton.ops.delta_rule.reference import DeltaRuleSpec, UpdateMode
+from mem_triton.schema import ConfigError, nearest_name_hint
 
 HeadName = Literal["q", "k", "v", "o"]
 HEAD_NAMES: tuple[HeadName, ...] = ("q", "k", "v", "o")  # also the order of delta_scale_raw with granularity "head"

@@ -1,4 +1,4 @@
-"""δ-mem's half of a front end: a request's session, its lease, and the commit of its last state.
+"""δ-mem's front-end part: a request's session, its lease, and the commit of its last state.
 
 Workers keep no session: the state that a request starts from travels with it, and its last state is fetched when it has
 ended normally.
@@ -6,25 +6,37 @@ ended normally.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mem_triton import metrics
-from mem_triton.config import MemTritonConfig, Scope
-from mem_triton.systems.asked import Asked
-from mem_triton.systems.delta_mem import DeltaMemAdapter
+from mem_triton.schema import General
+from mem_triton.systems.base import FrontendPart, Outcome, RequestMemory, Rpc
+from mem_triton.systems.delta_mem.adapter import DeltaMemAdapter
+from mem_triton.systems.delta_mem.request import SessionRequest
+from mem_triton.systems.delta_mem.section import Scope
 from mem_triton.systems.delta_mem.sessions import Lease, SessionStore, StateLayout, layer_order
 from mem_triton.systems.engine import EngineShape
-from mem_triton.systems.request import MemoryRequest, RequestError
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.payload import StateRef, SystemPayload
+from mem_triton.systems.request import RequestError
 
 LONGEST_NAME = 200
 """Characters of a session's name with its tenant's: file systems take 255 bytes."""
 
 
-class SessionFrontEnd:
+@dataclass(eq=False)
+class SessionMemory(RequestMemory):
+    """lease: the request's hold on its session, or on a memory that starts empty; None when it has ended."""
+
+    lease: Lease | None = None
+
+
+class SessionFrontEnd(FrontendPart):
     """Opens and closes the session of each request; one per engine front end.
 
     obstacle: why this engine, as it is configured, cannot have sessions; None if it can. scope: the requests that the
@@ -32,9 +44,10 @@ class SessionFrontEnd:
     """
 
     scope: Scope = "all"
+    corrects_plain = True
 
     def __init__(
-        self, shape: EngineShape, config: MemTritonConfig, adapter: DeltaMemAdapter, obstacle: str | None = None
+        self, shape: EngineShape, config: General, adapter: DeltaMemAdapter, obstacle: str | None = None
     ) -> None:
         names = sorted(adapter.layers, key=layer_order)
         layout = StateLayout(
@@ -46,8 +59,17 @@ class SessionFrontEnd:
         self._aborted: deque[str] = deque(maxlen=4096)  # workers forget old states by themselves, too
         self._logger = logging.getLogger(f"{shape.engine.lower()}.mem_triton")
 
-    def open(self, request: MemoryRequest, asked: Asked) -> Lease:
-        """The request's lease; plain requests get one too, of a memory that starts empty. Raises RequestError.
+    def admit(self, fields: SessionRequest, params: RequestParams) -> SessionMemory:
+        """Plain requests have a lease, too, of a memory that starts empty."""
+        lease = self.open(fields, params)
+        return SessionMemory(lease=lease, finishes=lease.request.session is not None)
+
+    def admit_reading(self) -> SessionMemory:
+        """A request whose tokens write no state and are corrected by none but an empty one."""
+        return self.admit(SessionRequest(write=False), RequestParams())
+
+    def open(self, request: SessionRequest, params: RequestParams) -> Lease:
+        """The request's lease. Raises RequestError.
 
         One that is not read leases no session: its state stays empty.
         """
@@ -58,22 +80,53 @@ class SessionFrontEnd:
             request = _of_tenant(request)
             if self.obstacle:
                 raise RequestError("mem_session", self.obstacle)
-            if asked.answers != 1:
+            if params.answers != 1:
                 raise RequestError(
-                    "mem_session", f"a session takes one answer at a time: set n to 1, got {asked.answers}"
+                    "mem_session", f"a session takes one answer at a time: set n to 1, got {params.answers}"
                 )
-            if asked.unfit:
-                raise RequestError("mem_session", f"{asked.unfit} cannot use a session")
-        return self.store.open(request, lora=asked.lora)
+            if params.unfit:
+                raise RequestError("mem_session", f"{params.unfit} cannot use a session")
+        return self.store.open(request, lora=params.lora)
 
-    def carried(self, lease: Lease) -> dict[str, Any]:
-        """What the workers need: nothing for a plain request."""
+    def payload(self, memory: SessionMemory) -> SystemPayload | None:
+        """The state to start from; None for a plain request."""
+        lease = memory.lease
         if self.is_plain(lease):
-            return {}
-        carried: dict[str, Any] = {"write": int(lease.request.write)}
-        if lease.request.session is not None:
-            carried |= {"lease": lease.id, "state": lease.start.data}
-        return carried
+            return None
+        if lease.request.session is None:
+            return SystemPayload(state=StateRef(write=lease.request.write))
+        return SystemPayload(state=StateRef(lease.id, lease.start.data, lease.request.write))
+
+    def identity(self, memory: SessionMemory, salted: bool) -> str | None:
+        """The adapter and the state; None for a request that no state corrects, where the scope leaves plain requests
+        to the engine: its KV is the engine's own."""
+        if memory.lease is None:
+            return None
+        stock = self.scope == "sessions" and self.is_plain(memory.lease)
+        return None if stock and not salted else memory.lease.key
+
+    async def finish(self, memory: SessionMemory, outcome: Outcome, rpc: Rpc) -> None:
+        """Commit the session. One that cannot be committed is a warning beside the answer."""
+        lease = memory.lease
+        if not outcome.normal or lease is None or not self.writes(lease):
+            return
+        arguments = self.take_arguments(lease, outcome.prompt_tokens, outcome.generated)
+        try:
+            parts = await rpc("take_state", *arguments)
+        except Exception as error:  # the answer is whole all the same
+            metrics.COMMIT_FAILURES.inc()
+            memory.warnings.append(self.not_committed(lease, error))
+            return
+        memory.lease = None  # the commit closes it
+        try:
+            await asyncio.to_thread(self.commit, lease, arguments[1], parts)
+        except Exception as error:  # counted where it happened
+            memory.warnings.append(self.not_committed(lease, error))
+
+    def close(self, memory: SessionMemory) -> None:
+        lease, memory.lease = memory.lease, None
+        if lease is not None:
+            self.abort(lease)
 
     def abort(self, lease: Lease) -> None:
         """End a request that commits nothing; workers forget its state at the next commit."""
@@ -127,7 +180,7 @@ class SessionFrontEnd:
         self._logger.debug("session %s: version %d, %d tokens", lease.request.session, version, reached + 1)
 
 
-def _of_tenant(request: MemoryRequest) -> MemoryRequest:
+def _of_tenant(request: SessionRequest) -> SessionRequest:
     """The request with its session's name in the tenant's namespace, "acme:alice"; no name of a session or a tenant has
     a colon. Raises RequestError for a name that is too long for a file."""
     if not request.tenant:

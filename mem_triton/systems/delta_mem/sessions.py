@@ -9,7 +9,7 @@ read anew.
 Example::
 
     store = SessionStore(layout, directory=Path("/var/lib/mem"))
-    lease = store.open(MemoryRequest(session="alice"))
+    lease = store.open(SessionRequest(session="alice"))
     ...                                        # run the request from lease.state
     store.commit(lease, final_state, tokens=57)
 """
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from mem_triton.systems.delta_mem.request import SessionRequest
 from mem_triton.systems.delta_mem.session_files import (
     UNREADABLE,
     CommittedState,
@@ -35,7 +36,7 @@ from mem_triton.systems.delta_mem.session_files import (
     Stamp,
     StateLayout,
 )
-from mem_triton.systems.request import MemoryRequest, RequestError
+from mem_triton.systems.request import RequestError
 
 __all__ = ["CommittedState", "Lease", "SessionStore", "SessionWriteError", "StateLayout", "layer_order"]
 
@@ -53,7 +54,7 @@ class Lease:
     """
 
     id: str
-    request: MemoryRequest
+    request: SessionRequest
     start: CommittedState
     key: str
     lora: str = ""
@@ -95,7 +96,7 @@ class SessionStore:
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._lock = threading.Lock()
 
-    def open(self, request: MemoryRequest, lora: str = "") -> Lease:
+    def open(self, request: SessionRequest, lora: str = "") -> Lease:
         """Start a request. lora: identity of the LoRA adapter that answers it, "" for none.
 
         Raises RequestError if its session is being written, here or by another server, was told under another LoRA
@@ -169,7 +170,7 @@ class SessionStore:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def _key(self, request: MemoryRequest, start: CommittedState, lora: str) -> str:
+    def _key(self, request: SessionRequest, start: CommittedState, lora: str) -> str:
         digest = hashlib.sha256(start.data).hexdigest()[:16] if start.data else "zero"
         where = f"{request.session}@{start.version}:{digest}" if request.session else "-"
         key = f"{self.layout.adapter[:16]}|{where}|write={int(request.write)}"

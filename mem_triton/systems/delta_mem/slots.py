@@ -8,12 +8,13 @@ read the persistent device tables, so a captured CUDA graph sees every change.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from mem_triton.systems.payload import StateRef
 
 LAST_STATES = 2
 """States kept per slot, by parity of position: async scheduling may run one step past a request's end."""
@@ -37,11 +38,11 @@ class StateSlots:
     batch_invariant: for the layers that advance the states, see ``op.delta_rule_paged``.
     """
 
-    batch_invariant = False
-
     def __init__(
-        self, layer_indices: Sequence[int], state_size: int, slots: int, device: torch.device, writes: bool = True
-    ) -> None:
+        self, layer_indices: Sequence[int], state_size: int, slots: int, device: torch.device, writes: bool = True,
+        batch_invariant: bool = False,
+    ) -> None:  # fmt: skip
+        self.batch_invariant = batch_invariant
         self.layer_indices = list(layer_indices)  # this worker's layers among all of the adapter's
         self.state_size, self._plain_writes = state_size, int(writes)
         self.initial = torch.zeros(len(layer_indices), slots, state_size, dtype=torch.float32, device=device)
@@ -54,22 +55,22 @@ class StateSlots:
         self._left_limit = 4 * slots
         self._rows_are_plain = True
 
-    def enter(self, request_id: str, carried: Mapping[str, Any] | None) -> None:
-        """Register a request that joins the batch. ``carried`` is what the front end resolved, None for a plain one."""
-        if not carried or request_id in self._residents:
+    def enter(self, request_id: str, state: StateRef | None) -> None:
+        """Register a request that joins the batch. state: None for a plain one."""
+        if state is None or request_id in self._residents:
             return
-        lease, slot = carried.get("lease"), -1
+        lease, slot = state.handle, -1
         if lease is not None:
             self._left.pop(lease, None)  # preempted and back: it starts over
             slot = self._free.pop()
             self.initial[:, slot] = 0
-            if data := carried.get("state"):
-                states = torch.frombuffer(bytearray(data), dtype=torch.float32).view(-1, self.state_size)
+            if state.data:
+                states = torch.frombuffer(bytearray(state.data), dtype=torch.float32).view(-1, self.state_size)
                 states = states[self.layer_indices]
                 if self.initial.is_cuda:
                     states = states.pin_memory()
                 self.initial[:, slot].copy_(states, non_blocking=True)
-        self._residents[request_id] = _Resident(lease, bool(carried.get("write", self._plain_writes)), slot)
+        self._residents[request_id] = _Resident(lease, state.write, slot)
 
     def leave(self, request_id: str) -> None:
         """Forget a request that left the batch; its last states wait for ``take``."""

@@ -7,10 +7,10 @@ tokens, whatever the request itself was answered with, and most of it lies in th
 
 Example::
 
-    capture = captures.check(request, asked)                  # RequestError, before anything runs
+    capture = captures.check(request, params)                 # RequestError, before anything runs
     captures.begin(capture, prompt_ids)                       # RequestError
     ids = captures.tokens(capture, prompt_ids, answer_ids)    # after the answer
-    ...                                                       # the engine reads ids, with ``carried(capture, ids)``
+    ...                                                       # the engine reads ids, with ``payload(capture, ids)``
     captures.keep(capture, ids, answers)                      # CaptureError
 """
 
@@ -34,14 +34,17 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 
 from mem_triton import metrics
-from mem_triton.config import ConfigError
+from mem_triton.schema import ConfigError
 from mem_triton.store.bank import Bank, BankError, BankLockedError, NewEntry
 from mem_triton.store.bank.captured import SOURCE, captured_id, owner_of
 from mem_triton.store.bank.maintenance import INCOMING
-from mem_triton.systems.asked import Asked
+from mem_triton.systems.base import Failure
 from mem_triton.systems.explicit.chat import ChatFrame
 from mem_triton.systems.explicit.layout import Layout, join_captured
-from mem_triton.systems.request import MemoryRequest, RequestError
+from mem_triton.systems.explicit.request import ReadingRequest
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.payload import CaptureOrder, SystemPayload
+from mem_triton.systems.request import RequestError
 
 WRITER_WAIT = 10.0
 """Seconds that a capture waits for another process that writes the bank."""
@@ -50,29 +53,26 @@ LONGEST_ID = 128
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class CaptureError(RuntimeError):
+class CaptureError(Failure):
     """What a request said could not be kept, although it was answered. status: of the HTTP answer."""
 
     def __init__(self, name: str, reason: str, status: HTTPStatus = HTTPStatus.INTERNAL_SERVER_ERROR) -> None:
-        super().__init__(f'mem_capture: "{name}" was not kept: {reason[:500]}')
-        self.status = status
+        super().__init__(f'mem_capture: "{name}" was not kept: {reason[:500]}', status)
 
 
 @dataclass
 class Capture:
     """One request's capture, from its words to its entry. id: of the entry; lease: names its files among the workers'.
 
-    chat: the prompt is known to be a chat. ref, error: what became of it, None before. watched: somebody else than the
-    request sees to its end.
+    chat: the prompt is known to be a chat. ref, error: what became of it, None before.
     """
 
-    request: MemoryRequest
+    request: ReadingRequest
     id: str
     chat: bool = False
     lease: str = field(default_factory=lambda: uuid.uuid4().hex)
     ref: str | None = None
     error: CaptureError | None = None
-    watched: bool = False
 
     def report(self) -> dict[str, str]:
         """What the answer says about it."""
@@ -103,7 +103,7 @@ class Captures:
 
     # Before anything runs.
 
-    def check(self, request: MemoryRequest, asked: Asked) -> Capture:
+    def check(self, request: ReadingRequest, params: RequestParams) -> Capture:
         """A request's capture; its id is the request's alone until ``release``. Raises RequestError."""
         spec, id = self.bank.spec, captured_id(request.capture, request.tenant)
         if self.mode == "off":
@@ -115,13 +115,13 @@ class Captures:
             )
         if self.mode == "tenant" and not request.tenant:
             raise RequestError("mem_capture", "this server keeps only what belongs to a tenant; say mem_tenant")
-        if asked.lora:
+        if params.lora:
             raise RequestError("mem_capture", "a prompt read through a LoRA adapter would not fit the plain model")
-        if asked.answers != 1:
-            raise RequestError("mem_capture", f"keeps one request's prompt: set n to 1, got {asked.answers}")
+        if params.answers != 1:
+            raise RequestError("mem_capture", f"keeps one request's prompt: set n to 1, got {params.answers}")
         if len(id) > LONGEST_ID:
             raise RequestError("mem_capture", f'"{id}" would have {len(id)} characters, an id has at most {LONGEST_ID}')
-        capture = Capture(request, id, asked.chat)
+        capture = Capture(request, id, params.chat)
         with self._lock:
             if id in self._running:
                 raise RequestError("mem_capture", f'"{id}" is being captured by another request; wait for it')
@@ -170,9 +170,9 @@ class Captures:
 
     # After the answer.
 
-    def carried(self, capture: Capture, ids: Sequence[int]) -> dict[str, Any]:
+    def payload(self, capture: Capture, ids: Sequence[int]) -> SystemPayload:
         """What the workers need of the engine request that reads what is kept."""
-        return {"capture": {"lease": capture.lease, "folder": str(self.folder), "tokens": len(ids)}}
+        return SystemPayload(capture=CaptureOrder(capture.lease, str(self.folder), len(ids)))
 
     def keep(self, capture: Capture, ids: Sequence[int], answers: Sequence[dict[str, Any]]) -> None:
         """Make an entry of what the ranks captured. Raises CaptureError, OSError, ValueError, SafetensorError."""

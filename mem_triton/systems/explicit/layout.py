@@ -15,12 +15,13 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
-from mem_triton.config import ConfigError, MemorySection
+from mem_triton.schema import ConfigError
 from mem_triton.store.bank import Bank, BankError, BankSpec
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.pool.pages import PageLayout
 from mem_triton.systems.engine import EngineShape
+from mem_triton.systems.explicit.section import MemorySection
 from mem_triton.systems.served_model import check_served
 
 GIB = 1 << 30

@@ -1,4 +1,4 @@
-"""Explicit memory in a worker: the pool of pages, the bank's constant prefix, the tables, the loader, the captures.
+"""Explicit memory's worker part: the pool of pages, the bank's constant prefix, the tables, the loader, the captures.
 
 Made before the engine sizes its KV cache, so that the pool is accounted for and the cache gets what is left.
 """
@@ -11,18 +11,22 @@ from typing import Any
 
 import torch
 
-from mem_triton.config import ConfigError, MemorySection
 from mem_triton.ops.memory_attention import MemoryPages, SharedSegment
 from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config
+from mem_triton.schema import ConfigError
 from mem_triton.store.bank import Bank
 from mem_triton.store.block import MemoryBlock
+from mem_triton.store.pool.courier import Order
 from mem_triton.store.pool.loader import PageLoader
 from mem_triton.store.pool.placement import place, place_sink
 from mem_triton.store.pool.pool import PagePool
 from mem_triton.store.pool.tables import MemoryTables
+from mem_triton.systems.base import StepBatch, WorkerHost, WorkerPart
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.explicit.layout import GIB, layout_of
-from mem_triton.systems.explicit.worker_captures import Captures, ReadContext
+from mem_triton.systems.explicit.section import MemorySection
+from mem_triton.systems.explicit.worker_captures import Captures
+from mem_triton.systems.payload import SystemPayload
 
 
 @dataclass(frozen=True)
@@ -39,22 +43,20 @@ class LayerMemory:
         return read if self.pages is None else read | {"pages": self.pages, "table": self.tables.table}
 
 
-class ExplicitMemory:
-    """One rank's. tables: who sees what. pool: of the bank's layers that this rank has. loader: fills pages.
+class ExplicitMemory(WorkerPart):
+    """One rank's. tables: who sees what. pool: of the bank's layers that this rank has. loader: fills pages."""
 
-    layers: this rank's attention layers, by their index in the model. tp_rank: among the ranks that split heads; rank:
-    among all. read_context: reads a running request's own keys and values, for captures.
-    """
-
-    def __init__(
-        self, shape: EngineShape, section: MemorySection, layers: Sequence[int], tp_rank: int, rank: int,
-        device: torch.device, read_context: ReadContext,
-    ) -> None:  # fmt: skip
+    def __init__(self, shape: EngineShape, section: MemorySection, host: WorkerHost) -> None:
+        self._host, layers, device = host, host.layers, host.device
+        self.calls = {
+            "load_pages": self.load_pages, "pages_state": self.pages_state, "capture_state": self.capture_state,
+            "drop_captures": self.drop_captures,
+        }  # fmt: skip
         self.bank = Bank.open(section.bank)
         spec = self.bank.spec
         self.layout = layout_of(shape, section, spec)
         ropes = {index: rope_from_config(shape.hf_config, index) for index in layers}
-        heads = _heads(spec.kv_heads, self.layout.kv_heads, tp_rank, shape.tp_size)
+        heads = _heads(spec.kv_heads, self.layout.kv_heads, host.tp_rank, shape.tp_size)
         own = {index: ropes[index] for index in spec.layers if index in ropes}  # memory layers
 
         layout = self.layout
@@ -71,7 +73,7 @@ class ExplicitMemory:
         self._held: dict[int, str] = {}  # page -> the entry that it was ordered for last
         self._held_back: list[tuple[str, tuple[int, ...]]] = []  # orders for pages that are still read
         self._given_away: set[str] = set()  # requests of the batch whose pages were filled anew
-        self.captures = Captures(own, heads.start, rank, read_context)
+        self.captures = Captures(own, heads.start, host.rank, host.read_kv)
         sinks = self._sinks(ropes, heads, shape.dtype, device)
         self._layers = {}
         for index in layers:
@@ -102,9 +104,32 @@ class ExplicitMemory:
             for i, index in enumerate(indices)
         }
 
-    def layer(self, index: int) -> LayerMemory | None:
-        """What a layer reads, by its index in the model; None if nothing."""
-        return self._layers.get(index)
+    def segments(self, layer: int) -> LayerMemory | None:
+        return self._layers.get(layer)
+
+    def load_pages(self, orders: list[Order]) -> None:
+        """Start to fill pages in the background, behind the steps that are queued."""
+        with self._host.exclusive():
+            for ref, pages, _ in orders:
+                self.load(ref, pages, wait=not self._host.leaves_promptly)
+
+    def pages_state(self, heard: list[str]) -> dict[str, dict[str, Any]]:
+        """What has been filled, less what the front end has ``heard``: reference -> None, or why it could not be; and
+        the loader's counts."""
+        return {"finished": self.loader.outcomes(heard), "stats": self.loader.stats()}
+
+    def capture_state(self, lease: str) -> dict[str, Any]:
+        """{"file": path} of this rank's part of a kept prompt, {"error": reason}, {} while it is written."""
+        try:
+            with self._host.exclusive():
+                return self.captures.state(lease)
+        except KeyError as error:
+            return {"error": str(error)}
+
+    def drop_captures(self, leases: list[str]) -> None:
+        """Forget captures; nothing of them stays here or on the disk."""
+        with self._host.exclusive():
+            self.captures.drop(leases)
 
     def describe(self) -> str:
         """One line for the log."""
@@ -131,14 +156,13 @@ class ExplicitMemory:
         self._held |= dict.fromkeys(pages, ref)
         self.loader.load(ref, pages)
 
-    def enter(self, request_id: str, carried: Mapping[str, Any] | None) -> None:
+    def enter(self, request_id: str, payload: SystemPayload) -> None:
         """A request joins the batch. Raises RuntimeError if its pages were given away in the meantime."""
-        memory = (carried or {}).get("memory")
-        for ref, (pages, _) in memory["runs"].items() if memory else ():
-            if any(self._held.get(page) != ref for page in pages):
+        for ref, run in payload.pages.items():
+            if any(self._held.get(page) != ref for page in run.pages):
                 raise RuntimeError(f"the pages of {ref} hold something else by now")
-        self.tables.enter(request_id, carried)
-        self.captures.enter(request_id, carried)
+        self.tables.enter(request_id, payload.plan, payload.pages)
+        self.captures.enter(request_id, payload.capture)
 
     def leave(self, request_id: str) -> None:
         """A request is about to leave the batch; its KV is still its own."""
@@ -147,13 +171,11 @@ class ExplicitMemory:
         self._load_held_back()
         self.captures.leave(request_id)
 
-    def set_rows(self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int]) -> dict[str, Exception]:
-        """The coming step's batch, and the positions that it processes. Returns whose memory cannot be shown, and
-        why."""
-        gone = self._given_away.intersection(request_ids)
+    def begin_step(self, step: StepBatch) -> dict[str, Exception]:
+        gone = self._given_away.intersection(step.request_ids)
         faults: dict[str, Exception] = {id: RuntimeError("its pages hold something else by now") for id in gone}
-        self.tables.set_rows(request_ids, first, last, faults)
-        self.captures.set_rows(request_ids, last)
+        self.tables.set_rows(step.request_ids, step.first, step.last, faults)
+        self.captures.set_rows(step.request_ids, step.last)
         self.loader.before_step()
         return faults
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mem_triton.ops.reposition import RotaryEmbedding, unrotate
+from mem_triton.systems.payload import CaptureOrder
 
 ReadContext = Callable[[str, int, int], tuple[Tensor, Tensor]]
 """(request id, layer's index in the model, tokens) -> copies of its first tokens' keys, with their rotation, and
@@ -52,12 +53,11 @@ class Captures:
         self._dropped: OrderedDict[str, None] = OrderedDict()  # leases that nobody asks for any more
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="mem_triton-capture")
 
-    def enter(self, request_id: str, carried: Mapping[str, Any] | None) -> None:
-        """Register a request that asks to be kept."""
-        capture = (carried or {}).get("capture")
-        if capture and request_id not in self._residents and capture["lease"] not in self._dropped:
-            file = Path(capture["folder"]) / f"{capture['lease']}.{self.rank}.safetensors"
-            self._residents[request_id] = _Resident(capture["lease"], file, capture["tokens"])
+    def enter(self, request_id: str, order: CaptureOrder | None) -> None:
+        """Register a request that asks to be kept; nothing without an order."""
+        if order is not None and request_id not in self._residents and order.handle not in self._dropped:
+            file = Path(order.folder) / f"{order.handle}.{self.rank}.safetensors"
+            self._residents[request_id] = _Resident(order.handle, file, order.tokens)
 
     def set_rows(self, request_ids: Sequence[str], last: Sequence[int]) -> None:
         """The positions that the coming step reaches."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestParams:
     """answers: how many the request wants (``n``). lora: the LoRA adapter that answers it, "" for none.
 
     unfit: the kind of request that memory cannot serve, "streaming inputs" for example, None for plain tokens.

@@ -1,0 +1,8 @@
+"""Names by which users and SGLang know this integration."""
+
+from __future__ import annotations
+
+BACKEND = "mem_triton"
+"""Of ``--attention-backend``."""
+VARIABLE = "MEM_TRITON_CONFIG"
+"""Environment variable that names the configuration file."""

@@ -1,0 +1,92 @@
+"""A request with memory, from its first await to its last output: the same for both of vLLM's engines.
+
+An engine hands in how it runs one request of its own. A request whose references change while it answers is served by
+several of those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from mem_triton.runtime.frontend.continuation import NORMAL_ENDS
+from mem_triton.runtime.frontend.memory import Opened
+from mem_triton.systems.base import Outcome
+from mem_triton_vllm.front_end import VLLMFrontEnd, add_report, count_tokens, tokens_so_far, with_tokens
+
+Run = Callable[[Any, Any, str], AsyncGenerator[RequestOutput, None]]
+"""run(prompt, params, request_id) -> the outputs of one engine request."""
+
+
+async def generate(
+    memory: VLLMFrontEnd, run: Run, prompt: Any, prompt_ids: list[int], params: SamplingParams, request_id: str,
+    opened: Opened, prepared: Callable[[], None] = lambda: None,
+) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
+    """Outputs of the whole answer; the last one comes after the commit, so that the next request finds all free.
+
+    prompt_ids: the prompt's tokens, needed of requests that wait. prepared: called when nothing that the request says
+    can be at fault any more, and it only waits for what others do. Raises RequestError before anything runs,
+    MemoryLoadError and MemoryLostError; what the request asked for besides and did not get is ``opened.failure``.
+    """
+    if opened.waits:
+        outputs = _pieces(memory, run, prompt, prompt_ids, params, request_id, opened, prepared)
+    else:
+        outputs = run(*memory.carry(prompt, params, opened), request_id)
+    generated, answer = 0, []
+    try:
+        async for output in outputs:
+            memory.check(request_id, output.finished)
+            generated = count_tokens(output, params.output_kind, generated)
+            if opened.reads_answer:
+                answer = tokens_so_far(output, params.output_kind, answer)
+            if output.finished:
+                normal, asked = output.outputs[0].finish_reason in NORMAL_ENDS, output.prompt_token_ids or ()
+                read = functools.partial(_read, memory, run, prompt)
+                await memory.end(opened, Outcome(normal, len(asked), generated, asked, answer), read)
+                add_report(output, opened)
+            yield output
+    finally:
+        try:
+            await outputs.aclose()  # first: the engine may still read the request's pages
+        finally:
+            memory.close(opened)
+
+
+async def _pieces(
+    memory: VLLMFrontEnd, run: Run, prompt: Any, prompt_ids: list[int], params: SamplingParams, request_id: str,
+    opened: Opened, prepared: Callable[[], None],
+) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
+    """Serve a request in as many engine requests as what it reads changes."""
+    await memory.prepare(opened, prompt_ids)
+    segments = memory.segments(opened, prompt_ids, params)
+    prepared()
+    while True:
+        await memory.ready(opened)
+        continued = with_tokens(prompt, segments.prompt_ids)
+        carried = memory.carry(continued, segments.params(), opened)
+        async with contextlib.aclosing(run(*carried, request_id)) as outputs:
+            async for output in outputs:
+                for merged in segments.take(output):
+                    yield merged
+        if segments.done:
+            return
+        await memory.advance(opened, len(prompt_ids), segments.generated)
+
+
+async def _read(memory: VLLMFrontEnd, run: Run, prompt: Any, ids: list[int], opened: Opened) -> None:
+    """Run the engine request that reads text which is kept, in the prefix cache of the one that said it."""
+    salt = prompt.get("cache_salt") if isinstance(prompt, dict) else getattr(prompt, "cache_salt", None)
+    prompt = {"type": "token", "prompt_token_ids": ids, **({"cache_salt": salt} if salt else {})}
+    params = SamplingParams(
+        max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )  # fmt: skip
+    request_id = f"mem_triton-capture-{uuid.uuid4().hex}"
+    async with contextlib.aclosing(run(*memory.carry(prompt, params, opened), request_id)) as outputs:
+        async for output in outputs:
+            memory.check(request_id, output.finished)
