@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
 
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from mem_triton.compat import TESTED_VERSIONS, UnsupportedVersionError, require
@@ -32,6 +33,11 @@ HOOKS: dict[str, tuple[str, HookType]] = {
     "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.free": ("mem_triton_sglang.worker:before_free", HookType.BEFORE),
 }  # fmt: skip
 """Function of SGLang -> (ours, when it is called)."""
+CALLED = (
+    "_collect_batch_responses", "_handle_abort_req", "_init_req_state", "_stream_batch_responses", "_tokenize_texts",
+    "_validate_one_request", "_wait_one_response", "abort_request", "generate_request",
+)  # fmt: skip
+"""Methods of SGLang's ``TokenizerManager`` that ours calls."""
 
 
 def register_hooks(undo: ExitStack) -> None:
@@ -53,6 +59,7 @@ def check_hooks() -> None:
     """Raise UnsupportedVersionError naming the functions of SGLang that are not hooked."""
     version = require("sglang")
     missing = [target for target in HOOKS if target not in HookRegistry._patched]
+    missing += [f"TokenizerManager.{name}" for name in CALLED if not callable(getattr(TokenizerManager, name, None))]
     if missing:
         raise UnsupportedVersionError(
             f"SGLang {version} lacks what mem_triton builds on, or its plugins were not loaded: {', '.join(missing)}. "

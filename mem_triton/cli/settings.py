@@ -8,12 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mem_triton.store.bank import Bank
+from mem_triton.store.bank import Bank, fingerprint
 from mem_triton.store.bank.embedders import embedder_from
 from mem_triton.store.bank.fingerprint import Fingerprint, model_fingerprint
+from mem_triton.store.bank.spec import EXACT_CODECS
 from mem_triton.write import WriteConfig, bank_spec
-
-CODECS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class OptionError(ValueError):
@@ -22,14 +21,10 @@ class OptionError(ValueError):
 
 def model_folder(model: str) -> Path:
     """The model's own files: a local folder, or the Hugging Face cache's."""
-    if Path(model).is_dir():
-        return Path(model)
-    if model.startswith((".", "/", "~")):
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise OptionError(f"MODEL: there is no folder {model}")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        return fingerprint.model_folder(model, tokenizer=True)
     except Exception as error:  # a dozen kinds, of several libraries
         raise OptionError(f'MODEL: "{model}" is no folder, and Hugging Face did not give it: {error}') from None
 
@@ -116,7 +111,7 @@ def new_bank(path: Path, model: str, config: WriteConfig, *, codec: str = "auto"
 
 def create_bank(
     path: Path,
-    fingerprint: Fingerprint,
+    made_of: Fingerprint,
     config: WriteConfig,
     *,
     codec: str,
@@ -124,12 +119,12 @@ def create_bank(
     codec_state: bytes | None = None,
 ) -> Bank:
     """``new_bank`` for a fingerprint that is known. Raises OptionError naming an option that does not fit."""
-    codec = CODECS.get(fingerprint.dtype, "bf16") if codec == "auto" else codec
+    codec = EXACT_CODECS.get(made_of.dtype, "bf16") if codec == "auto" else codec
     check_embedder(embedder)
-    if fingerprint.dtype not in CODECS:
-        raise OptionError(f"MODEL: its dtype is {output_of(fingerprint.dtype)}, a bank takes {', '.join(CODECS)}")
+    if made_of.dtype not in EXACT_CODECS:
+        raise OptionError(f"MODEL: its dtype is {output_of(made_of.dtype)}, a bank takes {', '.join(EXACT_CODECS)}")
     try:
-        spec = bank_spec(config, fingerprint, codec=codec, embedder=embedder)
+        spec = bank_spec(config, made_of, codec=codec, embedder=embedder)
     except ValidationError as error:
         problem = error.errors()[0]
         where = f"--{problem['loc'][0]}: " if problem["loc"] else ""

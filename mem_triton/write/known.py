@@ -10,8 +10,8 @@ from mem_triton.store.bank import Bank, EntryInfo, NewEntry
 from mem_triton.store.bank.captured import is_captured
 from mem_triton.store.bank.catalogue import INFO, entry_info
 from mem_triton.store.bank.documents import file_of, of_source, sources, spellings
+from mem_triton.store.bank.spec import EXACT_CODECS
 
-EXACT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """Precision of a bank's blocks -> the codec that keeps every bit of them."""
 
 
@@ -45,7 +45,7 @@ def look_up(bank: Bank, entry: NewEntry, digest: str, *, named: bool, replace: b
         bytes.fromhex(digest), entry.tenant,
     )  # fmt: skip
     infos = [entry_info(row) for row in rows]
-    exact = EXACT.get(bank.spec.dtype) == bank.spec.codec
+    exact = EXACT_CODECS.get(bank.spec.dtype) == bank.spec.codec
     copy = next((info for info in infos if info.has_block and exact), None)
     own = next((info for info in infos if info.id == entry.id), None)
     if bank.spec.kind == "memory3" and own is None:

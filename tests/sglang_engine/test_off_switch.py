@@ -59,7 +59,10 @@ del ReqToTokenPool.free
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from mem_triton_sglang.hooks import check_hooks
-with pytest.raises(RuntimeError, match=r"ReqToTokenPool\\.free.* Supported: sglang>=0\\.5\\.23,<0\\.5\\.24"):
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+del TokenizerManager._tokenize_texts
+gone = r"ReqToTokenPool\\.free.*TokenizerManager\\._tokenize_texts"
+with pytest.raises(RuntimeError, match=gone + r".* Supported: sglang>=0\\.5\\.23,<0\\.5\\.24"):
     check_hooks()
 """
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-FOREVER = 2**31 - 1
-"""``end`` of a segment that every later query position sees."""
+from mem_triton.ops.positions import FOREVER
+
+__all__ = ["FOREVER", "MemoryPages", "MemoryTable", "PagedContext", "SharedSegment"]
 
 
 class PagedContext(NamedTuple):

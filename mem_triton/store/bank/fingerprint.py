@@ -19,6 +19,23 @@ SAMPLE_BYTES = 256
 ROPE_DEFAULTS: dict[str, Any] = {"rope_type": "default", "partial_rotary_factor": 1.0}
 
 
+MODEL_FILES = ("*.json", "*.safetensors")
+TOKENIZER_FILES = ("*.jinja", "*.model", "*.txt")
+
+
+def model_folder(model: str, revision: str | None = None, tokenizer: bool = False) -> Path:
+    """The model's own files: a local folder, or the Hugging Face cache's, downloaded if need be.
+
+    tokenizer: with its tokenizer's. Raises what ``huggingface_hub.snapshot_download`` raises.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    patterns = [*MODEL_FILES, *(TOKENIZER_FILES if tokenizer else ())]
+    return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+
+
 class Fingerprint(BaseModel):
     """What a key and a value depend on besides their text. rope: type, base and scaling; weights: hash of the tensors.
 

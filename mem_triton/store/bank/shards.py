@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mem_triton.ops.block_codec import Codec, codec_from_state, get_codec
 from mem_triton.store.bank.checksums import part_checksums
-from mem_triton.store.bank.spec import BankSpec
+from mem_triton.store.bank.spec import EXACT_CODECS, BankSpec
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.errors import BankError, not_written
 from mem_triton.store.files import write_durably
@@ -36,7 +36,6 @@ MAX_ROWS = 1024
 MAX_BYTES = 256 << 20
 OPEN_SHARDS = 64
 TENSORS = ("keys", "values", "key_scale", "value_scale", "head", "positions")
-FLOATS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """The lossless codec of each dtype."""
 
 Row = dict[str, Tensor]
@@ -77,7 +76,7 @@ class Shards:
 
     def __init__(self, folder: Path, spec: BankSpec, codec: Codec, sha256_of: Callable[[str], str | None]) -> None:
         self.folder, self.spec, self.codec, self._sha256_of = folder, spec, codec, sha256_of
-        self.lossless = get_codec(FLOATS[spec.dtype])  # for the sink, which every request reads
+        self.lossless = get_codec(EXACT_CODECS[spec.dtype])  # for the sink, which every request reads
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
 

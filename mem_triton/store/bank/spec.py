@@ -19,6 +19,8 @@ from mem_triton.store.errors import BankError, UnknownEntryError
 SCHEMA_VERSION = 1
 Dtype = Literal["float32", "bfloat16", "float16"]
 Codec = Literal["fp32", "bf16", "fp16", "fp8", "int8", "pq"]
+EXACT_CODECS: dict[str, Codec] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""By dtype, the codec that keeps its numbers as they are."""
 
 
 class BankSpec(BaseModel):

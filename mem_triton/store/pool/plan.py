@@ -1,19 +1,17 @@
 """What a request reads from explicit memory: references, and the query positions that see each of them.
 
-Engine-neutral, made by the front end, carried with the request, and obeyed by the workers::
+Engine-neutral, made by the front end, sent along with the request, and obeyed by the workers::
 
     plan = (Attachment("alice@3"), Attachment("paris@1", first=64, end=128))
-    assert from_carried(to_carried(plan)) == plan
+    seen_between(plan, 0, 64)                    # ("alice@3",)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
-FOREVER = 2**31 - 1
-"""``end`` of an attachment that every later token sees."""
+from mem_triton.ops.positions import FOREVER
 
 
 @dataclass(frozen=True)
@@ -27,16 +25,6 @@ class Attachment:
     first: int = 0
     end: int = FOREVER
     score: float | None = None
-
-
-def to_carried(plan: Iterable[Attachment]) -> list[list[Any]]:
-    """Plain lists, as an engine's request parameters carry them."""
-    return [[a.ref, a.first, a.end, a.score] for a in plan]
-
-
-def from_carried(data: Sequence[Sequence[Any]]) -> tuple[Attachment, ...]:
-    """The plan that ``to_carried`` wrote."""
-    return tuple(Attachment(str(ref), int(first), int(end), score) for ref, first, end, score in data)
 
 
 def joined(plan: Iterable[Attachment]) -> tuple[Attachment, ...]:

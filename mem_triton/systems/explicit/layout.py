@@ -9,18 +9,17 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 
 from mem_triton.schema import ConfigError
 from mem_triton.store.bank import Bank, BankError, BankSpec
-from mem_triton.store.bank.fingerprint import model_fingerprint
+from mem_triton.store.bank.fingerprint import model_fingerprint, model_folder
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.pool.pages import PageLayout
 from mem_triton.systems.engine import EngineShape
+from mem_triton.systems.explicit.request import MOST_REFERENCES
 from mem_triton.systems.explicit.section import MemorySection
 from mem_triton.systems.served_model import check_served
 
@@ -76,13 +75,6 @@ def open_bank(shape: EngineShape, section: MemorySection) -> Bank:
     return bank
 
 
-def model_folder(model: str, revision: str | None) -> Path:
-    """The model's own files: a local folder, or the Hugging Face cache's."""
-    if Path(model).is_dir():
-        return Path(model)
-    return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-
-
 def layout_of(shape: EngineShape, section: MemorySection, spec: BankSpec) -> Layout:
     """Sizes that follow from the configuration. Raises ConfigError if the pool cannot hold one page."""
     kv_heads = max(1, spec.kv_heads // shape.tp_size)
@@ -104,8 +96,7 @@ def _max_pages(shape: EngineShape, section: MemorySection, spec: BankSpec, page_
     longest = min(shape.max_step_tokens, shape.max_model_len)  # tokens of one request in one step
     chunks = longest // section.retrieval.every + 2
     tokens = spec.keep_tokens or spec.reference_tokens
-    top_k = max(section.retrieval.top_k, 64)  # a request may ask for more than the default
-    retrieved = chunks * min(top_k, 64) * -(-tokens // page_tokens)
+    retrieved = chunks * MOST_REFERENCES * -(-tokens // page_tokens)  # a request may ask for more than the default
     return max(named, min(retrieved, 4 * num_pages))  # an entry counts once for each stretch of tokens that sees it
 
 

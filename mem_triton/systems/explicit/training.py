@@ -10,6 +10,7 @@ from pathlib import Path
 from mem_triton.ops.block_codec import ProductCodec
 from mem_triton.store.bank import Bank
 from mem_triton.store.bank.fingerprint import Fingerprint
+from mem_triton.store.bank.spec import EXACT_CODECS
 from mem_triton.write.chunking import Document
 from mem_triton.write.config import WriteConfig
 from mem_triton.write.encoder import Encoder, Tokenizer
@@ -19,8 +20,6 @@ from mem_triton.write.writer import Writer
 
 VECTORS = 1 << 18
 """Keys, and as many values, to learn from: enough for codes of 12 bits; more takes minutes more."""
-
-_CODECS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class _Enough(Exception):
@@ -42,7 +41,7 @@ def train_product_codec(
     Writes them into a bank that is thrown away, until there are ``vectors`` keys. Raises CodecError if all documents
     together are too few.
     """
-    spec = bank_spec(config, fingerprint, codec=_CODECS.get(fingerprint.dtype, "fp32"))
+    spec = bank_spec(config, fingerprint, codec=EXACT_CODECS.get(fingerprint.dtype, "fp32"))
     heads = len(spec.layers) * spec.kv_heads
 
     counted = [0, 0]  # entries, and their tokens
