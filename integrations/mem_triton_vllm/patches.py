@@ -232,8 +232,7 @@ PATCHES: tuple[EnginePatch, ...] = (
             "segments.OutputSegments._merged: answer.*",
             "segments.OutputSegments._spell: answer.logprobs",
             "segments.OutputSegments.take: merged.finished",
-            "sync_engine.LLMEngineWithMemory._not_kept: running.held.outputs[0].finish_reason",
-            "sync_engine.LLMEngineWithMemory._read_capture: output.outputs[0].finish_reason",
+            "front_end.ended_by_error: answer.finish_reason",
         ),
         what="Copies of a request's parameters get extra_args for the workers, its prompt a cache_salt; answers in "
         "several pieces are put together, and the last output says in kv_transfer_params what was read.",
