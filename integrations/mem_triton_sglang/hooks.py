@@ -58,9 +58,9 @@ def _forget(target: str, hook: Any) -> None:
 def check_hooks() -> None:
     """Raise UnsupportedVersionError naming the functions of SGLang that are not hooked."""
     version = require("sglang")
-    missing = [target for target in HOOKS if target not in HookRegistry._patched]
-    missing += [f"TokenizerManager.{name}" for name in CALLED if not callable(getattr(TokenizerManager, name, None))]
-    if missing:
+    unhooked = [target for target in HOOKS if target not in HookRegistry._patched]
+    gone = [f"TokenizerManager.{name}" for name in CALLED if not callable(getattr(TokenizerManager, name, None))]
+    if missing := [*unhooked, *gone]:
         raise UnsupportedVersionError(
             f"SGLang {version} lacks what mem_triton builds on, or its plugins were not loaded: {', '.join(missing)}. "
             f"Supported: sglang{TESTED_VERSIONS['sglang']}"
