@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mem_triton.systems.explicit.searches import Found
+from mem_triton.systems.payload import decode
 from tests.support import memory_scenarios as scenarios
 from tests.support.cases import tokens
 from tests.support.memory_bench import SECRET
@@ -230,7 +231,8 @@ def test_fault06_words_of_a_rendered_engine_request_are_those_that_vllm_runs(fro
     asked = request(mem_ids=["alpha"])
     opened = front_end.open_request(asked, SamplingParams())
     prompt, _ = front_end.carry(asked, asked.sampling_params, opened)
-    assert prompt.sampling_params.extra_args["mem_triton"]["memory"]["plan"][0][0] == "alpha@1"
+    payload = decode(prompt.sampling_params.extra_args["mem_triton"])
+    assert payload.systems["memory"].segments[0].ref == "alpha@1"
     assert "mem_triton" not in asked.sampling_params.extra_args, "the caller's own is untouched"
 
 
