@@ -202,7 +202,7 @@ def test_shards_are_durable_before_the_commit_that_names_them(tmp_path, monkeypa
 def test_an_unfinished_creation_can_be_done_again(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
-            "mem_triton.store.bank.bank.write_durably", lambda *_: (_ for _ in ()).throw(OSError("power cut"))
+            "mem_triton.store.bank.opened.write_durably", lambda *_: (_ for _ in ()).throw(OSError("power cut"))
         )
         with pytest.raises(OSError, match="power cut"):
             Bank.create(tmp_path / "bank", bank_case.spec())

@@ -113,7 +113,7 @@ def test_fault17_every_failure_to_open_lets_go_of_the_lock(tmp_path, monkeypatch
         target = {
             "catalogue": "mem_triton.store.bank.catalogue.connect",
             "repair": "mem_triton.store.bank.vectors.VectorIndex.repair",
-            "spec": "mem_triton.store.bank.bank.check_unchanged",
+            "spec": "mem_triton.store.bank.opened.check_unchanged",
             "pwrite": "os.pwrite",
         }[place]
         patch.setattr(target, fail)
@@ -316,7 +316,7 @@ def test_fault11_an_empty_folder_and_a_creation_that_died_are_used(tmp_path):
 
 def test_fault11_of_two_who_create_at_once_none_loses_the_others_entries(tmp_path, monkeypatch):
     """The second looked before the first was done, and has the lock after it."""
-    from mem_triton.store.bank import bank as module
+    from mem_triton.store.bank import opened as module
 
     path, lock = tmp_path / "bank", module.WriterLock
 

@@ -12,17 +12,15 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mem_triton import ids
 from mem_triton.store.bank.captured import EVERYBODY
 from mem_triton.store.bank.catalogue import INFO, entry_info
+from mem_triton.store.bank.opened import OpenedBank
 from mem_triton.store.bank.spec import EntryInfo
 from mem_triton.store.bank.writing import writer
 from mem_triton.store.errors import BankError, UnknownEntryError
-
-if TYPE_CHECKING:
-    from mem_triton.store.bank import Bank
 
 LONGEST_NAME = 100
 """Characters of a document's name in the ids of its references; a longer one is shortened."""
@@ -35,7 +33,7 @@ def reference_id(name: str, digest: str) -> str:
     return f"{ids.shortened(name, LONGEST_NAME)}:{digest[:12]}"
 
 
-def references(bank: Bank, name: str, tenant: str | None = None) -> list[EntryInfo]:
+def references(bank: OpenedBank, name: str, tenant: str | None = None) -> list[EntryInfo]:
     """Current references of a document, in its order. tenant: None for all, else its own and everybody's."""
     start = ids.shortened(name, LONGEST_NAME) + ":"
     rows = bank.catalogue.read(
@@ -54,7 +52,7 @@ def in_order(entries: Iterable[EntryInfo]) -> list[EntryInfo]:
     return sorted(entries, key=lambda info: (file_of(info.source), _line(info.source), _start(info), info.id))
 
 
-def resolve_all(bank: Bank, word: str, tenant: str = "", any_tenant: bool = False) -> list[EntryInfo]:
+def resolve_all(bank: OpenedBank, word: str, tenant: str = "", any_tenant: bool = False) -> list[EntryInfo]:
     """What "id", "id@version", "document#0", "document#2-5" or "document#*" names, in order.
 
     Raises UnknownEntryError, ForeignTenantError, and BankError for places that the document does not have.
@@ -82,7 +80,7 @@ def spellings(path: str | Path) -> list[str]:
     return list(dict.fromkeys((given, os.path.abspath(given), os.path.relpath(given))))
 
 
-def of_source(bank: Bank, source: str | Path, tenant: str | None = None) -> list[EntryInfo]:
+def of_source(bank: OpenedBank, source: str | Path, tenant: str | None = None) -> list[EntryInfo]:
     """Current entries of a file, those of its lines included, however its path was written. tenant: None for all."""
     found: dict[str, EntryInfo] = {}
     whose = "" if tenant is None else "AND tenant = ?"
@@ -96,7 +94,7 @@ def of_source(bank: Bank, source: str | Path, tenant: str | None = None) -> list
     return list(found.values())
 
 
-def sources(bank: Bank, tenant: str | None = None) -> list[str]:
+def sources(bank: OpenedBank, tenant: str | None = None) -> list[str]:
     """Files that current entries are of, each once. tenant: None for all, else its own alone."""
     whose = "" if tenant is None else "AND tenant = ?"
     rows = bank.catalogue.read(
@@ -106,7 +104,7 @@ def sources(bank: Bank, tenant: str | None = None) -> list[str]:
 
 
 @writer
-def describe(bank: Bank, where: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
+def describe(bank: OpenedBank, where: Mapping[str, tuple[str, Mapping[str, Any]]]) -> None:
     """Say anew where entries are from: reference -> (source, metadata). What they mean stays as it is."""
     with bank.catalogue.write() as db:
         db.executemany(

@@ -10,17 +10,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mem_triton.store.bank.catalogue import CURRENT, DELETED, SUPERSEDED
+from mem_triton.store.bank.opened import OpenedBank
 from mem_triton.store.bank.shards import MAX_ROWS, NAME, check_name, file_sha256
 from mem_triton.store.bank.signing import INTACT
 from mem_triton.store.bank.writing import register, writer
 from mem_triton.store.errors import BankError, BankFullError
 from mem_triton.store.files import WRITING
-
-if TYPE_CHECKING:
-    from mem_triton.store.bank import Bank
 
 INCOMING = "incoming"
 """Folder of a bank where workers leave captures until the front end has made entries of them."""
@@ -30,12 +28,12 @@ SMALL_BYTES = 32 << 20
 """Shards below this are joined when there are several."""
 
 
-def verify(bank: Bank) -> list[str]:
+def verify(bank: OpenedBank) -> list[str]:
     """``Bank.verify``."""
     return [*_check_shards(bank), *_check_catalogue(bank), *bank.vectors.problems(), *_check_folders(bank)]
 
 
-def _check_folders(bank: Bank) -> Iterator[str]:
+def _check_folders(bank: OpenedBank) -> Iterator[str]:
     for name in ("shards", "index", INCOMING):
         if (bank.path / name).is_symlink():
             yield f"{bank.path / name} is a link: nothing behind it is ever removed; put a folder there"
@@ -43,7 +41,7 @@ def _check_folders(bank: Bank) -> Iterator[str]:
         yield f"{path} is a capture that no server took ({path.lstat().st_size} bytes of a prompt); compact removes it"
 
 
-def _check_shards(bank: Bank) -> Iterator[str]:
+def _check_shards(bank: OpenedBank) -> Iterator[str]:
     read = bank.catalogue.read
     for shard, name, size, digest in read("SELECT shard, name, bytes, sha256 FROM shards ORDER BY shard"):
         path = bank.shards.folder / name
@@ -71,7 +69,7 @@ def _check_shards(bank: Bank) -> Iterator[str]:
                 yield str(error)
 
 
-def _check_catalogue(bank: Bank) -> Iterator[str]:
+def _check_catalogue(bank: OpenedBank) -> Iterator[str]:
     read = bank.catalogue.read
     for (problem,) in read("PRAGMA quick_check"):
         if problem != "ok":
@@ -100,7 +98,7 @@ def _check_catalogue(bank: Bank) -> Iterator[str]:
 
 
 @writer
-def compact(bank: Bank) -> dict[str, int]:
+def compact(bank: OpenedBank) -> dict[str, int]:
     """``Bank.compact``.
 
     What needs no room comes first: orphans, then versions and whole shards that go. On a full disk the room that this
@@ -124,7 +122,7 @@ def compact(bank: Bank) -> dict[str, int]:
     return {"versions": dropped, "shards": len(rewritten) + len(gone), "files": files}
 
 
-def _to_rewrite(bank: Bank) -> tuple[list[int], list[int]]:
+def _to_rewrite(bank: OpenedBank) -> tuple[list[int], list[int]]:
     """Shards that hold what goes, and those that are small and whole."""
     stale, small = [], []
     for shard, size, current, rows in bank.catalogue.read(
@@ -140,7 +138,7 @@ def _to_rewrite(bank: Bank) -> tuple[list[int], list[int]]:
     return stale, small
 
 
-def _drop(bank: Bank) -> tuple[int, set[int]]:
+def _drop(bank: OpenedBank) -> tuple[int, set[int]]:
     """Drop versions that are not current, and shards in which nothing is left; (how many versions, which shards)."""
     read = bank.catalogue.read
     (dropped,) = read("SELECT count(*) FROM entries WHERE state != 0")[0]
@@ -154,7 +152,7 @@ def _drop(bank: Bank) -> tuple[int, set[int]]:
     return dropped, gone
 
 
-def _fits(bank: Bank, shards: list[int]) -> bool:
+def _fits(bank: OpenedBank, shards: list[int]) -> bool:
     """Rewrite shards together, if there is room. What did not fit is let go of when this returns."""
     try:
         bank.reserve.run(lambda: _rewrite(bank, shards))
@@ -163,7 +161,7 @@ def _fits(bank: Bank, shards: list[int]) -> bool:
         return False
 
 
-def _rewrite(bank: Bank, shards: list[int]) -> None:
+def _rewrite(bank: OpenedBank, shards: list[int]) -> None:
     """Put the rows of some shards into new ones."""
     marks = ",".join(map(str, shards))
     moved = bank.catalogue.read(
@@ -190,7 +188,7 @@ def _rewrite(bank: Bank, shards: list[int]) -> None:
         ) from None
 
 
-def find_orphans(bank: Bank) -> list[Path]:
+def find_orphans(bank: OpenedBank) -> list[Path]:
     """Files that nothing refers to: left by a writer that died, by compact, or by a capture that was given up.
 
     Only what a bank names so itself is one, and nothing behind a link.
@@ -205,7 +203,7 @@ def find_orphans(bank: Bank) -> list[Path]:
     return found + unfinished + _left_captures(bank)
 
 
-def remove_orphans(bank: Bank) -> int:
+def remove_orphans(bank: OpenedBank) -> int:
     """Remove them; how many. A link goes itself, and nothing behind it."""
     orphans = find_orphans(bank)
     for path in orphans:
@@ -225,7 +223,7 @@ def _inside(folder: Path, folders: bool = False) -> list[Path]:
     return [path for path in folder.iterdir() if folders or path.is_symlink() or not path.is_dir()]
 
 
-def _left_captures(bank: Bank) -> list[Path]:
+def _left_captures(bank: OpenedBank) -> list[Path]:
     """Files in ``incoming`` that no server writes, or is about to take: all while none lives, else those that are old.
 
     A server that captures holds a shared lock on the folder for as long as it lives (``systems.explicit.captures``).
@@ -251,7 +249,7 @@ def _is_held(folder: Path) -> bool:
         os.close(handle)
 
 
-def stats(bank: Bank) -> dict[str, Any]:
+def stats(bank: OpenedBank) -> dict[str, Any]:
     """``Bank.stats``."""
     read = bank.catalogue.read
     by_state = dict(read("SELECT state, count(*) FROM entries GROUP BY state"))
@@ -273,7 +271,7 @@ def stats(bank: Bank) -> dict[str, Any]:
     }
 
 
-def _sink_shard(bank: Bank) -> int | None:
+def _sink_shard(bank: OpenedBank) -> int | None:
     sink = bank.catalogue.meta("sink")
     if sink is None:
         return None

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mem_triton.store.bank.catalogue import pack
 from mem_triton.store.bank.embedders import FEATURES, embedder_from, features_of
+from mem_triton.store.bank.opened import OpenedBank
 from mem_triton.store.bank.writing import writer
-
-if TYPE_CHECKING:
-    from mem_triton.store.bank import Bank
 
 PART = 1024
 """Entries embedded at a time."""
 
 
-def outdated(bank: Bank) -> str | None:
+def outdated(bank: OpenedBank) -> str | None:
     """What to say of a bank whose vectors have older features than new banks get; None if they are today's."""
     features = features_of(bank.spec.embedder, bank.catalogue.meta("features"))
     if features >= FEATURES:
@@ -27,7 +23,7 @@ def outdated(bank: Bank) -> str | None:
 
 
 @writer
-def reindex(bank: Bank) -> int:
+def reindex(bank: OpenedBank) -> int:
     """Embed every entry again, in one transaction, and build the graphs anew; how many entries.
 
     Readers that are open go on with the new vectors at their next search.

@@ -10,12 +10,12 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mem_triton.store.bank.catalogue import CURRENT, INFO, SUPERSEDED, entry_info, pack, unpack
 from mem_triton.store.bank.embedders import features_of
+from mem_triton.store.bank.opened import OpenedBank
 from mem_triton.store.bank.shards import Row
 from mem_triton.store.bank.signing import VECTOR, check_vectors
 from mem_triton.store.bank.spec import split_ref
@@ -23,15 +23,12 @@ from mem_triton.store.bank.writing import COLUMNS, check_block, register, same_b
 from mem_triton.store.errors import BankError, BankModelError, ForeignTenantError, UnknownEntryError, not_written
 from mem_triton.store.files import write_durably
 
-if TYPE_CHECKING:
-    from mem_triton.store.bank import Bank
-
 MEMBER = re.compile(r"(\./)?(bank\.json|catalogue\.sqlite|(shards|index)(/[0-9a-f]{32}\.(safetensors|usearch))?)|\.")
 """What a tar of a bank may hold."""
 BARE = re.compile(r"(\./)?(shards|index)|\.")
 
 
-def export(bank: Bank, destination: Path, ids: Sequence[str] | None, tenant: str | None) -> list[str]:
+def export(bank: OpenedBank, destination: Path, ids: Sequence[str] | None, tenant: str | None) -> list[str]:
     """``Bank.export``."""
     if destination.exists() and (destination.is_file() or any(destination.iterdir())):
         raise BankError(f"{destination} is there already; choose another destination")
@@ -50,23 +47,21 @@ def export(bank: Bank, destination: Path, ids: Sequence[str] | None, tenant: str
     return refs
 
 
-def import_from(bank: Bank, source: Path) -> list[str]:
+def import_from(bank: OpenedBank, source: Path) -> list[str]:
     """``Bank.import_from``."""
-    from mem_triton.store.bank import Bank as AnyBank
-
     if not source.is_file():
         for name in ("bank.json", "catalogue.sqlite", "shards", "index"):
             if (source / name).is_symlink():
                 raise BankError(f"{source / name} is a link; what is imported lies in {source} itself: put it there")
-        with AnyBank.open(source) as other:
+        with OpenedBank.open(source) as other:
             return _merge(bank, other)
     with tempfile.TemporaryDirectory(dir=bank.path, prefix=".importing-") as folder:
         _unpack(source, Path(folder))
-        with AnyBank.open(folder) as other:
+        with OpenedBank.open(folder) as other:
             return _merge(bank, other)
 
 
-def _chosen(bank: Bank, ids: Sequence[str] | None, tenant: str | None) -> list[int]:
+def _chosen(bank: OpenedBank, ids: Sequence[str] | None, tenant: str | None) -> list[int]:
     """The versions to export, oldest first."""
     if ids is None:
         mine = "" if tenant is None else "AND tenant IN ('', ?)"
@@ -87,7 +82,7 @@ def _chosen(bank: Bank, ids: Sequence[str] | None, tenant: str | None) -> list[i
     return sorted(seqs)
 
 
-def _copy_to_new(bank: Bank, destination: Path, seqs: list[int]) -> list[str]:
+def _copy_to_new(bank: OpenedBank, destination: Path, seqs: list[int]) -> list[str]:
     with type(bank).create(destination, bank.spec, bank.catalogue.meta("codec_state")) as target:
         if (sink := bank.sink()) is not None:
             set_sink(target, sink)
@@ -100,7 +95,7 @@ def _copy_to_new(bank: Bank, destination: Path, seqs: list[int]) -> list[str]:
 
 
 @writer
-def _merge(bank: Bank, other: Bank) -> list[str]:
+def _merge(bank: OpenedBank, other: OpenedBank) -> list[str]:
     """What ``other`` has and ``bank`` has not."""
     _check_alike(bank, other)
     seqs: list[int] = []
@@ -128,7 +123,7 @@ def _merge(bank: Bank, other: Bank) -> list[str]:
     return _copy(other, bank, seqs, fills, foreign=True)
 
 
-def _check_alike(bank: Bank, other: Bank) -> None:
+def _check_alike(bank: OpenedBank, other: OpenedBank) -> None:
     if differences := bank.spec.fingerprint.differences(other.spec.fingerprint):
         raise BankModelError(other.path, [d.replace("model has", "the import has") for d in differences])
     for name in type(bank.spec).model_fields:
@@ -143,7 +138,9 @@ def _check_alike(bank: Bank, other: Bank) -> None:
             raise BankError("the constant prefix of the import is another; import it into another bank")
 
 
-def _copy(source: Bank, target: Bank, seqs: list[int], fills: dict[int, int], foreign: bool = False) -> list[str]:
+def _copy(
+    source: OpenedBank, target: OpenedBank, seqs: list[int], fills: dict[int, int], foreign: bool = False
+) -> list[str]:
     """Copy versions, and the blocks of cold ones (source's seq -> target's), bit for bit, in one transaction.
 
     foreign: somebody else wrote the source; its blocks are looked at as if they were written here.
@@ -203,14 +200,14 @@ def _copy(source: Bank, target: Bank, seqs: list[int], fills: dict[int, int], fo
     return refs
 
 
-def _check_foreign(source: Bank, ref: str, name: str, row: int, tokens: int) -> None:
+def _check_foreign(source: OpenedBank, ref: str, name: str, row: int, tokens: int) -> None:
     block = source.shards.read(name, row, source.spec.torch_dtype)
     check_block(source, f'entry "{ref}"', block, entry=ref)
     if block.tokens != tokens:
         raise BankError(f'entry "{ref}": its block has {block.tokens} tokens, its catalogue says {tokens}', ref)
 
 
-def _vector(source: Bank, seq: int) -> bytes:
+def _vector(source: OpenedBank, seq: int) -> bytes:
     rows = source.catalogue.read(f"SELECT {VECTOR} FROM vectors v WHERE v.seq = ?", seq)
     check_vectors(source.catalogue.path, rows, source.catalogue.meta("dim"))
     if not rows or not np.isfinite(unpack([rows[0][1]])).all():

@@ -7,20 +7,18 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mem_triton import ids
 from mem_triton.store.bank.captured import EVERYBODY, SOURCE, is_captured
 from mem_triton.store.bank.catalogue import CURRENT, DELETED, SUPERSEDED, pack
+from mem_triton.store.bank.opened import OpenedBank
 from mem_triton.store.bank.shards import Row, Shard
 from mem_triton.store.bank.spec import NewEntry, check_id, split_ref
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.errors import BankError, ForeignTenantError, UnknownEntryError
-
-if TYPE_CHECKING:
-    from mem_triton.store.bank import Bank
 
 COLUMNS = "id, version, tenant, state, tokens, shard, row, created, content_hash, source, metadata, text, token_ids"
 
@@ -28,7 +26,7 @@ COLUMNS = "id, version, tenant, state, tokens, shard, row, created, content_hash
 def writer(function: Callable) -> Callable:
     """For functions of a bank that only its writer may call, one thread at a time."""
 
-    def checked(bank: Bank, *args: Any, **options: Any) -> Any:
+    def checked(bank: OpenedBank, *args: Any, **options: Any) -> Any:
         if not bank.writable:
             raise BankError(f"{bank.path} is open for reading; open it with writable=True")
         with bank.writing:
@@ -39,7 +37,7 @@ def writer(function: Callable) -> Callable:
 
 
 @writer
-def add(bank: Bank, entries: Sequence[NewEntry], update: bool) -> list[str]:
+def add(bank: OpenedBank, entries: Sequence[NewEntry], update: bool) -> list[str]:
     """``Bank.add``, and ``Bank.update`` for entries that must exist."""
     if not entries:
         return []
@@ -84,7 +82,7 @@ def add(bank: Bank, entries: Sequence[NewEntry], update: bool) -> list[str]:
 
 
 @writer
-def fill(bank: Bank, blocks: Mapping[str, MemoryBlock]) -> None:
+def fill(bank: OpenedBank, blocks: Mapping[str, MemoryBlock]) -> None:
     """``Bank.fill_all``."""
     seqs = []
     for ref, block in blocks.items():
@@ -105,7 +103,7 @@ def fill(bank: Bank, blocks: Mapping[str, MemoryBlock]) -> None:
 
 
 @writer
-def delete(bank: Bank, id_or_ref: str, tenant: str | None) -> None:
+def delete(bank: OpenedBank, id_or_ref: str, tenant: str | None) -> None:
     """``Bank.delete``."""
     found = bank.catalogue.find(id_or_ref, "seq, id, tenant", damaged=True)
     if found is None:
@@ -140,7 +138,7 @@ def make_current(db: Any, id: str) -> None:
 
 
 @writer
-def rename(bank: Bank, old: str, new: str) -> str:
+def rename(bank: OpenedBank, old: str, new: str) -> str:
     """Give an entry with all its versions another id; the reference of the newest one.
 
     Numbers of versions stay given under the old id. Raises UnknownEntryError, and BankError if the new id is taken.
@@ -161,7 +159,7 @@ def rename(bank: Bank, old: str, new: str) -> str:
 
 
 @writer
-def rename_tenant(bank: Bank, old: str, new: str) -> int:
+def rename_tenant(bank: OpenedBank, old: str, new: str) -> int:
     """Give all entries of a tenant to another one that has none, under the same ids; how many entries.
 
     Raises BankError for a name that no request can say, and for one that is in use.
@@ -181,7 +179,7 @@ def rename_tenant(bank: Bank, old: str, new: str) -> int:
 
 
 @writer
-def set_sink(bank: Bank, block: MemoryBlock) -> None:
+def set_sink(bank: OpenedBank, block: MemoryBlock) -> None:
     """``Bank.set_sink``."""
     check_block(bank, "the sink", block, layers=bank.spec.fingerprint.num_layers)
     here = bank.sink()
@@ -196,7 +194,7 @@ def set_sink(bank: Bank, block: MemoryBlock) -> None:
         db.execute("INSERT OR REPLACE INTO meta VALUES ('sink', ?)", (sink,))
 
 
-def encoded(bank: Bank, entry: str, block: MemoryBlock) -> Row:
+def encoded(bank: OpenedBank, entry: str, block: MemoryBlock) -> Row:
     """A block in the bank's codec. Raises BankError naming the entry."""
     try:
         return bank.shards.encode(block)
@@ -215,7 +213,7 @@ def register(db: Any, shards: Iterable[Shard]) -> list[tuple[int, int]]:
     return places
 
 
-def next_version(bank: Bank, entry: NewEntry, update: bool) -> int:
+def next_version(bank: OpenedBank, entry: NewEntry, update: bool) -> int:
     """Raises BankError if there is an entry where there must be none, or the reverse, or if the id is another's."""
     rows = bank.catalogue.read("SELECT tenant, last_version, current FROM ids WHERE id = ?", entry.id)
     if rows and rows[0][0] != entry.tenant:
@@ -229,7 +227,7 @@ def next_version(bank: Bank, entry: NewEntry, update: bool) -> int:
     return rows[0][1] + 1 if rows else 1
 
 
-def check_entry(bank: Bank, entry: NewEntry) -> str:
+def check_entry(bank: OpenedBank, entry: NewEntry) -> str:
     """The entry's metadata as JSON. Raises BankError naming the field that is wrong."""
     check_id(entry.id)
     if is_captured(entry.id) and entry.source != SOURCE:
@@ -258,7 +256,9 @@ def check_entry(bank: Bank, entry: NewEntry) -> str:
     return metadata
 
 
-def check_block(bank: Bank, who: str, block: MemoryBlock, layers: int | None = None, entry: str | None = None) -> None:
+def check_block(
+    bank: OpenedBank, who: str, block: MemoryBlock, layers: int | None = None, entry: str | None = None
+) -> None:
     """Raises BankError naming the tensor that does not fit the bank. layers: how many it must have."""
     spec = bank.spec
     layers, sink = layers or len(spec.layers), layers is not None
