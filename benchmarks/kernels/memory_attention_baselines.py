@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.memory_attention_case import Layer, gate, work
 from benchmarks.kernels.registry import Case, Setup, Variant
 from mem_triton.ops.memory_attention import Policy, memory_attention
 
-if TYPE_CHECKING:
-    from benchmarks.kernels.memory_attention import Layer
-
-Make = Callable[["Case", "Layer", Tensor, int], Callable[[], Any]]
+Make = Callable[[Case, Layer, Tensor, int], Callable[[], Any]]
 MOST_DENSE_BYTES = 16 << 30  # of the copy that ``cat`` makes
 SEGMENTS = 16  # of vLLM's split over a sequence
 
@@ -42,8 +40,6 @@ def stock(case: Case, layer: Layer, setup: Setup) -> dict[str, Make]:
 
 
 def variants(case: Case, layer: Layer, setup: Setup, backends: dict[str, Make]) -> list[Variant]:
-    from benchmarks.kernels.memory_attention import gate, work
-
     def baseline(name: str, call: Callable[[], Any], note: str, reads: int = 1, memory: bool = True) -> Variant:
         judge = gate(case, layer, memory=memory, fp8=False)
         cost = work(case, memory=memory, shared_reads=reads, fp8=False)
