@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import signal
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -17,19 +13,18 @@ import psutil
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.status import Status
 
-from benchmarks import record
+from benchmarks.common import record
+from benchmarks.common.client import connected
+from benchmarks.common.engines import ENGINES, Engine, require_packages
+from benchmarks.common.running import REST, running
+from benchmarks.common.server import BenchmarkError, Server, choose_ports, has_gpu, require_folder
 from benchmarks.demo import measure, report
-from benchmarks.demo.engines import ENGINES, Engine, require_packages
-from benchmarks.demo.measure import Client
-from benchmarks.demo.server import DemoError, Server, choose_ports, has_gpu, require_folder
 from mem_triton.store.bank import Bank
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.write import WriteConfig, bank_spec
 
 RECALL = Path("benchmarks/recall")
-REST = 1.5  # seconds; vLLM's processes spin for a second after their last step, and would slow the others down
 
 KINDS = (measure.NONE, measure.SESSION, measure.ENTRY)  # of the servers, in order
 
@@ -95,7 +90,7 @@ def demo(
             found = report.as_json(head, results, served_by, commands, record.digests(model, adapter))
             path = record.save(found, f"demo-{engine.value}")
             console.print(f"\nkept in {path.relative_to(record.ROOT)}")
-    except DemoError as error:
+    except BenchmarkError as error:
         keep = keep or any(logs.glob("*.log"))
         Console(stderr=True, highlight=False).print(
             f"\n[bold red]The demo cannot go on.[/] {escape(str(error))}", soft_wrap=True
@@ -132,57 +127,15 @@ def make_servers(
     return servers
 
 
-@contextmanager
-def running(servers: list[Server], console: Console) -> Iterator[None]:
-    """All servers up, and down at the end. On a GPU one starts after the other, because each measures free memory."""
-    begin, started = time.monotonic(), []
-
-    def show(status: Status, server: Server, line: str) -> None:
-        for one in started:
-            one.check()
-        status.update(f"starting the {server.name} server, {time.monotonic() - begin:.0f} s  [dim]{escape(line[:70])}")
-
-    try:
-        for server in servers:
-            for one in [server] if has_gpu() else servers:
-                if one not in started:
-                    one.start()
-                    started.append(one)
-            with console.status(f"starting the {server.name} server") as status:
-                server.wait(functools.partial(show, status, server))
-            console.print(f"[green]✓[/] the {server.name} server is up after {time.monotonic() - begin:.0f} s")
-        yield
-    finally:
-        with deaf():
-            for server in servers:
-                server.ask_to_stop()
-            for server in servers:
-                server.stop()
-
-
-@contextmanager
-def deaf() -> Iterator[None]:
-    """No signal ends the clean-up: an impatient second Ctrl-C must not leave a server behind."""
-    before = {
-        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 async def course(
     console: Console, engine: Engine, servers: list[Server], group: list[measure.Person], tokens: int, repeats: int,
     seed: int,
 ) -> report.Results:  # fmt: skip
-    """Everything that is asked of the running servers. Raises DemoError if one of them dies."""
+    """Everything that is asked of the running servers. Raises BenchmarkError if one of them dies."""
     kinds = {server.name: kind for server, kind in zip(servers, KINDS, strict=True)}
-    clients = {server.name: Client(server.url, len(group), engine.words) for server in servers}
-    plain, session, bank = clients.values()
-    results = report.Results(group, speed={name: [] for name in clients}, speed_tokens=tokens)
-    try:
+    results = report.Results(group, speed={name: [] for name in kinds}, speed_tokens=tokens)
+    async with connected(servers, len(group), engine.words) as clients:
+        plain, session, bank = clients.values()
         with console.status("warming up") as status:
             warm = [measure.Person(f"warm-{i}", p.told, p.message) for i, p in enumerate(group)]
             for name, client in clients.items():
@@ -225,13 +178,6 @@ async def course(
                     await asyncio.sleep(REST)
                     results.speed[name].append(await measure.speed(client, again, tokens, kinds[name]))
             results.other_work = max(before, await other_work())
-    except DemoError:
-        for server in servers:
-            server.check()  # a dead server explains the failure better than its client can
-        raise
-    finally:
-        for client in clients.values():
-            await client.close()
     return results
 
 

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
-
-from benchmarks.demo.server import DemoError
+from benchmarks.common.client import Answer, Client, Messages, user
 from benchmarks.recall import data
-
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -35,15 +29,6 @@ def people(count: int, most_facts: int, seed: int) -> list[Person]:
         told = data.facts(seed + i, 1 + i % most_facts)
         chosen.append(Person(f"user-{i + 1:02d}", told, data.fact_message(told)))
     return chosen
-
-
-@dataclass(frozen=True)
-class Answer:
-    """text; tokens: output tokens; ttft: seconds to the first token, which engines send at once."""
-
-    text: str
-    tokens: int
-    ttft: float
 
 
 @dataclass
@@ -67,66 +52,6 @@ class Speed:
 
     tokens_per_second: float
     ttft: float
-
-
-def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share; unlike the normal one it is right at 0 and at all.
-
-    Example::
-
-        wilson(80, 80)  # (0.954..., 1.0)
-    """
-    if asked == 0:
-        return 0.0, 1.0
-    p, spread = right / asked, z * z / asked
-    middle, half = p + spread / 2, z * math.sqrt(p * (1 - p) / asked + spread / asked / 4)
-    low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
-    return (low if right else 0.0), (high if right < asked else 1.0)
-
-
-def user(text: str) -> Messages:
-    return [{"role": "user", "content": text}]
-
-
-class Client:
-    """Chat requests to one server, at most ``at_once`` at a time. words: the field of a body for memory's words."""
-
-    def __init__(self, url: str, at_once: int, words: str) -> None:
-        self.words = words
-        # Servers close idle connections after 5 s: never reuse one that it may be closing just now.
-        limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once, keepalive_expiry=2)
-        self.http = httpx.AsyncClient(base_url=url, timeout=300, limits=limits)
-        self.free = asyncio.Semaphore(at_once)
-
-    async def chat(
-        self, messages: Messages, max_tokens: int = 16, memory: dict[str, Any] | None = None, **fields: Any
-    ) -> Answer:
-        """One streamed request. memory: its memory words. Raises DemoError with the server's words on a refusal."""
-        body = {"model": "recall", "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-        body |= {"stream_options": {"include_usage": True}, **({self.words: memory} if memory else {}), **fields}
-        text, tokens, first = [], 0, None
-        async with self.free:
-            start = time.perf_counter()
-            try:
-                async with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
-                    if response.status_code != 200:
-                        words = (await response.aread()).decode(errors="replace")
-                        raise DemoError(f"The server refused a request (HTTP {response.status_code}): {words[:800]}")
-                    async for line in response.aiter_lines():
-                        if not line.startswith("data: {"):
-                            continue
-                        first = first or time.perf_counter() - start
-                        event = json.loads(line[6:])
-                        if "error" in event:
-                            raise DemoError(f"The server failed in the middle of an answer: {event['error']}")
-                        text += [choice["delta"].get("content") or "" for choice in event["choices"]]
-                        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-            except httpx.TransportError as error:
-                raise DemoError(f"The connection to the server broke: {error!r}") from None
-        return Answer("".join(text).strip(), tokens, first or time.perf_counter() - start)
-
-    async def close(self) -> None:
-        await self.http.aclose()
 
 
 Words = Callable[[Person], dict[str, Any] | None]
@@ -187,9 +112,3 @@ async def speed(client: Client, group: list[Person], tokens: int, memory: Memory
     )
     wall = time.perf_counter() - start
     return Speed(sum(a.tokens for a in answers) / wall, statistics.median(a.ttft for a in answers))
-
-
-def median_and_range(values: Iterable[float]) -> tuple[float, float, float]:
-    """(median, smallest, largest)."""
-    values = sorted(values)
-    return statistics.median(values), values[0], values[-1]

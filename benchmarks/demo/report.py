@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.demo.engines import Engine
-from benchmarks.demo.measure import Answer, Person, Recall, Speed, median_and_range, wilson
+from benchmarks.common.client import Answer
+from benchmarks.common.engines import Engine
+from benchmarks.common.statistics import median_and_range, wilson
+from benchmarks.demo.measure import Person, Recall, Speed
 from benchmarks.recall import data
 
 QUIET = 0.15  # share of the cores that other work may take before speeds are called noise

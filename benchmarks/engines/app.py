@@ -29,8 +29,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.demo.app import deaf
-from benchmarks.demo.server import DemoError, Launch, MemoryFlags, Server, choose_ports, has_gpu, spare_cores
+from benchmarks.common.record import RESULTS, ROOT, about, digests, save
+from benchmarks.common.running import REST, deaf
+from benchmarks.common.server import BenchmarkError, Launch, MemoryFlags, Server, choose_ports, has_gpu, spare_cores
 from benchmarks.engines import commands, made_up, memories, report, usage
 from benchmarks.engines.commands import Cell, Setting
 from benchmarks.engines.floor import Machine, decode_floor_ms, measure_machine
@@ -39,10 +40,8 @@ from benchmarks.engines.memories import STOCK, Comparison, Memory
 from benchmarks.engines.pairs import Deadline, run_pairs
 from benchmarks.engines.requirements import require
 from benchmarks.engines.sides import SglangServed, Side, ToolHost, VllmServed, VllmTools
-from benchmarks.record import RESULTS, ROOT, about, digests, save
 
 PARTS = {"vllm": ("latency", "throughput", "serve", "pool", "rag"), "sglang": ("serve", "pool")}
-REST = 1.5  # seconds; vLLM's processes spin for a second after their last step, and would slow the others down
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -293,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
             require(args.engine)
             course = Course(args, folder, console)
             course.run()
-        except (DemoError, KeyboardInterrupt) as error:  # what was measured until then is kept
+        except (BenchmarkError, KeyboardInterrupt) as error:  # what was measured until then is kept
             failure = str(error) or "interrupted"
         finally:
             if course is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.demo.server import Launch, MemoryFlags
+from benchmarks.common.server import Launch, MemoryFlags
 
 NAME = "m"
 """What servers call the model."""

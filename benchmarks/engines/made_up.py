@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.random_adapter import random_adapter
 from mem_triton.store.bank import Bank
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.systems.delta_mem import save_adapter
 from mem_triton.write import Document, WriteConfig, Writer, bank_spec
 from mem_triton_transformers import TransformersEncoder
-from tests.support.models import random_adapter
 
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|pad|>", "<|unk|>")
 REFERENCES, REFERENCE_TOKENS, KEEP = 5, 128, 8

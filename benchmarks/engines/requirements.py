@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from benchmarks.demo.server import DemoError
+from benchmarks.common.server import BenchmarkError
 
 NEEDS = {
     "vllm": ("vllm", "mem_triton_vllm", "transformers"),
@@ -15,16 +15,16 @@ MAKES = {"vllm": "make env", "sglang": "make env-sglang"}
 
 
 def require(engine: str) -> None:
-    """Raise DemoError naming the packages that are missing, and the command that installs them."""
+    """Raise BenchmarkError naming the packages that are missing, and the command that installs them."""
     missing = [name for name in NEEDS[engine] if importlib.util.find_spec(name) is None]
     if not missing:
         return
     if missing == ["datasets"]:
-        raise DemoError(
+        raise BenchmarkError(
             "sglang.bench_serving imports the package datasets, which this environment lacks. Install it with\n"
             f"  {sys.executable} -m pip install -e '.[bench]'"
         )
-    raise DemoError(
+    raise BenchmarkError(
         f"This Python ({sys.executable}) has no {', '.join(missing)}. `{MAKES[engine]}` makes an environment that has; "
         "run this with its Python."
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.demo.server import DemoError, Launch, MemoryFlags, Server
+from benchmarks.common.server import BenchmarkError, Launch, MemoryFlags, Server
 from benchmarks.engines import commands
 from benchmarks.engines.commands import Cell, Setting
 from benchmarks.engines.gate import Answer
@@ -50,12 +50,12 @@ class ToolHost(Server):
         self._answer()
 
     def ask(self, **request: Any) -> Any:
-        """Raises DemoError with what the tool says, or if the process dies."""
+        """Raises BenchmarkError with what the tool says, or if the process dies."""
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
         answer = self._answer()
         if "error" in answer:
-            raise DemoError(f"{self.name}: {answer['error']}. Its log: {self.log}")
+            raise BenchmarkError(f"{self.name}: {answer['error']}. Its log: {self.log}")
         return answer["result"]
 
     def _answer(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class ToolHost(Server):
                 return json.loads(self.answers.get(timeout=1))
             except queue.Empty:
                 self.check()
-        raise DemoError(f"{self.name} has not answered for {RUN_LIMIT:.0f} s. Its log: {self.log}")
+        raise BenchmarkError(f"{self.name} has not answered for {RUN_LIMIT:.0f} s. Its log: {self.log}")
 
 
 class Side:
@@ -161,7 +161,7 @@ class Served(Side):
         found = self._bench(cell, self.rounds, repeat)
         wanted = self.rounds * cell.batch
         if found["completed"] != wanted:
-            raise DemoError(f"{self.name}: {found['completed']} of {wanted} requests were answered")
+            raise BenchmarkError(f"{self.name}: {found['completed']} of {wanted} requests were answered")
         return {
             "output_tokens_per_s": found["output_throughput"], "ttft_ms": found["median_ttft_ms"],
             "decode_ms": found["median_tpot_ms"],
@@ -205,5 +205,5 @@ class SglangServed(Served):
 def _post(side: Side, path: str, body: dict[str, Any]) -> dict[str, Any]:
     response = httpx.post(f"{side.server.url}{path}", json=body, timeout=300)
     if response.status_code != 200:
-        raise DemoError(f"{side.name} refused a request (HTTP {response.status_code}): {response.text[:800]}")
+        raise BenchmarkError(f"{side.name} refused a request (HTTP {response.status_code}): {response.text[:800]}")
     return response.json()

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import psutil
 
-from benchmarks.record import output
+from benchmarks.common.record import output
 
 GIB = 2**30
 

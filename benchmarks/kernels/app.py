@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import record
+from benchmarks.common import record
 from benchmarks.kernels import registry, report, shapes
 from benchmarks.kernels.runner import OK, Deadline, Effort, Row, broken, choose_cases, run_case
 

@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import record
+from benchmarks.common import record
 from benchmarks.kernels.runner import OK, Row
 
 FASTER = "times faster than "

@@ -23,11 +23,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import record
-from benchmarks.demo.app import REST, running
-from benchmarks.demo.engines import ENGINES, require_packages
-from benchmarks.demo.measure import Client, Messages, median_and_range, user, wilson
-from benchmarks.demo.server import DemoError, Server, choose_ports, has_gpu, require_folder
+from benchmarks.common import record
+from benchmarks.common.client import Messages, connected, user
+from benchmarks.common.engines import ENGINES, require_packages
+from benchmarks.common.running import REST, running
+from benchmarks.common.server import BenchmarkError, Server, choose_ports, has_gpu, require_folder
+from benchmarks.common.statistics import median_and_range, wilson
 from benchmarks.recall import data
 from benchmarks.recall.evaluate import load
 from benchmarks.recall.explicit import MODEL
@@ -79,7 +80,7 @@ def rag(
             servers = make_servers(model, dtype, Path(folder), requests)
             with running(servers, console):
                 found = asyncio.run(course(servers, groups, shelf, tokens, alone))
-        except DemoError as error:
+        except BenchmarkError as error:
             Console(stderr=True, highlight=False).print(str(error), style="bold red", markup=False)
             raise typer.Exit(1) from None
     read = kv_bytes(stock_model.config, kind, KV_DTYPES[dtype], groups, tokenizer)
@@ -118,7 +119,6 @@ async def course(
     servers: list[Server], groups: list[list[Question]], shelf: Shelf, tokens: int, alone: int
 ) -> dict[str, Found]:
     """Speed in turns, every repeat with a group of its own that no server has seen; then recall of all questions."""
-    clients = {server.name: Client(server.url, len(groups[0]), ENGINE.words) for server in servers}
     found = {TEXT: Found(), MEMORY: Found(), NOTHING: Found()}
 
     def request(name: str, question: Question) -> tuple[Messages, dict[str, Any] | None]:
@@ -127,7 +127,7 @@ async def course(
         ids = [shelf.refs[n] for n in chosen_names(question, "right", MOST)]
         return asked(question), {"mem_ids": ids} if name == MEMORY else None
 
-    try:
+    async with connected(servers, len(groups[0]), ENGINE.words) as clients:
         for repeat, group in enumerate(groups):
             turns = list(clients.items())
             for name, client in turns[:: 1 if repeat % 2 == 0 else -1]:
@@ -150,13 +150,6 @@ async def course(
             found[name].right = sum(
                 data.is_correct(a.text, q.fact) for a, (q, _) in zip(answers, everybody, strict=True)
             )
-    except DemoError:
-        for server in servers:
-            server.check()  # a dead server explains the failure better than its client can
-        raise
-    finally:
-        for client in clients.values():
-            await client.close()
     return found
 
 

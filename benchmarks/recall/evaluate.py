@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from benchmarks import record
-from benchmarks.demo.measure import wilson
+from benchmarks.common import record
+from benchmarks.common.statistics import wilson
 from benchmarks.recall import data
 from benchmarks.recall.chat import ask, asking, in_context, reply_tokens, tell, telling
 from mem_triton.systems.delta_mem import load_adapter

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks import record
-from benchmarks.demo.measure import wilson
+from benchmarks.common import record
+from benchmarks.common.statistics import wilson
 from benchmarks.recall.evaluate import load
 from benchmarks.recall.explicit_world import (
     MOST,

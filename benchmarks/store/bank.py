@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import record
+from benchmarks.common import record
 from mem_triton.store.bank import Bank, BankSpec, NewEntry
 from mem_triton.store.bank.fingerprint import Fingerprint
 from mem_triton.store.block import MemoryBlock

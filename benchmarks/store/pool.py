@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import record
+from benchmarks.common import record
 from mem_triton.ops.reposition import rope_from_config
 from mem_triton.store.bank import Bank, BankSpec, NewEntry
 from mem_triton.store.bank.fingerprint import Fingerprint

@@ -1,8 +1,8 @@
 """From result files to what a figure shows: series of points with their spread. No drawing here.
 
-Files are those of ``benchmarks/record.py``: ``engines-*.json``, ``kernels-*.json`` and ``rag-*.json``. Of several files
-the newer one wins, point by point, so that runs of a few minutes each add up to one figure. Figures never mix machines:
-those measured on a GPU win over those on a CPU.
+Files are those that ``benchmarks.common.record`` writes: ``engines-*.json``, ``kernels-*.json`` and ``rag-*.json``. Of
+several files the newer one wins, point by point, so that runs of a few minutes each add up to one figure. Figures never
+mix machines: those measured on a GPU win over those on a CPU.
 """
 
 from __future__ import annotations

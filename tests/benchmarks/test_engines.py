@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.demo.server import DemoError
+from benchmarks.common.server import BenchmarkError
 from benchmarks.engines import app, commands, made_up, memories, report, requirements
 from benchmarks.engines.commands import Cell, Setting
 from benchmarks.engines.floor import Machine, decode_floor_ms
@@ -101,7 +101,7 @@ def test_missing_packages_are_named_with_what_to_install(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         app.main(["serve", "--engine", "sglang"])
     assert "datasets" in (said := capsys.readouterr().err) and "-m pip install -e '.[bench]'" in said
-    with pytest.raises(DemoError, match=r"no vllm, mem_triton_vllm.*make env"):
+    with pytest.raises(BenchmarkError, match=r"no vllm, mem_triton_vllm.*make env"):
         requirements.require("vllm")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.demo.measure import wilson
+from benchmarks.common.statistics import wilson
 from tests.support.demo import ROOT, SMALL, Demo, make_folders
 
 

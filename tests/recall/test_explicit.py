@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from benchmarks.demo.measure import wilson
+from benchmarks.common.statistics import wilson
 from benchmarks.recall import data, train_memory
 from benchmarks.recall.chat import asking
 from benchmarks.recall.explicit import MODEL, Evaluation, summary

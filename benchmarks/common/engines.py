@@ -1,4 +1,4 @@
-"""The engines that the demo runs on: how each is started, given a memory, and told a request's memory words."""
+"""The engines that serve: how each is started, given a memory, and told a request's memory words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.demo.server import DemoError, Launch, MemoryFlags, has_gpu
+from benchmarks.common.server import BenchmarkError, Launch, MemoryFlags, has_gpu
 
 
 class Engine(Protocol):
@@ -86,13 +86,13 @@ ENGINES: dict[str, Engine] = {"vllm": Vllm(), "sglang": Sglang()}
 
 
 def require_packages(engine: Engine) -> None:
-    """Raise DemoError if this environment cannot serve."""
+    """Raise BenchmarkError if this environment cannot serve."""
     missing = [name for name in engine.packages if importlib.util.find_spec(name) is None]
     command = _beside_python(engine.packages[0])
     if not missing and not os.access(command, os.X_OK):
         missing = [f"the {Path(command).name} command ({command})"]
     if missing:
-        raise DemoError(
+        raise BenchmarkError(
             f"This Python ({sys.executable}) has no {', '.join(missing)}. "
             f"Run `{engine.target}`, which sets up an environment with everything and uses it."
         )

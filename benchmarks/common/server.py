@@ -21,21 +21,21 @@ START_LIMIT = 300.0  # seconds; a cold file cache on a small machine takes about
 STOP_LIMIT = 10.0
 
 
-class DemoError(Exception):
+class BenchmarkError(Exception):
     """Something that the user can repair; the message is one paragraph that says how."""
 
 
 def require_folder(folder: Path, file: str, option: str, what: str) -> None:
-    """Raise DemoError unless ``folder`` holds ``file``."""
+    """Raise BenchmarkError unless ``folder`` holds ``file``."""
     if not (folder / file).is_file():
-        raise DemoError(
-            f"There is no {what} in {folder}: {file} is missing. Run the demo from the top folder of a full checkout, "
+        raise BenchmarkError(
+            f"There is no {what} in {folder}: {file} is missing. Run this from the top folder of a full checkout, "
             f"where the shipped ones lie under benchmarks/recall, or name another with {option}."
         )
 
 
 def choose_ports(first: int | None, count: int = 3) -> list[int]:
-    """Free ports: ``first`` and those after it, or any. Raises DemoError if one is taken."""
+    """Free ports: ``first`` and those after it, or any. Raises BenchmarkError if one is taken."""
     with ExitStack() as held:
         ports = []
         for i in range(count):
@@ -44,10 +44,9 @@ def choose_ports(first: int | None, count: int = 3) -> list[int]:
             try:
                 s.bind(("127.0.0.1", port))
             except OSError:
-                raise DemoError(
-                    f"Port {port} is busy or not allowed, and the demo needs {first} to {first + count - 1} for its "
-                    "servers. Stop what listens there, choose others with --port, or leave --port away: the demo then "
-                    "finds free ports by itself."
+                raise BenchmarkError(
+                    f"Port {port} is busy or not allowed, and the servers need {first} to {first + count - 1}. "
+                    "Stop what listens there, choose others with --port, or leave --port away, and free ones are found."
                 ) from None
             ports.append(s.getsockname()[1])
         return ports
@@ -132,7 +131,7 @@ class Server:
             )  # fmt: skip
 
     def wait(self, progress: Callable[[str], None]) -> None:
-        """Return when the server answers. progress gets its last log line. Raises DemoError with the log's tail."""
+        """Return when the server answers; progress gets its last log line. Raises BenchmarkError with the log."""
         deadline = time.monotonic() + START_LIMIT
         while time.monotonic() < deadline:
             self.check()
@@ -142,15 +141,16 @@ class Server:
                     return
             except httpx.TransportError:
                 time.sleep(0.25)
-        raise DemoError(f"The {self.name} server did not answer within {START_LIMIT:.0f} s. {self._tail()}")
+        raise BenchmarkError(f"The {self.name} server did not answer within {START_LIMIT:.0f} s. {self._tail()}")
 
     def check(self) -> None:
-        """Raise DemoError if the process has died."""
+        """Raise BenchmarkError if the process has died."""
         if self.process is None or self.process.poll() is not None:
             code = self.process.returncode if self.process else "none"
             errors = re.findall(r"^.*?\b(\w+(?:Error|Exception): .*)$", self._text(), re.MULTILINE)
             reason = f": {errors[-1]}." if errors else "."
-            raise DemoError(f"The {self.name} server stopped by itself with exit code {code}{reason} {self._tail()}")
+            died = f"The {self.name} server stopped by itself with exit code {code}{reason}"
+            raise BenchmarkError(f"{died} {self._tail()}")
 
     def last_line(self) -> str:
         """The last line of the log, without the engine's prefix."""

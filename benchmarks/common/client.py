@@ -1,0 +1,90 @@
+"""Streamed chat requests to a server, with the memory words of each, and the time to their first token."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from benchmarks.common.server import BenchmarkError, Server
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text; tokens: output tokens; ttft: seconds to the first token, which engines send at once."""
+
+    text: str
+    tokens: int
+    ttft: float
+
+
+def user(text: str) -> Messages:
+    """A conversation of one message of the user."""
+    return [{"role": "user", "content": text}]
+
+
+class Client:
+    """Chat requests to one server, at most ``at_once`` at a time. words: the field of a body for memory's words."""
+
+    def __init__(self, url: str, at_once: int, words: str) -> None:
+        self.words = words
+        # Servers close idle connections after 5 s: never reuse one that it may be closing just now.
+        limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once, keepalive_expiry=2)
+        self.http = httpx.AsyncClient(base_url=url, timeout=300, limits=limits)
+        self.free = asyncio.Semaphore(at_once)
+
+    async def chat(
+        self, messages: Messages, max_tokens: int = 16, memory: dict[str, Any] | None = None, **fields: Any
+    ) -> Answer:
+        """Send one streamed request with memory words ``memory``. Raises BenchmarkError with the server's words."""
+        body = {"model": "recall", "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+        body |= {"stream_options": {"include_usage": True}, **({self.words: memory} if memory else {}), **fields}
+        text, tokens, first = [], 0, None
+        async with self.free:
+            start = time.perf_counter()
+            try:
+                async with self.http.stream("POST", "/v1/chat/completions", json=body) as response:
+                    if response.status_code != 200:
+                        words = (await response.aread()).decode(errors="replace")[:800]
+                        raise BenchmarkError(f"The server refused a request (HTTP {response.status_code}): {words}")
+                    async for line in response.aiter_lines():
+                        if not line.startswith("data: {"):
+                            continue
+                        first = first or time.perf_counter() - start
+                        event = json.loads(line[6:])
+                        if "error" in event:
+                            raise BenchmarkError(f"The server failed in the middle of an answer: {event['error']}")
+                        text += [choice["delta"].get("content") or "" for choice in event["choices"]]
+                        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+            except httpx.TransportError as error:
+                raise BenchmarkError(f"The connection to the server broke: {error!r}") from None
+        return Answer("".join(text).strip(), tokens, first or time.perf_counter() - start)
+
+    async def close(self) -> None:
+        await self.http.aclose()
+
+
+@asynccontextmanager
+async def connected(servers: list[Server], at_once: int, words: str) -> AsyncIterator[dict[str, Client]]:
+    """Open one client a server, by the server's name; all are closed at the end.
+
+    Raises BenchmarkError with the log of a server that died, which explains a failure better than its client can.
+    """
+    clients = {server.name: Client(server.url, at_once, words) for server in servers}
+    try:
+        yield clients
+    except BenchmarkError:
+        for server in servers:
+            server.check()
+        raise
+    finally:
+        for client in clients.values():
+            await client.close()
