@@ -1,4 +1,4 @@
-"""The command line: ``mem-triton bank``, ``mem-triton write``, ``mem-triton doctor``, ``mem-triton plot``."""
+"""The command line: ``mem-triton bank``, ``mem-triton write``, ``mem-triton doctor``."""
 
 from mem_triton.cli.app import main
 

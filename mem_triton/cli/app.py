@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 
 from mem_triton import __version__
-from mem_triton.cli import bank, doctor, plot, write
+from mem_triton.cli import bank, doctor, write
 
 app = typer.Typer(
     name="mem-triton",
@@ -24,7 +24,6 @@ app = typer.Typer(
 app.add_typer(bank.app, name="bank")
 app.command("write")(write.write)
 app.command("doctor")(doctor.doctor)
-app.command("plot")(plot.plot)
 
 
 @app.callback(invoke_without_command=True)

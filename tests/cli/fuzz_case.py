@@ -116,7 +116,6 @@ def commands(bank: Path, model: Path, text: Path, folder: Path) -> list[list[str
         [*write, "--jsonl-field", "text", "--jsonl-id-field", "id", "--format", "jsonl"],
         [*write, "--id", "x", "--tenant", "acme", "--layers", "0-1", "--context", "reference"],
         [*write, "--device", "cpu", "--dtype", "auto", "--batch-size", "2", "--replace", "--commit-seconds", "1"],
-        ["plot", str(folder), "--out", str(folder / "figures"), "--machine", "cpu"],
     ]  # fmt: skip
 
 

@@ -1,20 +1,47 @@
-"""``mem-triton plot`` on result files made up here: what is drawn, what is said to be missing, and what is refused."""
+"""``python -m benchmarks.plot`` on result files made up here: what is drawn, what is missing, and what is refused."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from tests.cli.test_cli import refused, run
+from benchmarks.plot.app import main
 
 BATCHES = (1, 16, 64)
 XLINK, SVG = "{http://www.w3.org/1999/xlink}href", "{http://www.w3.org/2000/svg}"
+
+
+def run(*arguments: object, code: int = 0) -> str:
+    """What a run prints; of one that ends with exit code 2, what it says on stderr, and nothing else."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        patch.object(sys, "argv", ["benchmarks.plot", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        main()
+    assert end.value.code == code, (out.getvalue(), err.getvalue())
+    if code == 2:
+        assert out.getvalue() == "" and "Traceback" not in err.getvalue()
+        return err.getvalue()
+    return out.getvalue()
+
+
+def refused(*arguments: object) -> str:
+    """The one line that says what is wrong."""
+    (line,) = run(*arguments, code=2).splitlines()
+    assert line.startswith("python -m benchmarks.plot: ")
+    return line
 
 
 def head(date: str = "2026-11-21T10:00:00+00:00", gpu: str | None = None) -> dict[str, Any]:
@@ -106,7 +133,7 @@ class Drawn:
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> dict[str, Drawn]:
     folder = tmp_path_factory.mktemp("plot")
-    out = run("plot", write(folder / "results", **everything()), "--out", folder / "figures")
+    out = run(write(folder / "results", **everything()), "--out", folder / "figures")
     assert out.count(".svg and .png") == 5 and "not drawn" not in out
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in (folder / "figures").glob("*.png"))
     assert len(list((folder / "figures").iterdir())) == 10
@@ -141,7 +168,7 @@ def test_each_line_has_its_points(drawn):
 
 
 def test_points_are_what_was_measured():
-    from mem_triton.cli.figure_data import FIGURES, make_figure
+    from benchmarks.plot.data import FIGURES, make_figure
 
     reports = [{**report, "file": f"{name.replace('_', '-')}.json"} for name, report in everything().items()]
     figures = {wanted.name: make_figure(wanted, reports, None) for wanted in FIGURES}
@@ -157,24 +184,24 @@ def test_points_are_what_was_measured():
 def test_two_pairs_have_no_interval(tmp_path):
     few = row("delta", 16)
     few["metrics"]["decode_ms"]["speed"] |= {"low": None, "high": None}
-    run("plot", write(tmp_path / "results", engines_a=engines([few])), "--out", tmp_path / "figures")
+    run(write(tmp_path / "results", engines_a=engines([few])), "--out", tmp_path / "figures")
     assert Drawn(tmp_path / "figures" / "step-overhead.svg").points == {"panel-0-line-0": 1}
 
 
 def test_missing_data_is_named_with_its_command(tmp_path):
     folder = write(tmp_path / "results", rag_cpu_1=rag(), other={"nothing": 1}, bank_1={**head(), "machine": {}})
-    out = run("plot", folder, "--out", tmp_path / "figures")
+    out = run(folder, "--out", tmp_path / "figures")
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["recall-ttft.png", "recall-ttft.svg"]
     lines = [line for line in out.splitlines() if line.startswith("not drawn: ")]
     assert len(lines) == 4 and all("python -m benchmarks." in line for line in lines), out
     (tmp_path / "empty").mkdir()
-    assert run("plot", tmp_path / "empty", "--out", tmp_path / "none", code=1).count("not drawn") == 5
+    assert run(tmp_path / "empty", "--out", tmp_path / "none", code=1).count("not drawn") == 5
     assert not (tmp_path / "none").exists()
 
 
 def test_no_point_of_a_red_gate(tmp_path):
     red = engines([{**row("delta", 1), "gate": "red", "metrics": {}}, {**row("delta", 16), "gate": "red"}])
-    out = run("plot", write(tmp_path / "results", engines_vllm_cpu_1=red), "--out", tmp_path / "figures", code=1)
+    out = run(write(tmp_path / "results", engines_vllm_cpu_1=red), "--out", tmp_path / "figures", code=1)
     assert "not drawn: decode latency" in out
 
 
@@ -186,20 +213,20 @@ def test_newer_files_win_and_machines_do_not_mix(tmp_path):
         engines_b=engines([row("delta", 1), row("delta", 16)], date=day(21)),
         engines_gpu=engines([row("delta", 4)], date=day(19), gpu="A GPU"),
     )  # fmt: skip
-    run("plot", folder, "--out", tmp_path / "cpu", "--machine", "cpu")
+    run(folder, "--out", tmp_path / "cpu", "--machine", "cpu")
     figure = Drawn(tmp_path / "cpu" / "step-overhead.svg")
     assert figure.points == {"panel-0-line-0": 3} and figure.has("engines-a.json") and figure.has("engines-b.json")
     assert not figure.has("A GPU")
-    run("plot", folder, "--out", tmp_path / "any")
+    run(folder, "--out", tmp_path / "any")
     figure = Drawn(tmp_path / "any" / "step-overhead.svg")
     assert figure.points == {"panel-0-line-0": 1} and figure.has("A GPU") and not figure.has("Test CPU")
 
 
 def test_what_cannot_be_plotted_is_one_line(tmp_path, monkeypatch):
-    assert "no such file" in refused("plot", tmp_path / "none.json")
+    assert "no such file" in refused(tmp_path / "none.json")
     (tmp_path / "x.json").write_text("[1")
-    assert "x.json: no result file" in refused("plot", tmp_path / "x.json")
-    assert "--machine" in refused("plot", tmp_path, "--machine", "tpu")
+    assert "x.json: no result file" in refused(tmp_path / "x.json")
+    assert "--machine" in refused(tmp_path, "--machine", "tpu")
     folder = write(tmp_path / "results", rag_cpu_1=rag())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert 'pip install "mem-triton[plot]"' in refused("plot", folder, "--out", tmp_path / "figures")
+    assert 'pip install "mem-triton[plot]"' in refused(folder, "--out", tmp_path / "figures")

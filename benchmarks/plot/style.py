@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mem_triton.cli.figure_data import FLOOR, Figure, Line, Panel, machine_of
+from benchmarks.plot.data import FLOOR, Figure, Line, Panel, machine_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

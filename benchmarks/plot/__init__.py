@@ -1,0 +1,1 @@
+"""Figures of this repository's results: ``python -m benchmarks.plot``."""
