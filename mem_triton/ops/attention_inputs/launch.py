@@ -38,7 +38,8 @@ def prepare(
     if tokens == 0 or rows == 0:
         return
     # Batch-invariant: the delta rule's kernel for every row, as the one launch can only take batches of single tokens.
-    step = max_query_len == 1 and heads > 0 and tuning.steps_inside(spec) and not batch_invariant
+    step = max_query_len == 1 and heads > 0 and tuning.steps_inside(spec.state_size, spec.read_width)
+    step = step and not batch_invariant
     if not step:
         longest = 1 if batch_invariant else max_query_len
         delta_rule_launch.step_rows(projections, reads, batch, spec, block_size, tokens_per_state, longest, config)

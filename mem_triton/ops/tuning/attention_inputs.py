@@ -5,15 +5,13 @@ Chosen from register counts (``tests/ops/test_attention_inputs_aot.py``); not me
 
 from __future__ import annotations
 
-from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
-
 STEP_STATE = 1024  # floats of a state, which every program of a decode step holds
 STEP_WIDTH = 32  # H*r: the head's share of the correction is a tile of pairs x H*r
 
 
-def steps_inside(spec: DeltaRuleSpec) -> bool:
-    """Whether a decode step of this adapter is one launch; else the delta rule has its own."""
-    return spec.state_size <= STEP_STATE and spec.read_width <= STEP_WIDTH
+def steps_inside(state_size: int, read_width: int) -> bool:
+    """Whether a decode step is one launch; else the delta rule has its own. Both sizes are a ``DeltaRuleSpec``'s."""
+    return state_size <= STEP_STATE and read_width <= STEP_WIDTH
 
 
 def warps(pairs: int, width: int) -> int:
