@@ -97,6 +97,18 @@ def test_integrations_do_not_know_each_other():
             assert f"mem_triton_{other}" not in {name.split(".")[0] for name in imports(path)}, path
 
 
+def of_tests(path: Path) -> list[str]:
+    """What a file imports from the tests."""
+    return [name for name in imports(path) if name.split(".")[0] == "tests"]
+
+
+def test_nothing_outside_the_tests_imports_from_them(tmp_path):
+    for path in tracked("mem_triton/*.py", "integrations/*.py", "benchmarks/*.py", "scripts/*.py"):
+        assert of_tests(path) == [], path
+    (tmp_path / "late.py").write_text("def f():\n    from tests.support.models import tiny_model")
+    assert of_tests(tmp_path / "late.py")
+
+
 def test_python_files_annotate_lazily():
     """What an annotation names is then never looked up as a module is imported."""
     without = [
