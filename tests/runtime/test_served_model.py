@@ -12,17 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from mem_triton.config import ConfigError
+from mem_triton.config import ConfigError, MemTritonConfig
 from mem_triton.store.bank import Bank
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.store.block import MemoryBlock
+from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
+from mem_triton.systems.delta_mem.request import SessionRequest
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.explicit.layout import open_bank
 from mem_triton.systems.explicit.section import MemorySection
 from mem_triton.systems.explicit.worker import ExplicitMemory
+from mem_triton.systems.params import RequestParams
+from mem_triton.systems.request import RequestError
+from mem_triton.systems.served_model import served
 from tests.store.bank_case import spec
 from tests.support.host import host
-from tests.support.models import save_tiny_model
+from tests.support.models import random_adapter, save_tiny_model, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +188,53 @@ def test_fault14_a_bank_of_weights_that_are_not_quantised_is_not_read_by_an_engi
     quantised, engine = bank_of(folder, tmp_path / "b"), replace(shape_of(model), model=str(folder))
     opened(quantised, replace(engine, quantization="modelopt"))
     refused(quantised, engine, "whose weights are quantised .*computes without quantisation")
+
+
+READ = SessionRequest("alice", write=False)
+
+
+def front_end(shape: EngineShape, folder: Path) -> SessionFrontEnd:
+    adapter = random_adapter(tiny_model())
+    return SessionFrontEnd(shape, MemTritonConfig(session_dir=folder), replace(adapter, scope="all"))
+
+
+def tell(front: SessionFrontEnd) -> None:
+    lease = front.open(SessionRequest("alice"), RequestParams())
+    front.store.commit(lease, bytes(front.store.layout.state_bytes), 3)
+    front.store.close(lease)
+
+
+def test_fault14_a_session_belongs_to_the_model_as_the_engine_computed_it(model, tmp_path, caplog):
+    stock = shape_of(model)
+    tell(front_end(stock, tmp_path / "s"))
+    assert front_end(stock, tmp_path / "s").open(READ, RequestParams()).start.version == 1
+    other = shutil.copytree(model, tmp_path / "tuned")
+    save_tiny_model(other, seed=1)
+    rope = {**stock.hf_config, "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}
+    for field, shape in (
+        ("weights", shape_of(other)),
+        ("rope", replace(stock, hf_config=rope)),
+        ("quantization", replace(stock, quantization="fp8")),
+    ):
+        front = front_end(shape, tmp_path / "s")
+        with pytest.raises(RequestError, match=f'made with another {field} .*"mem_reset": 1'):
+            front.open(READ, RequestParams())
+        lease = front.open(SessionRequest("alice", reset=True), RequestParams())
+        assert lease.start.data is None
+        front.store.close(lease)
+    assert "alice" not in caplog.text
+    half = front_end(replace(stock, dtype=torch.bfloat16), tmp_path / "s")
+    assert half.open(READ, RequestParams()).start.version == 1
+    assert "float32, this server computes in bfloat16" in caplog.text
+
+
+def test_fault14_sessions_of_weights_without_a_version_are_served_with_a_warning(model, tmp_path, caplog):
+    """GGUF, an object store, a model that is not in Hugging Face's cache: nothing is downloaded for it."""
+    folder = shutil.copytree(model, tmp_path / "m")
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    for name in (str(folder), "nobody/nothing", "s3://nobody/nothing"):
+        caplog.clear()
+        shape = shape_of(model, model=name)
+        assert sorted(served(shape)) == ["dtype", "quantization", "rope"]
+        assert "are not compared with the weights" in caplog.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.sglang_engine.engine import run_engine
@@ -22,6 +24,13 @@ WAYS = {
 def test_sessions_carry_their_state_over(bench, prompts, tmp_path, way):
     scenarios.sessions_carry_their_state_over(
         bench, prompts, run_engine, tmp_path, WAYS[way].get("page_size", 16), **WAYS[way]
+    )
+
+
+def test_fault14_sessions_belong_to_the_model_as_it_was_computed(bench, prompts, tmp_path):
+    rope = json.dumps({"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}})
+    scenarios.sessions_belong_to_the_model_as_it_was_computed(
+        bench, prompts, run_engine, tmp_path, {"json_model_override_args": rope}
     )
 
 

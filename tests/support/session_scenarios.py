@@ -3,6 +3,7 @@ carries the state over. run: an engine's ``run_engine``."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,22 @@ def sessions_carry_their_state_over(
         assert (header["session"], header["version"]) == ("alice", "2")
         assert int(header["tokens"]) == sum(len(p) + 12 - 1 for p in (prompts[0], again[0])), "the last is never fed"
         assert sorted(file.keys()) == [f"model.layers.{i}.self_attn" for i in range(2)]
+
+
+def sessions_belong_to_the_model_as_it_was_computed(
+    bench: Bench, prompts: list[list[int]], run: Run, folder: Path, overrides: dict[str, Any]
+) -> None:
+    """A server with another RoPE on the same directory refuses them. overrides: the option that says so."""
+    memory = {**bench.memory, "session_dir": str(folder)}
+    run(bench.model, [[ask(prompts[0], mem_session="alice")]], memory=memory)
+    with safe_open(folder / "alice.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["served"])
+    assert sorted(said) == ["dtype", "quantization", "rope", "weights"] and said["dtype"] == "float32"
+    rounds = [[ask(prompts[0], mem_session="alice")], [ask(prompts[0], mem_session="bob")]]
+    result = run(bench.model, rounds, memory=memory, errors_are_results=True, **overrides)
+    error = result["rounds"][0]["error"]
+    assert "was made with another rope" in error and '"mem_reset": 1' in error, error
+    assert len(tokens(result, 1)[0]) == 12, "other sessions are served"
 
 
 def without_memory_in_the_cache_keys_tokens_are_wrong(

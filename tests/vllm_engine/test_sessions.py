@@ -36,6 +36,13 @@ def test_sessions_survive_a_restart(bench, prompts, tmp_path):
     assert tokens(result) == [bench.generate(prompts[3])]
 
 
+def test_fault14_sessions_belong_to_the_model_as_it_was_computed(bench, prompts, tmp_path):
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    scenarios.sessions_belong_to_the_model_as_it_was_computed(
+        bench, prompts, run_engine, tmp_path, {"hf_overrides": rope}
+    )
+
+
 def test_without_memory_in_the_cache_key_tokens_are_wrong(bench, prompts):
     """Negative control."""
     scenarios.without_memory_in_the_cache_keys_tokens_are_wrong(

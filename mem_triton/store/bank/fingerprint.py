@@ -23,17 +23,20 @@ MODEL_FILES = ("*.json", "*.safetensors")
 TOKENIZER_FILES = ("*.jinja", "*.model", "*.txt")
 
 
-def model_folder(model: str, revision: str | None = None, tokenizer: bool = False) -> Path:
+def model_folder(
+    model: str, revision: str | None = None, tokenizer: bool = False, download: bool = True
+) -> Path:  # fmt: skip
     """The model's own files: a local folder, or the Hugging Face cache's, downloaded if need be.
 
-    tokenizer: with its tokenizer's. Raises what ``huggingface_hub.snapshot_download`` raises.
+    tokenizer: with its tokenizer's. download: False takes what is in the cache. Raises what
+    ``huggingface_hub.snapshot_download`` raises.
     """
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
 
     patterns = [*MODEL_FILES, *(TOKENIZER_FILES if tokenizer else ())]
-    return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, local_files_only=not download))
 
 
 class Fingerprint(BaseModel):

@@ -24,6 +24,7 @@ from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.params import RequestParams
 from mem_triton.systems.payload import StateRef, SystemPayload
 from mem_triton.systems.request import RequestError
+from mem_triton.systems.served_model import served
 
 LONGEST_NAME = 200
 """Characters of a session's name with its tenant's: file systems take 255 bytes."""
@@ -52,7 +53,7 @@ class SessionFrontEnd(FrontendPart):
         names = sorted(adapter.layers, key=layer_order)
         layout = StateLayout(
             tuple(names), adapter.config.spec.heads, adapter.config.spec.rank, adapter.fingerprint,
-            shape.architecture_fingerprint,
+            shape.architecture_fingerprint, served(shape) if config.session_dir is not None else {},
         )  # fmt: skip
         self.store = SessionStore(layout, config.session_dir, config.max_sessions)
         self.obstacle, self.scope = obstacle, adapter.scope
