@@ -29,6 +29,7 @@ from mem_triton.runtime.frontend.memory import MemoryFrontEnd, MemoryLostError, 
 from mem_triton.runtime.incidents import VARIABLE, Incidents
 from mem_triton.store.pool.loads import MemoryLoadError
 from mem_triton.systems.base import Failure, FrontendServices, Outcome
+from mem_triton.systems.lora import lora_identity
 from mem_triton.systems.params import RequestParams
 from mem_triton.systems.registry import count_refusal
 from mem_triton.systems.request import RequestError
@@ -177,7 +178,7 @@ class TokenizerManagerWithMemory(FixedWeights):
                 raise RequestError("custom_params", f"must be an object of names and values, got {words!r:.80}")
             fixed_by = fixed_by_engine(self.server_args) or fixed(obj, obj.sampling_params)
             asked = RequestParams(
-                answers, str(obj.lora_path or ""), _unfit(obj), fixed_by,
+                answers, self._lora_of(obj), _unfit(obj), fixed_by,
                 prompt_tokens=None if obj.input_ids is None else len(obj.input_ids),
                 headers=None if request is None else getattr(request, "headers", {}),  # None: from ``Engine``
             )  # fmt: skip
@@ -191,6 +192,11 @@ class TokenizerManagerWithMemory(FixedWeights):
         self.memory.begin(obj.rid)
         self._running[obj.rid] = running = _Running(obj, request, opened, alone)
         return running
+
+    def _lora_of(self, obj: GenerateReqInput) -> str:
+        """Which LoRA adapter answers; its ``lora_path`` is the name under which it was loaded."""
+        loaded = self.lora_ref_cache.get(obj.lora_path) if obj.lora_path else None
+        return lora_identity(str(obj.lora_path or ""), loaded.lora_path if loaded is not None else None)
 
     def _close(self, running: _Running) -> None:
         if self._running.get(running.obj.rid) is running:

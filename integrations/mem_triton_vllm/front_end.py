@@ -8,7 +8,6 @@ travels with the request in ``extra_args``; what a KV cache needs to tell memori
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import re
 import sys
@@ -24,6 +23,7 @@ from mem_triton.runtime.frontend.memory import MemoryFrontEnd, Opened
 from mem_triton.runtime.frontend.tenants import Tenants
 from mem_triton.runtime.incidents import Incidents, make_file
 from mem_triton.systems.base import FrontendPart
+from mem_triton.systems.lora import lora_identity
 from mem_triton.systems.params import RequestParams
 from mem_triton.systems.payload import encode
 from mem_triton.systems.registry import count_refusal
@@ -74,7 +74,13 @@ class VLLMFrontEnd(MemoryFrontEnd):
                     )
         fixed_by = self._fixed or fixed(params)
         said = RequestParams(
-            params.n, _lora_name(lora), _unfit(prompt), fixed_by, _prompt_tokens(prompt), headers, chat
+            params.n,
+            lora_identity(lora.lora_name, lora.lora_path) if lora else "",
+            _unfit(prompt),
+            fixed_by,
+            _prompt_tokens(prompt),
+            headers,
+            chat,
         )
         try:
             return self.open(params.extra_args, said)
@@ -148,11 +154,6 @@ def failed(request_id: str, prompt_ids: list[int] | None, reason: str) -> Reques
     answer = CompletionOutput(0, "", [], None, None, finish_reason="error")
     report = {"mem_triton": {"error": reason}}
     return RequestOutput(request_id, None, prompt_ids, None, [answer], finished=True, kv_transfer_params=report)
-
-
-def _lora_name(lora: Any) -> str:
-    """A LoRA adapter's name and a digest of where it lies, which nobody has to see; "" for none."""
-    return "" if lora is None else f"{lora.lora_name}:{hashlib.sha256(lora.lora_path.encode()).hexdigest()[:8]}"
 
 
 def _unfit(prompt: Any) -> str | None:
