@@ -53,10 +53,16 @@ class TransformersEncoder:
 
     @classmethod
     def load(cls, model: str, *, dtype: str = "auto", device: str | None = None) -> TransformersEncoder:
-        """From a folder or Hugging Face id. device: None chooses the GPU if there is one."""
+        """Load it from a folder or Hugging Face id. device: None chooses the GPU if there is one.
+
+        Raises ValueError for a tokenizer whose longest text is no number: transformers would fail at the first text.
+        """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
-        return cls(loaded, AutoTokenizer.from_pretrained(model))
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if not isinstance(longest := tokenizer.model_max_length, int | float):
+            raise ValueError(f"{model}: tokenizer_config.json: model_max_length is {longest!r}, expected a number")
+        return cls(loaded, tokenizer)
 
     @property
     def config(self) -> Any:

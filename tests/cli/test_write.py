@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -37,6 +38,15 @@ def tree(folder: Path, files: dict[str, str | bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return folder
+
+
+def test_fault22_a_tokenizer_without_a_longest_text_is_one_line(tmp_path):
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": [[]]}))
+    docs = tree(tmp_path / "docs", {"a.txt": "The badge of Mara is amber."})
+    line = refused("write", model, tmp_path / "bank", docs)
+    assert "tokenizer_config.json: model_max_length is [[]], expected a number" in line
 
 
 def test_fault21_bad_files_are_left_out_listed_and_counted(tmp_path):
