@@ -32,6 +32,16 @@ def test_a_request_is_ready_when_its_pages_are_filled():
     assert ticket.state == "ready"
 
 
+def test_loads_that_could_not_be_told_come_again_once_and_before_newer_ones():
+    residency = Residency(num_pages=8, page_tokens=4)
+    residency.request("r", {"a@1": 9})
+    untold = residency.take_loads()
+    residency.request("s", {"b@1": 4})
+    residency.put_back(untold)
+    residency.put_back(untold)
+    assert [load.ref for load in residency.take_loads()] == ["a@1", "b@1"] and residency.take_loads() == []
+
+
 def test_a_hit_is_ready_at_once_while_another_load_is_under_way():
     residency = Residency(8, 4)
     residency.request("first", {"a@1": 4})

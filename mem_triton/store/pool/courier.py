@@ -13,14 +13,15 @@ front end knows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mem_triton import metrics
+from mem_triton.store.pool.page_load import PageLoad
 from mem_triton.store.pool.residency import Residency
 
-Order = tuple[str, list[int], int]
-"""(reference, its pages in order, its tokens): one entry that every worker loads."""
+Order = PageLoad
+"""What workers call a load that they are told of."""
 
 
 class PageCourier:
@@ -29,7 +30,6 @@ class PageCourier:
     def __init__(self, residency: Residency) -> None:
         self._residency = residency
         self._answers: dict[str, dict[int, str | None]] = {}  # reference under way -> worker -> None or its error
-        self._undelivered: dict[str, Order] = {}
         self._heard: set[str] = set()
 
     @property
@@ -37,17 +37,16 @@ class PageCourier:
         """Whether loads are under way."""
         return bool(self._answers)
 
-    def orders(self) -> list[Order]:
+    def orders(self) -> list[PageLoad]:
         """Loads that the workers have not been told of."""
-        orders = {load.ref: (load.ref, list(load.pages), load.tokens) for load in self._residency.take_loads()}
-        orders, self._undelivered = self._undelivered | orders, {}
-        self._answers |= {ref: {} for ref in orders}
-        self._heard -= orders.keys()  # what a worker says of them from now on is news
-        return list(orders.values())
+        orders = self._residency.take_loads()
+        self._answers |= {load.ref: {} for load in orders}
+        self._heard -= {load.ref for load in orders}  # what a worker says of them from now on is news
+        return orders
 
-    def undelivered(self, orders: Sequence[Order]) -> None:
+    def undelivered(self, orders: Iterable[PageLoad]) -> None:
         """The call that carried these orders failed: they are handed out again."""
-        self._undelivered |= {order[0]: order for order in orders}
+        self._residency.put_back(orders)
 
     def heard(self) -> list[str]:
         """References whose loads the workers need not report any more."""

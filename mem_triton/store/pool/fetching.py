@@ -36,7 +36,7 @@ class Fetch:
     """One entry on its way into its pages.
 
     after: marks of the steps that may still read what lies in the pages. host_pages: where the host cache has it. When
-    it is over, ``copied`` is the finished copy's mark, or ``error`` says why there is none.
+    it is ``over``, ``copied`` is the finished copy's mark, or ``error`` says why there is none.
     """
 
     ref: str
@@ -45,6 +45,7 @@ class Fetch:
     host_pages: Sequence[int] | None = None
     copied: Any = None
     error: str | None = None
+    over: bool = False
     began: float = field(default_factory=time.perf_counter)
 
 

@@ -30,8 +30,7 @@ class PageLoader:
     def __init__(
         self, pool: PagePool, read: Callable[[str], MemoryBlock], host_bytes: int = 0, workers: int = 2
     ) -> None:
-        self._under_way: dict[str, tuple[int, ...]] = {}  # reference -> the pages that are being filled with it
-        self._finished: dict[str, str | None] = {}
+        self._fetches: dict[str, Fetch] = {}  # reference -> its fetch, under way, or over and not heard of yet
         self._copied: list[Any] = []  # finished copies that the steps' stream is not ordered behind yet
         self._lock = threading.Lock()
         self._fetcher = Fetcher(pool, read, over=self._over, host_bytes=host_bytes, workers=workers)
@@ -43,11 +42,11 @@ class PageLoader:
         copy comes after those that are queued.
         """
         with self._lock:
-            if self._under_way.get(ref) == tuple(pages):
+            before = self._fetches.get(ref)
+            if before is not None and not before.over and before.pages == tuple(pages):
                 return
-            self._under_way[ref] = tuple(pages)
-            self._finished.pop(ref, None)
-        self._fetcher.start(Fetch(ref, tuple(pages), after=[self._fetcher.copies.mark()]))
+            fetch = self._fetches[ref] = Fetch(ref, tuple(pages), after=[self._fetcher.copies.mark()])
+        self._fetcher.start(fetch)
 
     def before_step(self) -> None:
         """Order the coming step, on a GPU, behind what has been copied; never behind a copy that is under way."""
@@ -62,9 +61,10 @@ class PageLoader:
         heard: those that the caller knows of; they are forgotten, all others are said again next time.
         """
         with self._lock:
-            for ref in heard:
-                self._finished.pop(ref, None)
-            return dict(self._finished)
+            over = {ref: fetch.error for ref, fetch in self._fetches.items() if fetch.over}
+            for ref in over.keys() & set(heard):
+                del self._fetches[ref], over[ref]
+            return over
 
     def finished(self) -> dict[str, str | None]:
         """``outcomes``, each handed out once: for callers in the same process, whose calls cannot get lost."""
@@ -82,7 +82,6 @@ class PageLoader:
 
     def _over(self, fetch: Fetch) -> None:
         with self._lock:
-            self._under_way.pop(fetch.ref, None)
-            self._finished[fetch.ref] = fetch.error
+            fetch.over = True
             if fetch.copied is not None:
                 self._copied.append(fetch.copied)

@@ -17,24 +17,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mem_triton.store.pool import metrics
 from mem_triton.store.pool.ledger import PageLedger
+from mem_triton.store.pool.page_load import PageLoad
 
 
 class PoolCapacityError(ValueError):
     """A request that could never fit, whatever was evicted."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """One entry that the workers have to bring into its pages."""
-
-    ref: str
-    pages: tuple[int, ...]
-    tokens: int
 
 
 @dataclass
@@ -63,7 +55,7 @@ class Residency:
         self._ledger = PageLedger(num_pages, page_bytes, "device")
         self._tickets: dict[str, Ticket] = {}
         self._waiting: deque[Ticket] = deque()
-        self._loads: list[Load] = []
+        self._loads: dict[str, PageLoad] = {}  # that the workers have to be told of
         self._lock = threading.Lock()
 
     def pages_for(self, tokens: int) -> int:
@@ -93,11 +85,16 @@ class Residency:
         """Claim entries for as long as the engine lives."""
         return self.request(_FOREVER, tokens)
 
-    def take_loads(self) -> list[Load]:
-        """Loads that nobody has been told of yet; each is handed out once."""
+    def take_loads(self) -> list[PageLoad]:
+        """Loads that the workers have not been told of; each is handed out once."""
         with self._lock:
-            loads, self._loads = self._loads, []
-            return loads
+            loads, self._loads = self._loads, {}
+            return list(loads.values())
+
+    def put_back(self, loads: Iterable[PageLoad]) -> None:
+        """The workers could not be told of these: hand them out again, before those that came meanwhile."""
+        with self._lock:
+            self._loads = {load.ref: load for load in loads} | self._loads
 
     def loaded(self, ref: str) -> None:
         """The workers have filled this entry's pages."""
@@ -146,7 +143,7 @@ class Residency:
         for ref, count in missing.items():
             pages = ledger.reserve(ref, count, ticket.tokens[ref])
             ledger.pin(ref, ticket.owner)
-            self._loads.append(Load(ref, pages, ticket.tokens[ref]))
+            self._loads[ref] = PageLoad(ref, list(pages), ticket.tokens[ref])
         ticket.pages = {ref: ledger.entries[ref].pages for ref in ticket.tokens}
         self._settle(ticket)
         return True
