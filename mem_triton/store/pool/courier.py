@@ -20,9 +20,6 @@ from mem_triton import metrics
 from mem_triton.store.pool.page_load import PageLoad
 from mem_triton.store.pool.residency import Residency
 
-Order = PageLoad
-"""What workers call a load that they are told of."""
-
 
 class PageCourier:
     """Keeps count of which workers have filled which entry's pages."""

@@ -16,8 +16,8 @@ from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config
 from mem_triton.schema import ConfigError
 from mem_triton.store.bank import Bank
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.pool.courier import Order
 from mem_triton.store.pool.loader import PageLoader
+from mem_triton.store.pool.page_load import PageLoad
 from mem_triton.store.pool.placement import place, place_sink
 from mem_triton.store.pool.pool import PagePool
 from mem_triton.store.pool.tables import MemoryTables
@@ -107,7 +107,7 @@ class ExplicitMemory(WorkerPart):
     def segments(self, layer: int) -> LayerMemory | None:
         return self._layers.get(layer)
 
-    def load_pages(self, orders: list[Order]) -> None:
+    def load_pages(self, orders: list[PageLoad]) -> None:
         """Start to fill pages in the background, behind the steps that are queued."""
         with self._host.exclusive():
             for ref, pages, _ in orders:
