@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mem_triton.ops.delta_rule import DeltaRuleSpec, activate, delta_rule, delta_rule_paged
 from mem_triton.systems.delta_mem.slots import StateSlots
+from mem_triton.systems.payload import StateRef
 from tests.ops.paged_case import PagedCase, assert_matches, expected, make_case, relative_rms
 
 
@@ -111,7 +112,7 @@ def test_a10_a_frozen_row_leaves_its_state_bit_identical(tokens):
 def test_fault16_a_row_that_says_nothing_reads_zeros_beside_one_that_writes(steps):
     """The tables of a worker whose scope is sessions, step after step; a state is read by its own row alone."""
     spec, slots = DeltaRuleSpec(8, 2), StateSlots([0], 128, 2, torch.device("cpu"), writes=False)
-    slots.enter("alice", {"lease": "l", "write": 1})
+    slots.enter("alice", StateRef("l"))
     at, cache = 0, None
     for step in steps:
         case = make_case(spec, [step, step], [at, at], slots=[0, 0], seed=at)
