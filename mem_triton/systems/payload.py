@@ -78,15 +78,18 @@ class SystemPayload(msgspec.Struct, frozen=True, omit_defaults=True):
         return joined(Attachment(s.ref, s.first, s.end) for s in self.segments)
 
 
-class RequestPayload(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What workers and prefix caches need of a request. systems: by the memory system's name."""
+class RequestPayload(msgspec.Struct, frozen=True):
+    """What workers and prefix caches need of a request. systems: by the memory system's name.
+
+    The version is always written: a reader with another default would take a missing one for its own.
+    """
 
     systems: dict[str, SystemPayload]
     version: int = VERSION
 
 
 class _Version(msgspec.Struct):
-    version: int = VERSION
+    version: int
 
 
 def encode(payload: RequestPayload) -> bytes:

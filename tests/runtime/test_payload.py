@@ -44,9 +44,15 @@ def test_it_is_read_as_it_was_written(systems):
     assert decode(encode(payload)) == payload
 
 
+def test_the_version_is_written_whatever_it_is():
+    """Else a newer front end's payload would be read as one of the reader's own version."""
+    assert msgspec.msgpack.decode(encode(RequestPayload({}))) == {"systems": {}, "version": VERSION}
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (msgspec.msgpack.encode({"systems": {}}), "missing required field `version`"),
         (
             encode(RequestPayload({}, version=VERSION + 1)),
             f"has version {VERSION + 1}, this mem_triton reads {VERSION}",
