@@ -254,6 +254,18 @@ def test_fault29_a_request_that_comes_again_after_it_lost_its_memory_has_memory(
     assert "r" in part.tables
 
 
+def test_a_request_that_is_told_of_at_every_step_is_read_once(path):
+    part, read = explicit(), []
+    memory, _ = batch(path, explicit=part)
+    part.load("a@1", [0])
+    for _ in range(3):
+        memory.enter("r", lambda: read.append("r") or reads("a@1", 0))
+    assert read == ["r"] and "r" in part.tables
+    memory.leave("r")  # preempted
+    memory.enter("r", lambda: read.append("again") or reads("a@1", 0))
+    assert read == ["r", "again"] and "r" in part.tables
+
+
 def test_fault29_what_is_remembered_of_incidents_is_bounded(path, monkeypatch):
     monkeypatch.setattr("mem_triton.runtime.incidents.KEPT", 2)
     log, incidents = IncidentLog(), Incidents(path)

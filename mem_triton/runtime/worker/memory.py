@@ -27,7 +27,7 @@ class BatchMemory:
         self.parts: dict[str, WorkerPart] = dict(parts or {})
         self.incidents = incidents or IncidentLog()
         self._step: list[str] = []  # requests of the step that runs, or ran last
-        self._lost: set[str] = set()  # requests in the batch that go on without memory
+        self._inside: set[str] = set()  # requests in the batch that have entered
 
     def attach(self, config: MemTritonConfig, engine: EngineShape, host: WorkerHost) -> None:
         """Make the configured systems' parts. Raises ConfigError naming what does not fit, or what the engine lacks."""
@@ -45,9 +45,13 @@ class BatchMemory:
         return part.calls[method](*args)
 
     def enter(self, request_id: str, carried: Carried) -> None:
-        """A request joins the batch; one that is there already, or has lost its memory, stays as it is."""
-        if request_id in self._lost:
+        """A request joins the batch; one that is there already, with its memory or without, stays as it is.
+
+        Some runners say it at every step, so only the first time costs anything.
+        """
+        if request_id in self._inside:
             return
+        self._inside.add(request_id)
         try:
             data = carried()
             for name, payload in decode(data).systems.items() if data is not None else ():
@@ -57,7 +61,7 @@ class BatchMemory:
 
     def leave(self, request_id: str) -> None:
         """A request is about to leave the batch, finished or preempted; its KV blocks are still its own."""
-        self._lost.discard(request_id)
+        self._inside.discard(request_id)
         for part in self.parts.values():
             try:
                 part.leave(request_id)
@@ -112,7 +116,7 @@ class BatchMemory:
         """These requests go on without memory, and fail with the reason."""
         request_ids = list(request_ids)
         self.incidents.report(request_ids, where, error)
-        self._lost |= set(request_ids)
+        self._inside |= set(request_ids)
         for request_id in request_ids:
             for part in self.parts.values():
                 part.drop_request(request_id)
