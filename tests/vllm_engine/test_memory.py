@@ -43,7 +43,7 @@ def test_preempted_requests_read_their_memory_again(memory_bench, runner):
     prompts = [PROMPTS[i % 4] for i in range(6)]
     batch = [ask(p, 60, *n) for p, n in zip(prompts, names, strict=True)]
     result = run_engine(
-        b.model, [batch], memory=b.section(), num_gpu_blocks_override=14, max_model_len=256, **RUNNERS[runner]
+        b.model, [batch], memory=b.section(), num_gpu_blocks_override=10, max_model_len=256, **RUNNERS[runner]
     )
     assert tokens(result) == [b.after(p, *n, count=60) for p, n in zip(prompts, names, strict=True)]
     assert result["facts"]["preemptions"] > 0
