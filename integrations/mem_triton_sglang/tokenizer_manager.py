@@ -275,7 +275,8 @@ class TokenizerManagerWithMemory(FixedWeights):
         payload = self.memory.payload(running.opened)
         custom = packed(obj.sampling_params.get("custom_params"), payload)
         obj.sampling_params = {**obj.sampling_params, "custom_params": custom}
-        key = self.memory.identity(running.opened, of_plain=False)  # plain requests pass by this front end
+        carries = payload.systems if payload is not None else ()
+        key = self.memory.identity(running.opened, carries)  # plain requests pass by this front end
         obj.extra_key = extra_key_of(obj.extra_key, key, payload)
         return super().generate_request(obj, running.request)
 

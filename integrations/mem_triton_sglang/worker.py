@@ -127,7 +127,6 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
         read_kv=memory.context,
         attach_states=attach_states,
         deterministic=invariant,
-        policy=policy,
         leaves_promptly=False,  # the overlapped scheduler runs a request a step longer
     )
     memory.attach(config, shape, host)

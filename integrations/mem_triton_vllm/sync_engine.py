@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -24,8 +23,6 @@ from mem_triton_vllm import front_end, weights
 from mem_triton_vllm.front_end import VLLMFrontEnd
 from mem_triton_vllm.generation import generate
 from mem_triton_vllm.service import CALL
-
-logger = init_logger("vllm.mem_triton")
 
 
 @dataclass(eq=False)

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mem_triton.ops.memory_attention import Policy
 
 Rpc = Callable[..., Awaitable[list[Any]]]
 """rpc(call, *args): calls a worker part's ``calls[call]`` on every worker; one answer a worker, in their order."""
@@ -224,7 +223,7 @@ class WorkerHost:
     """What an engine's worker gives to a system's.
 
     layers: this rank's attention layers, by their index in the model. tp_rank: among the ranks that split heads; rank:
-    among all. deterministic: rows must not depend on their batch; policy: the same for attention.
+    among all. deterministic: rows must not depend on their batch.
     leaves_promptly: a request leaves the batch before the front end hears of its end, so that its pages are free by
     then. read_kv: (request id, layer, tokens) -> copies of its keys, with their rotation, and values, [Hkv, tokens, D].
     attach_states: gives each layer of an adapter its state and corrections. lose: (error, everybody) costs the requests
@@ -242,7 +241,6 @@ class WorkerHost:
     read_kv: Callable[[str, int, int], tuple[Tensor, Tensor]] | None = None
     attach_states: Callable[..., Any] | None = None
     deterministic: bool = False
-    policy: Policy | None = None
     leaves_promptly: bool = True
 
     @property

@@ -69,11 +69,6 @@ def required(names: Iterable[str]) -> frozenset[Capability]:
     return frozenset().union(*(systems()[name].requires for name in names))
 
 
-def reads_segments(name: str) -> bool:
-    """Whether attention reads this system's memory."""
-    return Capability.SEGMENTS in systems()[name].requires
-
-
 def parse_request(
     extra_args: Mapping[str, Any] | None, bind: Callable[[str], str] = lambda named: named
 ) -> MemoryRequest:

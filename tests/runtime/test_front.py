@@ -173,9 +173,9 @@ def test_fault16_after_an_incident_plain_requests_share_nothing_with_before(sess
     sessions.scope = "sessions"
     memory = front_end(sessions, incidents=SimpleNamespace(epoch=0))
     opened = memory.open({}, RequestParams())
-    assert memory.identity(opened) is None and memory.identity(opened, of_plain=False) is None
+    assert memory.identity(opened) is None and memory.identity(opened, among=()) is None
     memory.incidents.epoch = 1
-    assert memory.identity(opened) is not None and memory.identity(opened, of_plain=False) is not None
+    assert memory.identity(opened) is not None and memory.identity(opened, among=()) is not None
     assert memory.is_salted and not front_end(explicit=SimpleNamespace(corrects_plain=False)).is_salted
 
 

@@ -182,17 +182,16 @@ def failures(reason: str) -> float:
     return REGISTRY.get_sample_value("mem_triton:search_failures_total", {"reason": reason}) or 0.0
 
 
-@pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize(
     ("error", "kind"),
     [(EmbedderError("http://10.0.0.1:8000 is down"), "embedder"), (BankError("damaged"), "bank"), (OSError(5), "bank")],
 )
-def test_fault26_an_embedder_that_is_down_costs_the_references_and_says_so(error, kind, waits):
+def test_fault26_an_embedder_that_is_down_costs_the_references_and_says_so(error, kind):
     def search():
         raise error
 
     searches, before = Searches(), failures(kind)
-    found = searches.wait(search) if waits else asyncio.run(searches.outcome(search))
+    found = asyncio.run(searches.outcome(search))
     assert found.plan == () and found.failure and "10.0.0.1" not in found.failure, "no address is shown to clients"
     assert failures(kind) == before + 1
 
@@ -274,7 +273,7 @@ def test_fault29_a_search_that_times_out_by_itself_is_the_bank_s_failure_and_tak
 
     searches = Searches(threads=1)
     assert asyncio.run(searches.outcome(late)).failure == "the bank cannot be searched"
-    assert searches.wait(late).failure == "the bank cannot be searched" and not searches._hanging
+    assert asyncio.run(searches.outcome(late)).failure == "the bank cannot be searched" and not searches._hanging
 
 
 def test_fault29_a_search_whose_client_left_before_it_began_is_not_made():

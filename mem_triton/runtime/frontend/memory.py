@@ -12,7 +12,7 @@ import asyncio
 import dataclasses
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,17 +200,17 @@ class MemoryFrontEnd:
         parts = {name: self._salted_part(part) for name, part in parts.items() if part is not None}
         return RequestPayload(parts) if parts else None
 
-    def identity(self, opened: Opened, of_plain: bool = True) -> str | None:
+    def identity(self, opened: Opened, among: Collection[str] | None = None) -> str | None:
         """What a KV cache needs to tell all tokens of the request from those of others; None for the engine's own.
 
-        of_plain: also of systems to which it is like a request that says nothing; False where an engine takes those
-        requests past this front end.
+        among: the systems of the request's payload, where an engine takes requests that carry nothing past this front
+        end, and shares with them what only plain parts depend on; None: all systems.
         """
-        keys = []
-        for name, memory in opened.parts.items():
-            part = self.parts[name]
-            if of_plain or self._salt or part.payload(memory) is not None:
-                keys.append(part.identity(memory, bool(self._salt)))
+        keys = [
+            self.parts[name].identity(memory, bool(self._salt))
+            for name, memory in opened.parts.items()
+            if among is None or name in among or self._salt
+        ]
         keys = [key for key in keys if key is not None]
         return self._salted("|".join(keys)) if keys else None
 

@@ -38,11 +38,16 @@ class SteppedLoop:
         callers = asyncio._get_running_loop()
         asyncio._set_running_loop(None)
         try:
-            for _ in range(ROUNDS):
-                self._loop.call_soon(self._loop.stop)
-                self._loop.run_forever()
+            self._loop.call_soon(self._stop_after, ROUNDS - 1)
+            self._loop.run_forever()
         finally:
             asyncio._set_running_loop(callers)
+
+    def _stop_after(self, rounds: int) -> None:
+        if rounds:
+            self._loop.call_soon(self._stop_after, rounds - 1)
+        else:
+            self._loop.stop()
 
     def run_until(self, done: Callable[[], bool]) -> None:
         """Run until ``done``, with pauses for what threads do."""

@@ -12,7 +12,7 @@ from typing import Any
 from mem_triton.config import MemTritonConfig
 from mem_triton.runtime.incidents import IncidentLog
 from mem_triton.systems import registry
-from mem_triton.systems.base import LayerSegments, StepBatch, WorkerHost, WorkerPart
+from mem_triton.systems.base import Capability, LayerSegments, StepBatch, WorkerHost, WorkerPart
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.payload import decode
 
@@ -101,7 +101,7 @@ class BatchMemory:
 
     def reads_segments(self, request_ids: Iterable[str]) -> bool:
         """Whether attention has to read more than the context for one of these requests."""
-        readers = [part for name, part in self.parts.items() if registry.reads_segments(name)]
+        readers = [part for name, part in self.parts.items() if Capability.SEGMENTS in registry.required([name])]
         return any(id in part for part in readers for id in request_ids)
 
     def describe(self) -> str:

@@ -25,31 +25,13 @@ from mem_triton.store.bank import maintenance, transfer, writing
 from mem_triton.store.bank.fingerprint import Fingerprint
 from mem_triton.store.bank.opened import OpenedBank
 from mem_triton.store.bank.shards import runs
-from mem_triton.store.bank.spec import BankSpec, EntryInfo, Hit, NewEntry, content_hash, split_ref
+from mem_triton.store.bank.spec import EntryInfo, Hit, NewEntry, split_ref
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.errors import (
     BankError,
-    BankLockedError,
     BankModelError,
-    EmbedderError,
-    ForeignTenantError,
     UnknownEntryError,
 )
-
-__all__ = [
-    "Bank",
-    "BankError",
-    "BankLockedError",
-    "BankModelError",
-    "BankSpec",
-    "EmbedderError",
-    "EntryInfo",
-    "ForeignTenantError",
-    "Hit",
-    "NewEntry",
-    "UnknownEntryError",
-    "content_hash",
-]
 
 
 class Bank(OpenedBank):

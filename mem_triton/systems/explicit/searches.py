@@ -7,7 +7,6 @@ takes no thread from commits and captures, and requests that search nothing neve
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
 import threading
 from collections.abc import Callable
@@ -42,7 +41,6 @@ class Searches:
     Example::
 
         found = await searches.outcome(retriever.plan, prompt_ids)       # never raises
-        found = searches.wait(retriever.plan, prompt_ids)                # the same for engines without an event loop
     """
 
     def __init__(self, deadline: float = SEARCH_SECONDS, threads: int = THREADS) -> None:
@@ -62,17 +60,6 @@ class Searches:
         except asyncio.CancelledError:
             future.cancel()
             raise
-        except Exception as error:
-            return self._broken(error)
-
-    def wait(self, search: Callable[..., tuple[Attachment, ...]], *args: Any) -> Found:
-        """As ``outcome``, for a caller that may block."""
-        if (future := self._submit(search, *args)) is None:
-            return self._failed("timeout", "earlier searches still hang")
-        try:
-            return Found(future.result(self.deadline))
-        except concurrent.futures.TimeoutError as error:
-            return self._late(future, error)
         except Exception as error:
             return self._broken(error)
 
