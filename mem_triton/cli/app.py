@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 
 from mem_triton import __version__
-from mem_triton.cli import bank, doctor, write
+from mem_triton.cli import bank, doctor, model, write
 
 app = typer.Typer(
     name="mem-triton",
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.add_typer(bank.app, name="bank")
 app.command("write")(write.write)
 app.command("doctor")(doctor.doctor)
+app.command("model")(model.model)
 
 
 @app.callback(invoke_without_command=True)
