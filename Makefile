@@ -70,7 +70,7 @@ docs: env
 test: lint $(if $(SGLANG_TESTS),env-sglang)
 	$(call run_tests,$(FAST))
 
-# With the variable SGLang spawns its processes in every test, see tests/sglang_engine/zygote.py.
+# With the variable engines start as users start them, see tests/support/zygote.py.
 test-all: export MEM_TRITON_TEST_SPAWN=1
 test-all: lint $(if $(SGLANG_TESTS),env-sglang)
 	$(call run_tests,$(ALL))

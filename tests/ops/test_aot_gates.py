@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 
 import pytest
 
@@ -14,11 +14,11 @@ from tests.support.aot import (
     compile_for,
     programs_at_a_time,
 )
+from tests.support.aot_suite import needs_the_compiler
+from tests.support.pairwise import pairwise
 from tests.support.traffic import Bytes, read_traffic
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
-)
+pytestmark = needs_the_compiler
 
 
 def compile_sum(target: str, size: int = 64, width: int = 64, twice: bool = False, steps: int = 1) -> Resources:
@@ -74,3 +74,18 @@ def test_occupancy_of_the_makers_tables():
     assert programs_at_a_time("sm90", 255, 0, 16) == 0
     assert programs_at_a_time("gfx942", 128, 0, 4) == 4
     assert programs_at_a_time("gfx942", 64, 32 * 1024, 4) == 2
+
+
+def test_few_cases_hold_every_pair_of_values():
+    cases = list(itertools.product("abc", "def", range(3), (True, False)))
+    few = pairwise(cases)
+    for first, second in itertools.combinations(range(4), 2):
+        assert {(case[first], case[second]) for case in few} == {(case[first], case[second]) for case in cases}
+    assert len(few) <= 12 and set(few) <= set(cases), few
+
+
+def test_no_case_of_the_few_is_without_a_pair_of_its_own():
+    """Negative control: with one case less some pair is missing, so the test above can fail."""
+    few = pairwise(list(itertools.product("abc", "def", "gh")))
+    pairs = [set(itertools.combinations(enumerate(case), 2)) for case in few]
+    assert any(pair - set().union(*pairs[:i], *pairs[i + 1 :]) for i, pair in enumerate(pairs))

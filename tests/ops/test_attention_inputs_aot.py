@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import os
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,11 +10,10 @@ import torch
 
 from mem_triton.ops.attention_inputs import HeadInputs
 from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch
-from tests.support.aot import TARGETS, Resources, check_budget, check_traffic, compile_all, compile_for
+from tests.support.aot import TARGETS, Resources, check_budget, check_traffic, compile_for
+from tests.support.aot_suite import Suite, needs_the_compiler
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
-)
+pytestmark = needs_the_compiler
 
 LAYERS = {  # query heads, KV heads, head size, norms, corrected parts, state
     "qwen3-4b": (32, 8, 128, True, "q", DeltaRuleSpec(8, 1)),
@@ -81,14 +78,12 @@ def compile_case(case: Case) -> Resources:
     return compile_for(case.target, inputs_kernel, types, constants, num_warps=count, **launch.OPTIONS)
 
 
-@functools.cache
-def compiled() -> dict[Case, Resources | str]:
-    return compile_all(compile_case, CASES)
+suite = Suite(compile_case, CASES, always=[Case("llama3-8b", True, target) for target in ("sm90", "gfx942")])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@suite.each
 def test_compiles_within_budget(case: Case):
-    check_budget(compiled()[case], REGISTERS[case.layer], 48 << 10, occupancy=OCCUPANCY[case.layer])
+    check_budget(suite[case], REGISTERS[case.layer], 48 << 10, occupancy=OCCUPANCY[case.layer])
 
 
 @pytest.mark.parametrize("target", ["sm90", "gfx942"])
@@ -102,4 +97,4 @@ def test_the_step_and_three_kinds_of_heads_read_what_they_must(target: str):
         "projections": (token, 0), "state_cache": (2 * state, 0), "initial_states": (state, 0),
         "last_states": (state, 0), "reads": (spec.read_width * 4, 0), "rounded": (spec.read_width * 2, 0),
     }  # fmt: skip
-    check_traffic(compiled()[Case("llama3-8b", True, target)], least, turns=0, excess=1.25)
+    check_traffic(suite[Case("llama3-8b", True, target)], least, turns=0, excess=1.25)

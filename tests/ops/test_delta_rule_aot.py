@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import os
 from typing import NamedTuple
 
 import pytest
 
 from mem_triton.ops.delta_rule import DeltaRuleSpec
-from tests.support.aot import EXCESS, TARGETS, Resources, check_budget, check_traffic, compile_all, compile_for
+from tests.support.aot import EXCESS, SPILLS, TARGETS, Resources, check_budget, check_traffic, compile_for
+from tests.support.aot_suite import Suite, needs_the_compiler
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
-)
+pytestmark = needs_the_compiler
 
 RANKS = (4, 8, 16, 32)
 KERNELS = ("recurrent", "chunk_maps", "chunk_scan")
@@ -77,7 +74,7 @@ def least_bytes(case: Case) -> dict[str, tuple[int, int]]:
     return least
 
 
-def compile_case(case: Case) -> Resources:
+def compile_case(case: Case, **options) -> Resources:
     from mem_triton.ops.delta_rule import kernels, launch
     from mem_triton.ops.tuning.delta_rule import select
 
@@ -98,43 +95,28 @@ def compile_case(case: Case) -> Resources:
             arguments[name] = "i32"
         elif name not in constants:
             arguments.setdefault(name, "*fp32")
-    return compile_for(case.target, kernel, arguments, constants, num_warps=warps, **launch.OPTIONS)
+    return compile_for(case.target, kernel, arguments, constants, num_warps=warps, **launch.OPTIONS, **options)
 
 
-@functools.cache
-def compiled() -> dict[Case, Resources | str]:
-    return compile_all(compile_case, CASES)
+suite = Suite(compile_case, CASES)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@suite.each
 def test_compiles_within_budget(case: Case):
-    result = compiled()[case]
+    result = suite[case]
     check_budget(result, REGISTER_BUDGET[case.rank], SHARED_BUDGET, occupancy=OCCUPANCY[case.kernel][case.rank])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@suite.each
 def test_reads_and_writes_what_it_must(case: Case):
     # A map of rank 4 takes so few bytes a token that what the compiler loads in a second layout shows.
     excess = 1.3 if case.kernel == "chunk_maps" and case.rank == 4 else EXCESS
-    check_traffic(compiled()[case], least_bytes(case), turns=CHUNK_TURNS, excess=excess)
+    check_traffic(suite[case], least_bytes(case), turns=CHUNK_TURNS, excess=excess)
 
 
 def test_a_spill_is_seen():
-    """Negative control: 16 state rows of rank 32 as chunk maps cannot fit one warp's registers."""
-    from mem_triton.ops.delta_rule import kernels, launch
-
-    spec = DeltaRuleSpec(rank=32)
-    constants = {**launch.constants(spec, 16, 16), "ROWS": 16, "CHUNK": 64}
-    constants.update(initial_states=None, initial_slot=None, write_enabled=None)
-    integers = ("block_table", "query_start_loc", "seq_lens")
-    arguments = {
-        name: "*i32" if name in integers else "i32" if name.startswith(("stride", "num")) else "*fp32"
-        for name in kernels.chunk_maps_kernel.arg_names
-        if name not in constants
-    }
-    assert (
-        compile_for("sm90", kernels.chunk_maps_kernel, arguments, constants, num_warps=1, **launch.OPTIONS).spills > 0
-    )
+    """Negative control: 40 registers a thread are too few for a state of rank 16."""
+    assert compile_case(Case("recurrent", 16, "tsw", "sm90"), maxnreg=40).spills > SPILLS
 
 
 def test_a_rank_without_kernels_is_refused():

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import NamedTuple
 
-import pytest
 import torch
 
 from mem_triton.ops import denylist
@@ -19,13 +16,11 @@ from tests.support.aot import (
     check_matrix,
     check_no_padding,
     check_traffic,
-    compile_all,
     compile_for,
 )
+from tests.support.aot_suite import Suite, needs_the_compiler
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
-)
+pytestmark = needs_the_compiler
 
 BF16, FP32 = torch.bfloat16, torch.float32
 TYPES = {BF16: "*bf16", torch.float16: "*fp16", FP32: "*fp32", INT8: "*i8", torch.uint8: "*u8", torch.int32: "*i32"}
@@ -119,29 +114,27 @@ def compile_case(case: Case, config: FusedConfig | None = None) -> Resources:
     return compile_for(case.target, kernels.attention_kernel, types, constants, **options)
 
 
-@functools.cache
-def compiled() -> dict[Case, Resources | str]:
-    return compile_all(compile_case, CASES)
+suite = Suite(compile_case, CASES)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
+@suite.each
 def test_compiles_within_budget(case: Case):
-    result = compiled()[case]
+    result = suite[case]
     check_budget(
         result, REGISTER_BUDGET.get(case.target, 255), SHARED_BUDGET[case.target] * 1024,
         spills=SPILL_BUDGET, occupancy=OCCUPANCY.get(case.target, 8),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
+@suite.each
 def test_reads_and_writes_what_it_must(case: Case):
-    check_traffic(compiled()[case], least_bytes(case))
-    check_no_padding(compiled()[case])
+    check_traffic(suite[case], least_bytes(case))
+    check_no_padding(suite[case])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
+@suite.each
 def test_takes_the_widest_matrix_instruction(case: Case):
-    check_matrix(compiled()[case], case.target, config_of(case).block_m, case.dtype.itemsize)
+    check_matrix(suite[case], case.target, config_of(case).block_m, case.dtype.itemsize)
 
 
 def test_another_batch_needs_no_new_kernel():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,13 +18,11 @@ from tests.support.aot import (
     check_matrix,
     check_no_padding,
     check_traffic,
-    compile_all,
     compile_for,
 )
+from tests.support.aot_suite import Suite, needs_the_compiler
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
-)
+pytestmark = needs_the_compiler
 
 POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "int8": "*i8", "fp8": "*u8"}  # fp8 travels as bits
 DATA = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
@@ -138,29 +134,27 @@ def compile_case(case: Case, **changes) -> Resources:
     return compile_for(case.target, kernel, found, constants, **options)
 
 
-@functools.cache
-def compiled() -> dict[Case, Resources | str]:
-    return compile_all(compile_case, CASES)
+suite = Suite(compile_case, CASES, always=[Case("sm90", "shared", BATCH, size, "bf16", "bf16") for size in (80, 128)])
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@suite.each
 def test_compiles_within_budget(case: Case):
-    result = compiled()[case]
+    result = suite[case]
     check_budget(
         result, 512 if case.target == "gfx942" else REGISTERS, SHARED_BUDGET[case.target] * 1024,
         occupancy=OCCUPANCY.get(case.target, 8),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@suite.each
 def test_reads_and_writes_what_it_must(case: Case):
-    check_traffic(compiled()[case], least_bytes(case))
-    check_no_padding(compiled()[case])
+    check_traffic(suite[case], least_bytes(case))
+    check_no_padding(suite[case])
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.kernel != "merge"], ids=lambda case: "-".join(map(str, case)))
+@suite.of(lambda case: case.kernel != "merge")
 def test_takes_the_widest_matrix_instruction(case: Case):
-    check_matrix(compiled()[case], case.target, config_of(case).block_m, DATA[case.query].itemsize)
+    check_matrix(suite[case], case.target, config_of(case).block_m, DATA[case.query].itemsize)
 
 
 def test_a_spill_is_seen():
@@ -190,8 +184,8 @@ def test_tiles_too_small_for_wgmma_are_seen(monkeypatch):
 
 def test_a_head_of_80_is_not_padded():
     """What a step keeps in shared memory grows with the head: 80 takes 80 / 128 of 128."""
-    whole = compiled()[Case("sm90", "shared", BATCH, 128, "bf16", "bf16")]
-    odd = compiled()[Case("sm90", "shared", BATCH, 80, "bf16", "bf16")]
+    whole = suite[Case("sm90", "shared", BATCH, 128, "bf16", "bf16")]
+    odd = suite[Case("sm90", "shared", BATCH, 80, "bf16", "bf16")]
     assert odd.shared <= whole.shared * 80 / 128 + 4096
 
 

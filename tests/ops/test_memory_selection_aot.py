@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import os
 from typing import NamedTuple
 
-import pytest
+from tests.support.aot import TARGETS, Resources, check_budget, check_matrix, check_traffic, compile_for
+from tests.support.aot_suite import Suite, needs_the_compiler
 
-from tests.support.aot import TARGETS, Resources, check_budget, check_matrix, check_traffic, compile_all, compile_for
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
-)
+pytestmark = needs_the_compiler
 
 REGISTER_BUDGET = 255  # a reference's program is alone on its multiprocessor more often than not; spills would hurt
 OCCUPANCY = 8  # warps at a time
@@ -50,18 +45,16 @@ def compile_case(case: Case) -> Resources:
     return compile_for(case.target, kernel, arguments, constants, num_warps=warps, **launch.OPTIONS)
 
 
-@functools.cache
-def compiled() -> dict[Case, Resources | str]:
-    return compile_all(compile_case, CASES)
+suite = Suite(compile_case, CASES)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@suite.each
 def test_compiles_within_budget(case: Case):
-    result = compiled()[case]
+    result = suite[case]
     check_budget(result, REGISTER_BUDGET, SHARED_BUDGET, occupancy=OCCUPANCY)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@suite.each
 def test_reads_and_writes_what_it_must(case: Case):
     """Keys come from the L1 cache again with every step of queries: logits of all tokens would not fit a program. The
     last step of channels may be masked in part, which only the kernel's loop counter tells."""
@@ -69,7 +62,7 @@ def test_reads_and_writes_what_it_must(case: Case):
 
     item = 4 if case.dtype == "fp32" else 2
     channels = -(-case.head_dim * item // 64) * 64
-    result = compiled()[case]
+    result = suite[case]
     least = {"q": (0, QUERIES * channels), "k": (0, case.tokens * channels), "out": (case.tokens * 4, 0)}
     check_traffic(result, least)
     check_matrix(result, case.target, QUERIES, item)

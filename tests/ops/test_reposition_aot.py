@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import os
 from typing import NamedTuple
 
-import pytest
+from tests.support.aot import TARGETS, Resources, check_budget, check_traffic, compile_for
+from tests.support.aot_suite import Suite, needs_the_compiler
 
-from tests.support.aot import TARGETS, Resources, check_budget, check_traffic, compile_all, compile_for
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler"
-)
+pytestmark = needs_the_compiler
 
 REGISTER_BUDGET = 64  # eight programs of 128 threads fill a multiprocessor
 OCCUPANCY = 32  # warps at a time, eight on each scheduler
@@ -53,18 +48,16 @@ def compile_case(case: Case) -> Resources:
     return compile_for(case.target, kernel, arguments, constants, **launch.OPTIONS)
 
 
-@functools.cache
-def compiled() -> dict[Case, Resources | str]:
-    return compile_all(compile_case, CASES)
+suite = Suite(compile_case, CASES)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@suite.each
 def test_compiles_within_budget(case: Case):
-    result = compiled()[case]
+    result = suite[case]
     check_budget(result, REGISTER_BUDGET, SHARED_BUDGET, occupancy=OCCUPANCY)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@suite.each
 def test_reads_and_writes_what_it_must(case: Case):
     from mem_triton.ops.reposition import launch
 
@@ -73,4 +66,4 @@ def test_reads_and_writes_what_it_must(case: Case):
     least = {"source": (moved, 0), "pool": (moved, 0)}
     if case.rotary_dim:
         least |= {"quarter_turns": (fixed["HALF"] * 8, 0), "positions": (fixed["TOKENS"] * 4, 0)}
-    check_traffic(compiled()[case], least)
+    check_traffic(suite[case], least)

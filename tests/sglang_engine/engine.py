@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.sglang_engine.case import MARK, TAMPER
-from tests.sglang_engine.zygote import Zygote
 from tests.support.cases import result_of
 from tests.support.checkout import ROOT, check_sources, python_path
+from tests.support.zygote import SPAWN, Zygote
 
 TIMEOUT = 600.0  # seconds of a case
-SPAWN = bool(os.environ.get("MEM_TRITON_TEST_SPAWN"))  # everything starts as users start it
+MODULES = ("sglang", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler")
 DEFAULTS = {
     "device": "cpu",
     "dtype": "float32",
@@ -111,4 +111,4 @@ def run_python(
 @functools.cache
 def zygote(set_before: tuple[tuple[str, str], ...] = ()) -> Zygote:
     """The process that starts others without importing SGLang again."""
-    return Zygote(environment(**dict(set_before)), ROOT)
+    return Zygote(MODULES, environment(**dict(set_before)), ROOT)

@@ -10,8 +10,9 @@ from typing import Any
 
 import httpx
 
-from tests.sglang_engine.engine import DEFAULTS, ROOT, SPAWN, environment, write_config, zygote
+from tests.sglang_engine.engine import DEFAULTS, ROOT, environment, write_config, zygote
 from tests.support.server import ServerProcess, free_port, spawn
+from tests.support.zygote import SPAWN
 
 
 class Server(ServerProcess):

@@ -9,24 +9,19 @@ must not be set when the kernel's module is imported. Example::
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.support.traffic import Bytes, read_traffic, total
-
-Case = TypeVar("Case")
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -115,24 +110,6 @@ def programs_at_a_time(target: str, registers: int, shared: int, warps: int) -> 
         return min(4 * waves // warps, SHARED_MEMORY[target] // max(1, shared))
     by_registers = 65536 // (max(1, -(-registers * 32 // 256)) * 256 * warps)
     return min(by_registers, SHARED_MEMORY[target] // (shared + 1024), 64 // warps, 32)
-
-
-def compile_all(compile_case: Callable[[Case], Resources], cases: Sequence[Case]) -> dict[Case, Resources | str]:
-    """Compile every case in two processes. A failure is carried over the process border as text: Triton's errors do not
-    pickle."""
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(cases, pool.map(_Guarded(compile_case), cases, chunksize=4), strict=True))
-
-
-@dataclass(frozen=True)
-class _Guarded:
-    compile_case: Callable[..., Resources]
-
-    def __call__(self, case: Any) -> Resources | str:
-        try:
-            return self.compile_case(case)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
 
 
 # ptxas before 13, which Triton had for Hopper up to 3.8, spills up to six registers where one more program then fits a

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,16 @@ import pytest
 
 from tests.support.cases import result_of
 from tests.support.checkout import ROOT, check_sources, python_path
+from tests.support.zygote import SPAWN, Zygote
 from tests.vllm_engine.case import MARK
 
 HERE = Path(__file__).parent
+TIMEOUT = 600.0  # seconds of a case
+MODULES = (
+    "vllm", "vllm.entrypoints.cli.main", "vllm.entrypoints.openai.api_server", "vllm.v1.engine.core",
+    "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama",
+    "transformers.models.llama",
+)  # fmt: skip
 DEFAULTS = {
     "enforce_eager": True,
     "max_model_len": 512,
@@ -63,6 +71,7 @@ def run_engine(
     env: dict[str, str] | None = None,
     tamper: str = "",
     force_async: bool = False,
+    fresh: bool = False,
     errors_are_results: bool = False,
     fails: bool = False,
     **llm: Any,
@@ -70,7 +79,8 @@ def run_engine(
     """Run rounds of requests on a real engine; returns rounds, facts and everything that was printed (output).
 
     memory: the mem_triton section, None for the stock engine. tamper: "module:function" that breaks something on
-    purpose. fails: the engine must not start; returns its output instead.
+    purpose. fails: the engine must not start; returns its output instead. fresh: start it as users do, and not from the
+    zygote.
     """
     options = {"model": str(model), **DEFAULTS, **llm}
     if memory is not None:
@@ -82,11 +92,31 @@ def run_engine(
         "force_async": force_async,
         "errors_are_results": errors_are_results,
     }
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.vllm_engine.case"], input=json.dumps(case), capture_output=True, text=True,
-        env=environment(runner, **(env or {})), cwd=ROOT, timeout=600,
-    )  # fmt: skip
+    process = run_python(["-m", "tests.vllm_engine.case"], runner, env or {}, json.dumps(case), fresh)
     result = result_of(process, MARK, fails)
     if memory is not None and not fails:
         check_sources(result["output"], needed=True)
     return result
+
+
+def run_python(
+    command: Sequence[str], runner: str, env: dict[str, str], stdin: str = "", fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run ``-m MODULE`` or ``-c CODE`` to its end. fresh: in an interpreter that has imported nothing yet."""
+    env = environment(runner, **env)
+    if fresh or SPAWN:
+        return subprocess.run(
+            [sys.executable, *command], input=stdin, capture_output=True, text=True, env=env, cwd=ROOT, timeout=TIMEOUT
+        )
+    return zygote(runner).run(command, forked(env), TIMEOUT, stdin)
+
+
+def forked(env: dict[str, str]) -> dict[str, str]:
+    """The environment of a fork: workers are forks, too."""
+    return {"VLLM_WORKER_MULTIPROC_METHOD": "fork", **env}
+
+
+@functools.cache
+def zygote(runner: str) -> Zygote:
+    """The process that starts others without importing vLLM again. The second runner's interprets Triton."""
+    return Zygote(MODULES, environment(runner), ROOT)

@@ -9,23 +9,29 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.support.server import ServerProcess, free_port, spawn
-from tests.vllm_engine.engine import ROOT, environment
+from tests.support.zygote import SPAWN
+from tests.vllm_engine.engine import ROOT, environment, forked, zygote
 
 
 class Server(ServerProcess):
-    """Serves ``model`` under the name "m"."""
+    """Serves ``model`` under the name "m". fresh: start it as users do, and not from the zygote."""
 
     words_field, report_field = "vllm_xargs", "kv_transfer_params"
 
-    def __init__(self, model: str, log: str, flags: list[str], **env: str) -> None:
+    def __init__(self, model: str, log: str, flags: list[str], fresh: bool = False, **env: str) -> None:
         port = free_port()
         command = [
-            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "m",
+            "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "m",
             "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "4096",
             "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--enforce-eager", "--block-size", "32",
             "--gpu-memory-utilization", "0.3", *flags,
         ]  # fmt: skip
-        super().__init__(spawn(command, environment(VLLM_ENABLE_V1_MULTIPROCESSING="1", **env), ROOT, log), port, log)
+        variables = environment(**{"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env})
+        if fresh or SPAWN:
+            process = spawn([sys.executable, *command], variables, ROOT, log)
+        else:
+            process = zygote("v1").start(command, forked(variables), ["/dev/null", log, log])
+        super().__init__(process, port, log)
 
     def tokens(self, prompt: list[int], max_tokens: int = 12, words: Any = None) -> list[int]:
         response = self.complete(prompt, max_tokens, words)

@@ -1,9 +1,9 @@
-"""Starts cases and servers from a process that has imported SGLang already: importing takes most of their time.
+"""Starts cases and servers from a process that has imported the engine already: importing takes most of their time.
 
-SGLang imports itself in its main process, in each scheduler and in the detokenizer. Here one process imports it and
-nothing else happens in it; whatever is started is a fork of it, with an environment and a process group of its own, and
-forks its workers where SGLang would spawn them. What only a spawned process shows (that it loads the plugin by itself)
-is for tests that ask for a ``fresh`` one, and for ``MEM_TRITON_TEST_SPAWN=1``, with which all are.
+An engine imports itself in its main process and in each worker. Here one process imports it and nothing else happens
+in it; whatever is started is a fork of it, with an environment and a process group of its own, and forks its workers
+where the engine would spawn them. What only a spawned process shows (that it loads the plugin by itself) is for tests
+that ask for a ``fresh`` one, and for ``MEM_TRITON_TEST_SPAWN=1``, with which all are.
 """
 
 from __future__ import annotations
@@ -25,16 +25,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-MODULES = ("sglang", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler")
+SPAWN = bool(os.environ.get("MEM_TRITON_TEST_SPAWN"))
+"""Everything starts as users start it."""
 POLL_SECONDS = 0.02
 
 
 class Zygote:
-    """The process, from its first fork to the end of this one. env: what is set while it imports."""
+    """The process, from its first fork to the end of this one.
 
-    def __init__(self, env: dict[str, str], root: Path) -> None:
+    modules: what it imports. env: what is set meanwhile.
+    """
+
+    def __init__(self, modules: Sequence[str], env: dict[str, str], root: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.sglang_engine.zygote"], env=env, cwd=root, text=True,
+            [sys.executable, "-m", "tests.support.zygote", *modules], env=env, cwd=root, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         self._lock = threading.Lock()
@@ -123,7 +127,7 @@ class Forks:
 
 
 def main() -> None:
-    for module in MODULES:
+    for module in sys.argv[1:]:
         importlib.import_module(module)
     forks, answers = Forks(), os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
@@ -145,6 +149,8 @@ def _become(command: list[str], files: list[str], env: dict[str, str]) -> None:
     sys.stdin = os.fdopen(0, closefd=False)  # the parent's has read ahead
     os.environ.clear()
     os.environ.update(env)
+    path = env.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [folder for folder in path if folder and folder not in sys.path]
     import multiprocessing
 
     stock = multiprocessing.set_start_method
