@@ -1,17 +1,19 @@
-"""Runs ``tests/ops/interpreter`` under Triton's interpreter, each file in a fresh process."""
+"""Runs ``tests/ops/interpreter`` under Triton's interpreter, each file in a process of its own."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.checkout import ROOT, python_path
+from tests.support.zygote import Zygote
+
 FOLDER = Path(__file__).parent / "interpreter"
-ROOT = Path(__file__).parents[2]
+TIMEOUT = 1800.0  # seconds of a file
 
 
 FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
@@ -28,16 +30,25 @@ def test_8192_tokens_in_interpreter() -> None:
 
 
 def run_in_interpreter(name: str, marker: str) -> None:
-    environment = {
+    options = ["-q", "--color=no", "-p", "no:cacheprovider", "-m", marker]
+    command = ["-m", "pytest", *options, str(FOLDER / name)]
+    run = zygote().run(command, environment(), TIMEOUT)
+    assert run.returncode == 0, f"{' '.join(command)}\n{run.stdout[-8000:]}\n{run.stderr[-2000:]}"
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed[1]) > 0, f"no test ran:\n{run.stdout}"
+
+
+def environment() -> dict[str, str]:
+    return {
         **os.environ,
         "TRITON_INTERPRET": "1",
         "TRITON_DEFAULT_FP_FUSION": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "integrations"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": python_path(),
     }
-    options = ["-q", "--color=no", "-p", "no:cacheprovider", "-m", marker]
-    command = [sys.executable, "-m", "pytest", *options, str(FOLDER / name)]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, f"{' '.join(command)}\n{run.stdout[-8000:]}\n{run.stderr[-2000:]}"
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed[1]) > 0, f"no test ran:\n{run.stdout}"
+
+
+@functools.cache
+def zygote() -> Zygote:
+    """A process that has imported what all files need, and none of the kernels."""
+    return Zygote(("torch", "triton", "pytest", "hypothesis"), environment(), ROOT)
