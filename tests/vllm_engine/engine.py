@@ -108,12 +108,13 @@ def run_python(
         return subprocess.run(
             [sys.executable, *command], input=stdin, capture_output=True, text=True, env=env, cwd=ROOT, timeout=TIMEOUT
         )
-    return zygote(runner).run(command, forked(env), TIMEOUT, stdin)
+    return zygote(runner).run(command, forked(env, runner), TIMEOUT, stdin)
 
 
-def forked(env: dict[str, str]) -> dict[str, str]:
-    """The environment of a fork: workers are forks, too."""
-    return {"VLLM_WORKER_MULTIPROC_METHOD": "fork", **env}
+def forked(env: dict[str, str], runner: str = "v1") -> dict[str, str]:
+    """The environment of a fork: workers are forks, too, and what ``shim`` set when Python started is still set."""
+    interpreted = {"TRITON_INTERPRET": "1"} if runner == "v2" else {}
+    return {"VLLM_WORKER_MULTIPROC_METHOD": "fork", **interpreted, **env}
 
 
 @functools.cache

@@ -21,7 +21,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(bench, folder, tmp_path_factory) -> Iterator[Server]:
     flags = memory_flags({**bench.memory, "session_dir": str(folder)})
-    server = Server(str(bench.model), str(tmp_path_factory.mktemp("server") / "log"), flags)
+    server = Server(str(bench.model), str(tmp_path_factory.mktemp("server") / "log"), flags, fresh=True)
     try:
         yield server.wait()
     finally:
