@@ -78,6 +78,49 @@ def replay(
     _print(made, json)
 
 
+@app.command()
+def merge(
+    models: Annotated[list[Path], typer.Argument(metavar="MODELS...", help="Model or adapter folders.")],
+    out: Annotated[Path, typer.Option(help="The new folder.")],
+    method: Annotated[str, typer.Option(help="linear, task, ties, dare_linear, dare_ties or slerp.")] = "ties",
+    base: Annotated[Optional[Path], typer.Option(help="The model that MODELS were trained from.")] = None,  # noqa: UP045
+    weights: Annotated[str, typer.Option(help="One number a model, like 0.7,0.3. [equal]")] = "",
+    density: Annotated[float, typer.Option(help="Share of each difference that ties and dare keep.")] = 0.3,
+    t: Annotated[float, typer.Option(help="Of slerp: 0 is the first model, 1 the second.")] = 0.5,
+    scale: Annotated[float, typer.Option(help="Of the merged difference from the base.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    rank: Annotated[Number, typer.Option(help="Of a merged adapter. [the sum of the ranks]")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+) -> None:
+    """Merge memory models, whole ones or LoRA adapters, into a new one.
+
+    Adapters are merged by what they add to the weights: exactly where that is a sum, else cut to a rank, and the
+    residual is told. Whole models need --base for all methods but linear and slerp.
+    """
+    from mem_triton.systems.memo.merging.adapters import is_adapter, merge_adapters
+    from mem_triton.systems.memo.merging.arithmetic import MergeError, Recipe
+    from mem_triton.systems.memo.merging.checkpoints import merge_checkpoints
+
+    try:
+        numbers = tuple(float(one) for one in weights.split(",")) if weights else ()
+    except ValueError:
+        raise MergeError(f"--weights: numbers with commas between them, got {weights!r}") from None
+    recipe = Recipe(method, numbers, density, t, scale, seed)  # type: ignore[arg-type]
+    kinds = {is_adapter(folder) for folder in models}
+    if len(kinds) > 1:
+        raise MergeError("MODELS: some are adapters and some whole models; merge the ones or the others")
+    if kinds == {True}:
+        told = merge_adapters(recipe, models, out, rank)
+    elif rank is not None:
+        raise MergeError("--rank: is of adapters, and MODELS are whole models")
+    else:
+        told = merge_checkpoints(recipe, models, base, out)
+    if json:
+        output.print_json({"out": str(out), **told})
+    else:
+        output.print_fields({"merged": out, **told})
+
+
 def _settings(*, greedy: bool, **told: Any) -> Settings:
     from pydantic import ValidationError
 
