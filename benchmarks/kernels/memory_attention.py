@@ -82,7 +82,7 @@ def variants(case: Case, layer: Layer, setup: Setup) -> list[Variant]:
 def policy_route(case: Case) -> str:
     s = case.sizes
     return choose(
-        architecture(torch.device("cuda")), rows=s["batch"], max_query_len=s["queries"], shared_tokens=s["shared"],
+        architecture(torch.device("cuda")), rows=s["batch"], shared_tokens=s["shared"],
         head_dim=s["head_dim"],
     ).route  # fmt: skip
 

@@ -1,14 +1,15 @@
 """SGLang attention backend ``mem_triton``: the platform's stock backend, with memory.
 
 The stock backend is built as SGLang would build it and gets a class of its own that is ours and stock at once, so that
-whatever SGLang asks of it is answered as before. δ-mem only needs to know each step's batch. Explicit memory computes
-attention itself, in one softmax over the bank's constant prefix, a request's memory pages and its paged context; only
-prefills in which no request reads the bank take the stock path.
+whatever SGLang asks of it is answered as before. δ-mem only needs to know each step's batch. With explicit memory a
+step in which no row reads the bank is the stock step; rows that do read it are attended anew, in one softmax over the
+bank's constant prefix, their memory pages and their paged context.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -89,58 +90,68 @@ class BackendWithMemory(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: Any, save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        if self._stock_extends:
-            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, kwargs.get("sinks"))
+        stock = functools.partial(super().forward_extend, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        return self._forward(stock, q, k, v, layer, forward_batch, save_kv_cache, kwargs.get("sinks"))
 
     def forward_decode(
         self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: Any, save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        if self._stock_decodes:
-            return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        return self._attend(q, k, v, layer, forward_batch, save_kv_cache, kwargs.get("sinks"))
+        stock = functools.partial(super().forward_decode, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        return self._forward(stock, q, k, v, layer, forward_batch, save_kv_cache, kwargs.get("sinks"))
 
     @property
-    def _stock_extends(self) -> bool:
-        """Whose prefill it is may not depend on the batch in the batch-invariant way."""
+    def _is_stock_step(self) -> bool:
+        """Whether no row of the step reads more than its context. What is captured serves all steps to come."""
         memory = self.mem_triton
-        return not memory.reads_segments_now and (memory.policy is None or not memory.has_segments)
+        return not memory.has_segments or not (memory.reading or self.mem_step.captured or self._alone)
 
     @property
-    def _stock_decodes(self) -> bool:
-        """A captured step cannot choose, so with a bank every decode computes with memory."""
-        return not self.mem_triton.has_segments
+    def _alone(self) -> bool:
+        """Whether every row is attended here: in the batch-invariant way, and captured where stock knows no graphs."""
+        policy = self.mem_triton.policy
+        invariant = policy is not None and policy.batch_invariant
+        return invariant or (self.mem_step.captured and not self._stock_captures)
 
     @property
     def _stock_captures(self) -> bool:
-        """Whether the stock backend has to prepare captured steps, too; some know no graphs."""
-        return self._stock_decodes and self._stock_implements("init_cuda_graph_state")
-
-    def _stock_implements(self, method: str) -> bool:
+        """Whether the stock backend prepares captured steps, too; some know no graphs."""
         stock = type(self).__mro__[2]
-        return getattr(stock, method) is not getattr(AttentionBackend, method)
+        return stock.init_cuda_graph_state is not AttentionBackend.init_cuda_graph_state
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: Any, save_kv_cache: bool,
-        sinks: Tensor | None,
+    def _forward(
+        self, stock: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: Any,
+        save_kv_cache: bool, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """q: [tokens, Hq * D]; returns the same shape."""
+        """The stock result, in which rows with memory have theirs. q: [tokens, Hq * D]; returns the same shape."""
+        if self._is_stock_step:
+            return stock()
         if layer.attn_type != AttentionType.DECODER:
             raise ConfigError(f"layer {layer.layer_id} is not causal self-attention; memory is defined for decoders")
-        if save_kv_cache and k is not None:
-            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
-        step = self.mem_step
-        memory = self.mem_triton.segments(layer.layer_id)
+        memory, step = self.mem_triton.segments(layer.layer_id), self.mem_step
+        if memory is None and not self._alone:
+            return stock()
         read = {} if memory is None else memory.read(step.seq_lens.shape[0])
-        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        out = torch.empty_like(queries)
-        attend = functools.partial(
-            memory_attention, queries, self._context(layer, step), out, scale=layer.scaling,
-            soft_cap=layer.logit_cap or 0.0, sinks=sinks, policy=self.mem_triton.policy,
-        )  # fmt: skip
-        attend_or_lose(attend, read, lambda error: self.mem_triton.lose_step(error, False))
-        return out.view(q.shape[0], -1)
+        if self._alone or (not step.captured and all(self.mem_triton.reading)):  # nobody needs the stock result
+            if save_kv_cache and k is not None:
+                self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_layer(forward_batch, layer), k, v)
+            out = torch.empty_like(q)
+        else:
+            out = stock()
+        heads = (-1, layer.tp_q_head_num, layer.qk_head_dim)
+
+        def attend(only_readers: bool = not self._alone, **read: Any) -> None:
+            memory_attention(
+                q.reshape(heads), self._context(layer, step), out.view(heads), scale=layer.scaling,
+                soft_cap=layer.logit_cap or 0.0, sinks=sinks, only_readers=only_readers, policy=self.mem_triton.policy,
+                **read,
+            )  # fmt: skip
+
+        otherwise = functools.partial(attend, only_readers=False) if self._alone else lambda: out.copy_(stock())
+        attend_or_lose(
+            functools.partial(attend, **read), otherwise, lambda error: self.mem_triton.lose_step(error, False)
+        )
+        return out
 
     def _context(self, layer: RadixAttention, step: Step) -> PagedContext:
         size = self.mem_steps.page_size

@@ -12,12 +12,13 @@ from torch import Tensor
 @dataclass
 class Step:
     """Rows of the packed batch. block_table: int32 [rows, pages]; query_start_loc: int32 [rows + 1]; seq_lens: int32
-    [rows], each row's length after this step; max_query_len: on the host."""
+    [rows], each row's length after this step; max_query_len: on the host. captured: part of a CUDA graph."""
 
     block_table: Tensor
     query_start_loc: Tensor
     seq_lens: Tensor
     max_query_len: int
+    captured: bool = False
 
 
 class StepBuilder:
@@ -59,7 +60,7 @@ class StepBuilder:
         rows, width, static = batch.batch_size, self._width(batch), self._static
         static.block_table[:rows, :width].copy_(self._pages(batch.req_pool_indices[:rows], width))
         static.seq_lens[:rows].copy_(batch.seq_lens[:rows])
-        return Step(static.block_table[:rows], static.query_start_loc[: rows + 1], static.seq_lens[:rows], 1)
+        return Step(static.block_table[:rows], static.query_start_loc[: rows + 1], static.seq_lens[:rows], 1, True)
 
     def _width(self, batch: Any) -> int:
         """Pages of the longest row, as far as the host knows it."""

@@ -42,15 +42,14 @@ class WorkerMemory(BatchMemory):
     keys and values lie.
 
     on_stream: the context in which work joins the forward passes' stream. lock: between SGLang's thread and the
-    channel's. reads_segments_now: whether attention reads more than the context for a row of the coming step; else a
-    prefill takes the stock path. policy: of attention; None leaves the way to each step's batch.
+    channel's. policy: of attention; None leaves the way to each step's batch.
     """
 
     def __init__(self, context: ContextReader, on_stream: Any = contextlib.nullcontext, policy: Policy | None = None):
         super().__init__()
         self.states: DeltaStates | None = None
         self.context, self.on_stream, self.policy = context, on_stream, policy
-        self.lock, self.reads_segments_now = threading.Lock(), False
+        self.lock = threading.Lock()
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -75,7 +74,6 @@ class WorkerMemory(BatchMemory):
                 self.skip_step(ids, error)
             else:
                 self.begin_step(ids, first, last)
-            self.reads_segments_now = self.has_segments and self.reads_segments(ids)
 
     def end_request(self, request: Any) -> None:
         """A request gives its row back, finished, aborted or retracted; its KV is still where it was."""

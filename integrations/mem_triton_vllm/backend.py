@@ -1,217 +1,211 @@
-"""vLLM attention backend: one softmax over the bank's constant prefix, a request's memory pages and its paged context.
+"""vLLM's own attention backend, with memory for the rows that read some.
 
-vLLM offers the slot ``CUSTOM`` for backends of others, and CUDA takes it by name. Its CPU platform ignores the choice
-and always takes ``CPU_ATTN``, so there the override of that slot is set while the model is built, and taken back after.
+The backend that vLLM has chosen for a layer gets a class of its own that is ours and stock at once: its builder, its
+metadata, its KV layout and cache update, its CUDA-graph support. A step in which no row reads memory is the stock step.
+In others the rows that do get attention over memory and context in one softmax: by merging memory into the stock
+result where the backend gives a log-sum-exp (``flash_lse``), else by attending those rows anew.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from vllm.config import VllmConfig
-from vllm.platforms import current_platform
-from vllm.v1.attention import selector
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionImpl,
-    AttentionMetadataBuilder,
-    AttentionType,
-    CommonAttentionMetadata,
-    MultipleOf,
-)
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
 
 from mem_triton.config import ConfigError
-from mem_triton.ops.memory_attention import PagedContext, Policy, memory_attention
-from mem_triton.runtime.worker.memory import attend_or_lose
+from mem_triton.ops.memory_attention import PagedContext, Policy, add_memory, memory_attention
+from mem_triton.runtime.worker.memory import BatchMemory, attend_or_lose
 from mem_triton.systems.base import LayerSegments
+from mem_triton_vllm import flash_lse
+from mem_triton_vllm.cache_layout import CacheLayout, layout_of_cache
 
 
-@dataclass
-class MemoryAttentionMetadata:
-    """One step's batch; device tensors except the two lengths."""
+class Step(NamedTuple):
+    """What memory needs of a step's batch; device tensors but for the two numbers."""
 
-    num_actual_tokens: int
+    tokens: int  # without padding
     max_query_len: int
     query_start_loc: Tensor  # int32 [rows + 1]
     seq_lens: Tensor  # int32 [rows], length after this step
     block_table: Tensor  # int32 [rows, max_blocks]
-    slot_mapping: Tensor  # int64 [tokens]
 
 
-class MemoryAttentionMetadataBuilder(AttentionMetadataBuilder[MemoryAttentionMetadata]):
-    """Passes the common metadata on. Nothing is computed on the host, so every CUDA graph mode is supported."""
+class BuilderWithMemory(AttentionMetadataBuilder):
+    """Goes in front of a stock builder: its metadata carries the step as ``mem_triton``."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
-
-    def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
-    ) -> None:
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        layouts: dict[type, CacheLayout] = {}
+        for name, layer in layers.items():
+            kind = type(layer.impl)
+            if kind not in layouts:
+                layouts[kind] = layout_of_cache(name, layer, kv_cache_spec, device)
+            layer.impl.mem_layout = layouts[kind]
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> MemoryAttentionMetadata:
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
         m = common_attn_metadata
-        return MemoryAttentionMetadata(
-            m.num_actual_tokens, m.max_query_len, m.query_start_loc, m.seq_lens, m.block_table_tensor, m.slot_mapping
+        metadata.mem_triton = Step(
+            m.num_actual_tokens, m.max_query_len, m.query_start_loc, m.seq_lens, m.block_table_tensor
         )
+        return metadata
+
+    def update_block_table(self, metadata: Any, blk_table: Tensor, slot_mapping: Tensor) -> Any:
+        updated = super().update_block_table(metadata, blk_table, slot_mapping)
+        updated.mem_triton = Step(*metadata.mem_triton[:4], block_table=blk_table)
+        return updated
 
 
-class MemoryAttentionBackend(AttentionBackend):
-    """Decoder attention on any KV-cache layout, with memory."""
+class AttentionWithMemory(AttentionImpl):
+    """Goes in front of a stock implementation's class.
 
-    forward_includes_kv_cache_update: bool = False
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
-
-    @staticmethod
-    def get_name() -> str:
-        return AttentionBackendEnum.CUSTOM.name  # vLLM looks the name up in its enum
-
-    @staticmethod
-    def get_impl_cls() -> type[MemoryAttentionImpl]:
-        return MemoryAttentionImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[MemoryAttentionMetadataBuilder]:
-        return MemoryAttentionMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[MultipleOf]:
-        return [MultipleOf(16)]
-
-    @classmethod
-    def supports_head_size(cls, head_size: int) -> bool:
-        return 32 <= head_size <= 256
-
-    @classmethod
-    def supports_sink(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_batch_invariance(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_attn_type(cls, attn_type: str) -> bool:
-        return attn_type == AttentionType.DECODER
-
-
-class MemoryAttentionImpl(AttentionImpl):
-    """One layer's attention. Without ``mem_triton_memory`` at the layer it is plain causal attention.
-
-    policy: which way it takes; None leaves that to each step's batch. lose: told of an exception with memory.
+    mem_batch: which rows of the step read memory; None until it is connected. mem_segments: what this layer reads
+    besides its context, None for nothing. mem_policy: how; None leaves that to each step's batch. mem_layout: how the
+    KV cache lies.
     """
 
-    policy: Policy | None = None
-    lose: Callable[[BaseException], None]
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int | None = None,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: Tensor | None = None,
-    ) -> None:
-        unsupported = {
-            "ALiBi slopes": alibi_slopes,
-            "a sliding window (serve with --disable-sliding-window if the model's quality allows)": sliding_window,
-            "a KV cache shared between layers": kv_sharing_target_layer_name,
-        }
-        for name, value in unsupported.items():
-            if value is not None:
-                raise ConfigError(f"memory in attention does not support models with {name}")
-        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
-        self.num_kv_heads = num_kv_heads or num_heads
-        self.kv_cache_dtype, self.soft_cap = kv_cache_dtype, logits_soft_cap or 0.0
-        self.sinks = None if sinks is None else sinks.float()
-
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Write this step's keys and values, [tokens, Hkv, D], into the cache [blocks, Hkv, N, 2D]."""
-        if kv_cache.numel() == 0:
-            return
-        if kv_cache.is_cuda:
-            from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
-
-            keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
-            triton_reshape_and_cache_flash(
-                key, value, keys, values, slot_mapping, self.kv_cache_dtype, layer._k_scale, layer._v_scale
-            )
-            return
-        real = slot_mapping >= 0
-        slots = slot_mapping[real]
-        tokens = torch.cat([key, value], dim=-1)[: len(real)][real].to(kv_cache.dtype)  # [tokens, Hkv, 2D]
-        block_size = kv_cache.shape[2]
-        kv_cache.transpose(1, 2)[slots // block_size, slots % block_size] = tokens
+    mem_batch: BatchMemory | None = None
+    mem_segments: LayerSegments | None = None
+    mem_policy: Policy | None = None
+    mem_layout: CacheLayout | None = None
 
     def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: MemoryAttentionMetadata | None,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """query, output: [tokens, Hq, D]; kv_cache: [blocks, Hkv, N, 2D] in any physical order."""
-        if attn_metadata is None:  # vLLM's memory profiling run
-            return output.zero_()
-        m = attn_metadata
-        keys, values = kv_cache.split(self.head_size, dim=-1)
-        context = PagedContext(keys, values, m.block_table, m.query_start_loc, m.seq_lens, m.max_query_len)
-        memory: LayerSegments | None = getattr(layer, "mem_triton_memory", None)
-        read = {} if memory is None else memory.read(m.seq_lens.shape[0])
-        tokens = m.num_actual_tokens
-        heads = (tokens, self.num_heads, self.head_size)
-        attend = functools.partial(
-            memory_attention, query[:tokens].view(heads), context, output[:tokens].view(heads), scale=self.scale,
-            soft_cap=self.soft_cap, sinks=self.sinks, policy=self.policy,
-        )  # fmt: skip
-        attend_or_lose(attend, read, self.lose)
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any,
+        output: Tensor, *args: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        """query, output: [tokens, Hq, D]; kv_cache: [blocks, Hkv, N, 2D] as the stock backend keeps it."""
+        stock = functools.partial(
+            super().forward, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
+        )
+        step: Step | None = getattr(attn_metadata, "mem_triton", None)
+        if step is None or self.mem_segments is None:
+            return stock()
+        captured, alone = _is_captured(), self.mem_policy is not None and self.mem_policy.batch_invariant
+        if not (self.mem_batch.reading or captured or alone):
+            return stock()
+        attend = functools.partial(self.mem_attend, query, kv_cache, step, output)
+        if alone:  # no other way's bits are the same in any batch
+            attend_or_lose(attend, functools.partial(attend, read={}), self._lose)
+        elif self.mem_merges:
+            with flash_lse.collected() as log_sums:
+                stock()
+            attend_or_lose(functools.partial(self.mem_add, layer, query, step, output, log_sums), stock, self._lose)
+        else:
+            if captured or not all(self.mem_batch.reading):
+                stock()
+            attend_or_lose(functools.partial(attend, only_readers=True), stock, self._lose)
         return output
 
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        """No: memory is added to the output."""
+        return False
 
-PATH = f"{MemoryAttentionBackend.__module__}.{MemoryAttentionBackend.__qualname__}"
+    @property
+    def mem_merges(self) -> bool:
+        """Whether the stock result comes with a log-sum-exp into which memory can be merged."""
+        return self._sinks is None and flash_lse.gives_log_sums(self)
+
+    def mem_attend(
+        self, query: Tensor, kv_cache: Tensor, step: Step, output: Tensor, only_readers: bool = False,
+        read: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Memory and context of a step's rows in one softmax. read: None for what the layer reads."""
+        if read is None:
+            read = self.mem_segments.read(len(step.seq_lens))
+        heads = (step.tokens, self.num_heads, self.head_size)
+        memory_attention(
+            query[: step.tokens].view(heads), self.mem_context(kv_cache, step), output[: step.tokens].view(heads),
+            scale=self.scale, soft_cap=_soft_cap(self), sinks=self._sinks, only_readers=only_readers,
+            policy=self.mem_policy, **read,
+        )  # fmt: skip
+
+    def mem_add(self, layer: Any, query: Tensor, step: Step, output: Tensor, log_sums: list[Tensor]) -> None:
+        """Merge memory into what the stock backend has left. log_sums: [Hq, tokens], natural logarithms, one."""
+        heads, (log_sum,) = (step.tokens, self.num_heads, self.head_size), log_sums
+        if query.dtype != output.dtype:  # quantised for an 8-bit KV cache
+            query = query.to(output.dtype) * layer._q_scale.to(output.dtype)
+        add_memory(
+            query[: step.tokens].view(heads), step.query_start_loc, step.seq_lens, step.max_query_len,
+            output[: step.tokens].view(heads), log_sum.t(), scale=self.scale, soft_cap=_soft_cap(self),
+            **self.mem_segments.read(len(step.seq_lens)),
+        )  # fmt: skip
+
+    def mem_context(self, kv_cache: Tensor, step: Step) -> PagedContext:
+        """The rows' context, as memory attention reads it."""
+        keys, values = self.mem_layout.split(kv_cache)
+        return PagedContext(
+            keys, values, step.block_table, step.query_start_loc, step.seq_lens, step.max_query_len,
+            self.mem_layout.packing,
+        )  # fmt: skip
+
+    @property
+    def _sinks(self) -> Tensor | None:
+        sinks = getattr(self, "sinks", None)
+        return None if sinks is None else sinks.float()
+
+    def _lose(self, error: BaseException) -> None:
+        self.mem_batch.lose_step(error, False)
 
 
-@contextmanager
-def chosen_for(vllm_config: VllmConfig) -> Iterator[None]:
-    """While the model is built, its attention layers take this backend. Raises ConfigError if another one was asked."""
-    chosen = vllm_config.attention_config.backend
-    if chosen not in (None, AttentionBackendEnum.CUSTOM):
-        raise ConfigError(
-            f"memory in attention needs its own attention backend, and --attention-backend asks for {chosen.name}; "
-            "leave the option out"
-        )
-    if not current_platform.is_cpu():
-        register_backend(AttentionBackendEnum.CUSTOM, PATH)
-        vllm_config.attention_config.backend = AttentionBackendEnum.CUSTOM
-        yield
-        return
-    register_backend(AttentionBackendEnum.CPU_ATTN, PATH)
-    selector._cached_get_attn_backend.cache_clear()  # it would answer from before
-    try:
-        yield
-    finally:  # other models in this process keep the stock one
-        AttentionBackendEnum.CPU_ATTN.clear_override()
-        selector._cached_get_attn_backend.cache_clear()
+def add_to(name: str, attention: Attention) -> None:
+    """Give a layer's stock backend and implementation our classes. Raises ConfigError for what memory cannot serve."""
+    impl = attention.impl
+    obstacles = {
+        "ALiBi slopes: a memory has no distance to slope by": getattr(impl, "alibi_slopes", None) is not None,
+        f"heads of {impl.head_size} channels: its kernels have 32 to 256": not 32 <= impl.head_size <= 256,
+        "a KV cache in another dtype than the model's, under an attention backend that gives no log-sum-exp; leave "
+        "--kv-cache-dtype out": attention.kv_cache_torch_dtype != attention.dtype
+        and not flash_lse.gives_log_sums(impl),
+        f"{attention.attn_backend.get_name()}, which writes the KV cache inside of attention; choose another "
+        "--attention-backend": attention.attn_backend.forward_includes_kv_cache_update,
+    }
+    for what, there in obstacles.items():
+        if there:
+            raise ConfigError(f"memory in attention cannot be attached to {name}: the layer has {what}")
+    attention.attn_backend = with_memory(attention.attn_backend)
+    impl.__class__ = implementation_with_memory(type(impl))
+    if flash_lse.gives_log_sums(impl):
+        flash_lse.install()
+
+
+@functools.cache
+def with_memory(stock: type[AttentionBackend]) -> type[AttentionBackend]:
+    """A backend's class with memory."""
+    builder = _joined(BuilderWithMemory, stock.get_builder_cls())
+    implementation = implementation_with_memory(stock.get_impl_cls())
+    methods: dict[str, Callable[..., Any]] = {
+        "get_builder_cls": lambda: builder,
+        "get_impl_cls": lambda: implementation,
+    }
+    return type(
+        f"{stock.__name__}WithMemory",
+        (stock,),
+        {"__module__": __name__} | {n: staticmethod(m) for n, m in methods.items()},
+    )
+
+
+@functools.cache
+def implementation_with_memory(stock: type[AttentionImpl]) -> type[AttentionImpl]:
+    """A backend's implementation with memory."""
+    return _joined(AttentionWithMemory, stock)
+
+
+def _joined(ours: type, stock: type) -> type:
+    return type(f"{stock.__name__}WithMemory", (ours, stock), {"__module__": __name__})
+
+
+def _is_captured() -> bool:
+    """Whether this step is, or goes into, a CUDA graph of the whole model: whatever it does, all its replays do."""
+    return is_forward_context_available() and get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.FULL
+
+
+def _soft_cap(impl: Any) -> float:
+    """The stock implementations call it so, or so."""
+    return float(getattr(impl, "logits_soft_cap", None) or 0.0)

@@ -7,7 +7,6 @@ sure that δ-mem is attached after LoRA and before the KV cache is planned.
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -18,8 +17,6 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from mem_triton.compat import installation
-from mem_triton.systems import registry
-from mem_triton.systems.base import Capability
 from mem_triton_vllm import warmup
 from mem_triton_vllm.names import LOAD_FORMAT
 from mem_triton_vllm.refusals import check_engine, check_touch_points, section_of
@@ -53,18 +50,10 @@ class MemTritonLoader(BaseModelLoader):
         check_touch_points()
         logger.info("%s", installation(__file__))
         check_engine(vllm_config)
-        reads = Capability.SEGMENTS in registry.required(config.systems)
-        with _attention_with_memory(vllm_config) if reads else nullcontext():
-            model = self.base.load_model(vllm_config, model_config, prefix)
+        model = self.base.load_model(vllm_config, model_config, prefix)
         _prepare(vllm_config, model, config)
         warmup.register(vllm_config)
         return model
-
-
-def _attention_with_memory(vllm_config: VllmConfig) -> AbstractContextManager[None]:
-    from mem_triton_vllm import backend  # δ-mem alone leaves the stock backend in place
-
-    return backend.chosen_for(vllm_config)
 
 
 def _prepare(vllm_config: VllmConfig, model: nn.Module, config: Any) -> None:

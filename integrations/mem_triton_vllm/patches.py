@@ -86,23 +86,26 @@ PATCHES: tuple[EnginePatch, ...] = (
         until="run-batch refuses fields that it does not know.",
     ),
     EnginePatch(
-        target="vllm.v1.attention.backends.registry: the slot CPU_ATTN",
-        kind="patch",
-        sites=("backend.chosen_for: register_backend",),
-        what="On a CPU the slot's class is overridden while the model is built, and put back after it. The same call "
-        "fills the slot CUSTOM elsewhere, which is meant for that.",
-        why="Attention of layers with a bank runs over memory and context in one softmax.",
-        upstream="vLLM's CPU platform takes CPU_ATTN whatever backend was chosen.",
-        until="The CPU platform honours --attention-backend CUSTOM.",
+        target="attn_backend and the class of impl of attention layers",
+        kind="object",
+        sites=("backend.add_to: attention.attn_backend", "backend.add_to: impl.__class__"),
+        what="In a worker whose configuration has a bank, each attention layer's backend and implementation get "
+        "subclasses of the classes that vLLM has chosen. Steps in which no row reads memory call the stock methods "
+        "and nothing else.",
+        why="Rows that read memory attend to it and to their context in one softmax.",
+        upstream="A backend of one's own replaces vLLM's choice instead of adding to it, and the CPU platform takes "
+        "none.",
+        until="A layer takes keys and values besides its context, or a plugin may wrap the chosen backend.",
     ),
     EnginePatch(
-        target="vllm_config.attention_config.backend",
-        kind="object",
-        sites=("backend.chosen_for: vllm_config.attention_config.backend",),
-        what="In a worker whose configuration has a bank the choice is set to CUSTOM, after another one was refused.",
-        why="One option, the mem_triton section, is enough to serve a bank.",
-        upstream="--attention-backend CUSTOM is the user's to give.",
-        until="A load format may choose the backend, or users are asked to give the option.",
+        target="vllm.v1.attention.backends.flash_attn.flash_attn_varlen_func",
+        kind="patch",
+        sites=("flash_lse.install: flash_attn.flash_attn_varlen_func",),
+        what="The name is wrapped in workers with a bank and FlashAttention: while a layer with memory runs, its "
+        "log-sum-exp is asked for and kept. The same kernel is launched.",
+        why="Memory is merged into the engine's own attention by log-sum-exp.",
+        upstream="The implementation drops the log-sum-exp, except under decode context parallelism.",
+        until="AttentionImpl.forward can hand on its log-sum-exp.",
     ),
     EnginePatch(
         target="qkv_proj and o_proj of the model's attention modules",
@@ -134,9 +137,9 @@ PATCHES: tuple[EnginePatch, ...] = (
         until="A plugin may add rows to a merged projection.",
     ),
     EnginePatch(
-        target="attention layers: mem_triton_memory, impl.policy, impl.lose",
+        target="attention layers: impl.mem_batch, impl.mem_segments, impl.mem_policy, impl.mem_layout",
         kind="object",
-        sites=("attention.connect: attention.*",),
+        sites=("attention.connect: attention.*", "backend.BuilderWithMemory.*"),
         what="A layer's attention is told which pages and segments it reads, how its batches are computed, and whom "
         "to tell of an exception.",
         why="vLLM builds the backend's objects itself, before the memory is there.",
@@ -245,10 +248,8 @@ PATCHES: tuple[EnginePatch, ...] = (
 PRIVATE: dict[str, str] = {
     "_LOAD_FORMAT_TO_MODEL_LOADER": "the table of load formats is looked at, so that registering twice is harmless",
     "_api_process_count": "the number of API servers: memory needs one front end",
-    "_cached_get_attn_backend": "the choice of an attention backend is remembered, and forgotten when we change it",
     "_ensure_registered": "vLLM registers its own KV cache specs before ours",
-    "_k_scale": "the layer's scale, for vLLM's kernel that writes the KV cache",
-    "_v_scale": "as _k_scale",
+    "_q_scale": "the layer's scale of queries that were quantised for an 8-bit KV cache",
     "_verify_tokens": "texts of tokens that are parts of a character, for the log-probabilities of an answer in pieces",
 }
 """Private name of vLLM that is read or called -> what for."""

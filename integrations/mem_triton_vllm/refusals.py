@@ -204,9 +204,21 @@ TOUCH_POINTS: dict[str, Callable[[], bool]] = {
     "generate_block_hash_extra_keys": lambda: _takes(
         "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys", "request", "start_token_idx", "end_token_idx"
     ),
-    "register_backend": lambda: _takes("vllm.v1.attention.backends.registry:register_backend", "backend", "class_path"),
-    "backend selection": lambda: _has("vllm.v1.attention.selector:_cached_get_attn_backend", "cache_clear"),
-    "AttentionImpl": lambda: _has("vllm.v1.attention.backend:AttentionImpl", "forward"),
+    "AttentionImpl": lambda: _takes(
+        "vllm.v1.attention.backend:AttentionImpl.forward", "layer", "query", "kv_cache", "attn_metadata", "output"
+    ),
+    "AttentionMetadataBuilder": lambda: _takes(
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.build", "common_prefix_len", "common_attn_metadata"
+    ),
+    "CommonAttentionMetadata": lambda: _has(
+        "vllm.v1.attention.backend:CommonAttentionMetadata",
+        "num_actual_tokens",
+        "max_query_len",
+        "query_start_loc",
+        "seq_lens",
+        "block_table_tensor",
+    ),
+    "cudagraph_runtime_mode": lambda: _has("vllm.forward_context:ForwardContext", "cudagraph_runtime_mode"),
     "RequestOutput.kv_transfer_params": lambda: _takes("vllm.outputs:RequestOutput", "kv_transfer_params"),
     "eager_break_during_capture": lambda: _takes(
         "vllm.compilation.breakable_cudagraph:eager_break_during_capture", "fn"

@@ -17,6 +17,7 @@ from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 
 from mem_triton.runtime.worker.warmup import Batch, batches
 from mem_triton.systems.delta_mem.folding import empty_projections
+from mem_triton_vllm.backend import Step
 from mem_triton_vllm.state_cache import DeltaStateCache, DeltaStateMetadata
 
 
@@ -50,13 +51,14 @@ class MemoryKernels:
             (self._step_states if isinstance(layer, DeltaStateCache) else self._attend)(layer, key.batch)
 
     def _attend(self, layer: Any, batch: Batch) -> None:
-        from mem_triton_vllm.backend import MemoryAttentionMetadata
-
         impl, cache = layer.impl, layer.kv_cache
-        heads = torch.empty(batch.tokens, impl.num_heads * impl.head_size, dtype=cache.dtype, device=cache.device)
-        starts, lengths, blocks = self._padding(batch, cache.device)
-        metadata = MemoryAttentionMetadata(batch.tokens, batch.longest, starts, lengths, blocks, lengths)
-        impl.forward(layer, heads, heads, heads, cache, metadata, heads)
+        heads = torch.empty(batch.tokens, impl.num_heads, impl.head_size, dtype=layer.dtype, device=cache.device)
+        step = Step(batch.tokens, batch.longest, *self._padding(batch, cache.device))
+        if impl.mem_merges:
+            log_sum = torch.empty(impl.num_heads, batch.tokens, device=cache.device)
+            impl.mem_add(layer, heads, step, heads, [log_sum])
+        else:
+            impl.mem_attend(heads, cache, step, heads, only_readers=impl.mem_policy is None)
 
     def _step_states(self, layer: DeltaStateCache, batch: Batch) -> None:
         device, spec, dtype = layer.kv_cache.device, layer.spec, self.config.model_config.dtype
@@ -96,9 +98,8 @@ def _kind(layer: Any) -> tuple | None:
     if isinstance(layer, DeltaStateCache):
         inputs = layer.inputs
         return ("states", layer.spec, *_describe(layer.kv_cache), *_describe(vars(inputs).values() if inputs else ()))
-    if isinstance(layer, Attention) and hasattr(layer.impl, "policy"):
-        memory = getattr(layer, "mem_triton_memory", None)
-        read = {} if memory is None else memory.read(1)
+    if isinstance(layer, Attention) and getattr(layer.impl, "mem_segments", None) is not None:
+        read = layer.impl.mem_segments.read(1)
         return ("attention", layer.impl.num_heads, layer.impl.head_size, *_describe([layer.kv_cache, *read.values()]))
     return None
 

@@ -260,11 +260,11 @@ def test_opcheck():
     options = {
         "max_query_len": 3, "scale": case.scale, "soft_cap": 0.0, "sinks": case.sinks, "row_slot": case.row_slot,
         "pages": clean(case.pages), "table": clean(case.table), "shared": list(case.shared[:-1]), "shared_bias": 0.0,
-        "lse": case.lse,
+        "lse": case.lse, "only_readers": False,
     }  # fmt: skip
     for chosen in (options, {**options, "row_slot": None, "pages": [], "table": [], "shared": [], "lse": None}):
         torch.library.opcheck(
-            torch.ops.mem_triton.memory_attention, (case.query, clean(case.context[:-1]), case.out), chosen
+            torch.ops.mem_triton.memory_attention, (case.query, clean(case.context[:5]), case.out), chosen
         )
 
 
@@ -278,6 +278,27 @@ def test_a_compiled_caller_gets_the_same_as_an_eager_one():
 
     step(traced.query, traced.out, traced.lse)
     assert torch.equal(traced.out, eager.out) and torch.equal(traced.lse, eager.lse)
+
+
+def test_rows_that_read_nothing_are_left_to_another_backend():
+    """``only_readers``: rows with memory as ever, the others not touched."""
+    case = make_case([(3, 4), (2, 9), (1, 7)], memories=[[(8, 0, FOREVER)], None, []], shared=5, padding_tokens=2)
+    whole, part = run(case), case.fresh()
+    memory_attention(part.query, part.context, part.out, lse=part.lse, only_readers=True, **part.reads())
+    for ours, everybody in ((part.out, whole.out), (part.lse, whole.lse)):
+        assert torch.equal(ours[:3], everybody[:3]) and torch.equal(ours[5:6], everybody[5:6])
+        assert ours[3:5].isnan().all() and ours[6:].isnan().all()
+    nobody = case.without_memory()
+    memory_attention(nobody.query, nobody.context, nobody.out, only_readers=True, **nobody.reads())
+    assert nobody.out.isnan().all()
+
+
+def test_the_batch_invariant_way_attends_everybody():
+    case = make_case([(1, 4)], memories=[[(8, 0, FOREVER)]])
+    with pytest.raises(ValueError, match="only_readers: in the batch-invariant way"):
+        memory_attention(
+            case.query, case.context, case.out, only_readers=True, policy=Policy(batch_invariant=True), **case.reads()
+        )
 
 
 def test_without_lse_and_without_slots():

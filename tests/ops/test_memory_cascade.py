@@ -206,7 +206,7 @@ def test_arguments_that_do_not_fit_are_named(change, message):
 
 
 def route(**changes) -> str:
-    shapes = {"rows": 64, "max_query_len": 1, "shared_tokens": 12800, "head_dim": 128, **changes}
+    shapes = {"rows": 64, "shared_tokens": 12800, "head_dim": 128, **changes}
     return choose("sm90", **shapes).route
 
 
@@ -215,12 +215,6 @@ def test_policy_batches_the_shared_segment_where_it_saves_reading():
     assert route(rows=1) == "fused"  # nobody else to share it with
     assert route(shared_tokens=0) == "fused"
     assert route(shared_tokens=64, rows=1000) == "fused"  # a constant prefix is too short for a launch of its own
-
-
-def test_policy_takes_the_stock_prefill_only_where_there_is_one():
-    assert route(max_query_len=2048, rows=1, stock_lse=True) == "stock_context"
-    assert route(max_query_len=2048, rows=1) == "fused"
-    assert route(stock_lse=True) == "shared_batched"
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -233,10 +227,10 @@ def test_more_to_save_never_turns_the_policy_back(rows, tokens, more):
 def test_policy_sees_host_integers_alone():
     """Nothing on the device may steer it: a captured graph could not follow."""
     kinds = {p.annotation for p in inspect.signature(choose).parameters.values()}
-    assert kinds == {"str", "int", "bool"}
+    assert kinds == {"str", "int"}
     assert thresholds("a GPU of 2030") in THRESHOLDS.values()
 
 
 def test_an_unknown_route_is_refused():
-    with pytest.raises(ValueError, match="route='fast': expected one of fused, shared_batched, stock_context"):
+    with pytest.raises(ValueError, match="route='fast': expected one of fused, shared_batched"):
         Policy("fast")

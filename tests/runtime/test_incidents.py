@@ -229,18 +229,23 @@ def test_fault02_a_request_whose_pages_were_given_away_does_not_read_them(path):
 def test_fault01_attention_goes_on_without_memory_and_what_it_raises_then_is_not_ours():
     calls, lost = [], []
 
-    def attend(**read) -> None:
-        calls.append(read)
-        if read or broken:
+    def attend(way: str) -> None:
+        calls.append(way)
+        if way in broken:
             raise RuntimeError("kernel")
 
-    broken = False
-    attend_or_lose(attend, {"row_slot": 1}, lost.append)
-    attend_or_lose(attend, {}, lost.append)
-    assert calls == [{"row_slot": 1}, {}, {}] and [str(e) for e in lost] == ["kernel"]
-    broken = True
+    def run() -> None:
+        attend_or_lose(lambda: attend("memory"), lambda: attend("stock"), lost.append)
+
+    broken = ["memory"]
+    run()
+    assert calls == ["memory", "stock"] and [str(e) for e in lost] == ["kernel"]
+    broken = []
+    run()
+    assert calls[2:] == ["memory"]
+    broken = ["memory", "stock"]
     with pytest.raises(RuntimeError):
-        attend_or_lose(attend, {"row_slot": 1}, lost.append)
+        run()
     assert len(lost) == 1
 
 

@@ -50,7 +50,7 @@ def new_tensors_for_replays() -> None:
         rows = batch.batch_size
         starts = torch.arange(rows + 1, dtype=torch.int32)
         pages = self._pages(batch.req_pool_indices[:rows], self._width(batch)).clone()
-        return Step(pages, starts, batch.seq_lens[:rows].to(torch.int32, copy=True), 1)
+        return Step(pages, starts, batch.seq_lens[:rows].to(torch.int32, copy=True), 1, captured=True)
 
     StepBuilder.captured = captured
 

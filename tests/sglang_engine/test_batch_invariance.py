@@ -22,7 +22,8 @@ def test_deterministic_inference_takes_our_backend():
     ("reads_bank", "policy", "stock"),
     [(False, None, True), (True, None, False), (False, Policy(batch_invariant=True), False)],
 )
-def test_whose_prefill_it_is(reads_bank, policy, stock):
+def test_whose_step_it_is(reads_bank, policy, stock):
     """Otherwise a row without memory would be stock's or ours, as its neighbours have none or some."""
-    memory = SimpleNamespace(reads_segments_now=reads_bank, policy=policy, has_segments=True)
-    assert BackendWithMemory._stock_extends.fget(SimpleNamespace(mem_triton=memory)) is stock
+    memory = SimpleNamespace(reading=[True] if reads_bank else (), policy=policy, has_segments=True)
+    backend = SimpleNamespace(mem_triton=memory, mem_step=SimpleNamespace(captured=False), _alone=policy is not None)
+    assert BackendWithMemory._is_stock_step.fget(backend) is stock

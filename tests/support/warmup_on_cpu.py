@@ -92,11 +92,25 @@ def _attention_as_on_a_gpu() -> None:
     cascade_launch.architecture = launch.architecture
 
     def attend(query: Any, context: Any, out: Any, **options: Any) -> None:
+        context = _by_token(context, query.shape[-1])
         shared = options["shared"]
         policy = choose(
-            "sm90", rows=len(context.seq_lens), max_query_len=context.max_query_len,
+            "sm90", rows=len(context.seq_lens),
             shared_tokens=0 if shared is None else shared.keys.shape[1], head_dim=query.shape[2],
         )  # fmt: skip
         (cascade if policy.route == "shared_batched" else launch).attend(query, context, out, **options)
 
     paged_torch.attend = attend
+
+
+def _by_token(context: Any, size: int) -> Any:
+    """What a GPU's KV cache would be: keys and values of a token beside each other."""
+    if context.packing is None:
+        return context
+    import torch
+
+    from mem_triton.ops.memory_attention.packing import unpack_keys, unpack_values
+
+    keys, values = unpack_keys(context.keys, context.packing), unpack_values(context.values, context.packing)
+    keys, values = torch.cat([keys, values], -1).split(size, -1)
+    return context._replace(keys=keys, values=values, packing=None)

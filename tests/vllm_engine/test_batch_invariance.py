@@ -6,11 +6,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.attention.backend import AttentionImpl
 
 from mem_triton.config import parse_config
 from mem_triton.ops.memory_attention import Policy
+from mem_triton.runtime.worker.memory import BatchMemory
 from mem_triton.systems.delta_mem.slots import StateSlots
 from mem_triton_vllm import backend, state_cache, worker
+from mem_triton_vllm.cache_layout import CacheLayout
+
+
+class Stock(AttentionImpl):
+    """An engine's implementation that counts its calls."""
+
+    stock_calls = 0
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def forward(self, *args, **kwargs):
+        self.stock_calls += 1
 
 
 @pytest.mark.parametrize(("configured", "variable"), [(True, "0"), (False, "1"), (False, "0")])
@@ -28,7 +43,7 @@ def test_the_option_or_vllms_own_mode_turns_it_on(configured, variable, monkeypa
     on = configured or variable == "1"
     (host,) = hosts
     assert host.attach_states() == on == host.deterministic
-    assert attention.impl.policy == (Policy(batch_invariant=True) if on else None)
+    assert attention.impl.mem_policy == (Policy(batch_invariant=True) if on else None)
 
 
 @pytest.mark.parametrize("on", [True, False])
@@ -38,7 +53,6 @@ def test_the_states_tables_are_told(on):
 
 def test_every_backend_says_that_it_can():
     """vLLM refuses to start in its own mode otherwise."""
-    assert backend.MemoryAttentionBackend.supports_batch_invariance()
     assert state_cache.DeltaStateBackend.supports_batch_invariance()
 
 
@@ -58,12 +72,17 @@ def test_both_ops_are_told(on, monkeypatch):
 
 
 def test_attention_is_told(monkeypatch):
+    """Told so, it attends every row itself, whether or not one reads memory; else the stock step is left alone."""
     seen = []
     monkeypatch.setattr(backend, "memory_attention", lambda *args, policy, **options: seen.append(policy))
-    layer = backend.MemoryAttentionImpl(2, 32, 1.0)
+    layer = backend.implementation_with_memory(Stock)()
+    layer.num_heads, layer.head_size, layer.scale = 2, 32, 1.0
+    layer.mem_batch, layer.mem_layout = BatchMemory(), CacheLayout(32)
+    layer.mem_segments = SimpleNamespace(read=lambda rows: {})
     tensors = [torch.zeros(1, 64) for _ in range(3)]
-    metadata = backend.MemoryAttentionMetadata(1, 1, *(torch.zeros(1, dtype=torch.int32) for _ in range(4)))
+    step = backend.Step(1, 1, *(torch.zeros(1, dtype=torch.int32) for _ in range(3)))
     for policy in (None, Policy(batch_invariant=True)):
-        layer.policy, layer.lose = policy, None
+        layer.mem_policy = policy
+        metadata = SimpleNamespace(mem_triton=step)
         layer.forward(SimpleNamespace(), *tensors, torch.zeros(1, 2, 16, 64), metadata, torch.zeros(1, 64))
-    assert seen == [None, Policy(batch_invariant=True)]
+    assert seen == [Policy(batch_invariant=True)] and layer.stock_calls == 1

@@ -23,6 +23,7 @@ def attend(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     lse: Tensor | None = None,
+    only_readers: bool = False,
 ) -> None:
     """``memory_attention`` in two launches, of which the second reads the shared segment once for the whole batch.
 
@@ -34,7 +35,7 @@ def attend(
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     launch.attend(
         query, context, out, scale=scale, row_slot=row_slot, pages=pages, table=table, soft_cap=soft_cap, sinks=sinks,
-        lse=lse,
+        lse=lse, only_readers=only_readers,
     )  # fmt: skip
     cascade_launch.attend_shared(
         query, context.query_start_loc, context.seq_lens, out, lse,

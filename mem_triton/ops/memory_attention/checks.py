@@ -32,12 +32,16 @@ def check(
             f"query: {query.dtype} {tuple(query.shape)}, expected [T, Hq, D] in float32, bfloat16 or float16"
         )
     tokens, heads, size = query.shape
-    if context.keys.dim() != 4:
-        raise ValueError(f"context.keys: shape {tuple(context.keys.shape)}, expected [blocks, Hkv, N, D]")
+    packing = context.packing
+    if context.keys.dim() != (4 if packing is None else 3):
+        wanted = "[blocks, Hkv, N, D]" if packing is None else "[blocks, Hkv, N * D], as they are packed"
+        raise ValueError(f"context.keys: shape {tuple(context.keys.shape)}, expected {wanted}")
+    if packing is not None and query.device.type != "cpu":
+        raise ValueError("context.packing: kernels of a GPU read keys and values by token")
     kv_heads, rows = context.keys.shape[1], context.seq_lens.shape[0]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query: {heads} heads are not a multiple of the {kv_heads} KV heads")
-    cache = (None, kv_heads, context.keys.shape[2], size)
+    cache = (None, kv_heads, *((context.keys.shape[2], size) if packing is None else (packing.tokens * size,)))
     expected = [
         ("query", query, query.shape, (query.dtype,)),
         ("out", out, query.shape, (query.dtype,)),

@@ -22,13 +22,18 @@ def find_row(query_start_loc, num_rows, block, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def asked(begin, stop, block, TOKENS: tl.constexpr, PART: tl.constexpr):
-    """Queries of a row from block ``block`` of it on. PART: 1 for rows of one query alone, 2 for others, 0 for all."""
+def asked(begin, stop, block, slot, TOKENS: tl.constexpr, PART: tl.constexpr):
+    """Queries of a row from block ``block`` of it on.
+
+    PART: 1 for rows of one query alone, 2 for others, 3 for rows with memory, 0 for all.
+    """
     queries = stop - begin - block * TOKENS
     if PART == 1:
         queries = tl.where(stop - begin == 1, queries, 0)
     if PART == 2:
         queries = tl.where(stop - begin == 1, 0, queries)
+    if PART == 3:
+        queries = tl.where(slot < 0, 0, queries)
     return queries
 
 

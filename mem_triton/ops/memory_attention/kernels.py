@@ -36,7 +36,10 @@ def attention_kernel(
     if not ONE_BLOCK:
         row, block = find_row(query_start_loc, num_rows, row, TOKENS)
     begin, stop = tl.load(query_start_loc + row), tl.load(query_start_loc + row + 1)
-    queries = asked(begin, stop, block, TOKENS, PART)
+    slot = -1
+    if row_slot is not None:
+        slot = tl.load(row_slot + row)
+    queries = asked(begin, stop, block, slot, TOKENS, PART)
     if queries <= 0:
         return
     m = tl.arange(0, BLOCK_M)
@@ -46,9 +49,7 @@ def attention_kernel(
     real = (m // GROUP < queries) & (m < TOKENS * GROUP)
     token, query_head = (begin + block * TOKENS + m // GROUP).to(tl.int64), head * GROUP + m % GROUP
 
-    shared_tiles, page_tiles, slot = 0, 0, -1
-    if row_slot is not None:
-        slot = tl.load(row_slot + row)
+    shared_tiles, page_tiles = 0, 0
     if shared_keys is not None:
         shared_from, shared_to = tl.load(shared_first + tl.maximum(slot, 0)), tl.load(shared_end + tl.maximum(slot, 0))
         sees_any = (slot >= 0) & (shared_from <= last_position) & (shared_to > first_position)

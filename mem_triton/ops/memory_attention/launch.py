@@ -32,7 +32,7 @@ class Grid(NamedTuple):
     heads: int
     splits: int
     one_block: bool  # block n holds all queries of row n
-    part: int = 0  # which rows: see the kernel's PART
+    part: int = 0  # which rows: see ``kernel_parts.asked``
 
 
 def channel_parts(size: int) -> tuple[int, int]:
@@ -88,6 +88,7 @@ def attend(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     lse: Tensor | None = None,
+    only_readers: bool = False,
     config: FusedConfig | None = None,
     workspace: Workspace | None = None,
 ) -> None:
@@ -102,6 +103,7 @@ def attend(
         config = denylist.allowed("attention", select, *key)
     config = config.holding(group)
     grid = choose_grid(tokens, rows, heads, group, context, config)
+    grid = grid._replace(part=3) if only_readers else grid
     if grid.splits > 1:
         workspace = workspace or workspace_for(query.device, config, size)
     run(

@@ -77,7 +77,7 @@ def add_memory(
     shared: SharedSegment | None = None,
     soft_cap: float = 0.0,
 ) -> None:
-    """Merge memory into another backend's attention over the context, in place: route ``stock_context``.
+    """Merge memory into another backend's attention over the context, in place.
 
     Arguments as in ``memory_only_attention``. out: [T, Hq, D] in the query's dtype, the backend's output; lse: fp32
     [T, Hq] with any strides (FlashAttention's [Hq, T] is ``lse.t()``), its log-sum-exp, sinks included. Both become

@@ -19,7 +19,7 @@ from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, Page
 _SCHEMA = """memory_attention(
     Tensor query, Tensor[] context, Tensor(a!) out, *, int max_query_len, float scale, Tensor? row_slot,
     Tensor?[] pages, Tensor?[] table, Tensor?[] shared, float shared_bias, float soft_cap, Tensor? sinks,
-    Tensor(b!)? lse) -> ()"""
+    Tensor(b!)? lse, bool only_readers) -> ()"""
 
 
 def memory_attention(
@@ -35,6 +35,7 @@ def memory_attention(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
     lse: Tensor | None = None,
+    only_readers: bool = False,
     policy: Policy | None = None,
 ) -> None:
     """Attend each query to its row's memory and causal context in one softmax; ``reference.py`` is the specification.
@@ -48,6 +49,7 @@ def memory_attention(
     soft_cap: logits become soft_cap * tanh(logits / soft_cap) before bias and mask; 0 = off.
     sinks: fp32 [Hq], one more logit per query head in the denominator. lse: fp32 [T, Hq], written: the natural log of
     the sum over visible keys and the sink. A row that sees nothing gets 0 and -inf.
+    only_readers: leave the rows with slot -1 alone, which another backend attends; it takes a ``row_slot``.
     policy: which kernels run on a GPU; None = the table in ``ops/tuning/memory_attention.py``. With ``batch_invariant``
     a row's bits are the same alone and in any batch, on a CPU too (``invariant.py`` says what else is promised).
 
@@ -57,13 +59,14 @@ def memory_attention(
         memory_attention(query, context, out, scale=64**-0.5, row_slot=slots, pages=pages, table=table)
     """
     options = {"scale": scale, "soft_cap": soft_cap, "sinks": sinks, "lse": lse, "row_slot": row_slot}
+    options["only_readers"] = only_readers
     # The op boundary is for tracers (torch.compile, fake tensors); without one it would only cost time in every layer.
     if torch.compiler.is_compiling() or type(query) is not Tensor:
-        if policy is not None:
-            raise ValueError("policy: a traced call takes the default; pass None")
+        if policy is not None or context.packing is not None:
+            raise ValueError("policy, context.packing: a traced call takes the default; pass None")
         keys_bias = (list(shared[:-1]), float(shared.bias)) if shared is not None else ([], 0.0)
         torch.ops.mem_triton.memory_attention(
-            query, list(context[:-1]), out, max_query_len=context.max_query_len, **options,
+            query, list(context[:5]), out, max_query_len=context.max_query_len, **options,
             pages=list(pages or ()), table=list(table or ()), shared=keys_bias[0], shared_bias=keys_bias[1],
         )  # fmt: skip
     else:
@@ -81,28 +84,29 @@ def _run(
     policy: Policy | None,
     **options: Any,
 ) -> None:
+    only_readers = options.pop("only_readers")
     if options["row_slot"] is None or (pages is None and shared is None):
+        if only_readers:
+            return  # nobody reads
         options["row_slot"] = pages = table = shared = None
     check(query, context, out, pages=pages, table=table, shared=shared, **options)
     memory = {"row_slot": options.pop("row_slot"), "pages": pages, "table": table, "shared": shared}
     if policy is not None and policy.batch_invariant:
+        if only_readers:
+            raise ValueError("only_readers: in the batch-invariant way all rows are attended here")
         invariant.attend(query, context, out, **memory, **options)
         return
     if query.device.type == "cpu":
-        paged_torch.attend(query, context, out, **memory, **options)
+        paged_torch.attend(query, context, out, only_readers=only_readers, **memory, **options)
         return
     from mem_triton.ops.memory_attention import cascade, launch  # Triton is there on Linux only
 
     policy = policy or choose(
-        launch.architecture(query.device), rows=len(context.seq_lens), max_query_len=context.max_query_len,
+        launch.architecture(query.device), rows=len(context.seq_lens),
         shared_tokens=0 if shared is None else shared.keys.shape[1], head_dim=query.shape[2],
     )  # fmt: skip
-    if policy.route == "stock_context":
-        raise ValueError(
-            'policy: with the route "stock_context" the caller does the context; see memory_only.add_memory'
-        )
     batched = policy.route == "shared_batched" and shared is not None
-    (cascade if batched else launch).attend(query, context, out, **memory, **options)
+    (cascade if batched else launch).attend(query, context, out, only_readers=only_readers, **memory, **options)
 
 
 def _run_flat(query, context, out, *, max_query_len, pages, table, shared, shared_bias, **options) -> None:

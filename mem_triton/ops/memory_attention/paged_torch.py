@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mem_triton.ops.memory_attention.packing import unpack_keys, unpack_values
 from mem_triton.ops.memory_attention.torch_parts import buckets, clear, dequantise, gather, merge, softmax
 from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
 
@@ -52,11 +53,13 @@ def attend(
     soft_cap: float,
     sinks: Tensor | None,
     lse: Tensor | None,
+    only_readers: bool = False,
 ) -> None:
     """Arguments as in ``op.memory_attention``, already checked."""
-    _, kv_heads, _, size = context.keys.shape
+    kv_heads, size = context.keys.shape[1], query.shape[2]
     slots = None if row_slot is None else row_slot.numpy()
-    for rows in split(context.query_start_loc.numpy(), context.seq_lens.numpy(), kv_heads * size):
+    skipped = slots < 0 if only_readers else None
+    for rows in split(context.query_start_loc.numpy(), context.seq_lens.numpy(), kv_heads * size, skipped):
         tokens, count = rows.tokens(), rows.queries
         q = query[tokens].float().view(len(rows.row), count, kv_heads, -1, size).permute(2, 0, 3, 1, 4)  # [Hkv,n,G,T,D]
         state = _attend_context(q, context, rows, scale, soft_cap)
@@ -75,9 +78,14 @@ def attend(
             lse[tokens] = log_sum.permute(1, 3, 0, 2).reshape(-1, lse.shape[1])
 
 
-def split(starts: np.ndarray, lengths: np.ndarray, width: int) -> Iterator[Rows]:
-    """Groups of rows that go together; padding rows, which have no queries, are in none."""
+def split(starts: np.ndarray, lengths: np.ndarray, width: int, skipped: np.ndarray | None = None) -> Iterator[Rows]:
+    """Groups of rows that go together; padding rows, which have no queries, and rows that are ``skipped`` are in none.
+
+    width: floats of a token's keys. skipped: a flag a row.
+    """
     counts = starts[1:] - starts[:-1]
+    if skipped is not None:
+        counts = np.where(skipped, 0, counts)
     row, begin, length = np.arange(len(counts)), starts[:-1], lengths
     if len(counts) and counts.max() > QUERY_CHUNK:
         chunks = -(-counts // QUERY_CHUNK)
@@ -96,16 +104,14 @@ def split(starts: np.ndarray, lengths: np.ndarray, width: int) -> Iterator[Rows]
 def _attend_context(
     q: Tensor, context: PagedContext, rows: Rows, scale: float, soft_cap: float
 ) -> tuple[Tensor, Tensor]:
-    lengths, block_size = rows.length, context.keys.shape[2]
+    lengths, packing = rows.length, context.packing
+    block_size = context.keys.shape[2] if packing is None else packing.tokens
     longest, queries = int(lengths.max()), q.shape[3]
     blocks = -(-lengths // block_size)
     column = np.minimum(np.arange(blocks.max()), blocks[:, None] - 1)  # [n, blocks]
     picked = torch.from_numpy(context.block_table.numpy()[rows.row[:, None], column].ravel())
     alike = bool((lengths == longest).all())
-    keys, values = (
-        gather(x, picked).view(len(q), len(blocks), -1, x.shape[3])[:, :, :longest]
-        for x in (context.keys, context.values)
-    )  # [Hkv, n, L, D]
+    keys, values = (x.view(len(q), len(blocks), -1, q.shape[-1])[:, :, :longest] for x in _blocks(context, picked))
     mask = None
     if not alike:
         clear(keys, values, np.arange(longest) >= lengths[:, None])
@@ -114,6 +120,15 @@ def _attend_context(
         visible = np.arange(longest) <= rows.positions()[:, :, None]  # [n, T, L]
         mask = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), -math.inf)
     return softmax(q, keys, values, mask, scale, soft_cap, causal)
+
+
+def _blocks(context: PagedContext, picked: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of some blocks, [Hkv, blocks, N, D] in fp32."""
+    keys, values = gather(context.keys, picked), gather(context.values, picked)
+    if context.packing is not None:
+        keys = unpack_keys(keys, context.packing).contiguous()
+        values = unpack_values(values, context.packing).contiguous()
+    return keys, values
 
 
 def add_shared(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mem_triton.ops.memory_attention.packing import Packing
 from mem_triton.ops.positions import FOREVER
 
 __all__ = ["FOREVER", "MemoryPages", "MemoryTable", "PagedContext", "SharedSegment"]
@@ -28,6 +29,7 @@ class PagedContext(NamedTuple):
     query_start_loc: Tensor  # int32 [rows + 1]
     seq_lens: Tensor  # int32 [rows], length after this step
     max_query_len: int  # on the host: chooses the grid
+    packing: Packing | None = None  # on a CPU: keys and values are [blocks, Hkv, N * D], in this order
 
 
 class MemoryPages(NamedTuple):

@@ -18,15 +18,13 @@ class Thresholds:
 
     shared_tokens: shortest shared segment worth a launch of its own. shared_saved: rows spared reading it, times its
     tokens, times the head size: 2**19 are some 4 us of reading 8 bf16 KV heads at 4.3 TB/s, two launches of a graph.
-    stock_query_len: longest query of a batch from which the engine's own prefill attention wins over a Triton kernel.
     """
 
     shared_tokens: int
     shared_saved: int
-    stock_query_len: int
 
 
-_THRESHOLDS = Thresholds(shared_tokens=256, shared_saved=1 << 19, stock_query_len=128)
+_THRESHOLDS = Thresholds(shared_tokens=256, shared_saved=1 << 19)
 THRESHOLDS: dict[str, Thresholds] = {
     "sm80": _THRESHOLDS,
     "sm90": _THRESHOLDS,

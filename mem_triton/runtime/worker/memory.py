@@ -21,11 +21,16 @@ Carried = Callable[[], bytes | None]
 
 
 class BatchMemory:
-    """What a worker has. parts: by system; see ``attach``. incidents: where lost memory is reported."""
+    """What a worker has. parts: by system; see ``attach``. incidents: where lost memory is reported.
+
+    reading: a flag for each row of the coming step, whether attention reads more than its context; () if none does.
+    """
 
     def __init__(self, parts: Mapping[str, WorkerPart] | None = None, incidents: IncidentLog | None = None) -> None:
         self.parts: dict[str, WorkerPart] = dict(parts or {})
         self.incidents = incidents or IncidentLog()
+        self.reading: Sequence[bool] = ()
+        self._readers_of_segments: list[WorkerPart] = []
         self._step: list[str] = []  # requests of the step that runs, or ran last
         self._inside: set[str] = set()  # requests in the batch that have entered
 
@@ -35,6 +40,9 @@ class BatchMemory:
         for name in config.systems:
             if (part := registry.systems()[name].worker(config, engine, host)) is not None:
                 self.parts[name] = part
+        self._readers_of_segments = [
+            part for name, part in self.parts.items() if Capability.SEGMENTS in registry.required([name])
+        ]
 
     def call(self, system: str, method: str, *args: Any) -> Any:
         """Answer a front end's call. Raises LookupError for a system or method that there is not."""
@@ -80,10 +88,11 @@ class BatchMemory:
             self.skip_step(request_ids, error)
         for request_id, error in faults.items():
             self.lose([request_id], "begin_step", error)
+        self.reading = self._reading(request_ids)
 
     def skip_step(self, request_ids: Sequence[str], error: BaseException) -> None:
         """The coming step's rows cannot be told: none of them has memory in it."""
-        self._step = list(request_ids)
+        self._step, self.reading = list(request_ids), ()
         for part in self.parts.values():
             part.forget_rows()
         self.lose(self._readers(request_ids), "begin_step", error)
@@ -99,14 +108,13 @@ class BatchMemory:
         found = (part.segments(layer) for part in self.parts.values())
         return next((segments for segments in found if segments is not None), None)
 
-    def reads_segments(self, request_ids: Iterable[str]) -> bool:
-        """Whether attention has to read more than the context for one of these requests."""
-        readers = [part for name, part in self.parts.items() if Capability.SEGMENTS in registry.required([name])]
-        return any(id in part for part in readers for id in request_ids)
-
     def describe(self) -> str:
         """One line for the log."""
         return "; ".join(part.describe() for part in self.parts.values())
+
+    def _reading(self, request_ids: Sequence[str]) -> Sequence[bool]:
+        flags = [any(id in part for part in self._readers_of_segments) for id in request_ids]
+        return flags if any(flags) else ()
 
     def _readers(self, request_ids: Iterable[str]) -> list[str]:
         """Those of the requests that have memory of their own."""
@@ -122,16 +130,16 @@ class BatchMemory:
                 part.drop_request(request_id)
 
 
-def attend_or_lose(attend: Callable[..., Any], read: Mapping[str, Any], lose: Callable[[BaseException], None]) -> None:
+def attend_or_lose(
+    attend: Callable[[], Any], otherwise: Callable[[], Any], lose: Callable[[BaseException], None]
+) -> None:
     """One layer's attention with memory, or without it if that fails.
 
-    attend: takes what ``LayerSegments.read`` gives, or nothing, and writes its output. lose: told of what was raised;
-    rows without memory do not notice. Raises what attention without memory raises.
+    attend: writes its output. otherwise: writes it as if nobody had memory. lose: told of what was raised; rows without
+    memory do not notice.
     """
     try:
-        attend(**read)
-    except Exception as error:
-        if not read:
-            raise
         attend()
+    except Exception as error:
+        otherwise()
         lose(error)
