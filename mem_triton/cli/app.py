@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 
 from mem_triton import __version__
-from mem_triton.cli import bank, doctor, memo, model, write
+from mem_triton.cli import bank, doctor, import_trained, memo, model, write
 
 app = typer.Typer(
     name="mem-triton",
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.add_typer(bank.app, name="bank")
 app.add_typer(memo.app, name="memo")
 app.command("write")(write.write)
+app.command("import")(import_trained.import_trained)
 app.command("doctor")(doctor.doctor)
 app.command("model")(model.model)
 

@@ -275,14 +275,59 @@ def reindex(path: BankPath) -> None:
 @app.command()
 def export(
     path: BankPath,
-    destination: Annotated[Path, typer.Argument(help="A new directory, or a .tar file.", show_default=False)],
+    destination: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DESTINATION",
+            help="A new directory, or a .tar file; with --as peft the entry's ID.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(metavar="[OUT]", help="With --as peft: a new directory.", show_default=False),
+    ] = None,
     ids: Annotated[Optional[list[str]], typer.Option("--id", help="Only these ids; all if absent.")] = None,  # noqa: UP045
     tenant: Annotated[Optional[str], typer.Option(help="Only what this tenant sees.")] = None,  # noqa: UP045
+    form: Annotated[
+        str,
+        typer.Option("--as", help='"bank", or "peft": the one entry ID as a CARTRIDGE adapter.'),
+    ] = "bank",
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="With --as peft: the bank's model, to be named in the adapter.", show_default="unnamed"),
+    ] = None,
 ) -> None:
-    """Write entries, with their keys and values, to a place that `import` reads."""
+    """Write entries, with their keys and values, to a place that `import` reads; or one of them as peft's adapter."""
+    from mem_triton.cli.settings import OptionError
+
+    if form not in ("bank", "peft"):
+        raise OptionError(f"--as: {form!r} is neither bank nor peft")
+    if form == "bank" and (out or model):
+        raise OptionError(f"{'OUT' if out else '--model'}: goes with --as peft; leave it out")
+    if form == "peft" and (out is None or ids):
+        raise OptionError("--as peft takes one entry: bank export BANK ID --as peft OUT")
     with _open(path) as bank:
+        if form == "peft":
+            ref = _export_peft(bank, str(destination), out, model, tenant)
+            return print(f"exported {ref} to {out}")
         refs = bank.export(destination, ids or None, tenant)
     print(f"exported {len(refs)} to {destination}")
+
+
+def _export_peft(bank: Bank, id: str, out: Path, model: str | None, tenant: str | None) -> str:
+    from mem_triton.cli.settings import model_folder
+    from mem_triton.store.bank.fingerprint import model_fingerprint
+    from mem_triton.systems.explicit.artifacts import export_peft, model_config
+
+    config = None
+    if tenant is not None:
+        bank.resolve(id, tenant=tenant)
+    if model is not None:
+        folder = model_folder(model)
+        bank.check_model(model_fingerprint(folder))
+        config = model_config(folder)
+    return export_peft(bank, id, out, config, model)
 
 
 @app.command("import")

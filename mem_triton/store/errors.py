@@ -51,6 +51,10 @@ class FingerprintError(BankError):
     """A folder that holds no model whose fingerprint can be taken."""
 
 
+class ArtifactError(BankError):
+    """Trained keys and values that cannot be imported or exported; names the file and the field."""
+
+
 class EmbedderError(BankError):
     """An embedder that is unknown, not installed, cannot be reached or answers nonsense."""
 

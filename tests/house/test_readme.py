@@ -143,8 +143,11 @@ def test_titles_say_what_runs_a_block(language):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with what the examples name: MODEL, ADAPTER, notes.md, facts.jsonl, and a BANK."""
+    """A folder with what the examples name: MODEL, ADAPTER, PREFIX, CARTRIDGE, notes.md, facts.jsonl, and a BANK."""
+    from peft import CartridgeConfig
+
     from mem_triton.systems.delta_mem import save_adapter
+    from tests.support import trained
     from tests.support.models import random_adapter, save_tiny_model, tiny_model
 
     folder = tmp_path_factory.mktemp("examples")
@@ -154,6 +157,10 @@ def place(tmp_path_factory) -> Path:
         json.dumps(json.loads(config.read_text()) | {"model_input_names": ["input_ids", "attention_mask"]})
     )
     save_adapter(random_adapter(tiny_model()), folder / "ADAPTER")
+    prefix = CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=8)
+    trained.save_adapter(folder / "PREFIX", folder / "MODEL", prefix)
+    keys, values = trained.chance_cache(trained.load_model(folder / "MODEL"), 8)
+    trained.save_cartridge(folder / "CARTRIDGE" / "cartridge.pt", keys, values)
     (folder / "notes.md").write_text("The key of the east door is with Hugo.\n")
     (folder / "facts.jsonl").write_text('{"id": "contract", "text": "The contract ends in May."}\n')
     mem_triton(folder, ["write", "MODEL", "BANK", "notes.md", "--kind", "prefix", "--quiet"])

@@ -30,6 +30,7 @@ from mem_triton.systems.explicit.request import ReadingRequest
 from mem_triton.systems.explicit.retrieval import Retriever
 from mem_triton.systems.explicit.searches import Found
 from mem_triton.systems.explicit.section import MemorySection
+from mem_triton.systems.explicit.trained import is_trained, side_by_side
 from mem_triton.systems.explicit.user_turn import LastUserMessage, Render
 from mem_triton.systems.params import RequestParams
 from mem_triton.systems.payload import PageRun, Segment, SystemPayload
@@ -49,6 +50,7 @@ class Reading(RequestMemory):
     tokens: dict[str, int] = field(default_factory=dict)  # of every reference of the plan
     prompt_tokens: int = 0
     context_note: str | None = None  # why the answer may have fewer tokens than asked for
+    trained_note: str | None = None  # of several entries that were trained apart
     closed: bool = False
     capture: Capture | None = None
     tickets: list[Ticket] = field(default_factory=list)
@@ -75,6 +77,8 @@ class Reading(RequestMemory):
             report["retrieval"] = self.retrieval_note
         if self.context_note:
             report["context"] = self.context_note
+        if self.trained_note:
+            report["trained"] = self.trained_note
         if self.note:
             report["refresh"] = f"off: {self.note}"
         if self.capture is not None:
@@ -119,6 +123,13 @@ class ReadingPlans:
             self.retriever = Retriever(self.bank, decode=decode, every=r.every, min_score=r.min_score)
         self._default = self._pin_default()
 
+    _trained: frozenset[str] = frozenset()
+    """References that requests have named, of those whose keys and values were trained."""
+
+    def _remember_trained(self, infos: Sequence[EntryInfo]) -> None:
+        if new := {info.ref for info in infos if is_trained(info)} - self._trained:
+            self._trained |= new
+
     @property
     def concerns_all(self) -> bool:
         """Whether requests that say nothing read memory, too."""
@@ -131,6 +142,7 @@ class ReadingPlans:
         """
         try:
             infos = [info for id in self.section.default if (info := self._resolve_default(id)) is not None]
+            self._remember_trained(infos)
             tokens = {info.ref: info.tokens for info in infos}
             if cold := next((info.ref for info in infos if not info.has_block), None):
                 raise ConfigError(
@@ -190,6 +202,11 @@ class ReadingPlans:
         self._check_context(reading, 1 if params.prompt_tokens is None else params.prompt_tokens)
         if request.ids is not None and request.top_k is None and self.concerns_all and refs:
             reading.retrieval_note = "off: mem_ids names what to read; with mem_top_k references are retrieved, too"
+        if note := side_by_side([ref for ref in refs if ref in self._trained]):
+            reading.trained_note = note
+            if "trained" not in self._said:
+                self._said.add("trained")
+                self._logger.warning("mem_ids: %s; further requests of this kind are not told of here", note)
         if top_k and self.section.retrieval.refresh:
             reading.note, reading.refreshes = params.fixed, params.fixed is None
             if reading.note:
@@ -230,6 +247,7 @@ class ReadingPlans:
             if any(not info.has_block for info in named):
                 raise RequestError("mem_ids", f'"{id}" has text but no keys and values yet; run mem-triton write again')
             tokens |= {info.ref: info.tokens for info in named}
+            self._remember_trained(named)
         if (pages := self._most_pages(tuple(map(Attachment, tokens)), tokens)) > self.layout.max_pages:
             raise RequestError(
                 "mem_ids", f"need {pages} memory pages, a request may use {self.layout.max_pages}; name fewer entries"
