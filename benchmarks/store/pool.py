@@ -4,7 +4,7 @@
                                     [--references 5] [--repeats 100] [--save] [--json FILE]
 
 A fetch is the way that a server's references take, in one process: ``Residency`` claims their pages, ``PageLoader``
-fills them, ``PageCourier`` hears of it, and ``before_step`` orders the next step behind the copies. What a server
+fills them, and ``before_step`` orders the next step behind the copies. What a server
 adds is a call to its workers and back. The bank is written for it. Shapes are those of a 4B model: 8 KV heads of 128;
 memory3: 18 layers, 8 of 128 tokens a head; prefix: 36 layers, 128 tokens. Every group of references that is fetched
 from host or disk has been pushed off the tiers above by others. "disk" reads with a warm page cache: it times the
@@ -29,7 +29,6 @@ from mem_triton.ops.reposition import rope_from_config
 from mem_triton.store.bank import Bank, BankSpec, NewEntry
 from mem_triton.store.bank.fingerprint import Fingerprint
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.pool.courier import PageCourier
 from mem_triton.store.pool.loader import PageLoader
 from mem_triton.store.pool.placement import place
 from mem_triton.store.pool.pool import PagePool
@@ -80,21 +79,17 @@ class Bench:
             self.pool, lambda ref: self.place(bank.load(ref)), host_bytes, max(2, len(os.sched_getaffinity(0)) // 2)
         )
         self.residency = Residency(pages, page_tokens, self.pool.layout.page_bytes)
-        self.courier = PageCourier(self.residency)
         self.bytes = sum(self.pool.layout.pages_for(self.sizes[ref]) for ref in groups[0]) * self.pool.layout.page_bytes
 
     def fetch(self, refs: Sequence[str]) -> float:
         """Seconds until the pages may be read."""
         begin = time.perf_counter()
         ticket = self.residency.request("benchmark", {ref: self.sizes[ref] for ref in refs})
-        for ref, pages, _ in self.courier.orders():
-            self.loader.load(ref, pages)
-        while self.courier.busy:
-            finished = self.loader.finished()
-            if finished:
-                self.courier.settle([{"finished": finished, "stats": {}}])
-            else:
-                time.sleep(0)  # the threads that fill pages need the interpreter, too
+        under_way = {load.ref: self.loader.load(load.ref, load.pages) for load in self.residency.take_loads()}
+        for ref, over in under_way.items():
+            if error := over.result():
+                raise RuntimeError(error)
+            self.residency.loaded(ref)
         if ticket.state != "ready":
             raise RuntimeError(ticket.state)
         self.loader.before_step()

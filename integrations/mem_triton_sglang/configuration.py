@@ -79,8 +79,8 @@ def _validate(server_args: Any, previous: Any) -> None:
     previous(server_args)
     if not _is_asked(server_args):
         return
+    from mem_triton.runtime.channel import make_folder
     from mem_triton.runtime.incidents import make_file
-    from mem_triton_sglang.channel import make_folder
     from mem_triton_sglang.hooks import check_hooks
 
     check_hooks()

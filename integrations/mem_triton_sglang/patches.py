@@ -191,15 +191,6 @@ PATCHES: tuple[EnginePatch, ...] = (
         "so ours is one string.",
         until="No need.",
     ),
-    EnginePatch(
-        target="the environment variable MEM_TRITON_CHANNEL",
-        kind="process",
-        sites=("channel.make_folder: os.environ[VARIABLE]",),
-        what="Names the folder of the sockets over which the front end calls its workers.",
-        why="Processes that SGLang spawns inherit it.",
-        upstream="SGLang has no call from the front end to workers for plugins, and no option that reaches them.",
-        until="It has one of the two.",
-    ),
 )  # fmt: skip
 
 PRIVATE: dict[str, str] = {

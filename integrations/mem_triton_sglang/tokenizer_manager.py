@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
+from sglang.srt.constants import GPU_MEMORY_ALL_TYPES
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
 from sglang.srt.managers.utils import is_health_check_generate_req
 
 from mem_triton.config import MemTritonConfig
+from mem_triton.runtime.channel import CALL, Client
 from mem_triton.runtime.frontend.continuation import NORMAL_ENDS
 from mem_triton.runtime.frontend.memory import MemoryFrontEnd, MemoryLostError, Opened
 from mem_triton.runtime.incidents import VARIABLE, Incidents
@@ -35,9 +37,7 @@ from mem_triton.systems.registry import count_refusal
 from mem_triton.systems.request import RequestError
 from mem_triton_sglang.answer import Answer, fixed, fixed_by_engine
 from mem_triton_sglang.carrier import is_word, packed
-from mem_triton_sglang.channel import Client
 from mem_triton_sglang.identity import extra_key_of
-from mem_triton_sglang.service import CALL
 from mem_triton_sglang.shape import shape_of
 from mem_triton_sglang.weights import FixedWeights
 
@@ -88,6 +88,7 @@ class TokenizerManagerWithMemory(FixedWeights):
         call = functools.partial(client.call, CALL)
         self.memory = MemoryFrontEnd.of(config, shape, services, incidents=incidents, call=call)
         self._running: dict[str, _Running] = {}
+        self._released: set[str] = set()  # kinds of device memory that are not there
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -115,6 +116,22 @@ class TokenizerManagerWithMemory(FixedWeights):
             if whole:
                 raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from None
             raise ValueError(str(error)) from None  # SGLang ends a stream with it
+
+    async def release_memory_occupation(self, obj: Any, request: Any = None) -> None:
+        await self.memory.gate.shut()
+        try:
+            await super().release_memory_occupation(obj, request)
+        except BaseException:
+            if not self._released:
+                self.memory.gate.open()
+            raise
+        self._released |= set(obj.tags or GPU_MEMORY_ALL_TYPES)
+
+    async def resume_memory_occupation(self, obj: Any, request: Any = None) -> None:
+        await super().resume_memory_occupation(obj, request)
+        self._released -= set(obj.tags or GPU_MEMORY_ALL_TYPES)
+        if not self._released:
+            self.memory.gate.open()
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         for running in list(self._running.values()) if abort_all else filter(None, [self._running.get(rid)]):

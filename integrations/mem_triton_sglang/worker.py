@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,21 +40,13 @@ class WorkerMemory(BatchMemory):
     """states: recurrent states beside the KV cache, None without a system that has some. context: where requests' own
     keys and values lie.
 
-    on_stream: the context in which work joins the forward passes' stream. lock: between SGLang's thread and the
-    channel's. policy: of attention; None leaves the way to each step's batch.
+    policy: of attention; None leaves the way to each step's batch.
     """
 
     def __init__(self, context: ContextReader, on_stream: Any = contextlib.nullcontext, policy: Policy | None = None):
         super().__init__()
         self.states: DeltaStates | None = None
         self.context, self.on_stream, self.policy = context, on_stream, policy
-        self.lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """No forward pass begins inside, and what is queued joins their stream."""
-        with self.lock, self.on_stream():
-            yield
 
     @functools.cached_property
     def has_segments(self) -> bool:
@@ -125,7 +116,6 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
         read_kv=memory.context,
         attach_states=attach_states,
         deterministic=invariant,
-        leaves_promptly=False,  # the overlapped scheduler runs a request a step longer
     )
     memory.attach(config, shape, host)
     logger.info("memory attached: %s", memory.describe())
@@ -194,7 +184,7 @@ def after_alloc(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
         pool = runner.token_to_kv_pool
         memory.states.allocate(pool.size + pool.page_size, pool.device)
     runner.req_to_token_pool.mem_triton = memory
-    from mem_triton_sglang.service import serve_memory
+    from mem_triton.runtime.worker.service import serve_memory
 
     serve_memory(memory, own_ranks().world)
 

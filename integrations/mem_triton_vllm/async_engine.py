@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import weakref
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -19,7 +20,7 @@ from mem_triton.systems.request import RequestError
 from mem_triton_vllm import callers, front_end, http_words, weights
 from mem_triton_vllm.front_end import VLLMFrontEnd
 from mem_triton_vllm.generation import generate
-from mem_triton_vllm.service import CALL
+from mem_triton_vllm.service import BARRIER
 
 CHAT = "chatcmpl-"
 """Start of the ids of vLLM's chat requests."""
@@ -41,12 +42,9 @@ class AsyncLLMWithMemory(AsyncLLM):
         Where no event loop runs yet, that begins with the first request that needs it.
         """
         http_words.install()
-        self.memory.call = self._call_workers
+        self.memory.barrier = functools.partial(self.collective_rpc, BARRIER)
         with contextlib.suppress(RuntimeError):
             asyncio.get_running_loop().call_soon(self.memory.start)
-
-    async def _call_workers(self, system: str, method: str, *args: Any) -> list[Any]:
-        return await self.collective_rpc(CALL, args=(system, method, *args))
 
     async def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         weights.check_call(method, *args, **kwargs)
@@ -54,7 +52,18 @@ class AsyncLLMWithMemory(AsyncLLM):
 
     async def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> None:
         weights.check_sleep(level)
-        await super().sleep(level, *args, **kwargs)
+        await self.memory.gate.shut()
+        try:
+            await super().sleep(level, *args, **kwargs)
+        except BaseException:
+            self.memory.gate.open()
+            raise
+
+    async def wake_up(self, *args: Any, **kwargs: Any) -> Any:
+        woken = await super().wake_up(*args, **kwargs)
+        if not await self.is_sleeping():  # it may wake in parts
+            self.memory.gate.open()
+        return woken
 
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any

@@ -89,6 +89,7 @@ class VLLMFrontEnd(MemoryFrontEnd):
 
     def carry(self, prompt: Any, params: Any, opened: Opened) -> tuple[Any, Any]:
         """The salted prompt, and a copy of the parameters with what workers and block hashes need."""
+        opened.carried = True
         if (payload := self.payload(opened)) is not None:  # a plain request carries nothing
             params = copy.copy(params)
             params.extra_args = {**(params.extra_args or {}), CARRIER: encode(payload)}

@@ -38,7 +38,7 @@ async def generate(
         outputs = _pieces(memory, run, prompt, prompt_ids, params, request_id, opened, prepared)
     else:
         outputs = run(*memory.carry(prompt, params, opened), request_id)
-    generated, answer = 0, []
+    generated, answer, ended = 0, [], False
     try:
         async for output in outputs:
             memory.check(request_id, output.finished)
@@ -48,6 +48,7 @@ async def generate(
             if output.finished:
                 normal, asked = output.outputs[0].finish_reason in NORMAL_ENDS, output.prompt_token_ids or ()
                 read = functools.partial(_read, memory, run, prompt)
+                ended = True
                 await memory.end(opened, Outcome(normal, len(asked), generated, asked, answer), read)
                 add_report(output, opened)
             yield output
@@ -55,7 +56,7 @@ async def generate(
         try:
             await outputs.aclose()  # first: the engine may still read the request's pages
         finally:
-            memory.close(opened)
+            memory.close(opened) if ended else memory.abandon(opened)
 
 
 async def _pieces(

@@ -209,9 +209,10 @@ PATCHES: tuple[EnginePatch, ...] = (
     EnginePatch(
         target="vllm.v1.worker.worker_base.WorkerBase",
         kind="extension",
-        sites=("service.install: setattr(WorkerBase, CALL)",),
-        what="One method, mem_triton_call, is added; it hands the front end's calls to the memory systems of a worker.",
-        why="The front end loads pages, takes states and keeps prompts through vLLM's collective RPC.",
+        sites=("service.install: setattr(WorkerBase, BARRIER)",),
+        what="One method, mem_triton_barrier, is added, which does nothing.",
+        why="Its answer says that a worker has begun all steps that were planned before: the pages of a request that "
+        "was aborted may be filled anew.",
         upstream="vLLM's guide for plugins has them add their methods to WorkerBase.",
         until="No need.",
     ),

@@ -113,6 +113,11 @@ def segment_obstacle(vllm_config: VllmConfig) -> str | None:
     return None
 
 
+def has_one_front_end(vllm_config: VllmConfig) -> bool:
+    """Whether requests of this engine can have memory at all that its workers are asked for."""
+    return _several_front_ends(vllm_config) is None
+
+
 def _several_front_ends(vllm_config: VllmConfig) -> str | None:
     """The option that gives this engine more than one front end; None if it has one."""
     parallel = vllm_config.parallel_config

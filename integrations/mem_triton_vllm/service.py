@@ -1,24 +1,22 @@
-"""The worker method that the front end calls.
+"""The worker method that says how far a worker is: vLLM calls it between the steps planned before and after.
 
-vLLM calls worker methods by name over its collective RPC; its plugin guide has plugins add theirs to ``WorkerBase``.
-The method exists only in processes that loaded a model with memory. Nothing behind it waits: vLLM's engine does.
+All other calls go past the engine (``mem_triton.runtime.channel``). vLLM calls worker methods by name over its
+collective RPC; its plugin guide has plugins add theirs to ``WorkerBase``. The method exists only in processes that
+loaded a model with memory.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.v1.worker.worker_base import WorkerBase
 
-CALL = "mem_triton_call"
-"""Name of the worker method, for ``collective_rpc``: (system, method, *args) as in ``BatchMemory.call``."""
+BARRIER = "mem_triton_barrier"
+"""Name of the worker method, for ``collective_rpc``."""
 
 
-def call(self: WorkerBase, system: str, method: str, *args: Any) -> Any:
-    """Hand a call to a memory system's part in this worker."""
-    return self.get_model().mem_triton.call(system, method, *args)
+def barrier(self: WorkerBase) -> None:
+    """Answers when this worker has begun all steps that were planned before."""
 
 
 def install() -> None:
     """Add the method to vLLM's workers in this process."""
-    setattr(WorkerBase, CALL, call)
+    setattr(WorkerBase, BARRIER, barrier)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.outputs import RequestOutput
+from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
@@ -22,7 +23,7 @@ from mem_triton.systems.request import RequestError
 from mem_triton_vllm import front_end, weights
 from mem_triton_vllm.front_end import VLLMFrontEnd
 from mem_triton_vllm.generation import generate
-from mem_triton_vllm.service import CALL
+from mem_triton_vllm.service import BARRIER
 
 
 @dataclass(eq=False)
@@ -51,7 +52,7 @@ class LLMEngineWithMemory(LLMEngine):
 
     def start_memory(self) -> None:
         """Tables of the requests with memory."""
-        self.memory.call = self._call_workers
+        self.memory.barrier = self._barrier
         self._loop = SteppedLoop()
         self._running: dict[str, _Running] = {}
         self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}  # engine request -> its outputs
@@ -59,8 +60,8 @@ class LLMEngineWithMemory(LLMEngine):
         self._errors: list[BaseException] = []  # what the next step raises
         self._external_ids: dict[str, str] = {}  # vLLM's internal request id -> the caller's
 
-    async def _call_workers(self, system: str, method: str, *args: Any) -> list[Any]:
-        return self.collective_rpc(CALL, args=(system, method, *args))
+    async def _barrier(self) -> None:
+        self.collective_rpc(BARRIER)
 
     def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
         opened = self.memory.open_request(
@@ -147,6 +148,8 @@ class LLMEngineWithMemory(LLMEngine):
                 elif output.request_id not in self._running:
                     self._ready.append(self._checked(output))
         elif self._running:
+            if isinstance(self.engine_core, InprocClient):
+                super().step()  # an engine core that nobody else steps tells its workers who has left
             time.sleep(PAUSE_SECONDS)
         if self._running:
             self._loop.run()
@@ -171,7 +174,20 @@ class LLMEngineWithMemory(LLMEngine):
 
     def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> None:
         weights.check_sleep(level)
-        super().sleep(level, *args, **kwargs)
+        shutting = self._loop.spawn(self.memory.gate.shut())
+        self._loop.run_until(shutting.done)
+        shutting.result()
+        try:
+            super().sleep(level, *args, **kwargs)
+        except BaseException:
+            self.memory.gate.open()
+            raise
+
+    def wake_up(self, *args: Any, **kwargs: Any) -> Any:
+        woken = super().wake_up(*args, **kwargs)
+        if not self.is_sleeping():  # it may wake in parts
+            self.memory.gate.open()
+        return woken
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._running) or super().has_unfinished_requests()

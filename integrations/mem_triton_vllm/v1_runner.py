@@ -53,20 +53,21 @@ def _track_rows(stock: Any) -> Any:
         memory: WorkerMemory | None = getattr(runner.get_model(), "mem_triton", None)
         if memory is None:
             return stock(runner, scheduler_output)
-        finished = scheduler_output.finished_req_ids
-        scheduled = scheduler_output.num_scheduled_tokens
-        for request_id in list(runner.input_batch.req_ids):
-            if request_id in finished or request_id not in scheduled:  # finished, preempted, or not scheduled this time
-                memory.leave(request_id)
-        result = stock(runner, scheduler_output)
-        rows = runner.input_batch.req_ids
-        first = []
-        for request_id in rows:
-            request = runner.requests[request_id]
-            memory.enter(request_id, request.sampling_params)
-            first.append(request.num_computed_tokens)
-        memory.begin_step(rows, first, [n + scheduled[r] - 1 for n, r in zip(first, rows, strict=True)])
-        return result
+        with memory.lock:  # whoever looks from outside finds the batch before the update, or after it
+            finished = scheduler_output.finished_req_ids
+            scheduled = scheduler_output.num_scheduled_tokens
+            for request_id in list(runner.input_batch.req_ids):
+                if request_id in finished or request_id not in scheduled:  # finished, preempted, or left out this time
+                    memory.leave(request_id)
+            result = stock(runner, scheduler_output)
+            rows = runner.input_batch.req_ids
+            first = []
+            for request_id in rows:
+                request = runner.requests[request_id]
+                memory.enter(request_id, request.sampling_params)
+                first.append(request.num_computed_tokens)
+            memory.begin_step(rows, first, [n + scheduled[r] - 1 for n, r in zip(first, rows, strict=True)])
+            return result
 
     return _update_states
 

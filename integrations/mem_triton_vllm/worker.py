@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,13 @@ from vllm.logger import init_logger
 from mem_triton.config import MemTritonConfig
 from mem_triton.ops.memory_attention import Policy
 from mem_triton.runtime.worker.memory import BatchMemory
+from mem_triton.runtime.worker.service import serve_memory
 from mem_triton.systems import registry
 from mem_triton.systems.base import Capability, WorkerHost
 from mem_triton.systems.request import carried_by
 from mem_triton_vllm.attach import attach
 from mem_triton_vllm.attention import BlockRow, attentions_of, connect, read_context
+from mem_triton_vllm.refusals import has_one_front_end
 from mem_triton_vllm.shape import shape_of
 
 logger = init_logger("vllm.mem_triton")
@@ -32,9 +35,15 @@ logger = init_logger("vllm.mem_triton")
 class WorkerMemory(BatchMemory):
     """What a worker of vLLM has; see ``BatchMemory``."""
 
+    on_stream: StepStream
+
     def enter(self, request_id: str, params: Any) -> None:
         """A request joins the batch. params: its sampling parameters, which carry what the front end resolved."""
         super().enter(request_id, lambda: carried_by(params))
+
+    def begin_step(self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int]) -> None:
+        self.on_stream.note()
+        super().begin_step(request_ids, first, last)
 
 
 def attach_memory(
@@ -44,7 +53,9 @@ def attach_memory(
 
     block_row: reads a running request's row of the engine's block table.
     """
+    device = next(model.parameters()).device
     memory = WorkerMemory()
+    memory.on_stream = StepStream(device)
     reads_segments = Capability.SEGMENTS in registry.required(config.systems)
     attentions = attentions_of(vllm_config) if reads_segments else {}
     invariant = config.deterministic or envs.VLLM_BATCH_INVARIANT
@@ -52,16 +63,43 @@ def attach_memory(
     host = WorkerHost(
         layers=sorted(attentions),
         tp_rank=get_tensor_model_parallel_rank(),
-        rank=torch.distributed.get_rank() if torch.distributed.is_initialized() else 0,
-        device=next(model.parameters()).device,
+        rank=own_rank(),
+        device=device,
         lose=memory.lose_step,
-        exclusive=contextlib.nullcontext,  # vLLM calls its workers between steps, on the steps' stream
-        on_stream=contextlib.nullcontext,
+        exclusive=memory.exclusive,
+        on_stream=memory.on_stream,
         read_kv=functools.partial(read_context, attentions, block_row),
         attach_states=functools.partial(attach, vllm_config, model, batch_invariant=invariant),
         deterministic=invariant,
     )
     memory.attach(config, shape_of(vllm_config), host)
     connect(attentions, memory, policy)
+    if has_one_front_end(vllm_config):  # several keep no memory that workers are asked for
+        serve_memory(memory, own_rank())
     logger.info("memory attached: %s", memory.describe())
     return memory
+
+
+def own_rank() -> int:
+    """This worker among all of its engine."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+class StepStream:
+    """The stream on which steps are queued; ``with stream():`` queues work among them, from any thread.
+
+    note: called in the thread that runs the steps; vLLM may move them to another stream after the model is loaded. A
+    CPU has no streams.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, None
+        self.note()
+
+    def note(self) -> None:
+        """The current stream is that of the steps."""
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.current_stream(self._device)
+
+    def __call__(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

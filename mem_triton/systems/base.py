@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
 
 Rpc = Callable[..., Awaitable[list[Any]]]
-"""rpc(call, *args): calls a worker part's ``calls[call]`` on every worker; one answer a worker, in their order."""
+"""rpc(call, *args): calls a worker part's ``calls[call]`` on every worker; one answer a worker, in their order.
+
+It has no deadline: who waits for what may never come has one."""
 Alive = Callable[[], Awaitable[None]]
 """Raises what ends a wait: the client has hung up, or the request was aborted."""
 
@@ -177,7 +179,8 @@ class StepBatch:
 class WorkerPart:
     """A system in a worker; made when the model is loaded, before the KV cache is sized.
 
-    calls: what the front end's ``rpc`` reaches, by name. Whatever raises costs the requests concerned their memory.
+    calls: what the front end's ``rpc`` reaches, by name; in a thread of their own, while steps run. What takes long is
+    a future. Whatever else raises costs the requests concerned their memory.
     """
 
     calls: Mapping[str, Callable[..., Any]] = {}
@@ -224,8 +227,7 @@ class WorkerHost:
 
     layers: this rank's attention layers, by their index in the model. tp_rank: among the ranks that split heads; rank:
     among all. deterministic: rows must not depend on their batch.
-    leaves_promptly: a request leaves the batch before the front end hears of its end, so that its pages are free by
-    then. read_kv: (request id, layer, tokens) -> copies of its keys, with their rotation, and values, [Hkv, tokens, D].
+    read_kv: (request id, layer, tokens) -> copies of its keys, with their rotation, and values, [Hkv, tokens, D].
     attach_states: gives each layer of an adapter its state and corrections. lose: (error, everybody) costs the requests
     of the step that runs their memory, everybody's or that of the requests which have some.
     exclusive: no step begins inside, and what is queued joins the forward passes' stream; on_stream: the latter alone.
@@ -241,7 +243,6 @@ class WorkerHost:
     read_kv: Callable[[str, int, int], tuple[Tensor, Tensor]] | None = None
     attach_states: Callable[..., Any] | None = None
     deterministic: bool = False
-    leaves_promptly: bool = True
 
     @property
     def capabilities(self) -> frozenset[Capability]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
@@ -36,11 +34,7 @@ def loader(pool):
 
 def load(loader: PageLoader, ref: str) -> None:
     """Fill both pages with an entry, and wait until they are."""
-    loader.load(ref, [0, 1])
-    until, finished = time.monotonic() + SOON, {}
-    while not (finished := loader.finished()):
-        assert time.monotonic() < until
-    assert finished == {ref: None}
+    assert loader.load(ref, [0, 1]).result(SOON) is None
 
 
 def holds(pool: PagePool, ref: str) -> bool:

@@ -58,11 +58,8 @@ class Served:
             await asyncio.sleep(0)
         if method == "drop_captures":
             return [self.worker.drop(*args)]
-        assert method == "capture_state"
-        try:
-            answer = self.worker.state(*args)
-        except KeyError as error:
-            answer = {"error": str(error)}
+        assert method == "captured"
+        answer = await asyncio.wrap_future(self.worker.outcome(*args))
         for _ in range(self.awaits):
             await asyncio.sleep(0)
         return [answer]

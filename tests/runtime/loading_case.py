@@ -6,14 +6,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.pool.courier import PageCourier
 from mem_triton.store.pool.loader import PageLoader
+from mem_triton.store.pool.page_load import PageLoad
 from mem_triton.store.pool.pages import Packed, PageLayout
 from mem_triton.store.pool.pool import PagePool
 from mem_triton.store.pool.residency import Residency, Ticket
@@ -96,7 +97,7 @@ class Bench:
         host_bytes = self.host_pages * self.pool.layout.page_bytes
         self.loader = PageLoader(self.pool, lambda ref: placed(self.disk.load(ref)), host_bytes, self.workers)
         self.residency = Residency(self.pages, PAGE, self.pool.layout.page_bytes)
-        self.courier = PageCourier(self.residency)
+        self._under_way: dict[str, Future[str | None]] = {}
         self._calls = threading.Lock()  # an engine's front end calls its workers from one thread
 
     def __enter__(self) -> Bench:
@@ -116,13 +117,20 @@ class Bench:
         """Tell the worker what to load, and hear what it has loaded."""
         with self._calls:
             self._order()
-            if self.courier.busy:
-                self.courier.settle([{"finished": self.loader.finished(), "stats": self.loader.stats()}])
-                self._order()  # for those that were let in
+            for ref in [ref for ref, over in self._under_way.items() if over.done()]:
+                if error := self._under_way.pop(ref).result():
+                    self.residency.failed(ref, error)
+                else:
+                    self.residency.loaded(ref)
+            self._order()  # for those that were let in
 
     def _order(self) -> None:
-        for ref, pages, _ in self.courier.orders():
-            self.loader.load(ref, pages)
+        for load in self.residency.take_loads():
+            self._under_way[load.ref] = self.start(load)
+
+    def start(self, load: PageLoad) -> Future[str | None]:
+        """Give the worker an order."""
+        return self.loader.load(load.ref, load.pages)
 
     def wait(self, ticket: Ticket) -> str:
         """Its state once it is ready or failed."""

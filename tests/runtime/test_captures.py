@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -41,10 +40,7 @@ def carried(folder: Path, lease: str, tokens: int = TOKENS) -> CaptureOrder:
 
 
 def answer(captures: Captures, lease: str) -> dict:
-    until = time.monotonic() + 20
-    while not (state := captures.state(lease)):
-        assert time.monotonic() < until
-    return state
+    return captures.outcome(lease).result(20)
 
 
 def test_a_prompt_is_copied_when_its_request_leaves(tmp_path):
@@ -68,9 +64,20 @@ def test_the_front_end_may_ask_first(tmp_path):
     captures = make()
     captures.enter("r", carried(tmp_path, "lease"))
     captures.set_rows(["r"], [TOKENS + 3])
-    assert "file" in answer(captures, "lease")
-    captures.leave("r")  # copied already
-    assert len(list(tmp_path.iterdir())) == 1
+    asked = captures.outcome("lease")
+    assert not asked.done() and not list(tmp_path.iterdir()), "it is copied when it leaves, between two steps"
+    captures.leave("r")
+    assert "file" in asked.result(20) and len(list(tmp_path.iterdir())) == 1 and not captures._asked
+
+
+@pytest.mark.parametrize("end", ["dropped", "lost its memory"])
+def test_who_asked_for_what_never_comes_hears_so(tmp_path, end):
+    captures = make()
+    captures.enter("r", carried(tmp_path, "lease"))
+    captures.set_rows(["r"], [TOKENS - 1])
+    asked = captures.outcome("lease")
+    captures.drop(["lease"]) if end == "dropped" else captures.drop_request("r")
+    assert "lease" in asked.result(0)["error"] and not captures._asked
 
 
 def test_a_request_that_was_taken_back_too_early_is_kept_when_it_comes_again(tmp_path):
@@ -78,15 +85,14 @@ def test_a_request_that_was_taken_back_too_early_is_kept_when_it_comes_again(tmp
     captures.enter("r", carried(tmp_path, "lease"))
     captures.set_rows(["r"], [TOKENS - 2])
     captures.leave("r")
-    with pytest.raises(KeyError, match="lease"):
-        captures.state("lease")
+    assert "no prompt is held for lease" in answer(captures, "lease")["error"]
     captures.enter("r", carried(tmp_path, "lease"))
     captures.set_rows(["r"], [TOKENS - 1])
     captures.leave("r")
     assert "file" in answer(captures, "lease")
 
 
-def test_an_answer_is_empty_until_the_file_is_written(tmp_path, monkeypatch):
+def test_an_answer_waits_until_the_file_is_written(tmp_path, monkeypatch):
     go, stock = threading.Event(), module.save_file
 
     def slow(*arguments, **options) -> None:
@@ -98,9 +104,10 @@ def test_an_answer_is_empty_until_the_file_is_written(tmp_path, monkeypatch):
     captures.enter("r", carried(tmp_path, "lease"))
     captures.set_rows(["r"], [TOKENS - 1])
     captures.leave("r")
-    assert captures.state("lease") == {}
+    asked = captures.outcome("lease")
+    assert not asked.done()
     go.set()
-    assert "file" in answer(captures, "lease")
+    assert "file" in asked.result(20) and "file" in answer(captures, "lease")
 
 
 def test_what_cannot_be_written_is_an_error_by_name(tmp_path):
@@ -130,8 +137,7 @@ def test_old_answers_are_forgotten_beyond_a_number(tmp_path, monkeypatch):
         captures.enter(f"r{i}", carried(tmp_path, f"lease{i}"))
         captures.set_rows([f"r{i}"], [TOKENS - 1])
         captures.leave(f"r{i}")
-    with pytest.raises(KeyError, match="lease0"):
-        captures.state("lease0")
+    assert "lease0" in answer(captures, "lease0")["error"]
     assert "file" in answer(captures, "lease1") and "file" in answer(captures, "lease2")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
@@ -38,8 +40,16 @@ def explicit() -> ExplicitMemory:
         enter=lambda *_: None, leave=lambda *_: None, set_rows=lambda *_: None, drop_request=lambda *_: None
     )
     loaded = []
-    memory.loader = SimpleNamespace(load=lambda ref, pages: loaded.append((ref, pages)), before_step=lambda: None)
-    memory.loaded, memory._held, memory._held_back, memory._given_away = loaded, {}, [], set()
+
+    def load(ref: str, pages: list[int]) -> Future:
+        loaded.append((ref, pages))
+        done = Future()
+        done.set_result(None)
+        return done
+
+    memory.loader = SimpleNamespace(load=load, before_step=lambda: None, stats=dict)
+    memory.loaded, memory._held, memory._held_back = loaded, {}, []
+    memory._host = SimpleNamespace(exclusive=contextlib.nullcontext)
     return memory
 
 
@@ -144,7 +154,7 @@ def test_fault01_a_request_whose_tables_raise_loses_its_memory_alone(path, where
 
     monkeypatch.setattr(MemoryTables, "enter" if where == "enter" else "_show", broken)
     for name, page in (("bad", 0), ("good", 1)):
-        part.load(f"{name}@1", [page])
+        part.load_page(f"{name}@1", [page], 4)
         memory.enter(name, lambda name=name, page=page: reads(f"{name}@1", page))
     for _ in range(3):
         memory.enter("bad", lambda: reads("bad@1", 0))  # runners say it at every step
@@ -170,7 +180,7 @@ def test_fault01_a_payload_that_cannot_be_read_costs_its_request_alone(path):
 def test_fault01_a_step_whose_rows_cannot_be_written_runs_without_memory(path, monkeypatch):
     part = explicit()
     memory, incidents = batch(path, explicit=part)
-    part.load("a@1", [0])
+    part.load_page("a@1", [0], 4)
     memory.enter("a", lambda: reads("a@1", 0))
     memory.begin_step(["a"], [0], [3])
     monkeypatch.setattr(MemoryTables, "_staged", lambda self, values: 1 / 0)
@@ -181,7 +191,7 @@ def test_fault01_a_step_whose_rows_cannot_be_written_runs_without_memory(path, m
 def test_fault01_a_failed_attention_costs_the_readers_and_a_failed_state_everybody(path):
     part = explicit()
     memory, incidents = batch(path, explicit=part)
-    part.load("a@1", [0])
+    part.load_page("a@1", [0], 4)
     memory.enter("a", lambda: reads("a@1", 0))
     memory.begin_step(["a", "plain"], [0, 0], [3, 3])
     memory.lose_step(RuntimeError("kernel"), everybody=False)
@@ -192,35 +202,27 @@ def test_fault01_a_failed_attention_costs_the_readers_and_a_failed_state_everybo
 
 def test_fault02_pages_that_are_still_read_are_not_filled_with_something_else():
     part = explicit()
-    part.load("a@1", [0, 1])
+    assert part.load_page("a@1", [0, 1], 8).result(0) == {"error": None, "stats": {}}
     part.enter("running", part_that_reads("a@1", 0, 1))
-    part.load("b@1", [1], wait=True)  # the client of "running" has left, the engine does not know yet
-    assert part.loaded == [("a@1", [0, 1])]
+    over = part.load_page("b@1", [1], 4)  # the client of "running" has left, the engine does not know yet
+    assert part.loaded == [("a@1", [0, 1])] and not over.done()
     part.leave("running")
-    assert part.loaded[1:] == [("b@1", (1,))]
+    assert part.loaded[1:] == [("b@1", [1])] and over.result(0)["error"] is None
 
 
-def test_fault02_an_engine_that_says_later_who_left_does_not_keep_others_waiting(path):
-    """vLLM tells its workers with the next step, and there may be none."""
+def test_control_without_the_look_at_readers_pages_are_filled_while_they_are_read(monkeypatch):
     part = explicit()
-    memory, incidents = batch(path, explicit=part)
-    for name, page in (("over", 0), ("runs", 1)):
-        part.load(f"{name}@1", [page])
-        memory.enter(name, lambda name=name, page=page: reads(f"{name}@1", page))
-    memory.begin_step(["over", "runs"], [0, 0], [3, 3])
-    part.load("b@1", [0])
-    part.load("b@2", [1])
-    assert [ref for ref, _ in part.loaded[2:]] == ["b@1", "b@2"]
-    memory.leave("over")
-    memory.begin_step(["runs"], [4], [4])  # should never be: its pages were given away
-    assert set(incidents.lost()) == {"runs"} and part.tables.row_slot[0] == -1
+    part.load_page("a@1", [0, 1], 8)
+    part.enter("running", part_that_reads("a@1", 0, 1))
+    monkeypatch.setattr(MemoryTables, "readers", lambda self, pages: [])
+    assert part.load_page("b@1", [1], 4).done() and part.loaded[1:] == [("b@1", [1])]
 
 
 def test_fault02_a_request_whose_pages_were_given_away_does_not_read_them(path):
     part = explicit()
     memory, incidents = batch(path, explicit=part)
-    part.load("a@1", [0])
-    part.load("b@1", [0])
+    part.load_page("a@1", [0], 4)
+    part.load_page("b@1", [0], 4)
     memory.enter("late", lambda: reads("a@1", 0))
     memory.begin_step(["late"], [0], [3])
     assert part.tables.row_slot[0] == -1 and "something else" in incidents.of("late", final=True)
@@ -252,7 +254,7 @@ def test_fault01_attention_goes_on_without_memory_and_what_it_raises_then_is_not
 def test_fault29_a_request_that_comes_again_after_it_lost_its_memory_has_memory(path):
     part = explicit()
     memory, _ = batch(path, explicit=part)
-    part.load("a@1", [0])
+    part.load_page("a@1", [0], 4)
     memory.enter("r", lambda: json.loads("{"))
     memory.leave("r")
     memory.enter("r", lambda: reads("a@1", 0))
@@ -262,7 +264,7 @@ def test_fault29_a_request_that_comes_again_after_it_lost_its_memory_has_memory(
 def test_a_request_that_is_told_of_at_every_step_is_read_once(path):
     part, read = explicit(), []
     memory, _ = batch(path, explicit=part)
-    part.load("a@1", [0])
+    part.load_page("a@1", [0], 4)
     for _ in range(3):
         memory.enter("r", lambda: read.append("r") or reads("a@1", 0))
     assert read == ["r"] and "r" in part.tables

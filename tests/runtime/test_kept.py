@@ -296,7 +296,7 @@ def test_fault18_a_request_that_does_not_end_normally_keeps_nothing(bank):
     assert "did not end normally" in opened.parts["memory"].capture.report()["error"]
 
 
-@pytest.mark.parametrize("method", ["capture_state", "drop_captures"])
+@pytest.mark.parametrize("method", ["captured", "drop_captures"])
 def test_fault18_workers_that_cannot_be_asked_leave_no_file(bank, method):
     served, stock = Served(bank), None
 

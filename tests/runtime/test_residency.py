@@ -7,7 +7,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from mem_triton.store.pool.courier import PageCourier
 from mem_triton.store.pool.ledger import PageLedger
 from mem_triton.store.pool.residency import PoolCapacityError, Residency
 
@@ -135,44 +134,6 @@ def test_a_request_that_leaves_while_loading_leaves_no_half_filled_page_to_other
     assert waiting.state == "waiting", "the workers still write into that page"
     residency.loaded(load.ref)
     assert waiting.state == "loading"
-
-
-def said(*finished: dict) -> list[dict]:
-    return [{"finished": answer, "stats": {"hits.host": 1}} for answer in finished]
-
-
-def test_the_courier_waits_for_every_worker():
-    residency = Residency(4, 4)
-    ticket, courier = residency.request("r", {"a@1": 4}), PageCourier(residency)
-    assert courier.orders() == [("a@1", list(ticket.pages["a@1"]), 4)] and courier.orders() == []
-    courier.settle(said({"a@1": None}, {}))
-    assert ticket.state == "loading" and courier.busy
-    courier.settle(said({}, {"a@1": None}))
-    assert ticket.state == "ready" and not courier.busy
-
-
-def test_a_failure_of_one_worker_frees_the_pages_only_when_all_are_through():
-    residency = Residency(1, 4)
-    ticket, courier = residency.request("r", {"a@1": 4}), PageCourier(residency)
-    courier.orders()
-    courier.settle(said({"a@1": "unreadable"}, {}))
-    other = residency.request("other", {"b@1": 4})
-    assert other.state == "waiting"
-    courier.settle(said({}, {"a@1": None}))
-    assert ticket.state == "failed: a@1: unreadable" and other.state == "loading"
-
-
-def test_fault29_what_is_ordered_again_is_not_said_to_have_been_heard():
-    """A worker that hears so forgets what it has just loaded, and the request waits for ever."""
-    residency = Residency(1, 4)
-    courier = PageCourier(residency)
-    residency.request("r", {"a@1": 4})
-    courier.orders()
-    courier.settle(said({"a@1": "unreadable"}))
-    assert courier.heard() == ["a@1"]
-    residency.release("r")
-    residency.request("r", {"a@1": 4})
-    assert courier.orders() and courier.heard() == []
 
 
 class Pool(RuleBasedStateMachine):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 import torch
@@ -59,15 +58,6 @@ def test_smaller_pages_lose_little_and_say_so_in_their_size(dtype, error):
     assert PagePool.pages_for_bytes(p.nbytes, **shape) == 6 and PagePool.pages_for_bytes(p.nbytes - 1, **shape) == 5
 
 
-def wait_for(loader: PageLoader, count: int) -> dict:
-    finished: dict = {}
-    deadline = time.monotonic() + 20
-    while len(finished) < count:
-        assert time.monotonic() < deadline
-        finished |= loader.finished()
-    return finished
-
-
 def test_a_slow_load_holds_nobody_up_and_an_error_is_an_answer():
     p, go, blocks = pool(), threading.Event(), {"slow@1": block(4, 1), "quick@1": block(4, 2)}
 
@@ -79,12 +69,12 @@ def test_a_slow_load_holds_nobody_up_and_an_error_is_an_answer():
         return blocks[ref]
 
     loader = PageLoader(p, source, host_bytes=1 << 20)
-    for ref, page in (("slow@1", 0), ("quick@1", 1), ("bad@1", 2)):
-        loader.load(ref, [page])
-    assert wait_for(loader, 2) == {"quick@1": None, "bad@1": "OSError: disk on fire"}
+    over = {ref: loader.load(ref, [page]) for page, ref in enumerate(("slow@1", "quick@1", "bad@1"))}
+    assert over["quick@1"].result(20) is None and over["bad@1"].result(20) == "OSError: disk on fire"
+    assert loader.load("slow@1", [0]) is over["slow@1"], "an order that is under way changes nothing"
     assert torch.equal(read(p, [1], 4)[0], blocks["quick@1"].keys) and not read(p, [0], 4)[0].any()
     go.set()
-    assert wait_for(loader, 1) == {"slow@1": None} and torch.equal(read(p, [0], 4)[0], blocks["slow@1"].keys)
+    assert over["slow@1"].result(20) is None and torch.equal(read(p, [0], 4)[0], blocks["slow@1"].keys)
     loader.close()
 
 
@@ -98,8 +88,7 @@ def test_the_host_keeps_what_left_the_device_until_its_bytes_are_spent():
 
     loader = PageLoader(p, source, host_bytes=2 * p.pack(block(4)).nbytes, workers=1)
     for ref in ("1@1", "2@1", "1@1", "3@1", "1@1", "2@1"):  # the third pushes 2 out, which was used longest ago
-        loader.load(ref, [int(ref[0])])
-        assert wait_for(loader, 1) == {ref: None}
+        assert loader.load(ref, [int(ref[0])]).result(20) is None
     assert reads == ["1@1", "2@1", "3@1", "2@1"]
     assert torch.equal(read(p, [1], 4)[0], block(4, 1).keys)
     loader.close()

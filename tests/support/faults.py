@@ -22,8 +22,8 @@ SHARED = {
     "leave tables": "mem_triton.systems.explicit.worker:ExplicitMemory.leave",
     "rows of tables": "mem_triton.systems.explicit.worker:ExplicitMemory.begin_step",
     "one row": "mem_triton.store.pool.tables:MemoryTables._show",
-    "load pages": "mem_triton.systems.explicit.worker:ExplicitMemory.load_pages",
-    "state of pages": "mem_triton.systems.explicit.worker:ExplicitMemory.pages_state",
+    "load a page": "mem_triton.systems.explicit.worker:ExplicitMemory.load_page",
+    "fetch": "mem_triton.store.pool.fetching:Fetcher._do",
     "take a state": "mem_triton.systems.delta_mem.worker:DeltaWorker.take_state",
     "order of steps": "mem_triton.store.pool.loader:PageLoader.before_step",
 }

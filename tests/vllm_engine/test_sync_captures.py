@@ -118,14 +118,14 @@ def test_fault17_a_full_disk_costs_llm_no_answer(engine, monkeypatch):
     assert engine.answered() == [] and report(engine.read()[0])["capture"] == {"id": "capture:note@1"}
 
 
-@pytest.mark.parametrize("method", ["capture_state", "drop_captures"])
+@pytest.mark.parametrize("method", ["captured", "drop_captures"])
 def test_fault18_workers_that_are_gone_cost_llm_no_answer_and_leave_no_file(engine, method):
     engine.answered()
     engine.gone = method
     (output,) = engine.read()
     engine.served.worker._writer.submit(int).result(20)
     assert output.outputs[0].text == "an answer" and not engine.served.captures._running
-    assert (output.outputs[0].finish_reason == "error") == (method == "capture_state")
+    assert (output.outputs[0].finish_reason == "error") == (method == "captured")
 
 
 def test_fault18_an_abort_while_it_is_read_leaves_nothing_behind(engine):

@@ -9,16 +9,18 @@ A client may leave at any ``await``: what has to come to its end runs in tasks t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from mem_triton.config import MemTritonConfig
+from mem_triton.runtime.frontend.gate import Gate
 from mem_triton.runtime.frontend.tenants import Tenants
 from mem_triton.runtime.incidents import Incidents
 from mem_triton.systems import registry
@@ -49,12 +51,13 @@ class Opened:
     """One request's memory. parts: by system; systems in which it has none are absent.
 
     more: payloads of systems in which it only does what another request needs. ending: the task that sees to its
-    end, and closes it; None where there is none (any more).
+    end, and closes it; None where there is none (any more). carried: the engine may have it, and run it.
     """
 
     parts: dict[str, RequestMemory] = field(default_factory=dict)
     more: Mapping[str, SystemPayload] = field(default_factory=dict)
     ending: asyncio.Task[None] | None = None
+    carried: bool = False
 
     @property
     def waits(self) -> bool:
@@ -89,7 +92,9 @@ class Opened:
 class MemoryFrontEnd:
     """Opens and closes the memory of each request; one per engine front end.
 
-    parts: by system, in the registry's order. call: reaches the workers; set once the engine runs.
+    parts: by system, in the registry's order. call: reaches the workers; set once the engine runs. barrier: returns
+    when the workers have begun every step that the engine planned before; None where an engine has no such call. gate:
+    shut while the engine sleeps.
 
     Example::
 
@@ -108,6 +113,8 @@ class MemoryFrontEnd:
     ) -> None:  # fmt: skip
         self.parts, self.tenants, self.incidents = dict(parts), tenants or Tenants(None), incidents
         self.call = call
+        self.barrier: Callable[[], Awaitable[Any]] | None = None
+        self.gate = Gate()
         self._rpc = {name: functools.partial(self._call, name) for name in self.parts}
         self._owned: set[asyncio.Task[Any]] = set()
 
@@ -121,7 +128,7 @@ class MemoryFrontEnd:
         return cls(parts, Tenants(config.tenants), **more)
 
     async def _call(self, system: str, method: str, *args: Any) -> list[Any]:
-        return await self.call(system, method, *args)
+        return await self.gate.through(self.call, system, method, *args)
 
     @property
     def concerns_all(self) -> bool:
@@ -244,9 +251,7 @@ class MemoryFrontEnd:
         A caller who leaves meanwhile changes nothing of it. The answer is whole by now: what cannot be committed or
         kept is a warning in ``opened.report()``, or its ``failure``. read: for outcomes whose answer is to be kept.
         """
-        opened.ending = task = asyncio.create_task(self._end(opened, outcome, read))
-        self._owned.add(task)
-        task.add_done_callback(lambda _: self._ended(task, opened))
+        task = self._own(self._end(opened, outcome, read), opened)
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -259,6 +264,29 @@ class MemoryFrontEnd:
             reading = functools.partial(self._read, name, read) if read is not None else None
             mine = dataclasses.replace(outcome, read=reading)
             await self.parts[name].finish(memory, mine, self._rpc[name])
+
+    def _own(self, ending: Coroutine[Any, Any, None], opened: Opened) -> asyncio.Task[None]:
+        """A task of nobody's but ours that sees to a request's end."""
+        opened.ending = task = asyncio.create_task(ending)
+        self._owned.add(task)
+        task.add_done_callback(lambda _: self._ended(task, opened))
+        return task
+
+    def abandon(self, opened: Opened) -> None:
+        """Close a request that was taken from the engine before its end.
+
+        Its pages are somebody else's only when no worker can begin a step with it any more: an abort and what workers
+        are told go different ways.
+        """
+        if opened.ending is None and opened.carried and opened.waits and self.barrier is not None:
+            with contextlib.suppress(RuntimeError):  # no loop runs any more
+                asyncio.get_running_loop()
+                self._own(self._left(), opened)
+        self.close(opened)
+
+    async def _left(self) -> None:
+        with contextlib.suppress(Exception):  # workers that cannot be asked are gone
+            await self.barrier()
 
     def _ended(self, task: asyncio.Task[None], opened: Opened) -> None:
         self._owned.discard(task)

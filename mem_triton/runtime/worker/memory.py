@@ -1,12 +1,16 @@
 """A worker's memory of all systems: who enters the batch, who leaves, and how a step's rows stand.
 
 No exception of ours passes: whatever raises costs the requests concerned their memory, which the front end hears of
-(``runtime.incidents``), and the step goes on.
+(``runtime.incidents``), and the step goes on. The front end's calls come in threads of their own (``service``); a lock
+keeps them out while a step's tables are written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mem_triton.config import MemTritonConfig
@@ -20,10 +24,23 @@ Carried = Callable[[], bytes | None]
 """Reads the encoded payload that came with a request; None for a plain one."""
 
 
+def locked(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of ``BatchMemory`` during which no call of the front end touches what steps read."""
+
+    @functools.wraps(method)
+    def under_lock(self: BatchMemory, *args: Any, **kwargs: Any) -> Any:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    return under_lock
+
+
 class BatchMemory:
     """What a worker has. parts: by system; see ``attach``. incidents: where lost memory is reported.
 
     reading: a flag for each row of the coming step, whether attention reads more than its context; () if none does.
+    lock: between the thread that runs the steps and those of the front end's calls. on_stream: the context in which
+    work joins the steps' stream.
     """
 
     def __init__(self, parts: Mapping[str, WorkerPart] | None = None, incidents: IncidentLog | None = None) -> None:
@@ -31,6 +48,8 @@ class BatchMemory:
         self.incidents = incidents or IncidentLog()
         self.reading: Sequence[bool] = ()
         self._readers_of_segments: list[WorkerPart] = []
+        self.lock = threading.RLock()
+        self.on_stream: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self._step: list[str] = []  # requests of the step that runs, or ran last
         self._inside: set[str] = set()  # requests in the batch that have entered
 
@@ -44,6 +63,12 @@ class BatchMemory:
             part for name, part in self.parts.items() if Capability.SEGMENTS in registry.required([name])
         ]
 
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """No step begins inside, and what is queued joins their stream."""
+        with self.lock, self.on_stream():
+            yield
+
     def call(self, system: str, method: str, *args: Any) -> Any:
         """Answer a front end's call. Raises LookupError for a system or method that there is not."""
         part = self.parts.get(system)
@@ -52,6 +77,7 @@ class BatchMemory:
             raise LookupError(f"{system}.{method} is unknown; known are {known}")
         return part.calls[method](*args)
 
+    @locked
     def enter(self, request_id: str, carried: Carried) -> None:
         """A request joins the batch; one that is there already, with its memory or without, stays as it is.
 
@@ -67,6 +93,7 @@ class BatchMemory:
         except Exception as error:
             self.lose([request_id], "enter", error)
 
+    @locked
     def leave(self, request_id: str) -> None:
         """A request is about to leave the batch, finished or preempted; its KV blocks are still its own."""
         self._inside.discard(request_id)
@@ -77,6 +104,7 @@ class BatchMemory:
                 self.incidents.report([request_id], "leave", error)
                 part.drop_request(request_id)  # its row and pages are free in any case
 
+    @locked
     def begin_step(self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int]) -> None:
         """The coming step's batch: per row, the positions of the first and the last token that it processes."""
         self._step = list(request_ids)
@@ -90,6 +118,7 @@ class BatchMemory:
             self.lose([request_id], "begin_step", error)
         self.reading = self._reading(request_ids)
 
+    @locked
     def skip_step(self, request_ids: Sequence[str], error: BaseException) -> None:
         """The coming step's rows cannot be told: none of them has memory in it."""
         self._step, self.reading = list(request_ids), ()
@@ -97,6 +126,7 @@ class BatchMemory:
             part.forget_rows()
         self.lose(self._readers(request_ids), "begin_step", error)
 
+    @locked
     def lose_step(self, error: BaseException, everybody: bool) -> None:
         """A layer failed with memory. everybody: whoever is in the batch may have been computed wrongly; else those
         that have memory of their own went without."""

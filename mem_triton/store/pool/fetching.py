@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,7 @@ class Fetch:
     """One entry on its way into its pages.
 
     after: marks of the steps that may still read what lies in the pages. host_pages: where the host cache has it. When
-    it is ``over``, ``copied`` is the finished copy's mark, or ``error`` says why there is none.
+    it is over, ``copied`` is the finished copy's mark, or ``error`` says why there is none; ``done`` is for who waits.
     """
 
     ref: str
@@ -45,8 +46,8 @@ class Fetch:
     host_pages: Sequence[int] | None = None
     copied: Any = None
     error: str | None = None
-    over: bool = False
     began: float = field(default_factory=time.perf_counter)
+    done: Future[str | None] = field(default_factory=Future)
 
 
 class Fetcher:

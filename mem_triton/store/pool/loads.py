@@ -1,17 +1,19 @@
-"""Page loads of an asyncio front end: one task carries them between the residency and the workers.
+"""Page loads of an asyncio front end: one owner carries them between the residency and the workers.
 
-The task belongs to no request. Whoever waits for pages only looks at his tickets, so that a client who leaves takes
-no answer with him that others wait for.
+The tasks that carry loads belong to no request. Whoever waits for pages only looks at his tickets, when there is news
+of any, so that a client who leaves takes no answer with him that others wait for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
-from mem_triton.store.pool.courier import PageCourier
+from mem_triton import metrics
+from mem_triton.store.pool.page_load import PageLoad
 from mem_triton.store.pool.residency import Residency, Ticket
 
 
@@ -19,12 +21,13 @@ class MemoryLoadError(RuntimeError):
     """An entry's keys and values could not be read; the request that needs them fails, nothing else does."""
 
 
-POLL_SECONDS = 0.002
+LOOK_SECONDS = 0.1
+"""How often who waits looks at his deadline, and whether his client is still there; news come by themselves."""
 LOAD_SECONDS = 60.0
 """Seconds that a request waits for entries that are being loaded, from the last one that came, before it fails."""
 
 Call = Callable[..., Awaitable[list[Any]]]
-"""call(method, *args) -> one answer a worker."""
+"""call(method, *args) -> one answer a worker, once all have answered."""
 Alive = Callable[[], Awaitable[None]]
 """Raises what ends a wait: the client has hung up, or the request was aborted."""
 
@@ -54,7 +57,11 @@ class LoadWait:
 
 
 class PageLoads:
-    """Carries loads for as long as there are any; one per engine front end.
+    """Has every load carried out by all workers; one per engine front end.
+
+    call: ``call("load_page", ref, pages, tokens)`` is answered by a worker when its part of the load is over, with
+    {"error": None or why it failed, "stats": counts}. An entry is loaded when all workers say so; if one failed, its
+    pages are free once all are through with it.
 
     Example::
 
@@ -63,42 +70,71 @@ class PageLoads:
     """
 
     def __init__(self, residency: Residency, call: Call, deadline: float = LOAD_SECONDS) -> None:
-        self._courier, self._call, self._deadline = PageCourier(residency), call, deadline
-        self._task: asyncio.Task[None] | None = None
+        self._residency, self._call, self._deadline = residency, call, deadline
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._uncalled: dict[str, Exception] = {}  # reference -> why the workers could not be called for it last
+        self._news = asyncio.Event()  # another one after each time that it is set
+        self._loop: asyncio.AbstractEventLoop | None = None
+        residency.listener = self._admitted
 
     async def wait(self, pending: Callable[[], list[Ticket]], alive: Alive = always) -> None:
-        """Wait until none of a request's tickets is pending. alive: looked at in every round.
+        """Wait until none of a request's tickets is pending. alive: looked at now and then.
 
         Raises MemoryLoadError for entries that cannot be read or do not come within the deadline (waiting for free
         pages has none), and if the workers cannot be called.
         """
         wait = LoadWait(self._deadline)
-        while tickets := pending():
+        while True:
+            news = self._news  # before the look, so that no news falls between the two
+            if not (tickets := pending()):
+                return
             wait.look(tickets)
             await alive()
-            task = self.start()
-            await asyncio.sleep(POLL_SECONDS)
-            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+            self.start()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), LOOK_SECONDS)
+            refs = (ref for ticket in pending() for ref in ticket.tokens)
+            if error := next((self._uncalled[ref] for ref in refs if ref in self._uncalled), None):
                 raise MemoryLoadError(f"failed: its pages could not be loaded: {error}") from error
 
-    def start(self) -> asyncio.Task[None]:
-        """The task that carries loads; it ends when there are none."""
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._carry(), name="mem_triton-loads")
-            self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # waiters hear of it
-        return self._task
+    def start(self) -> None:
+        """Send the orders that the workers have not been given."""
+        self._loop = asyncio.get_running_loop()
+        for load in self._residency.take_loads():
+            self._uncalled.pop(load.ref, None)
+            task = self._loop.create_task(self._carry(load), name=f"mem_triton-load-{load.ref}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    async def _carry(self) -> None:
-        """Rounds of orders and answers until nothing is under way."""
-        while True:
-            if orders := self._courier.orders():
-                try:
-                    await self._call("load_pages", orders)
-                except BaseException:  # they are ordered again when somebody waits again
-                    self._courier.undelivered(orders)
-                    raise
-            if not self._courier.busy:
-                return
-            self._courier.settle(await self._call("pages_state", self._courier.heard()))
-            if self._courier.busy:
-                await asyncio.sleep(POLL_SECONDS)
+    async def _carry(self, load: PageLoad) -> None:
+        try:
+            answers = await self._call("load_page", *load)
+        except BaseException as error:  # it is ordered again when somebody waits again
+            self._residency.put_back([load])
+            if not isinstance(error, Exception):
+                raise
+            self._uncalled[load.ref] = error
+        else:
+            _show(answer["stats"] for answer in answers)
+            if error := next((answer["error"] for answer in answers if answer["error"]), None):
+                self._residency.failed(load.ref, error)
+            else:
+                self._residency.loaded(load.ref)
+        self._wake()
+
+    def _admitted(self) -> None:
+        """Tickets have got pages, in whatever thread others were released."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+
+def _show(stats: Iterable[dict[str, int]]) -> None:
+    """The workers' counts, for ``/metrics``."""
+    for worker, counts in enumerate(stats):
+        for what, count in counts.items():
+            metrics.WORKER_POOL.labels(str(worker), what).set(count)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mem_triton.store.pool import metrics
@@ -46,8 +46,8 @@ class Ticket:
 class Residency:
     """Pages of one pool: reference counts pin them, the least recently used unpinned entry makes room.
 
-    num_pages: pages of the pool; page_tokens: tokens of one; page_bytes: for the metrics. Thread-safe; does no input or
-    output of its own.
+    num_pages: pages of the pool; page_tokens: tokens of one; page_bytes: for the metrics. listener: called, in whatever
+    thread, when a release has given pages to tickets that waited. Thread-safe; does no input or output of its own.
     """
 
     def __init__(self, num_pages: int, page_tokens: int, page_bytes: int = 0) -> None:
@@ -57,6 +57,7 @@ class Residency:
         self._waiting: deque[Ticket] = deque()
         self._loads: dict[str, PageLoad] = {}  # that the workers have to be told of
         self._lock = threading.Lock()
+        self.listener: Callable[[], None] = lambda: None
 
     def pages_for(self, tokens: int) -> int:
         """Pages that an entry of so many tokens takes."""
@@ -123,7 +124,9 @@ class Residency:
                 self._waiting.remove(ticket)
             for ref in ticket.tokens:
                 self._ledger.unpin(ref, owner)
-            self._admit_waiting()
+            admitted = self._admit_waiting()
+        if admitted:
+            self.listener()
 
     def _pages_kept_from(self, tokens: Mapping[str, int]) -> int:
         """Pages that stay with entries pinned for ever, which are not among ``tokens``."""
@@ -148,10 +151,13 @@ class Residency:
         self._settle(ticket)
         return True
 
-    def _admit_waiting(self) -> None:
+    def _admit_waiting(self) -> bool:
+        """Give free pages to those who wait, first come, first served; whether anybody got some."""
+        before = len(self._waiting)
         while self._waiting and self._admit(self._waiting[0]):
             self._waiting.popleft()
         self._show()
+        return len(self._waiting) < before
 
     def _show(self) -> None:
         metrics.POOL_WAITING.set(len(self._waiting))

@@ -26,6 +26,8 @@ from mem_triton.systems.payload import StateRef, SystemPayload
 from mem_triton.systems.request import RequestError
 from mem_triton.systems.served_model import served
 
+STATE_SECONDS = 60.0
+"""Seconds that an answer waits for its state, before its session is not committed."""
 LONGEST_NAME = 200
 """Characters of a session's name with its tenant's: file systems take 255 bytes."""
 
@@ -113,7 +115,7 @@ class SessionFrontEnd(FrontendPart):
             return
         arguments = self.take_arguments(lease, outcome.prompt_tokens, outcome.generated)
         try:
-            parts = await rpc("take_state", *arguments)
+            parts = await asyncio.wait_for(rpc("take_state", *arguments), STATE_SECONDS)
         except Exception as error:  # the answer is whole all the same
             metrics.COMMIT_FAILURES.inc()
             memory.warnings.append(self.not_committed(lease, error))

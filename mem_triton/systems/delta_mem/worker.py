@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+from torch import Tensor
 
 from mem_triton.schema import ConfigError
 from mem_triton.systems.base import StepBatch, WorkerHost, WorkerPart
@@ -35,13 +38,18 @@ class DeltaWorker(WorkerPart):
         )
         self._host = host
         self.calls = {"take_state": self.take_state}
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="mem_triton-states")
 
-    def take_state(self, lease: str, position: int, forget: list[str]) -> dict[str, Any]:
+    def take_state(self, lease: str, position: int, forget: list[str]) -> Future[dict[str, Any]]:
         """This rank's layers of a lease's state after ``position``: {"position": int, "states": {index: bytes}}."""
         slots = self.slots
         with self._host.exclusive():
             slots.drop(forget)
             reached, states = slots.pick(lease, position)
+        return self._copier.submit(self._copied, reached, states)
+
+    def _copied(self, reached: int, states: Tensor) -> dict[str, Any]:
+        slots = self.slots
         with self._host.on_stream():
             data = as_bytes(states)  # steps may begin: on a GPU this waits for the one that runs
         size = 4 * slots.state_size

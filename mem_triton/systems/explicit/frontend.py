@@ -9,11 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from mem_triton.store.pool.loads import POLL_SECONDS, PageLoads
+from mem_triton.store.pool.loads import PageLoads
 from mem_triton.systems.base import Alive, Capability, FrontendPart, FrontendServices, Outcome, Rpc
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.explicit.captures import Capture
@@ -46,7 +45,8 @@ class ExplicitFrontEnd(ReadingPlans, FrontendPart):
 
     def start(self, rpc: Rpc) -> None:
         """Begin to fill the pages of default entries."""
-        self._page_loads(rpc).start()
+        if not self.obstacle:
+            self._page_loads(rpc).start()
 
     async def prepare(self, memory: Reading, prompt_ids: Sequence[int], rpc: Rpc) -> None:
         """Complete the plan and pin its pages. Raises RequestError if it never fits."""
@@ -57,7 +57,7 @@ class ExplicitFrontEnd(ReadingPlans, FrontendPart):
     async def ready(self, memory: Reading, alive: Alive, rpc: Rpc) -> None:
         """Wait until every page that the request reads is filled; others go on meanwhile. Raises MemoryLoadError.
 
-        alive: looked at in every round.
+        alive: looked at now and then.
         """
         await self._page_loads(rpc).wait(lambda: memory.pending, alive)
 
@@ -88,16 +88,10 @@ class ExplicitFrontEnd(ReadingPlans, FrontendPart):
 
     async def _captured(self, capture: Capture, rpc: Rpc) -> list[dict[str, Any]]:
         """Each rank's file of a kept prompt, or its error."""
-        files: dict[int, dict[str, Any]] = {}
-        until = time.monotonic() + CAPTURE_SECONDS
-        while True:
-            answers = await rpc("capture_state", capture.lease)
-            files |= {rank: answer for rank, answer in enumerate(answers) if answer}
-            if len(files) == len(answers):
-                return list(files.values())
-            if time.monotonic() > until:
-                return [*files.values(), {"error": f"its keys and values were not written in {CAPTURE_SECONDS:.0f} s"}]
-            await asyncio.sleep(POLL_SECONDS)
+        try:
+            return await asyncio.wait_for(rpc("captured", capture.lease), CAPTURE_SECONDS)
+        except TimeoutError:
+            return [{"error": f"its keys and values were not written in {CAPTURE_SECONDS:.0f} s"}]
 
     def _page_loads(self, rpc: Rpc) -> PageLoads:
         if self._loads is None:  # one front end has one rpc

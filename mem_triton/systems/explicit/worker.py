@@ -5,7 +5,8 @@ Made before the engine sizes its KV cache, so that the pool is accounted for and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +50,7 @@ class ExplicitMemory(WorkerPart):
     def __init__(self, shape: EngineShape, section: MemorySection, host: WorkerHost) -> None:
         self._host, layers, device = host, host.layers, host.device
         self.calls = {
-            "load_pages": self.load_pages, "pages_state": self.pages_state, "capture_state": self.capture_state,
-            "drop_captures": self.drop_captures,
+            "load_page": self.load_page, "captured": self.captured, "drop_captures": self.drop_captures,
         }  # fmt: skip
         self.bank = Bank.open(section.bank)
         spec = self.bank.spec
@@ -71,8 +71,7 @@ class ExplicitMemory(WorkerPart):
 
         self.loader = PageLoader(self.pool, read, host_bytes=int(section.host_gib * GIB))
         self._held: dict[int, str] = {}  # page -> the entry that it was ordered for last
-        self._held_back: list[tuple[str, tuple[int, ...]]] = []  # orders for pages that are still read
-        self._given_away: set[str] = set()  # requests of the batch whose pages were filled anew
+        self._held_back: list[tuple[PageLoad, Future[str | None]]] = []  # orders for pages that are still read
         self.captures = Captures(own, heads.start, host.rank, host.read_kv)
         sinks = self._sinks(ropes, heads, shape.dtype, device)
         self._layers = {}
@@ -107,24 +106,21 @@ class ExplicitMemory(WorkerPart):
     def segments(self, layer: int) -> LayerMemory | None:
         return self._layers.get(layer)
 
-    def load_pages(self, orders: list[PageLoad]) -> None:
-        """Start to fill pages in the background, behind the steps that are queued."""
+    def load_page(self, *load: Any) -> Future[dict[str, Any]]:
+        """Fill an entry's pages in the background, behind the steps that are queued; see ``PageLoad``.
+
+        Answered when they are filled: {"error": None, or why they could not be, "stats": the loader's counts}.
+        """
+        answer: Future[dict[str, Any]] = Future()
         with self._host.exclusive():
-            for ref, pages, _ in orders:
-                self.load(ref, pages, wait=not self._host.leaves_promptly)
+            over = self.load(PageLoad(*load))
+        over.add_done_callback(lambda over: answer.set_result({"error": over.result(), "stats": self.loader.stats()}))
+        return answer
 
-    def pages_state(self, heard: list[str]) -> dict[str, dict[str, Any]]:
-        """What has been filled, less what the front end has ``heard``: reference -> None, or why it could not be; and
-        the loader's counts."""
-        return {"finished": self.loader.outcomes(heard), "stats": self.loader.stats()}
-
-    def capture_state(self, lease: str) -> dict[str, Any]:
-        """{"file": path} of this rank's part of a kept prompt, {"error": reason}, {} while it is written."""
-        try:
-            with self._host.exclusive():
-                return self.captures.state(lease)
-        except KeyError as error:
-            return {"error": str(error)}
+    def captured(self, lease: str) -> Future[dict[str, str]]:
+        """Answered when this rank's part of a kept prompt is written: {"file": path}, or {"error": reason}."""
+        with self._host.exclusive():
+            return self.captures.outcome(lease)
 
     def drop_captures(self, leases: list[str]) -> None:
         """Forget captures; nothing of them stays here or on the disk."""
@@ -139,22 +135,19 @@ class ExplicitMemory(WorkerPart):
             f"pages of {layout.page_tokens} tokens ({self.pool.nbytes / GIB:.2f} GiB), {layout.dtype}"
         )
 
-    def load(self, ref: str, pages: Sequence[int], wait: bool = False) -> None:
-        """Start to fill pages with an entry.
+    def load(self, load: PageLoad, over: Future[str | None] | None = None) -> Future[str | None]:
+        """Start to fill pages with an entry, as soon as no request of the batch reads them.
 
-        The front end gives pages away when a request is over for it. wait: until the requests of the batch that read
-        them have left, for engines that may run a request a little longer and say at once when it leaves. Else such a
-        request has left already, or fails in the next step.
+        The front end gives pages away when a request is over for it; the engine may run it a step longer. over: done
+        when they are filled, with None, or with the reason why they could not be.
         """
-        readers = self.tables.readers(pages)
-        if readers and wait:
-            self._held_back.append((ref, tuple(pages)))
-            return
-        for request_id in readers:
-            self.tables.leave(request_id)
-            self._given_away.add(request_id)
-        self._held |= dict.fromkeys(pages, ref)
-        self.loader.load(ref, pages)
+        over = over or Future()
+        if self.tables.readers(load.pages):
+            self._held_back.append((load, over))
+            return over
+        self._held |= dict.fromkeys(load.pages, load.ref)
+        self.loader.load(load.ref, load.pages).add_done_callback(lambda done: over.set_result(done.result()))
+        return over
 
     def enter(self, request_id: str, payload: SystemPayload) -> None:
         """A request joins the batch. Raises RuntimeError if its pages were given away in the meantime."""
@@ -167,13 +160,11 @@ class ExplicitMemory(WorkerPart):
     def leave(self, request_id: str) -> None:
         """A request is about to leave the batch; its KV is still its own."""
         self.tables.leave(request_id)
-        self._given_away.discard(request_id)
         self._load_held_back()
         self.captures.leave(request_id)
 
     def begin_step(self, step: StepBatch) -> dict[str, Exception]:
-        gone = self._given_away.intersection(step.request_ids)
-        faults: dict[str, Exception] = {id: RuntimeError("its pages hold something else by now") for id in gone}
+        faults: dict[str, Exception] = {}
         self.tables.set_rows(step.request_ids, step.first, step.last, faults)
         self.captures.set_rows(step.request_ids, step.last)
         self.loader.before_step()
@@ -190,14 +181,13 @@ class ExplicitMemory(WorkerPart):
     def drop_request(self, request_id: str) -> None:
         """A request has lost its memory: it goes on as a plain one, and nothing of it is kept."""
         self.tables.leave(request_id)
-        self._given_away.discard(request_id)
         self._load_held_back()
         self.captures.drop_request(request_id)
 
     def _load_held_back(self) -> None:
         held_back, self._held_back = self._held_back, []
-        for ref, pages in held_back:
-            self.load(ref, pages, wait=True)
+        for load, over in held_back:
+            self.load(load, over)
 
 
 def _heads(total: int, here: int, rank: int, ranks: int) -> slice:

@@ -1,13 +1,14 @@
 """``mem_capture``: a bank's entry out of an engine request's own prompt.
 
 The prompt's keys and values lie in the request's KV blocks until somebody else's step writes there. A worker copies
-them when it hears that the request left the batch, or when the front end asks first, takes the rotation off the keys,
-and writes its layers and heads to a file; the front end puts the ranks' files together as one entry.
+them when it hears that the request left the batch, takes the rotation off the keys, and writes its layers and heads to
+a file; the front end puts the ranks' files together as one entry.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,6 +51,7 @@ class Captures:
         self.ropes, self.first_head, self.rank, self.read_context = ropes, first_head, rank, read_context
         self._residents: dict[str, _Resident] = {}  # request id -> what to keep of it
         self._files: dict[str, Future[str]] = {}  # lease -> file being written
+        self._asked: dict[str, Future[dict[str, str]]] = {}  # lease -> who wants to know of its file
         self._dropped: OrderedDict[str, None] = OrderedDict()  # leases that nobody asks for any more
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="mem_triton-capture")
 
@@ -70,32 +72,39 @@ class Captures:
         resident = self._residents.pop(request_id, None)
         if resident is not None and resident.last_position >= resident.prompt_tokens - 1:
             self._copy(request_id, resident)
+            if (asked := self._asked.pop(resident.lease, None)) is not None:
+                self._files[resident.lease].add_done_callback(functools.partial(_tell, asked))
 
     def drop_request(self, request_id: str) -> None:
         """Forget a request that is not to be kept any more."""
-        self._residents.pop(request_id, None)
+        if (resident := self._residents.pop(request_id, None)) is not None:
+            self._refuse(resident.lease)
 
     def drop(self, leases: Sequence[str]) -> None:
         """Forget captures, whatever has become of them: their files go, and requests that still run keep nothing."""
         for lease in leases:
             self._dropped[lease] = None
+            self._refuse(lease)
             self._residents = {i: r for i, r in self._residents.items() if r.lease != lease}
             if (future := self._files.pop(lease, None)) is not None:
                 future.add_done_callback(_remove)
         while len(self._dropped) > KEPT_ANSWERS:
             self._dropped.popitem(last=False)
 
-    def state(self, lease: str) -> dict[str, Any]:
-        """{"file": path} once written, {"error": reason}, or {} while it is under way. Raises KeyError if unknown."""
-        if lease not in self._files:  # finished, but no step has told the worker yet
-            request_id = next((i for i, r in self._residents.items() if r.lease == lease), None)
-            if request_id is None:
-                raise KeyError(f"no prompt is held for lease {lease}")
-            self._copy(request_id, self._residents.pop(request_id))
-        future = self._files[lease]  # stays: the front end asks again while another rank is still writing
-        if not future.done():
-            return {}
-        return {"error": str(future.exception())} if future.exception() else {"file": future.result()}
+    def outcome(self, lease: str) -> Future[dict[str, str]]:
+        """What becomes of a prompt: {"file": path} once it is written, or {"error": reason}."""
+        answer: Future[dict[str, str]] = Future()
+        if lease in self._files:
+            self._files[lease].add_done_callback(functools.partial(_tell, answer))
+            return answer
+        self._asked[lease] = answer
+        if all(resident.lease != lease for resident in self._residents.values()):
+            self._refuse(lease)  # else it has ended, and the worker will be told
+        return answer
+
+    def _refuse(self, lease: str) -> None:
+        if (asked := self._asked.pop(lease, None)) is not None:
+            asked.set_result({"error": f"no prompt is held for lease {lease}"})
 
     def _copy(self, request_id: str, resident: _Resident) -> None:
         try:
@@ -112,6 +121,11 @@ class Captures:
             )
         while len(self._files) > KEPT_ANSWERS:
             self._files.pop(next(iter(self._files)))
+
+
+def _tell(asked: Future[dict[str, str]], written: Future[str]) -> None:
+    error = written.exception()
+    asked.set_result({"file": written.result()} if error is None else {"error": str(error)})
 
 
 def _remove(written: Future[str]) -> None:

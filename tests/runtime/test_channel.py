@@ -7,11 +7,12 @@ import os
 import stat
 import subprocess
 import sys
-import threading
+from concurrent.futures import Future
+from multiprocessing import connection
 
 import pytest
 
-from mem_triton_sglang import channel
+from mem_triton.runtime import channel
 
 
 @pytest.fixture
@@ -87,8 +88,8 @@ def test_calls_of_many_tasks_get_their_own_answers(folder):
 
 def test_an_answer_to_a_call_that_was_given_up_is_not_taken_for_the_next_one(folder):
     """A task that is cancelled in the middle of a call, as when a client hangs up."""
-    go_on = threading.Event()
-    channel.serve(0, {"slow": lambda: go_on.wait(30) and "slow", "fast": lambda: "fast"})
+    later = Future()
+    channel.serve(0, {"slow": lambda: later, "fast": lambda: "fast"})
 
     async def main():
         client = channel.Client(1)
@@ -98,30 +99,83 @@ def test_an_answer_to_a_call_that_was_given_up_is_not_taken_for_the_next_one(fol
             task.cancel()
             await asyncio.wait([task])
             assert task.cancelled()
-            asyncio.get_running_loop().call_later(0.1, go_on.set)
-            return await client.call("fast")
+            later.set_result("slow")
+            return [await client.call("fast") for _ in range(3)]
         finally:
             client.close()
 
-    assert asyncio.run(main()) == ["fast"]
+    assert asyncio.run(main()) == [["fast"]] * 3
 
 
-def test_a_rank_that_is_gone_is_an_error_that_says_so(folder):
-    """A real process serves rank 1 and dies between two calls."""
-    program = "import sys; from mem_triton_sglang import channel; channel.serve(1, {'ping': int}); print(flush=True); sys.stdin.read()"  # noqa: E501
-    channel.serve(0, {"ping": int})
+def test_an_answer_that_takes_long_delays_no_other_and_comes_by_itself(folder):
+    loads = {name: Future() for name in "abc"}
+    channel.serve(0, {"load": loads.get, "ping": lambda: "pong"})
+
+    async def main():
+        client = channel.Client(1)
+        try:
+            waiting = {name: asyncio.create_task(client.call("load", name)) for name in loads}
+            assert await client.call("ping") == ["pong"], "all three orders have arrived, and none is answered"
+            loads["b"].set_result({"error": None})
+            assert await waiting["b"] == [{"error": None}] and not waiting["a"].done()
+            loads["a"].set_exception(OSError("disk on fire"))
+            with pytest.raises(channel.ChannelError, match="load: rank 0: OSError: disk on fire"):
+                await waiting["a"]
+            loads["c"].cancel()
+            with pytest.raises(channel.ChannelError, match="given up"):
+                await waiting["c"]
+        finally:
+            client.close()
+
+    asyncio.run(main())
+
+
+def test_a_call_is_over_when_the_last_rank_has_answered_also_where_one_failed(folder):
+    """Pages may not be given away while any rank still writes to them."""
+    slow = Future()
+    channel.serve(0, {"load": lambda: 1 / 0})
+    channel.serve(1, {"load": lambda: slow})
+
+    async def main():
+        client = channel.Client(2)
+        try:
+            task = asyncio.create_task(client.call("load"))
+            await asyncio.sleep(0.1)
+            assert not task.done()
+            slow.set_result(None)
+            with pytest.raises(channel.ChannelError, match="rank 0: ZeroDivisionError"):
+                await task
+        finally:
+            client.close()
+
+    asyncio.run(main())
+
+
+def test_a_rank_that_dies_fails_the_calls_that_wait_for_it_at_once(folder):
+    """A real process serves rank 1 and is killed while it owes an answer."""
+    program = (
+        "import sys; from concurrent.futures import Future; from mem_triton.runtime import channel; "
+        "channel.serve(1, {'ping': int, 'load': Future}); print(flush=True); sys.stdin.read()"
+    )
+    channel.serve(0, {"ping": int, "load": int})
     process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        process.stdout.readline()
 
         async def main():
             client = channel.Client(2)
             try:
                 assert await client.call("ping") == [0, 0]
+                task = asyncio.create_task(client.call("load"))
+                await asyncio.sleep(0.1)
+                assert not task.done()
                 process.kill()
+                with pytest.raises(channel.ChannelError, match="load: rank 1 is gone: its process has ended"):
+                    await asyncio.wait_for(task, 20)
                 process.wait()
-                client.timeout = 1
-                with pytest.raises(channel.ChannelError, match="ping: rank 1 has not answered for 1 seconds"):
-                    await client.call("ping")
+                with pytest.raises(channel.ChannelError, match=r"ping: rank 1 (does not listen|is gone)"):
+                    await asyncio.wait_for(client.call("ping"), 20)
+                assert not client._waiting
             finally:
                 client.close()
 
@@ -131,6 +185,41 @@ def test_a_rank_that_is_gone_is_an_error_that_says_so(folder):
         process.wait()
 
 
+def test_a_front_end_that_leaves_stops_nobody_and_another_one_is_answered(folder):
+    later = Future()
+    server = channel.serve(0, {"load": lambda: later, "ping": lambda: "pong"})
+
+    async def main():
+        first, second = channel.Client(1), channel.Client(1)
+        task = asyncio.create_task(first.call("load"))
+        assert await first.call("ping") == ["pong"]
+        first.close()
+        with pytest.raises(channel.ChannelError, match="gone"):
+            await asyncio.wait_for(task, 20)
+        later.set_result(None)  # to nobody
+        assert await second.call("ping") == ["pong"]
+        server.close()
+        with pytest.raises(channel.ChannelError):
+            await asyncio.wait_for(second.call("ping"), 20)
+
+    asyncio.run(main())
+
+
+def test_what_no_front_end_sends_costs_that_connection_alone(folder):
+    channel.serve(0, {"ping": lambda: "pong"})
+    stranger = connection.Client(str(folder / "0"), "AF_UNIX")
+    stranger.send_bytes(b"\xc1 no msgpack")
+    with pytest.raises(EOFError):
+        stranger.recv_bytes()
+    assert call(channel.Client(1), "ping") == ["pong"]
+
+
+def test_a_rank_that_never_served_is_named(folder):
+    channel.serve(0, {})
+    with pytest.raises(channel.ChannelError, match="rank 1 does not listen"):
+        channel.Client(2).connect()
+
+
 def test_a_process_outside_of_an_engine_hears_why_it_cannot_call(monkeypatch):
     monkeypatch.delenv(channel.VARIABLE, raising=False)
     with pytest.raises(channel.ChannelError, match=channel.VARIABLE):
@@ -138,14 +227,14 @@ def test_a_process_outside_of_an_engine_hears_why_it_cannot_call(monkeypatch):
 
 
 def test_the_folder_goes_with_the_process_that_made_it():
-    program = "from mem_triton_sglang import channel; channel.make_folder(); channel.serve(0, {}); print(channel.current_folder())"  # noqa: E501
+    program = "from mem_triton.runtime import channel; channel.make_folder(); channel.serve(0, {}); print(channel.current_folder())"  # noqa: E501
     folder = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
     assert folder and not os.path.exists(folder)
 
 
 def test_folders_of_dead_engines_go_and_those_of_others_stay(folder):
     code = (
-        "import os, signal, time; from mem_triton_sglang import channel; print(channel.make_folder(), flush=True); "
+        "import os, signal, time; from mem_triton.runtime import channel; print(channel.make_folder(), flush=True); "
         "channel.serve(0, {}); print('serving', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
