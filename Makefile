@@ -36,11 +36,12 @@ FAST := $(if $(shell nvidia-smi -L 2>/dev/null),not slow and not real,not slow a
 ALL := $(if $(shell nvidia-smi -L 2>/dev/null),,not gpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-sglang demo docs lint test test-all test-triton test-vllm clean
+.PHONY: help env env-sglang demo docs lint test test-fast test-all test-triton test-vllm clean
 
 help:
 	@echo "make demo      a small model with and without memory, on a real server (about two minutes); ENGINE=vllm or sglang"
 	@echo "make test      style and tests, as CI runs them"
+	@echo "make test-fast the tests that need neither an engine nor a compiler of kernels: some three minutes"
 	@echo "make test-all  the same with the soaks, more of the real model, the kernels under the oldest Triton that we take, $(TRITON), and vLLM $(VLLM)"
 	@echo "make test-triton  the kernels alone, compiled and interpreted under TRITON=$(TRITON)"
 	@echo "make test-vllm  vLLM's tests under VLLM=$(VLLM); without a GPU its Python files over the compiled part of $(VENV)'s"
@@ -69,6 +70,10 @@ docs: env
 
 test: lint $(if $(SGLANG_TESTS),env-sglang)
 	$(call run_tests,$(FAST))
+
+# In some three minutes: no engine, and no Triton kernel compiled or interpreted.
+test-fast: lint
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(OTHER_TESTS) --ignore=tests/sglang_engine -m "$(FAST) and not engine and not kernels"
 
 # With the variable engines start as users start them, see tests/support/zygote.py.
 test-all: export MEM_TRITON_TEST_SPAWN=1

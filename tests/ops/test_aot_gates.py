@@ -18,7 +18,7 @@ from tests.support.aot_suite import needs_the_compiler
 from tests.support.pairwise import pairwise
 from tests.support.traffic import Bytes, read_traffic
 
-pytestmark = needs_the_compiler
+pytestmark = [needs_the_compiler, pytest.mark.kernels]
 
 
 def compile_sum(target: str, size: int = 64, width: int = 64, twice: bool = False, steps: int = 1) -> Resources:

@@ -13,7 +13,7 @@ from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch
 from tests.support.aot import TARGETS, Resources, check_budget, check_traffic, compile_for
 from tests.support.aot_suite import Suite, needs_the_compiler
 
-pytestmark = needs_the_compiler
+pytestmark = [needs_the_compiler, pytest.mark.kernels]
 
 LAYERS = {  # query heads, KV heads, head size, norms, corrected parts, state
     "qwen3-4b": (32, 8, 128, True, "q", DeltaRuleSpec(8, 1)),

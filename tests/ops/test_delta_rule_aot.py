@@ -11,7 +11,7 @@ from mem_triton.ops.delta_rule import DeltaRuleSpec
 from tests.support.aot import EXCESS, SPILLS, TARGETS, Resources, check_budget, check_traffic, compile_for
 from tests.support.aot_suite import Suite, needs_the_compiler
 
-pytestmark = needs_the_compiler
+pytestmark = [needs_the_compiler, pytest.mark.kernels]
 
 RANKS = (4, 8, 16, 32)
 KERNELS = ("recurrent", "chunk_maps", "chunk_scan")

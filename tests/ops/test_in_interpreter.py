@@ -12,6 +12,8 @@ import pytest
 from tests.support.checkout import ROOT, python_path
 from tests.support.zygote import Zygote
 
+pytestmark = pytest.mark.kernels
+
 FOLDER = Path(__file__).parent / "interpreter"
 TIMEOUT = 1800.0  # seconds of a file
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from mem_triton.ops import denylist
@@ -20,7 +21,7 @@ from tests.support.aot import (
 )
 from tests.support.aot_suite import Suite, needs_the_compiler
 
-pytestmark = needs_the_compiler
+pytestmark = [needs_the_compiler, pytest.mark.kernels]
 
 BF16, FP32 = torch.bfloat16, torch.float32
 TYPES = {BF16: "*bf16", torch.float16: "*fp16", FP32: "*fp32", INT8: "*i8", torch.uint8: "*u8", torch.int32: "*i32"}

@@ -22,7 +22,7 @@ from tests.support.aot import (
 )
 from tests.support.aot_suite import Suite, needs_the_compiler
 
-pytestmark = needs_the_compiler
+pytestmark = [needs_the_compiler, pytest.mark.kernels]
 
 POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "int8": "*i8", "fp8": "*u8"}  # fp8 travels as bits
 DATA = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
+import pytest
+
 from tests.support.aot import TARGETS, Resources, check_budget, check_matrix, check_traffic, compile_for
 from tests.support.aot_suite import Suite, needs_the_compiler
 
-pytestmark = needs_the_compiler
+pytestmark = [needs_the_compiler, pytest.mark.kernels]
 
 REGISTER_BUDGET = 255  # a reference's program is alone on its multiprocessor more often than not; spills would hurt
 OCCUPANCY = 8  # warps at a time

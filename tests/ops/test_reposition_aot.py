@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
+import pytest
+
 from tests.support.aot import TARGETS, Resources, check_budget, check_traffic, compile_for
 from tests.support.aot_suite import Suite, needs_the_compiler
 
-pytestmark = needs_the_compiler
+pytestmark = [needs_the_compiler, pytest.mark.kernels]
 
 REGISTER_BUDGET = 64  # eight programs of 128 threads fill a multiprocessor
 OCCUPANCY = 32  # warps at a time, eight on each scheduler

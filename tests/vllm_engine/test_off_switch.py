@@ -10,6 +10,8 @@ import pytest
 from tests.support.cases import request
 from tests.vllm_engine.engine import ROOT, environment, run_engine
 
+pytestmark = pytest.mark.engine
+
 UNPATCHED = """
 import vllm.v1.worker.gpu_model_runner as runner, vllm.v1.core.kv_cache_utils as hashing
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -139,7 +141,6 @@ def test_fault_versions_no_failure_of_ours_reaches_vllm():
     assert "mem_triton is off, --load-format mem_triton cannot be used" in result.stderr + result.stdout
 
 
-@pytest.mark.engine
 def test_without_the_flag_logprobs_are_bit_identical(bench, prompts):
     rounds = [[request(p, logprobs=5) for p in prompts]]
     with_plugin = run_engine(bench.model, rounds)
