@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from benchmarks.recall import data
 from benchmarks.recall.chat import asking, telling
 from mem_triton.systems.delta_mem import DeltaMemConfig
+from mem_triton_transformers.delta_training.start import agreeing_maps, ridge
 
 GATE_AT_FACTS, GATE_ELSEWHERE = -3.9, -8.0  # before the sigmoid: .02 and .0003; every write also fades the older ones
 VALUE_SIZE, SHARED_DIMS = 12.0, 48
@@ -74,32 +75,3 @@ def inputs_of(
         model.model(input_ids=ids, attention_mask=mask, use_cache=False)
     handle.remove()
     return encoded.input_ids, torch.cat(found), encoded.attention_mask.bool()
-
-
-def ridge(x: Tensor, target: Tensor, strength: float = 1e-3) -> Tensor:
-    """Linear map [out, d] from x [N, d] to target [N, out]."""
-    x, target = x.double(), target.double()
-    gram = x.T @ x / len(x)
-    gram += strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram, x.T @ target / len(x)).T.float()
-
-
-def agreeing_maps(a: Tensor, b: Tensor, strength: float = 1e-2) -> tuple[Tensor, Tensor, Tensor]:
-    """Canonical correlation analysis without intercepts: maps [d, d] of a and of b, and the correlations [d]."""
-    roots, centred = [], []
-    for x in (a.double(), b.double()):
-        x = x - x.mean(0)
-        gram = x.T @ x / len(x)
-        gram += strength * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        roots.append(torch.linalg.cholesky(gram))
-        centred.append(x)
-    cross = centred[0].T @ centred[1] / len(a)
-    cross = torch.linalg.solve_triangular(roots[0], cross, upper=False)
-    cross = torch.linalg.solve_triangular(roots[1], cross.T, upper=False).T
-    left, strengths, right = torch.linalg.svd(cross)
-    maps = []
-    for x, root, basis in ((a, roots[0], left.T), (b, roots[1], right)):
-        found = torch.linalg.solve_triangular(root.T, basis.T, upper=True).T.float()
-        ones = ridge(x, torch.ones(len(x), 1))  # the projections have no bias: a direction that is constant stands in
-        maps.append(found - (found @ x.mean(0))[:, None] * ones)
-    return *maps, strengths.float()

@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 
 from mem_triton import __version__
-from mem_triton.cli import bank, doctor, import_trained, memo, model, write
+from mem_triton.cli import bank, doctor, import_trained, memo, model, train, write
 
 app = typer.Typer(
     name="mem-triton",
@@ -27,6 +27,7 @@ app.command("write")(write.write)
 app.command("import")(import_trained.import_trained)
 app.command("doctor")(doctor.doctor)
 app.command("model")(model.model)
+app.add_typer(train.app, name="train")
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,1 @@
+"""Training of a δ-mem adapter on conversations: what ``mem-triton train delta`` runs."""

@@ -1,0 +1,51 @@
+"""The log of a run: a JSON line for each step and each evaluation, and the loss curve as CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+LOG, CURVE = "training.jsonl", "loss.csv"
+COLUMNS = ("step", "stage", "kind", "loss", "recalled_loss", "exact", "right", "rate", "norm", "tokens", "seconds")
+
+
+class Journal:
+    """Appends lines to the log of a folder. step: lines behind it, of a run that was killed, are taken out first."""
+
+    def __init__(self, out: Path, step: int) -> None:
+        self.path, self.curve = out / LOG, out / CURVE
+        lines = [line for line in read(self.path) if line["step"] <= step]
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        partial.replace(self.path)
+        self._write_curve(lines)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line. Raises OSError where the disk is full."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if "loss" in line:
+            with self.curve.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(line)
+
+    def _write_curve(self, lines: list[dict[str, Any]]) -> None:
+        with self.curve.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(line for line in lines if "loss" in line)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; one that a kill has cut short is left out."""
+    found = []
+    if path.exists():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                found.append(line)
+    return found

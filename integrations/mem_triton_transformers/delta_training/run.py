@@ -1,0 +1,122 @@
+"""One run from a model's folder and a file of conversations to an adapter's folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mem_triton.systems.delta_mem import save_adapter
+from mem_triton.systems.delta_mem.training.conversations import read_conversations
+from mem_triton.systems.delta_mem.training.recipe import Recipe
+from mem_triton.systems.delta_mem.training.tokens import session_of
+from mem_triton_transformers.attach import attention_dims
+from mem_triton_transformers.delta_training.card import write_card
+from mem_triton_transformers.delta_training.checkpoint import TrainingError, identity_of
+from mem_triton_transformers.delta_training.journal import CURVE, LOG, read
+from mem_triton_transformers.delta_training.replies import with_replies
+from mem_triton_transformers.delta_training.start import closed_form
+from mem_triton_transformers.delta_training.trainer import Data, Trainer
+
+HELD_OUT = 20
+"""Without held-out data of its own, every so manieth row is held out."""
+
+
+def train(
+    folder: Path, data: Path, out: Path, recipe: Recipe, *, held_out: Path | None = None, name: str = "",
+    device: str | None = None, save_every: int = 50, evaluate_every: int = 25, command: str = "",
+    stop: Callable[[], bool] = lambda: False, tell: Callable[[dict[str, Any]], None] = lambda line: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any] | None:  # fmt: skip
+    """Train an adapter for the model of ``folder`` and write it to ``out``, or go on with the run that lies there.
+
+    name: what the card calls the model. stop: asked after each step. tell: gets the log's lines, say: sentences.
+    Returns a report, None if the run was stopped before its end. Raises DataError, TrainingError, RecipeError, OSError.
+    """
+    rows = read_conversations(data)
+    if held_out is not None:
+        aside = read_conversations(held_out)
+    else:
+        aside = [row for i, row in enumerate(rows) if i % HELD_OUT == HELD_OUT - 1]
+        rows = [row for i, row in enumerate(rows) if i % HELD_OUT != HELD_OUT - 1]
+    prepare(out)
+    model, tokenizer = load(folder, recipe.dtype, device)
+    config = recipe.adapter_config(model.config.num_hidden_layers)
+    attention_dims(model, config)  # refuses a model without the projections before anything is computed
+    digest = hashlib.sha256(repr([rows, aside]).encode()).hexdigest()
+    identity = identity_of(recipe, model_digest(model), digest)
+    replies = partial(with_replies, model, tokenizer, most=recipe.reply_tokens, path=out / "replies.jsonl")
+    rows, aside = (
+        replies(some, progress=lambda done, total: say(f"own replies: {done} of {total}")) for some in (rows, aside)
+    )
+    sessions = [
+        [session_of(tokenizer, row, recipe.asked_tokens, recipe.told_tokens) for row in s] for s in (rows, aside)
+    ]
+    chosen = Data(*sessions)
+    steps = recipe.steps or math.ceil(recipe.epochs * len(rows) / recipe.batch)
+    start = (
+        partial(closed_form, model, config, chosen.by_stage[0], recipe.seed) if recipe.start == "closed_form" else None
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    longest = max(len(r.ids) for some in sessions for s in some for r in (*s.told, s.asked))
+    if model.device.type == "cpu" and longest <= 512:
+        model.set_attn_implementation("eager")  # short rows: several times as fast on a CPU as the fused form
+    trainer = Trainer(model, recipe, chosen, out, identity, steps, start, pad)
+    if trainer.resumed:
+        say(f"going on from step {trainer.progress.step} of {steps}")
+    count = sum(p.numel() for p in trainer.parameters.values())
+    say(f"{count} parameters, {len(rows)} conversations, {len(aside)} held out, {steps} steps")
+    if not trainer.run(save_every, evaluate_every, stop, tell):
+        return None
+    save_adapter(trainer.adapter(), out)
+    log = read(out / LOG)
+    final = next((line["held_out"] for line in reversed(log) if "held_out" in line), {})
+    report = {
+        "adapter": str(out), "fingerprint": trainer.adapter().fingerprint, "steps": steps, "parameters": count,
+        "seconds": round(trainer.progress.seconds, 1), "stage": chosen.stages[trainer.progress.stage],
+        "held_out": final, "log": str(out / LOG), "curve": str(out / CURVE),
+    }  # fmt: skip
+    write_card(out, recipe, report, name or folder.name, str(data), len(rows), command)
+    return report
+
+
+def prepare(out: Path) -> None:
+    """Make the folder and see that it can be written. Raises TrainingError."""
+    probe = out / ".writable"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise TrainingError(f"OUT: {out} cannot be written: {error.strerror or error}; give another folder") from None
+    for left in (out / "trainer").glob("*.partial"):  # of a run that was killed as it saved
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def load(folder: Path, dtype: str, device: str | None) -> tuple[PreTrainedModel, Any]:
+    """The frozen model and its tokenizer. Raises ValueError for folders that cannot be used."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    except Exception as error:  # whatever transformers makes of a damaged config, tokenizer or tensor
+        raise ValueError(f"MODEL: {folder} cannot be loaded: {type(error).__name__}: {error}") from None
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(f"MODEL: {folder} has no chat template, so a conversation has no tokens: train a chat model")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+def model_digest(model: PreTrainedModel) -> str:
+    """Tells models apart: the configuration, and a sum over each tensor."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item()!r}".encode())
+    return digest.hexdigest()

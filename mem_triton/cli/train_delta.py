@@ -1,0 +1,143 @@
+"""``mem-triton train delta``: a δ-mem adapter for a frozen model, from conversations."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from mem_triton.cli import output
+
+Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
+Int = Optional[int]  # noqa: UP045
+Float = Optional[float]  # noqa: UP045
+EVERY = 5.0
+"""Seconds between two lines about steps, away from a terminal."""
+
+
+def delta(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hugging Face id.", show_default=False)],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Chat JSONL, a folder of it or of datasets.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter's folder.", show_default=False)],
+    preset: Annotated[str, typer.Option(help='"paper" (arXiv 2605.12357) or "small".')] = "paper",
+    held_out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Conversations to evaluate on. [every 20th of DATA]"),
+    ] = None,
+    steps: Annotated[Int, typer.Option(min=1, help="Steps of the optimizer; may change when a run goes on.")] = None,
+    epochs: Annotated[Float, typer.Option(help="Instead of --steps: how often DATA is seen.")] = None,
+    batch: Annotated[Int, typer.Option(min=1, help="Conversations of a step.")] = None,
+    rows: Annotated[Int, typer.Option(min=1, help="Conversations of a forward.")] = None,
+    rate: Annotated[Float, typer.Option(help="Learning rate of AdamW.")] = None,
+    rank: Annotated[Int, typer.Option(help="Rank of a state.")] = None,
+    state_heads: Annotated[Int, typer.Option(help="States of a layer.")] = None,
+    delta_heads: Annotated[Text, typer.Option(help='Projections that are corrected, such as "q,o".')] = None,
+    layers: Annotated[Text, typer.Option(help='"all", "middle", or like "10-17".')] = None,
+    beta_bias: Annotated[Float, typer.Option(help="Where write gates begin, before the sigmoid.")] = None,
+    start: Annotated[Text, typer.Option(help='"fresh", or "closed_form": from the model\'s activations.')] = None,
+    state_only: Annotated[Float, typer.Option(help="Share of batches answered from the state alone.")] = None,
+    plain_share: Annotated[Float, typer.Option(help="Share of batches of chats that tell nothing.")] = None,
+    asked_tokens: Annotated[Int, typer.Option(help="Longest request that asks.")] = None,
+    told_tokens: Annotated[Int, typer.Option(help="Most tokens that are told.")] = None,
+    reply_tokens: Annotated[Int, typer.Option(help="Longest reply of the model's own.")] = None,
+    chunk_tokens: Annotated[Int, typer.Option(help="Tokens of a forward; less takes less memory.")] = None,
+    scope: Annotated[Text, typer.Option(help='Requests it is for: "all", or "sessions".')] = None,
+    seed: Annotated[Int, typer.Option(help="Of the first weights and of the order of DATA.")] = None,
+    dtype: Annotated[Text, typer.Option(help="Precision of the frozen model.")] = None,
+    device: Annotated[Text, typer.Option(help='"cuda", "cpu". [the GPU if there is one]')] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
+    evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 25,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing of progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Train a δ-mem adapter: the model is frozen, its memory learns to hold what conversations tell.
+
+    The same command goes on with a run that was stopped or killed, with the same result. What it writes into OUT: the
+    adapter, a model card, the log with the evaluations, the loss curve.
+    """
+    from mem_triton.cli.settings import check_encoding, model_folder
+    from mem_triton.systems.delta_mem.training.recipe import recipe_of
+
+    recipe = recipe_of(
+        preset, steps=steps, epochs=epochs, batch=batch, rows=rows, rate=rate, rank=rank, state_heads=state_heads,
+        delta_heads=delta_heads, layers=layers, beta_bias=beta_bias, start=start, state_only=state_only,
+        plain_share=plain_share, asked_tokens=asked_tokens, told_tokens=told_tokens, reply_tokens=reply_tokens,
+        chunk_tokens=chunk_tokens, scope=scope, seed=seed, dtype=dtype,
+    )  # fmt: skip
+    check_encoding(recipe.dtype, device)
+    folder = model_folder(model)
+    try:  # by name: the engine-neutral package does not depend on the integrations
+        training = importlib.import_module("mem_triton_transformers.delta_training.run")
+        shown = importlib.import_module("mem_triton_transformers.delta_training.evaluate").one_line
+    except ModuleNotFoundError as error:
+        raise ImportError(f'training needs transformers ({error}): pip install "mem-triton[hf]"') from None
+    importlib.import_module("transformers.utils.logging").disable_progress_bar()
+    stopping = _Stop()
+    progress = _Steps(shown, quiet or json)
+    command = shlex.join(["mem-triton", *sys.argv[1:]])
+    with stopping:
+        report = training.train(
+            folder, data, out, recipe, held_out=held_out, name=model, device=device, save_every=save_every,
+            evaluate_every=evaluate_every, command=command, stop=stopping, tell=progress, say=progress.say,
+        )  # fmt: skip
+    if report is None:
+        print(f"mem-triton: stopped; {out} holds a checkpoint, the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(130)
+    if json:
+        return output.print_json(report)
+    print(output.plain(f"{out}: adapter {report['fingerprint'][:16]}, {report['steps']} steps"))
+    if report["held_out"]:
+        print(output.plain(f"own / another's / empty memory: {shown(report['held_out'])}"))
+
+
+class _Stop:
+    """True once Ctrl-C or SIGTERM has come; the run then ends behind a checkpoint. A second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _Stop:
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def _note(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class _Steps:
+    """Says on stderr how far a run is: every evaluation, and steps now and then."""
+
+    def __init__(self, shown: Any, quiet: bool) -> None:
+        self.shown, self.quiet, self.said = shown, quiet, 0.0
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        if "held_out" in line:
+            return self.say(f"step {line['step']}, own / another's / empty memory: {self.shown(line['held_out'])}")
+        if time.monotonic() - self.said < EVERY:
+            return None
+        self.said = time.monotonic()
+        parts = [f"step {line['step']}", f"stage {line['stage']}", f"loss {line['loss']:.3f}"]
+        parts += [f"recalled {line['recalled_loss']:.3f}"] if line["recalled_loss"] is not None else []
+        parts += [f"exact {100 * line['right']:.0f} %", f"{line['seconds']:.0f} s"]
+        return self.say(", ".join(parts))
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(output.plain(text), file=sys.stderr, flush=True)
