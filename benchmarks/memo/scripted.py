@@ -23,8 +23,9 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from benchmarks.memo import executive
+from benchmarks.memo import executive, generator
 from benchmarks.memo.world import World
+from mem_triton.systems.memo.reflections.prompts import TASKS
 
 Reply = Callable[[list[dict[str, Any]], dict[str, Any]], str]
 
@@ -43,7 +44,9 @@ class Scripted:
 
     def __init__(self, world: World, structured: bool = True, key: str = "", delay: float = 0.0) -> None:
         self.world, self.structured, self.key, self.delay = world, structured, key, delay
-        self.models: dict[str, Reply] = {"memory": self._memory, "executive": self._executive}
+        self.models: dict[str, Reply] = {
+            "memory": self._memory, "executive": self._executive, "generator": self._generator,
+        }  # fmt: skip
         self.faults: dict[str, list[Fault]] = {}
         self.log: list[dict[str, Any]] = []
         self.running = self.most = self.left = 0
@@ -58,6 +61,10 @@ class Scripted:
         if (name := _schema(body)) == "probe":
             return '{"ok": true}'
         return executive.reply(messages, name or _by_words(messages))
+
+    def _generator(self, messages: list[dict[str, Any]], body: dict[str, Any]) -> str:
+        name = _schema(body)
+        return '{"ok": true}' if name == "probe" else generator.reply(messages, name or _step(messages))
 
     def due(self, model: str) -> str | None:
         """The fault of the coming request, None for a right answer."""
@@ -86,6 +93,11 @@ def _by_words(messages: list[dict[str, Any]]) -> str:
     if found := next((name for word, name in words.items() if word in task), None):
         return found
     return "final_decision" if messages[1]["content"].endswith("Give the answer now.") else "decision"
+
+
+def _step(messages: list[dict[str, Any]]) -> str:
+    """The step of a build whose prompt asks for its shape in words alone."""
+    return next(name for name, task in TASKS.items() if task == messages[0]["content"])
 
 
 def _completion(body: dict[str, Any], text: str, usage: bool = True) -> dict[str, Any]:

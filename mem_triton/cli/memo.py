@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from mem_triton.cli import output
+from mem_triton.cli import memo_build, output
 
 if TYPE_CHECKING:
     from mem_triton.systems.memo.protocol.settings import Settings
     from mem_triton.systems.memo.trace import Trace
 
-app = typer.Typer(help="Ask a model that has a memory model beside it (MeMo).", no_args_is_help=True)
+app = typer.Typer(
+    help="Memory models (MeMo): what they learn from, merging them, and asking with one.", no_args_is_help=True
+)
 
+app.command("build")(memo_build.build)
 Number = Optional[int]  # noqa: UP045  typer reads annotations on Python 3.10
 
 

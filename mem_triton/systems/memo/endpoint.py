@@ -52,13 +52,18 @@ class Answer:
 
 
 class CallError(Exception):
-    """A call that gave no reply. retryable, fatal, too_long, wait: as in ``protocol.state.Failed``."""
+    """A call that gave no reply. retryable, fatal, too_long, wait: as in ``protocol.state.Failed``.
+
+    refused: the server said no, so that it generated nothing.
+    """
 
     def __init__(
-        self, reason: str, *, retryable: bool = True, fatal: bool = False, too_long: bool = False, wait: float = 0.0
-    ) -> None:
+        self, reason: str, *, retryable: bool = True, fatal: bool = False, too_long: bool = False, wait: float = 0.0,
+        refused: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(reason)
         self.retryable, self.fatal, self.too_long, self.wait = retryable, fatal, too_long, wait
+        self.refused = refused
 
 
 class Endpoint:
@@ -208,6 +213,7 @@ def _refusal(response: httpx.Response, data: bytes) -> CallError:
         fatal=status in _FATAL,
         too_long=status == 413 or (status in (400, 422) and _TOO_LONG.search(said) is not None),
         wait=wait,
+        refused=True,
     )
 
 

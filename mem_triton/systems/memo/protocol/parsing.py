@@ -49,6 +49,16 @@ def read_object(text: str) -> tuple[dict[str, Any] | None, str]:
     return value, ""
 
 
+def is_whole(text: str) -> bool:
+    """Whether a reply's JSON object is there to its end and needs no repair."""
+    text = without_thought(text)
+    try:
+        json.JSONDecoder().raw_decode(text[max(text.find("{"), 0) :])
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def read_reply(text: str, model: type[R]) -> tuple[R | None, str]:
     """(the reply, "") or (None, what is wrong, for the model that is asked again). Raises nothing."""
     value, wrong = read_object(text)
