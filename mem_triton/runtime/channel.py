@@ -40,6 +40,8 @@ CALL = "call"
 BACKLOG = 16
 PAUSE_SECONDS = 0.01
 _PREFIX = "mem_triton-channel-"
+_LONGEST = 70
+"""Bytes of a temporary directory's path: a socket's address, with the folder and the rank, has 107 (``man 7 unix``)."""
 
 
 class ChannelError(RuntimeError):
@@ -51,10 +53,13 @@ def make_folder() -> Path:
 
     An engine that was killed leaves its folder; the next one on the machine takes it away.
     """
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    place = tempfile.gettempdir()
+    if len(os.fsencode(place)) > _LONGEST:
+        place = "/tmp"
+    for folder in Path(place).glob(f"{_PREFIX}*"):
         if _is_left(folder):
             shutil.rmtree(folder, ignore_errors=True)
-    folder, owner = Path(tempfile.mkdtemp(prefix=_PREFIX)), os.getpid()  # mkdtemp: mode 0700
+    folder, owner = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place)), os.getpid()  # mkdtemp: mode 0700
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
     os.environ[VARIABLE] = str(folder)
     return folder

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import stat
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import Future
 from multiprocessing import connection
 
@@ -41,6 +43,18 @@ def test_a_call_reaches_every_rank_and_answers_come_in_their_order(folder):
 def test_only_this_user_may_enter_the_folder(folder):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert os.environ[channel.VARIABLE] == str(folder)
+
+
+def test_a_long_temporary_directory_leaves_room_for_a_sockets_address(monkeypatch, tmp_path):
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setenv(channel.VARIABLE, "")  # gone after the test
+    folder = channel.make_folder()
+    with contextlib.closing(channel.serve(0, {})):
+        assert not folder.is_relative_to(long)
+    with pytest.raises(OSError, match="too long"):  # control: there it would not have fitted
+        channel.Server(long / "mem_triton-channel-12345678" / "0", {})
 
 
 def test_an_error_says_method_rank_and_reason_and_the_rank_goes_on(folder):
