@@ -30,6 +30,12 @@ HOOKS: dict[str, tuple[str, HookType]] = {
         "mem_triton_sglang.worker:after_alloc", HookType.AFTER),
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": (
         "mem_triton_sglang.worker:after_init_new", HookType.AFTER),
+    "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority": (
+        "mem_triton_sglang.places:after_priority", HookType.AFTER),
+    "sglang.srt.managers.scheduler.Scheduler.get_num_allocatable_reqs": (
+        "mem_triton_sglang.places:after_room", HookType.AFTER),
+    "sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw": (
+        "mem_triton_sglang.places:before_pass", HookType.BEFORE),
     "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.free": ("mem_triton_sglang.worker:before_free", HookType.BEFORE),
 }  # fmt: skip
 """Function of SGLang -> (ours, when it is called)."""

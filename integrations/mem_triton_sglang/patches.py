@@ -36,10 +36,41 @@ PATCHES: tuple[EnginePatch, ...] = (
         target="sglang.srt.managers.schedule_batch.Req.__init__",
         kind="hook",
         sites=_REGISTRY,
-        what="A request with memory fields that the front end has not answered is ended with an error.",
+        what="A request with memory fields that the front end has not answered is ended with an error. One that is a "
+        "piece of an answer is remembered, for its place in the queue.",
         why="It came in past the front end, and would be answered without its memory.",
         upstream=_SEEN,
         until="Every way in goes through one front end, or custom_params can be checked where they come in.",
+    ),
+    EnginePatch(
+        target="sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority",
+        kind="hook",
+        sites=_REGISTRY,
+        what="Once the queue is sorted, requests that continue an answer go to its front; where requests have "
+        "priorities, to the front of their own.",
+        why="An answer whose references change runs as several engine requests; newcomers would overtake it.",
+        upstream=_SEEN + " A priority is the user's to give, and needs --enable-priority-scheduling.",
+        until="A request may change what travels with it between two of its steps.",
+    ),
+    EnginePatch(
+        target="sglang.srt.managers.scheduler.Scheduler.get_num_allocatable_reqs",
+        kind="hook",
+        sites=_REGISTRY,
+        what="Between two pieces of an answer its place in the batch is reserved, for 256 passes of the scheduler at "
+        "most.",
+        why="See above: the next piece finds the place that the last one had.",
+        upstream=_SEEN + " A place in the batch belongs to one request.",
+        until="See above.",
+    ),
+    EnginePatch(
+        target="sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw",
+        kind="hook",
+        sites=(*_REGISTRY, "places.before_pass: batch.batch_is_full"),
+        what="Passes are counted while places are reserved, and a batch that was full because of them is looked at "
+        "again.",
+        why="See above. SGLang looks again only when a request has left.",
+        upstream=_SEEN,
+        until="See above.",
     ),
     EnginePatch(
         target="sglang.srt.mem_cache.radix_cache.RadixKey.__init__",

@@ -33,6 +33,7 @@ from mem_triton.store.pool.loads import MemoryLoadError
 from mem_triton.systems.base import Failure, FrontendServices, Outcome
 from mem_triton.systems.lora import lora_identity
 from mem_triton.systems.params import RequestParams
+from mem_triton.systems.payload import Place
 from mem_triton.systems.registry import count_refusal
 from mem_triton.systems.request import RequestError
 from mem_triton_sglang.answer import Answer, fixed, fixed_by_engine
@@ -249,7 +250,7 @@ class TokenizerManagerWithMemory(FixedWeights):
             while not answer.done:
                 await self.memory.ready(opened, running.look)
                 await running.look()
-                async with contextlib.aclosing(self._generate(answer.request(), running)) as outputs:
+                async with contextlib.aclosing(self._generate(answer.request(), running, answer.place)) as outputs:
                     async for out in outputs:
                         if (seen := answer.take(out)) is not None:
                             yield seen
@@ -287,9 +288,11 @@ class TokenizerManagerWithMemory(FixedWeights):
         decode = self.tokenizer and functools.partial(self.tokenizer.decode, **as_asked)
         return Answer(obj, obj.input_ids, every, limit, incremental=self.incremental_streaming_output, decode=decode)
 
-    def _generate(self, obj: GenerateReqInput, running: _Running) -> AsyncGenerator[Any, None]:
-        """One request of SGLang's, with what its workers and its KV's keys need."""
-        payload = self.memory.payload(running.opened)
+    def _generate(
+        self, obj: GenerateReqInput, running: _Running, place: Place | None = None
+    ) -> AsyncGenerator[Any, None]:
+        """One request of SGLang's, with what its workers, its KV's keys and the scheduler need."""
+        payload = self.memory.payload(running.opened, place)
         custom = packed(obj.sampling_params.get("custom_params"), payload)
         obj.sampling_params = {**obj.sampling_params, "custom_params": custom}
         carries = payload.systems if payload is not None else ()

@@ -30,6 +30,7 @@ from mem_triton_sglang.attach import attach, check_attention
 from mem_triton_sglang.carrier import carried_of, has_carried, is_word
 from mem_triton_sglang.configuration import configured
 from mem_triton_sglang.context import ContextReader
+from mem_triton_sglang.places import Places, note
 from mem_triton_sglang.shape import shape_of
 from mem_triton_sglang.states import DeltaStates
 
@@ -40,13 +41,14 @@ class WorkerMemory(BatchMemory):
     """states: recurrent states beside the KV cache, None without a system that has some. context: where requests' own
     keys and values lie.
 
-    policy: of attention; None leaves the way to each step's batch.
+    policy: of attention; None leaves the way to each step's batch. places: of answers in several requests.
     """
 
     def __init__(self, context: ContextReader, on_stream: Any = contextlib.nullcontext, policy: Policy | None = None):
         super().__init__()
         self.states: DeltaStates | None = None
         self.context, self.on_stream, self.policy = context, on_stream, policy
+        self.places = Places()
 
     @functools.cached_property
     def has_segments(self) -> bool:
@@ -70,6 +72,7 @@ class WorkerMemory(BatchMemory):
         """A request gives its row back, finished, aborted or retracted; its KV is still where it was."""
         with self.lock, self.on_stream():
             self.leave(request.rid)
+            self.places.ended(request)
             self.context.rows.pop(request.rid, None)
 
     def _enter(self, request: Any) -> None:
@@ -205,6 +208,7 @@ def before_free(pool: Any, request: Any) -> None:
 
 def after_request(result: Any, request: Any, *args: Any, **kwargs: Any) -> None:
     """``Req.__init__``: memory words without the front end's answer came in by a door that it does not watch."""
+    note(request)
     words = getattr(request.sampling_params, "custom_params", None) or {}
     asked = sorted(filter(is_word, words))
     if asked and not has_carried(request.sampling_params):

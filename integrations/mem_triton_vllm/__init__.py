@@ -46,11 +46,12 @@ def _register() -> None:
 
 def _installed() -> type:
     """The loader, with every patch in place; where one fails, none is."""
-    from mem_triton_vllm import block_keys, engines, loader
+    from mem_triton_vllm import block_keys, engines, loader, places
 
     with ExitStack() as undo:
         engines.install(undo)
         block_keys.install(undo)
+        places.install(undo)
         undo.pop_all()
     return loader.MemTritonLoader
 

@@ -25,7 +25,7 @@ from mem_triton.runtime.incidents import Incidents, make_file
 from mem_triton.systems.base import FrontendPart
 from mem_triton.systems.lora import lora_identity
 from mem_triton.systems.params import RequestParams
-from mem_triton.systems.payload import encode
+from mem_triton.systems.payload import Place, encode
 from mem_triton.systems.registry import count_refusal
 from mem_triton.systems.request import CARRIER, RequestError
 from mem_triton_vllm.answer_text import AnswerText
@@ -87,10 +87,10 @@ class VLLMFrontEnd(MemoryFrontEnd):
         except RequestError as error:
             raise refused(error) from None
 
-    def carry(self, prompt: Any, params: Any, opened: Opened) -> tuple[Any, Any]:
-        """The salted prompt, and a copy of the parameters with what workers and block hashes need."""
+    def carry(self, prompt: Any, params: Any, opened: Opened, place: Place | None = None) -> tuple[Any, Any]:
+        """The salted prompt, and a copy of the parameters with what workers, block hashes and the scheduler need."""
         opened.carried = True
-        if (payload := self.payload(opened)) is not None:  # a plain request carries nothing
+        if (payload := self.payload(opened, place)) is not None:  # a plain request carries nothing
             params = copy.copy(params)
             params.extra_args = {**(params.extra_args or {}), CARRIER: encode(payload)}
         if isinstance(prompt, EngineCoreRequest):

@@ -70,7 +70,7 @@ async def _pieces(
     while True:
         await memory.ready(opened)
         continued = with_tokens(prompt, segments.prompt_ids)
-        carried = memory.carry(continued, segments.params(), opened)
+        carried = memory.carry(continued, segments.params(), opened, segments.place)
         async with contextlib.aclosing(run(*carried, request_id)) as outputs:
             async for output in outputs:
                 for merged in segments.take(output):

@@ -37,6 +37,33 @@ PATCHES: tuple[EnginePatch, ...] = (
         until="A request may carry a key per block or per range of tokens.",
     ),
     EnginePatch(
+        target="vllm.v1.core.sched.scheduler.Scheduler.add_request",
+        kind="patch",
+        sites=("places.install: Scheduler.add_request", "places.install: undo.callback(setattr)"),
+        what="The method is wrapped in the engine-core process: a request that continues an answer goes to the front "
+        "of the queue.",
+        why="An answer whose references change runs as several engine requests; newcomers would overtake it.",
+        upstream="Queues go by arrival or by priority, and a continuation has arrived last. Streaming inputs keep a "
+        "place between two inputs of one request, whose memory the runner is told of once.",
+        until="A request may change what travels with it between two of its steps.",
+    ),
+    EnginePatch(
+        target="a scheduler with answers in pieces: _free_blocks, schedule, reset_prefix_cache, max_num_active_reqs",
+        kind="object",
+        sites=(
+            "places.Places.__init__: scheduler.*",
+            "places.Places.schedule: self._scheduler.max_num_active_reqs",
+            "places.Places.free_blocks: self._scheduler.requests[request.request_id]",
+            "places.Places.to_front: request.arrival_time",
+            "places._with_places.add_request: setattr(scheduler, _MARK)",
+        ),
+        what="Between two pieces of an answer its place in the batch and its KV blocks are reserved, two seconds at "
+        "most.",
+        why="See above: the next piece finds the place that the last one had.",
+        upstream="A place in the batch and KV blocks belong to one engine request.",
+        until="See above.",
+    ),
+    EnginePatch(
         target="vllm.v1.worker.gpu_model_runner.GPUModelRunner.get_kv_cache_spec, ._update_states",
         kind="patch",
         sites=("v1_runner.prepare: GPUModelRunner.*", "v1_runner.prepare: setattr(GPUModelRunner, _MARK)"),
@@ -250,6 +277,7 @@ PRIVATE: dict[str, str] = {
     "_LOAD_FORMAT_TO_MODEL_LOADER": "the table of load formats is looked at, so that registering twice is harmless",
     "_api_process_count": "the number of API servers: memory needs one front end",
     "_ensure_registered": "vLLM registers its own KV cache specs before ours",
+    "_free_request_blocks": "a piece of an answer keeps its KV blocks until the next one comes",
     "_q_scale": "the layer's scale of queries that were quantised for an 8-bit KV cache",
     "_verify_tokens": "texts of tokens that are parts of a character, for the log-probabilities of an answer in pieces",
 }

@@ -209,6 +209,18 @@ TOUCH_POINTS: dict[str, Callable[[], bool]] = {
     "generate_block_hash_extra_keys": lambda: _takes(
         "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys", "request", "start_token_idx", "end_token_idx"
     ),
+    "Scheduler": lambda: (
+        _has(
+            "vllm.v1.core.sched.scheduler:Scheduler",
+            "add_request",
+            "schedule",
+            "reset_prefix_cache",
+            "_free_blocks",
+            "_free_request_blocks",
+        )
+        and _has("vllm.v1.core.sched.request_queue:RequestQueue", "prepend_request", "remove_request")
+        and "max_num_active_reqs" in inspect.getsource(import_module("vllm.v1.core.sched.scheduler"))
+    ),
     "AttentionImpl": lambda: _takes(
         "vllm.v1.attention.backend:AttentionImpl.forward", "layer", "query", "kv_cache", "attn_metadata", "output"
     ),

@@ -19,7 +19,7 @@ import msgspec
 
 from mem_triton.store.pool.plan import FOREVER, Attachment, joined, seen_between
 
-VERSION = 1
+VERSION = 2
 
 
 class PayloadError(ValueError):
@@ -78,14 +78,35 @@ class SystemPayload(msgspec.Struct, frozen=True, omit_defaults=True):
         return joined(Attachment(s.ref, s.first, s.end) for s in self.segments)
 
 
-class RequestPayload(msgspec.Struct, frozen=True):
-    """What workers and prefix caches need of a request. systems: by the memory system's name.
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """An engine request that is one piece of an answer. answer: names the answer in the engine's scheduler.
 
-    The version is always written: a reader with another default would take a missing one for its own.
+    continues: an earlier piece ran before. goes_on: another piece follows, if this one ends because of its length.
+    """
+
+    answer: str
+    continues: bool
+    goes_on: bool
+
+
+class RequestPayload(msgspec.Struct, frozen=True):
+    """What workers, prefix caches and schedulers need of a request. systems: by the memory system's name.
+
+    place: None for an answer in one piece. The version is always written: a reader with another default would take a
+    missing one for its own.
     """
 
     systems: dict[str, SystemPayload]
     version: int = VERSION
+    place: Place | None = None
+
+
+def place_of(data: bytes | None) -> Place | None:
+    """The place that an encoded payload asks for; None without one, and for what cannot be read."""
+    try:
+        return decode(data).place if data is not None else None
+    except PayloadError:  # said where its memory is entered
+        return None
 
 
 class _Version(msgspec.Struct):

@@ -46,7 +46,7 @@ def test_it_is_read_as_it_was_written(systems):
 
 def test_the_version_is_written_whatever_it_is():
     """Else a newer front end's payload would be read as one of the reader's own version."""
-    assert msgspec.msgpack.decode(encode(RequestPayload({}))) == {"systems": {}, "version": VERSION}
+    assert msgspec.msgpack.decode(encode(RequestPayload({}))) == {"systems": {}, "version": VERSION, "place": None}
 
 
 @pytest.mark.parametrize(

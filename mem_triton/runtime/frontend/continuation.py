@@ -3,14 +3,18 @@
 After every ``every`` generated tokens new references are fetched for what was just said (Memory³ §2.4). The engine gets
 the next tokens as a continuation of the text so far, with the references of every part. Its prefix cache holds all of
 that but the last block, so nothing is computed twice, no running request waits for a retrieval, and preemption, tensor
-parallelism and prefix keys see ordinary requests with ordinary plans.
+parallelism and prefix keys see ordinary requests with ordinary plans. Its scheduler is told that they are one answer
+(``place``), which keeps its turn between two pieces.
 
 Which tokens belong to which engine request is decided here; how an engine's outputs are put together is its own matter.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
+
+from mem_triton.systems.payload import Place
 
 NORMAL_ENDS = ("stop", "length")
 """How an answer ends that was neither aborted nor failed."""
@@ -34,6 +38,7 @@ class Segments:
         self.generated: list[int] = []
         self.done = False
         self.index = 0  # of the coming segment
+        self._answer = uuid.uuid4().hex
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -44,6 +49,12 @@ class Segments:
     def room(self) -> int:
         """Tokens that the coming segment may have."""
         return min(self._every, self.limit - len(self.generated))
+
+    @property
+    def place(self) -> Place | None:
+        """What the engine's scheduler has to know of the coming segment; None where it is the whole answer."""
+        goes_on = len(self.generated) + self.room < self.limit
+        return Place(self._answer, self.index > 0, goes_on) if goes_on or self.index else None
 
     def end(self, fresh: Sequence[int], reason: str | None) -> None:
         """A segment is over. fresh: its tokens; reason: the engine's word for the end."""

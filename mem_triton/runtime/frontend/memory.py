@@ -27,7 +27,7 @@ from mem_triton.systems import registry
 from mem_triton.systems.base import Alive, Failure, FrontendPart, FrontendServices, Outcome, RequestMemory
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.params import RequestParams
-from mem_triton.systems.payload import RequestPayload, SystemPayload
+from mem_triton.systems.payload import Place, RequestPayload, SystemPayload
 from mem_triton.systems.request import MemoryRequest, RequestError
 
 logger = logging.getLogger(__name__)
@@ -201,11 +201,14 @@ class MemoryFrontEnd:
 
     # What travels.
 
-    def payload(self, opened: Opened) -> RequestPayload | None:
-        """What the workers and the prefix keys need of a request that is ready; None for a plain one."""
+    def payload(self, opened: Opened, place: Place | None = None) -> RequestPayload | None:
+        """What the workers and the prefix keys need of a request that is ready; None for a plain one.
+
+        place: of an answer in several pieces.
+        """
         parts = {name: self.parts[name].payload(memory) for name, memory in opened.parts.items()} | dict(opened.more)
         parts = {name: self._salted_part(part) for name, part in parts.items() if part is not None}
-        return RequestPayload(parts) if parts else None
+        return RequestPayload(parts, place=place) if parts or place is not None else None
 
     def identity(self, opened: Opened, among: Collection[str] | None = None) -> str | None:
         """What a KV cache needs to tell all tokens of the request from those of others; None for the engine's own.
