@@ -49,7 +49,7 @@ class Places:
         scheduler._free_blocks, scheduler.schedule = self.free_blocks, self.schedule
         scheduler.reset_prefix_cache = self.reset_prefix_cache
 
-    def to_front(self, request: Request, place: Place) -> None:
+    def to_front(self, request: Any, place: Place) -> None:
         """A piece that continues an answer has been added to the queue."""
         waiting = self._scheduler.waiting
         waiting.remove_request(request)
