@@ -30,18 +30,17 @@ def engine(monkeypatch):
     async def generate(self, *args, **kwargs):
         yield output
 
-    async def collective_rpc(self, method, args):
+    async def call(system, method, *args):
         return [{"position": 1, "states": {"0": bytes(64)}}]
 
     monkeypatch.setattr(AsyncLLM, "generate", generate)
-    monkeypatch.setattr(AsyncLLM, "collective_rpc", collective_rpc)
     monkeypatch.setattr(AsyncLLM, "__del__", lambda self: None)
     sessions = object.__new__(SessionFrontEnd)
     sessions.store = SessionStore(StateLayout(("l",), heads=1, rank=4, adapter="a", model="m"))
     sessions.obstacle, sessions._aborted, sessions._logger = None, [], logging.getLogger()
     engine = object.__new__(AsyncLLMWithMemory)
     engine.memory = VLLMFrontEnd({"delta": sessions})
-    engine.memory.call = engine._call_workers
+    engine.memory.call = call
     return engine
 
 
@@ -136,6 +135,7 @@ def test_a_request_that_vllm_refuses_after_its_pages_were_filled_holds_nothing(m
     monkeypatch.setattr(LLMEngine, "has_unfinished_requests", lambda _: False)
     monkeypatch.setattr(LLMEngineWithMemory, "__del__", lambda self: None, raising=False)
     engine, part = object.__new__(LLMEngineWithMemory), Part()
+    engine.engine_core = None
     engine.memory = VLLMFrontEnd({"memory": part})
     engine.start_memory()
     engine.add_request("r", {"prompt_token_ids": [1, 2]}, SamplingParams())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import importlib
 import logging
@@ -31,7 +32,8 @@ class Engine:
         self.engine = engine = object.__new__(module.LLMEngineWithMemory)
         engine.memory = front_end.VLLMFrontEnd(served.memory.parts)
         engine.start_memory()
-        engine.collective_rpc = self._call
+        engine.memory.call, engine.engine_core = self._call, None
+        engine.collective_rpc = lambda *_: None  # the barrier
         self.running = module._Running
         stock = module.LLMEngine
         monkeypatch.setattr(
@@ -41,14 +43,13 @@ class Engine:
         monkeypatch.setattr(stock, "has_unfinished_requests", lambda _: bool(self.outputs))
         monkeypatch.setattr(stock, "step", lambda _: [self.outputs.pop(0)])
 
-    def _call(self, name: str, args: tuple = ()):
-        _, method, *args = args
+    async def _call(self, system: str, method: str, *args):
         if method == self.gone:
             raise RuntimeError("rank 0 is gone")
         worker = self.served.worker
         if method == "drop_captures":
             return [worker.drop(*args)]
-        return [worker.state(*args)]
+        return [await asyncio.wrap_future(worker.outcome(*args))]
 
     def steps(self, *outputs) -> list:
         """What the caller sees while the engine gives these outputs, until nothing more happens without others."""
@@ -175,7 +176,11 @@ def test_fault17_a_session_that_cannot_be_committed_is_a_warning_beside_llm_s_an
 
     engine.engine.memory.parts["delta"] = Sessions()
     engine.engine.memory._rpc["delta"] = engine.engine.memory._rpc["memory"]
-    engine.engine.collective_rpc = lambda *_, **__: [{}]
+
+    async def taken(*_):
+        return [{}]
+
+    engine.engine.memory.call = taken
     lease = SimpleNamespace(request=SimpleNamespace(session="alice"))
     opened = Opened({"delta": SessionMemory(lease=lease)})
     running = engine.running(opened, {"prompt_token_ids": PROMPT}, PROMPT, SamplingParams(), ((), {}))

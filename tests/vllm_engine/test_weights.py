@@ -6,9 +6,12 @@ import asyncio
 import importlib
 import inspect
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
+from mem_triton.runtime.frontend.gate import Gate
+from mem_triton.runtime.frontend.stepped import SteppedLoop
 from tests.support.memory_scenarios import PROMPTS
 from tests.support.server_scenarios import ids
 from tests.vllm_engine.server import Server, memory_flags
@@ -33,7 +36,49 @@ def engine(name: str, monkeypatch):
 
     for method in ("collective_rpc", "sleep"):
         monkeypatch.setattr(stock, method, note_async if name == "AsyncLLM" else note)
-    return object.__new__(type(name, (with_memory,), {"__del__": lambda self: None})), called
+    made = object.__new__(type(name, (with_memory,), {"__del__": lambda self: None}))
+    made.memory, made._loop = SimpleNamespace(gate=Gate()), SteppedLoop()
+    made.asleep = True
+
+    def woken(self, *args):
+        called.append("wake_up")
+
+    async def woken_async(self, *args):
+        called.append("wake_up")
+
+    async def is_sleeping_async(self):
+        return made.asleep
+
+    monkeypatch.setattr(stock, "wake_up", woken_async if name == "AsyncLLM" else woken)
+    sleeping = is_sleeping_async if name == "AsyncLLM" else lambda self: made.asleep
+    monkeypatch.setattr(stock, "is_sleeping", sleeping)
+    return made, called
+
+
+@pytest.mark.parametrize("name", ["AsyncLLM", "LLMEngine"])
+def test_workers_are_not_called_while_an_engine_sleeps_nor_when_it_is_half_awake(name, monkeypatch):
+    made, called = engine(name, monkeypatch)
+    call(made.sleep)
+    assert made.memory.gate._is_shut
+    call(made.wake_up, ["weights"])
+    assert made.memory.gate._is_shut, "its KV cache is not there yet"
+    made.asleep = False
+    call(made.wake_up)
+    assert not made.memory.gate._is_shut and called == [1, "wake_up", "wake_up"]
+
+
+@pytest.mark.parametrize("name", ["AsyncLLM", "LLMEngine"])
+def test_an_engine_that_did_not_fall_asleep_is_called_again(name, monkeypatch):
+    made, _ = engine(name, monkeypatch)
+
+    def fails(self, *args, **kwargs):
+        raise RuntimeError("no memory allocator")
+
+    module = importlib.import_module(f"mem_triton_vllm.{'async_engine' if name == 'AsyncLLM' else 'sync_engine'}")
+    monkeypatch.setattr(getattr(module, name), "sleep", fails)
+    with pytest.raises(RuntimeError):
+        call(made.sleep)
+    assert not made.memory.gate._is_shut
 
 
 def call(method, *args, **kwargs):
