@@ -8,8 +8,10 @@ at a clock.
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH
@@ -50,6 +52,25 @@ class Places:
 # Hooks: called by SGLang's HookRegistry. What has no memory, or no answer in pieces, is left as it is.
 
 
+def _harmless(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that leaves things as they are where it fails; the first failure is logged."""
+
+    @functools.wraps(hook)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return hook(*args, **kwargs)
+        except Exception:  # no engine ends with it
+            if hook.__name__ not in _FAILED:
+                _FAILED.add(hook.__name__)
+                logger.exception("mem_triton: places of answers in pieces are not kept")
+            return None
+
+    return guarded
+
+
+_FAILED: set[str] = set()
+
+
 def note(request: Any) -> None:
     """A request is made; it may be a piece of an answer."""
     try:
@@ -63,6 +84,7 @@ def _of(scheduler: Any) -> Places | None:
     return getattr(getattr(scheduler.req_to_token_pool, "mem_triton", None), "places", None)
 
 
+@_harmless
 def before_pass(scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """``Scheduler._get_new_batch_prefill_raw``: newcomers are taken into the batch."""
     places = _of(scheduler)
@@ -74,6 +96,7 @@ def before_pass(scheduler: Any, *args: Any, **kwargs: Any) -> None:
         batch.batch_is_full = False
 
 
+@_harmless
 def after_room(result: int, scheduler: Any, *args: Any, **kwargs: Any) -> int:
     """``Scheduler.get_num_allocatable_reqs``: how many more requests the batch takes."""
     places = _of(scheduler)
@@ -84,6 +107,7 @@ def after_room(result: int, scheduler: Any, *args: Any, **kwargs: Any) -> int:
     return max(room, 0)
 
 
+@_harmless
 def after_priority(result: None, policy: Any, waiting: list[Any], *args: Any, **kwargs: Any) -> None:
     """``SchedulePolicy.calc_priority``: the queue has been sorted; pieces of answers go first, in their order.
 

@@ -124,4 +124,8 @@ def _with_places(stock: Any) -> Any:
 
 
 def _place(request: Request) -> Place | None:
-    return place_of(carried_by(request.sampling_params))
+    try:
+        return place_of(carried_by(request.sampling_params))
+    except Exception as error:  # no engine ends with it
+        logger.error("mem_triton: the place of %s is not kept: %s", request.request_id, error)
+        return None

@@ -117,6 +117,19 @@ def test_control_a_batch_that_was_called_full_would_stay_shut(scheduler, monkeyp
     assert room(scheduler, 1) == (0, False)
 
 
+def test_a_hook_that_fails_leaves_things_as_they_are(scheduler, monkeypatch, caplog):
+    def fails(*_) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(places, "_FAILED", set())
+    monkeypatch.setattr(places, "_of", fails)
+    monkeypatch.setattr(places, "_PLACES", None)
+    for _ in range(2):
+        assert places.after_room(3, scheduler) is None, "SGLang keeps its own result"
+        assert places.before_pass(scheduler) is None and places.after_priority(None, None, []) is None
+    assert caplog.text.count("are not kept") == 3
+
+
 def test_what_cannot_be_read_has_no_place_and_ends_nothing():
     params = SimpleNamespace(custom_params={CARRIER: "no base64!"})
     broken = Request(rid="r", sampling_params=params)

@@ -65,7 +65,7 @@ def _room_for(m: MemoryBench, *entries: str) -> float:
     return (pages + 0.5) * PageLayout(len(of.layers), of.kv_heads, of.head_dim, PAGE, torch.float32).page_bytes / 2**30
 
 
-QUIET = {"leave states", "leave tables", "block keys", "radix keys", "take a state", "order of steps"}
+QUIET = {"leave states", "leave tables", "block keys", "radix keys", "take a state", "order of steps", "places"}
 """Places whose failure costs no answer."""
 
 

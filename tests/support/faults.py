@@ -33,6 +33,7 @@ VLLM = {
     "attention": "mem_triton_vllm.backend:memory_attention",
     "step of states": "mem_triton_vllm.state_cache:DeltaStateCache.step",
     "block keys": "mem_triton_vllm.block_keys:memory_keys",
+    "places": "mem_triton_vllm.places:place_of",
 }
 SGLANG = {
     **SHARED,
@@ -41,6 +42,7 @@ SGLANG = {
     "attention": "mem_triton_sglang.backend:memory_attention",
     "step of states": "mem_triton_sglang.states:DeltaStates.advance",
     "radix keys": "mem_triton_sglang.radix_keys:seen_tokens",
+    "places": "mem_triton_sglang.places:place_of",
 }
 
 
