@@ -84,9 +84,12 @@ class Client:
     def __init__(self, server: Server, http: httpx.AsyncClient, seed: int) -> None:
         self.server, self.http, self.random = server, http, random.Random(seed)
 
-    async def times(self, tokens: int, words: dict[str, Any] | None, prompt_tokens: int = 64) -> list[float]:
-        """Seconds from sending a request to each of its tokens; several may come in one event."""
-        prompt = [self.random.randrange(4, VOCAB) for _ in range(prompt_tokens)]
+    async def times(self, tokens: int, words: dict[str, Any] | None, prompt: list[int] | None = None) -> list[float]:
+        """Seconds from sending a request to each of its tokens; several may come in one event.
+
+        prompt: 64 random tokens by default.
+        """
+        prompt = prompt or [self.random.randrange(4, VOCAB) for _ in range(64)]
         body = {"model": NAME, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
         body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         body |= {"vllm_xargs": words} if words else {}
