@@ -23,6 +23,9 @@ SEARCH_FAILURES = Counter(
 )
 DEFAULTS_LOST = Counter("mem_triton:defaults_lost", "Default entries that requests are served without")
 FEWER_REFERENCES = Counter("mem_triton:fewer_references", "Requests whose references did not all fit")
+HEADS_APART = Counter(
+    "mem_triton:heads_apart", "Requests that read references of a chat, and whose prompt begins with another head"
+)
 REFRESH_FAILURES = Counter("mem_triton:refresh_failures", "Refreshes that found no references or no room for them")
 WORKER_POOL = Gauge(
     "mem_triton:worker_pool",

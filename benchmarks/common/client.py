@@ -19,11 +19,12 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Answer:
-    """text; tokens: output tokens; ttft: seconds to the first token, which engines send at once."""
+    """text; tokens: output tokens; ttft: seconds to the first token, which engines send at once; prompt: its tokens."""
 
     text: str
     tokens: int
     ttft: float
+    prompt: int = 0
 
 
 def user(text: str) -> Messages:
@@ -47,7 +48,7 @@ class Client:
         """Send one streamed request with memory words ``memory``. Raises BenchmarkError with the server's words."""
         body = {"model": "recall", "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         body |= {"stream_options": {"include_usage": True}, **({self.words: memory} if memory else {}), **fields}
-        text, tokens, first = [], 0, None
+        text, tokens, first, prompt = [], 0, None, 0
         async with self.free:
             start = time.perf_counter()
             try:
@@ -63,10 +64,11 @@ class Client:
                         if "error" in event:
                             raise BenchmarkError(f"The server failed in the middle of an answer: {event['error']}")
                         text += [choice["delta"].get("content") or "" for choice in event["choices"]]
-                        tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+                        usage = event.get("usage") or {}
+                        tokens, prompt = usage.get("completion_tokens", tokens), usage.get("prompt_tokens", prompt)
             except httpx.TransportError as error:
                 raise BenchmarkError(f"The connection to the server broke: {error!r}") from None
-        return Answer("".join(text).strip(), tokens, first or time.perf_counter() - start)
+        return Answer("".join(text).strip(), tokens, first or time.perf_counter() - start, prompt)
 
     async def close(self) -> None:
         await self.http.aclose()

@@ -277,6 +277,7 @@ class TokenizerManagerWithMemory(FixedWeights):
         except RequestError as error:
             count_refusal(error.field)
             raise
+        obj.input_ids = obj.input_ids[opened.dropped :]
         room = max(1, (self.max_req_input_len or self.context_len) - len(obj.input_ids))  # every segment is a prompt
         wanted = obj.sampling_params.get("max_new_tokens", self.sampling_params_class().max_new_tokens)
         limit = room if wanted is None else min(wanted, room)

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mem_triton.compat import require
 from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.pool.placement import place, place_sink
+from mem_triton.store.pool.placement import place, place_sink, tempered
 from mem_triton.store.pool.plan import FOREVER, Attachment
 from mem_triton_transformers.contexts import cache_argument, cache_of
 from mem_triton_transformers.encode import attention_layers
@@ -201,19 +201,24 @@ def model_ropes(model: PreTrainedModel, layers: Sequence[int]) -> list[RotaryEmb
 
 
 def segments_of(model: PreTrainedModel, bank: Bank, plan: Sequence[Attachment]) -> list[MemorySegment]:
-    """A plan's entries as the bank has them, placed; the bank's constant prefix first, unless the plan is empty."""
+    """A plan's entries as the bank has them, placed; the bank's constant prefix first, unless the plan is empty.
+
+    Of a bank of kind "parallel" that is the head of a chat, which the prompt does not repeat.
+    """
     if not plan:
         return []
     spec = bank.spec
+    blocks = {ref: bank.load(ref) for ref in dict.fromkeys(a.ref for a in plan)}
+    behind = max(block.tokens for block in blocks.values()) if spec.kind == "parallel" else spec.reference_tokens
     everywhere = tuple(range(model.config.get_text_config().num_hidden_layers))
     segments = []
     if (sink := bank.sink()) is not None:
-        placed = place_sink(sink, model_ropes(model, everywhere), spec.reference_tokens)
+        placed = place_sink(sink, model_ropes(model, everywhere), behind)
         segments.append(MemorySegment(_on(model, placed), everywhere))
     ropes = model_ropes(model, spec.layers)
     placed = {
-        ref: _on(model, place(bank.load(ref), ropes, spec.kind, spec.reference_tokens))
-        for ref in dict.fromkeys(a.ref for a in plan)
+        ref: _on(model, tempered(place(block, ropes, spec.kind, spec.reference_tokens), spec.temperature))
+        for ref, block in blocks.items()
     }
     return segments + [MemorySegment(placed[a.ref], tuple(spec.layers), a.first, a.end) for a in plan]
 

@@ -65,6 +65,7 @@ async def _pieces(
 ) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
     """Serve a request in as many engine requests as what it reads changes."""
     await memory.prepare(opened, prompt_ids)
+    prompt_ids = prompt_ids[opened.dropped :]
     segments = memory.segments(opened, prompt_ids, params)
     prepared()
     while True:

@@ -30,10 +30,24 @@ def _open(path: Path, writable: bool = False) -> Bank:
 def create(
     path: BankPath,
     model: Annotated[str, typer.Option(help="Folder or Hugging Face id of the model that encodes.")],
-    kind: Annotated[str, typer.Option(help='"memory3": sparse references; "prefix": whole texts.')] = "memory3",
-    layers: Annotated[str, typer.Option(help='"first_half", "all", or like "0-17" or "4,5,9".')] = "first_half",
-    keep: Annotated[str, typer.Option(help='Tokens kept a KV head, or "all".')] = "8",
-    reference_tokens: Annotated[int, typer.Option(help="Longest reference.")] = 128,
+    kind: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help='"parallel": dense references; "memory3": sparse ones; "prefix": whole texts. [by model]',
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help='Of memory3: "first_half", "all", or like "0-17" or "4,5,9". [first_half]'),
+    ] = None,
+    keep: Annotated[Optional[str], typer.Option(help='Of memory3: tokens kept a KV head, or "all". [8]')] = None,  # noqa: UP045
+    reference_tokens: Annotated[Optional[int], typer.Option(help="Longest reference. [128; parallel 512]")] = None,  # noqa: UP045
+    head: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help='Of parallel: text before references, or "raw". [a chat\'s]'),
+    ] = None,
+    system: Annotated[Optional[str], typer.Option(help="Of parallel: the system prompt in a chat's head.")] = None,  # noqa: UP045
     prefix_text: Annotated[
         Optional[str], typer.Option(help='Constant text before references; "" for the BOS token alone.')  # noqa: UP045
     ] = None,
@@ -43,8 +57,12 @@ def create(
     ] = "lexical",
 ) -> None:
     """Make an empty bank for a model. `mem-triton write` does it too, if there is none."""
-    from mem_triton.cli.settings import new_bank, write_config
+    from mem_triton.cli.settings import head_of, kind_of, model_folder, new_bank, write_config
 
+    folder = model_folder(model)
+    kind = kind_of(folder, kind, layers, keep, prefix_text)
+    if prefix_text is None:
+        prefix_text = head_of(folder, kind, head, system)
     config = write_config(
         kind=kind, layers=layers, keep=keep, reference_tokens=reference_tokens, prefix_text=prefix_text
     )

@@ -13,6 +13,8 @@ from mem_triton.store.bank.embedders import embedder_from
 from mem_triton.store.bank.fingerprint import Fingerprint, model_fingerprint
 from mem_triton.store.bank.spec import EXACT_CODECS
 from mem_triton.write import WriteConfig, bank_spec
+from mem_triton.write.config import PARALLEL
+from mem_triton.write.head import chat_head, reads_sparse_references
 
 
 class OptionError(ValueError):
@@ -81,6 +83,53 @@ def keep_of(words: str) -> int | None:
     return int(words)
 
 
+RAW = "raw"
+"""The value of --head for references that are encoded under the BOS token alone."""
+
+
+def kind_of(folder: Path, kind: str | None, *of_sparse: Any) -> str:
+    """The kind of a new bank: what was said, else what the model was trained for. Raises HeadError.
+
+    of_sparse: options that sparse references alone have; one that was given asks for them.
+    """
+    if kind is not None:
+        return kind
+    sparse = any(option is not None for option in of_sparse) or reads_sparse_references(folder)
+    return "memory3" if sparse else "parallel"
+
+
+def head_of(folder: Path, kind: str, head: str | None, system: str | None) -> str | None:
+    """The text under which references of a new bank are encoded; None for what the kind has by itself.
+
+    head: of --head, None for the chat template's own. system: a system prompt for it. Raises OptionError, HeadError.
+    """
+    said = "--head" if head is not None else "--system" if system is not None else None
+    if kind != "parallel":
+        if said:
+            raise OptionError(f'{said}: is for kind "parallel", not for "{kind}"')
+        return None
+    if head is not None and system is not None:
+        raise OptionError("--system: goes into the chat template's own head; leave out --head")
+    if head is not None:
+        return "" if head == RAW else head
+    found = chat_head(tokenizer_of(folder), system)
+    if found is None and system is not None:
+        raise OptionError("--system: the model has no chat template; give the whole head by --head")
+    return found or ""
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The model's tokenizer, by transformers. Raises OptionError if it cannot be loaded."""
+    import importlib
+
+    try:
+        return importlib.import_module("transformers").AutoTokenizer.from_pretrained(folder)
+    except ImportError as error:
+        raise ImportError(f'a chat template needs transformers ({error}): pip install "mem-triton[hf]"') from None
+    except Exception as error:  # whatever transformers makes of a damaged tokenizer
+        raise OptionError(f"MODEL: {folder} cannot be loaded: {type(error).__name__}: {error}") from None
+
+
 def write_config(base: WriteConfig | None = None, **given: Any) -> WriteConfig:
     """``base`` with the options that were given (those not None). Raises OptionError naming the first bad one."""
     chosen = {name: value for name, value in given.items() if value is not None}
@@ -94,8 +143,12 @@ def write_config(base: WriteConfig | None = None, **given: Any) -> WriteConfig:
             (chosen["prefix_text"] or "").encode()
         except UnicodeEncodeError:
             raise OptionError(f"--prefix-text: {output_of(chosen['prefix_text'])} is no UTF-8 text") from None
+    own = base.model_dump() if base else dict(PARALLEL) if chosen.get("kind") == "parallel" else {}
+    longest = chosen.get("reference_tokens")
+    if own.get("overlap_tokens") and base is None and isinstance(longest, int):
+        own["overlap_tokens"] = min(own["overlap_tokens"], max(longest, 0) // 8)
     try:
-        return WriteConfig(**{**(base.model_dump() if base else {}), **chosen})
+        return WriteConfig(**{**own, **chosen})
     except ValidationError as error:
         problem = error.errors()[0]
         name = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else ""

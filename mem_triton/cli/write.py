@@ -29,16 +29,24 @@ def write(
         Optional[list[Path]],  # noqa: UP045
         typer.Argument(metavar="[FILES]...", help="Text, Markdown, JSONL; folders of them.", show_default=False),
     ] = None,
-    kind: Annotated[Text, typer.Option(help='"memory3": sparse references; "prefix": whole texts. [memory3]')] = None,
+    kind: Annotated[
+        Text, typer.Option(help='"parallel", "memory3" or "prefix". [by MODEL: parallel, or what it says]')
+    ] = None,
     id: Annotated[Text, typer.Option(help="The entry's id, or what references' ids begin with. [file name]")] = None,
     tenant: Annotated[str, typer.Option(help="Whose entries these are; everybody's if absent.")] = "",
     format: Annotated[Text, typer.Option(help='"text", "markdown" or "jsonl". [by suffix]')] = None,
     jsonl_field: Annotated[str, typer.Option(help="JSONL field of the text.")] = "text",
     jsonl_id_field: Annotated[Text, typer.Option(help="JSONL field of the id.")] = None,
-    layers: Annotated[Text, typer.Option(help='"first_half", "all", or like "0-17". [first_half]')] = None,
-    keep: Annotated[Text, typer.Option(help='Tokens kept a KV head, or "all". [8]')] = None,
-    reference_tokens: Annotated[Optional[int], typer.Option(help="Longest reference. [128]")] = None,  # noqa: UP045
-    prefix_text: Annotated[Text, typer.Option(help='Before references; "" for BOS alone. [<s>Reference:]')] = None,
+    layers: Annotated[Text, typer.Option(help='Of memory3: "first_half", "all", or like "0-17". [first_half]')] = None,
+    keep: Annotated[Text, typer.Option(help='Of memory3: tokens kept a KV head, or "all". [8]')] = None,
+    reference_tokens: Annotated[Optional[int], typer.Option(help="Longest reference. [128; parallel 512]")] = None,  # noqa: UP045
+    head: Annotated[Text, typer.Option(help='Of parallel: text before references, or "raw". [a chat\'s]')] = None,
+    system: Annotated[Text, typer.Option(help="Of parallel: the system prompt in a chat's head.")] = None,
+    overlap_tokens: Annotated[Optional[int], typer.Option(help="Of parallel: repeated tokens. [64]")] = None,  # noqa: UP045
+    temperature: Annotated[Optional[float], typer.Option(help="Of the attention to entries. [1.0]")] = None,  # noqa: UP045
+    prefix_text: Annotated[
+        Text, typer.Option(help='Of memory3: before references; "" for BOS alone. [<s>Reference:]')
+    ] = None,
     selection: Annotated[Text, typer.Option(help='"softmax" or "exp_sum". [softmax]')] = None,
     context: Annotated[Text, typer.Option(help='Encode each "reference" alone, or the whole "document".')] = None,
     codec: Annotated[
@@ -68,7 +76,15 @@ def write(
     Without FILES, entries that have only their text (--cold) are encoded. What cannot be read or written is left out
     and listed at the end; exit code 1 says so, and 2 that nothing could be written.
     """
-    from mem_triton.cli.settings import OptionError, check_encoding, create_bank, model_folder, write_config
+    from mem_triton.cli.settings import (
+        OptionError,
+        check_encoding,
+        create_bank,
+        head_of,
+        kind_of,
+        model_folder,
+        write_config,
+    )  # fmt: skip
     from mem_triton.cli.sources import SUFFIXES, Reader, sources_of
     from mem_triton.ids import ID_RULE, NAME_RULE, is_id, is_name
     from mem_triton.store.bank import Bank
@@ -92,7 +108,8 @@ def write(
     fingerprint = model_fingerprint(folder)
     given: dict[str, Any] = {
         "kind": kind, "layers": layers, "keep": keep, "reference_tokens": reference_tokens,
-        "prefix_text": prefix_text, "selection": selection, "context": context,
+        "prefix_text": prefix_text, "selection": selection, "context": context, "overlap_tokens": overlap_tokens,
+        "temperature": temperature,
     }  # fmt: skip
     encoder = None
 
@@ -102,8 +119,13 @@ def write(
 
     if (bank / "bank.json").exists():
         target = Bank.open(bank, writable=True, wait=10.0)
+        if head is not None or system is not None:
+            given["prefix_text"] = head_of(folder, target.spec.kind, head, system)
         reader = reader_of(config_of(target.spec))
     else:
+        given["kind"] = kind_of(folder, kind, layers, keep, prefix_text, selection, context)
+        if prefix_text is None:
+            given["prefix_text"] = head_of(folder, given["kind"], head, system)
         config, state = write_config(**given), None
         config.layer_indices(fingerprint.num_layers)
         reader = reader_of(config)

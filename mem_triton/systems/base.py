@@ -59,7 +59,8 @@ class RequestMemory:
 
     warnings: what went wrong after the answer was whole. failure: why what the request asked for beside its answer was
     not done, with the HTTP status. reads_answer: ``Outcome.answer`` is wanted. waits: it has pages to claim and fill
-    before the request runs. finishes: its end has to be seen to.
+    before the request runs. finishes: its end has to be seen to. dropped: tokens at the prompt's start that its memory
+    has already, and the engine does not read; known when it is prepared.
     """
 
     warnings: list[str] = field(default_factory=list)
@@ -67,6 +68,7 @@ class RequestMemory:
     reads_answer: bool = False
     waits: bool = False
     finishes: bool = True
+    dropped: int = 0
 
     def report(self) -> dict[str, Any]:
         """What the answer says of it."""

@@ -13,7 +13,7 @@ from typing import Any
 from mem_triton import ids
 from mem_triton.write.encoder import Tokenizer
 
-_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|(?=\n)")
+SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|(?=\n)")
 _WORD = re.compile(r"\s*\S+|\s+\Z")
 _HEADING = re.compile(r"(#{1,6})\s+(.*?)\s*#*\s*$")
 _FENCE = re.compile(r"\s*(```|~~~)")
@@ -88,7 +88,7 @@ def _tokens(text: str, tokenizer: Tokenizer, blanks: bool) -> list[int]:
 
 def _pieces(text: str, start: int, end: int, tokenizer: Tokenizer, limit: int) -> list[tuple[int, int]]:
     """Places where the text may be cut, ascending, each with the tokens since the one before (at most ``limit``)."""
-    cuts = sorted({m.end() for m in _SENTENCE_END.finditer(text, start, end)} - {start} | {end})
+    cuts = sorted({m.end() for m in SENTENCE_END.finditer(text, start, end)} - {start} | {end})
     pieces: list[tuple[int, int]] = []
     for cut in cuts:
         count = len(tokenizer.encode(text[start:cut], add_special_tokens=False))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -12,16 +14,24 @@ PREFIX_TEXT = "<s>Reference:"
 """The paper's constant prefix of every reference; it serves as attention sink when they are read."""
 
 
+PARALLEL: Mapping[str, Any] = MappingProxyType(
+    {"layers": "all", "keep_tokens": None, "reference_tokens": 512, "overlap_tokens": 64, "prefix_text": None}
+)
+"""What goes with kind "parallel" if nothing else is said; its head depends on the model."""
+
+
 class WriteConfig(BaseModel):
     """The choices of the write path (Memory³, arXiv 2407.01178, section 3.2); the defaults are the paper's.
 
-    kind: "memory3" cuts texts into references and keeps a few tokens of each; "prefix" keeps whole texts in all layers.
-    layers: "first_half", "all", or a list. keep_tokens: tokens kept a KV head, None for all of them.
+    kind: "memory3" cuts texts into references and keeps a few tokens of each; "prefix" keeps whole texts in all layers;
+    "parallel" cuts them and keeps all tokens in all layers, for models that were not trained with references (its other
+    choices are ``PARALLEL``). layers: "first_half", "all", or a list. keep_tokens: tokens kept a KV head, None for all.
     reference_tokens: longest reference. selection: how tokens are chosen, see ``ops.memory_selection``.
     prefix_text: constant text before every reference, stored once for all layers; None for the tokenizer's BOS token
     alone, which is not stored. context: "reference" encodes each reference alone; "document" encodes whole documents,
     in windows of ``window_tokens`` that overlap by half, and then cuts their keys and values, so that a reference knows
-    what came before it (the paper's remark 3).
+    what came before it (the paper's remark 3). overlap_tokens: of what came before, that a parallel reference repeats.
+    temperature: of the attention to entries (arXiv 2502.05431, section 3).
 
     Example::
 
@@ -30,7 +40,7 @@ class WriteConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["memory3", "prefix"] = "memory3"
+    kind: Literal["memory3", "prefix", "parallel"] = "memory3"
     layers: Literal["first_half", "all"] | tuple[int, ...] = "first_half"
     keep_tokens: int | None = Field(default=8, ge=1)
     reference_tokens: int = Field(default=128, ge=1, le=65536)
@@ -38,6 +48,8 @@ class WriteConfig(BaseModel):
     prefix_text: str | None = PREFIX_TEXT
     context: Literal["reference", "document"] = "reference"
     window_tokens: int = Field(default=4096, ge=16)
+    overlap_tokens: int = Field(default=0, ge=0)
+    temperature: float = Field(default=1.0, ge=0.1, le=10)
 
     @model_validator(mode="after")
     def _check(self) -> WriteConfig:
@@ -47,11 +59,18 @@ class WriteConfig(BaseModel):
             raise ValueError(f"keep_tokens={self.keep_tokens} exceeds reference_tokens={self.reference_tokens}")
         if self.kind == "prefix" and self.context == "document":
             raise ValueError('context="document" is for references; a prefix is its whole document')
+        if self.kind == "parallel":
+            if self.keep_tokens is not None or self.context == "document":
+                raise ValueError('kind "parallel" keeps all tokens of references that are encoded alone; see "memory3"')
+        elif self.overlap_tokens:
+            raise ValueError('overlap_tokens is for kind "parallel"')
+        if self.kind == "parallel" and 2 * self.overlap_tokens > self.reference_tokens:
+            raise ValueError(f"overlap_tokens={self.overlap_tokens} is more than half of {self.reference_tokens}")
         return self
 
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
         """The layers that are stored, of a model of so many. Raises ValueError for one that it does not have."""
-        if self.kind == "prefix" or self.layers == "all":
+        if self.kind in ("prefix", "parallel") or self.layers == "all":
             return tuple(range(num_layers))
         if self.layers == "first_half":
             return tuple(range(max(1, num_layers // 2)))

@@ -48,7 +48,7 @@ def look_up(bank: Bank, entry: NewEntry, digest: str, *, named: bool, replace: b
     exact = EXACT_CODECS.get(bank.spec.dtype) == bank.spec.codec
     copy = next((info for info in infos if info.has_block and exact), None)
     own = next((info for info in infos if info.id == entry.id), None)
-    if bank.spec.kind == "memory3" and own is None:
+    if bank.spec.kind != "prefix" and own is None:
         own = next((i for i in infos if i.tenant == entry.tenant and same_file(i.source, entry.source)), None)
         own = own or next((info for info in infos if info.tenant != entry.tenant), None)
     if own is not None:

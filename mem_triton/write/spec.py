@@ -11,7 +11,7 @@ def bank_spec(
     config: WriteConfig, fingerprint: Fingerprint, *, codec: str = "bf16", embedder: str = "lexical"
 ) -> BankSpec:
     """The specification of a bank that ``config`` writes with the model of ``fingerprint``."""
-    memory3 = config.kind == "memory3"
+    references, sparse = config.kind != "prefix", config.kind == "memory3"
     return BankSpec(
         kind=config.kind,
         fingerprint=fingerprint,
@@ -19,11 +19,13 @@ def bank_spec(
         kv_heads=fingerprint.kv_heads,
         head_dim=fingerprint.head_dim,
         reference_tokens=config.reference_tokens,
-        keep_tokens=config.keep_tokens if memory3 else None,
+        keep_tokens=config.keep_tokens if sparse else None,
         codec=codec,
         dtype=fingerprint.dtype,
         embedder=embedder,
-        prefix_text=config.prefix_text if memory3 else None,
+        prefix_text=config.prefix_text if references else None,
+        overlap_tokens=config.overlap_tokens,
+        temperature=config.temperature,
     )
 
 
@@ -31,14 +33,15 @@ def config_of(spec: BankSpec) -> WriteConfig:
     """The choices that a bank's specification records; the others are the defaults."""
     return WriteConfig(
         kind=spec.kind, layers=spec.layers, keep_tokens=spec.keep_tokens, reference_tokens=spec.reference_tokens,
-        prefix_text=spec.prefix_text,
+        prefix_text=spec.prefix_text, overlap_tokens=spec.overlap_tokens, temperature=spec.temperature,
     )  # fmt: skip
 
 
 def check_same(config: WriteConfig, spec: BankSpec) -> None:
     """Raises BankError naming the choice in which ``config`` differs from a bank."""
     wanted = bank_spec(config, spec.fingerprint)
-    names = ("kind", "layers", *(("keep_tokens", "reference_tokens", "prefix_text") if spec.kind == "memory3" else ()))
+    of_references = ("keep_tokens", "reference_tokens", "prefix_text", "overlap_tokens")
+    names = ("kind", "layers", "temperature", *(of_references if spec.kind != "prefix" else ()))
     for name in names:
         has, asked = getattr(spec, name), getattr(wanted, name)
         if has != asked:

@@ -6,48 +6,24 @@ a second write adds nothing. A text that cannot be written is reported and left 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-from mem_triton.store.bank import Bank, BankError, EntryInfo, NewEntry, UnknownEntryError, content_hash
-from mem_triton.store.bank.documents import describe, file_of, reference_id
+from mem_triton.store.bank import Bank, BankError, EntryInfo, NewEntry, UnknownEntryError
+from mem_triton.store.bank.documents import describe, file_of
 from mem_triton.store.block import MemoryBlock
-from mem_triton.write.chunking import Chunk, Document, DocumentError, chunks_of, join_tokens, unusable
+from mem_triton.write.chunking import Document, DocumentError, unusable
 from mem_triton.write.config import WriteConfig, prefix_ids
 from mem_triton.write.encoder import EncodedText, Encoder, Tokenizer
+from mem_triton.write.items import SEAM, Item, parallel_items, sparse_items, whole_item, window_limit
 from mem_triton.write.known import look_up, same_file
 from mem_triton.write.report import WriteReport
 from mem_triton.write.sparsify import dense, sparsify
 from mem_triton.write.spec import check_same, config_of
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Item:
-    """A text on its way. ids: its tokens. window: those to run, None for ``ids``; its own start at ``first``.
-
-    ref: the cold entry that waits for it. copy: an entry with the same block. block: what was made of it.
-    """
-
-    entry: NewEntry
-    ids: list[int]
-    characters: int
-    window: tuple[int, ...] | None = None
-    first: int = 0
-    ref: str | None = None
-    copy: str | None = None
-    block: MemoryBlock | None = None
-
-    @cached_property
-    def digest(self) -> str:
-        """The entry's content hash."""
-        return self.entry.content_hash
 
 
 class Writer:
@@ -76,8 +52,8 @@ class Writer:
         self.commit_tokens, self.commit_seconds = commit_tokens, commit_seconds
         self.written: set[str] = set()
         self.failed: set[str] = set()
-        self._waiting: list[_Item] = []  # for the model
-        self._ready: list[_Item] = []  # for the next transaction
+        self._waiting: list[Item] = []  # for the model
+        self._ready: list[Item] = []  # for the next transaction
         self._moved: dict[str, tuple[str, Mapping[str, Any]]] = {}
         self._given: dict[str, tuple[str, str]] = {}  # id of a whole text -> its content and source, in this run
         self._window: tuple[tuple[int, ...], EncodedText] | None = None  # the last one encoded
@@ -119,7 +95,7 @@ class Writer:
         said()
         return report
 
-    def _usable_items(self, document: Document, tenant: str, report: WriteReport) -> list[_Item]:
+    def _usable_items(self, document: Document, tenant: str, report: WriteReport) -> list[Item]:
         """The document's texts; none if it is blank or cannot be written, which the report then says."""
         try:
             if (reason := unusable(document)) is not None:
@@ -139,7 +115,7 @@ class Writer:
         report.problems.append(problem)
         self.failed.add(file_of(source))
 
-    def _take(self, item: _Item, document: Document, cold: bool, replace: bool, report: WriteReport) -> bool:
+    def _take(self, item: Item, document: Document, cold: bool, replace: bool, report: WriteReport) -> bool:
         """Put an item on its way; False if it is there already or cannot be written."""
         entry, on_its_way = item.entry, self._on_its_way(item)
         first, source = self._given.setdefault(entry.id, (item.digest, entry.source))
@@ -170,8 +146,8 @@ class Writer:
             self._waiting.append(item)
         return True
 
-    def _on_its_way(self, item: _Item) -> _Item | None:
-        shared = self.config.kind == "memory3"
+    def _on_its_way(self, item: Item) -> Item | None:
+        shared = self.config.kind != "prefix"
         for other in (*self._waiting, *self._ready):
             if other.digest == item.digest and (
                 other.entry.id == item.entry.id or (shared and same_file(other.entry.source, item.entry.source))
@@ -179,7 +155,7 @@ class Writer:
                 return other
         return None
 
-    def _skip(self, item: _Item, id: str, report: WriteReport, ref: str | None = None) -> None:
+    def _skip(self, item: Item, id: str, report: WriteReport, ref: str | None = None) -> None:
         report.skipped += 1
         report.characters += item.characters
         self.written.add(id)
@@ -190,12 +166,12 @@ class Writer:
         if (there.source, there.metadata) != (entry.source, dict(entry.metadata)):
             self._moved[there.ref] = (entry.source, entry.metadata)
 
-    def _too_long(self, item: _Item) -> str | None:
+    def _too_long(self, item: Item) -> str | None:
         most = None if self.encoder is None else self.encoder.max_tokens
         count = len(self.prefix) + len(item.ids)
         if most is None or item.window is not None or count <= most:
             return None
-        return f"{count} tokens, the model takes {most}; split it, or write it into a bank of kind memory3"
+        return f"{count} tokens, the model takes {most}; split it, or write it into a bank of references"
 
     def _go_on(self, cold: bool, report: WriteReport) -> None:
         """Run the model on a full batch, and end the transaction when it is time."""
@@ -231,9 +207,12 @@ class Writer:
             self.bank.fill_all(blocks)
         return list(blocks)
 
-    def _cold_item(self, info: EntryInfo) -> _Item:
-        ids = self.bank.token_ids(info.ref) or self._text_ids(info.text)
-        return _Item(NewEntry(info.id, info.text, source=info.source), list(ids), 0, ref=info.ref)
+    def _cold_item(self, info: EntryInfo) -> Item:
+        ids = self.bank.token_ids(info.ref)
+        if not ids:
+            text = info.text + SEAM if self.config.kind == "parallel" else info.text
+            ids = self.tokenizer.encode(text, add_special_tokens=self.config.kind == "prefix")
+        return Item(NewEntry(info.id, info.text, source=info.source), list(ids), 0, ref=info.ref)
 
     def fill_cold(self, progress: Callable[[WriteReport], None] | None = None) -> WriteReport:
         """Encode all cold entries of the bank; those that the model cannot read are reported."""
@@ -261,59 +240,23 @@ class Writer:
                 progress(report)
         return report
 
-    def _text_ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=self.config.kind == "prefix")
-
     def _write_sink(self) -> None:
         spec = self.bank.spec
         if spec.prefix_text is None or not self.prefix or self.bank.sink() is not None:
             return
         self.bank.set_sink(dense(self._encoder().encode([self.prefix])[0]))
 
-    def _items(self, document: Document, tenant: str) -> Iterator[_Item]:
+    def _items(self, document: Document, tenant: str) -> Iterator[Item]:
         if not document.text.strip():
             return
-        if self.config.kind != "prefix":
-            yield from self._references(document, tenant)
-        elif ids := self._text_ids(document.text):
-            entry = NewEntry(
-                document.name, document.text, source=document.source, metadata=document.metadata, tenant=tenant,
-                token_ids=ids,
-            )  # fmt: skip
-            yield _Item(entry, ids, len(document.text))
-
-    def _references(self, document: Document, tenant: str) -> Iterator[_Item]:
-        whole = self.config.context == "document"
-        chunks = chunks_of(document, self.tokenizer, self.config.reference_tokens, blanks=whole)
-        key = "" if self.config.selection == "softmax" else f"selection={self.config.selection}"
-        windows: Mapping[int, tuple[tuple[int, ...], int]] = {}
-        if whole:
-            key += f" document={hashlib.sha256(document.text.encode()).hexdigest()}"
-            windows = _windows(chunks, self._window_limit())
-        for i, chunk in enumerate(chunks):
-            digest = content_hash(chunk.text, chunk.token_ids, key)
-            entry = NewEntry(
-                reference_id(document.name, hashlib.sha256(f"{tenant}|{digest}".encode()).hexdigest()),
-                chunk.text,
-                source=document.source,
-                metadata={**document.metadata, "start": chunk.start, "end": chunk.end},
-                tenant=tenant,
-                token_ids=list(chunk.token_ids),
-                content_key=key,
-            )
-            window, first = windows.get(i, (None, 0))
-            yield _Item(entry, list(chunk.token_ids), chunk.end - chunk.start, window, first)
-
-    def _window_limit(self) -> int:
-        longest = self._encoder().max_tokens
-        limit = self.config.window_tokens if longest is None else min(longest, self.config.window_tokens)
-        limit -= len(self.prefix)
-        if limit < 2 * self.config.reference_tokens:
-            raise BankError(
-                f"window_tokens: {limit} tokens hold no two references of {self.config.reference_tokens}; "
-                "enlarge it, or write shorter references"
-            )
-        return limit
+        if self.config.kind == "parallel":
+            yield from parallel_items(document, self.tokenizer, self.config, tenant)
+        elif self.config.kind == "memory3":
+            whole = self.config.context == "document"
+            limit = window_limit(self.config, self._encoder().max_tokens, len(self.prefix)) if whole else None
+            yield from sparse_items(document, self.tokenizer, self.config, tenant, limit)
+        elif (item := whole_item(document, self.tokenizer, tenant)) is not None:
+            yield item
 
     def _encoder(self) -> Encoder:
         if self.encoder is None:
@@ -345,18 +288,18 @@ class Writer:
         if moved:
             describe(self.bank, moved)
 
-    def _copied(self, item: _Item) -> MemoryBlock:
+    def _copied(self, item: Item) -> MemoryBlock:
         try:
             return self.bank.load(item.copy)
         except UnknownEntryError:  # its text changed in this very run
             (block,) = self._blocks([item])
             return block
 
-    def _blocks(self, items: Sequence[_Item]) -> list[MemoryBlock | None]:
+    def _blocks(self, items: Sequence[Item]) -> list[MemoryBlock | None]:
         """Each item's block, None if none of its tokens may be kept."""
         return [self._block(item, text) for item, text in zip(items, self._encode(items), strict=True)]
 
-    def _encode(self, items: Sequence[_Item]) -> Iterator[EncodedText]:
+    def _encode(self, items: Sequence[Item]) -> Iterator[EncodedText]:
         options: dict[str, Any] = {"layers": self.bank.spec.layers, "prefix_ids": self.prefix}
         alone = [i for i, item in enumerate(items) if item.window is None]
         for start in range(0, len(alone), self.batch_size):
@@ -370,25 +313,11 @@ class Writer:
                     self._window = item.window, self._encoder().encode([item.window], **options)[0]
                 yield self._window[1].slice(item.first, item.first + len(item.ids))
 
-    def _block(self, item: _Item, text: EncodedText) -> MemoryBlock | None:
-        if self.config.kind == "prefix":
+    def _block(self, item: Item, text: EncodedText) -> MemoryBlock | None:
+        if self.config.kind in ("prefix", "parallel"):
             return dense(text)
         valid = [token not in self._special for token in item.ids]
         if not any(valid):
             return None
         keep, scale = self.config.keep_tokens, self._encoder().scale
         return sparsify(text, keep, scale=scale, selection=self.config.selection, valid=valid)
-
-
-def _windows(chunks: Sequence[Chunk], limit: int) -> dict[int, tuple[tuple[int, ...], int]]:
-    """Chunk -> (tokens to encode, place of its first token among them): windows of ``limit`` that overlap by half."""
-    ids = join_tokens(chunks)
-    windows: dict[int, tuple[tuple[int, ...], int]] = {}
-    start, window = 0, tuple(ids[:limit])
-    for i, chunk in enumerate(chunks):
-        end = chunk.first + len(chunk.token_ids)
-        if end - start > limit:
-            start = max(end - limit, chunk.first - limit // 2)
-            window = tuple(ids[start : start + limit])
-        windows[i] = window, chunk.first - start
-    return windows

@@ -24,7 +24,7 @@ from tests.memory3.support import RECALL, TEXT
 from tests.store.bank_case import entry, spec
 from tests.support.models import save_tiny_model
 
-MODEL = str(RECALL)
+MODEL = str(RECALL.with_name("model-memory"))  # for which writing keeps sparse references
 THINGS, NAMES, VALUES = (
     ("desk", "badge", "team"),
     ("Mara Stone", "Hugo Park", "Nina Price"),

@@ -14,7 +14,7 @@ from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.systems.explicit.retrieval import Retriever
 from mem_triton.systems.explicit.training import train_product_codec
 from mem_triton.write import Document, WriteConfig, Writer, bank_spec, chunks_of, config_of, dense, prefix_ids, sparsify
-from mem_triton.write.writer import _windows
+from mem_triton.write.items import windows_of
 from tests.memory3.support import RECALL, TEXT, encoder, tokenizer
 from tests.support.models import tiny_tokenizer
 
@@ -170,7 +170,7 @@ def test_a_long_document_is_encoded_in_windows_that_overlap(tmp_path):
     options = {"reference_tokens": 17, "keep_tokens": None, "window_tokens": 64 + len(prefix)}
     config = WriteConfig(context="document", **options)
     chunks = chunks_of(Document(text), tokenizer(), 17, blanks=True)
-    windows = _windows(chunks, 64)
+    windows = windows_of(chunks, 64)
     assert len(chunks) == 18 and len(set(windows.values())) >= 5 and len({w for w, _ in windows.values()}) <= 9
     for i, chunk in enumerate(chunks):
         window, place = windows[i]

@@ -52,7 +52,9 @@ def front(pages: int = 4) -> ExplicitFrontEnd:
     front = object.__new__(ExplicitFrontEnd)
     front.residency, front._default, front.longest_step = Residency(pages, TOKENS), {}, 512
     front.layout = SimpleNamespace(max_pages=8, num_pages=pages)
-    front.bank = SimpleNamespace(resolve=lambda ref, tenant: SimpleNamespace(tokens=TOKENS))
+    front.bank = SimpleNamespace(
+        resolve=lambda ref, tenant: SimpleNamespace(tokens=TOKENS), spec=SimpleNamespace(kind="memory3")
+    )
     front._logger = SimpleNamespace(warning=lambda *_: None)
 
     def found(*_, **__):

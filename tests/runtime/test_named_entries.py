@@ -20,6 +20,7 @@ def front(tmp_path):
     front = object.__new__(ExplicitFrontEnd)  # no engine
     with Bank.create(tmp_path / "bank", spec()) as bank:
         front.bank, front._default = bank, ()
+        front._logger = None
         front.residency = Residency(8, TOKENS, 1)
         front.layout, front.longest_step = SimpleNamespace(max_pages=2), 512
         yield front

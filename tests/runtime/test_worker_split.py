@@ -30,6 +30,7 @@ def shape(**fields) -> EngineShape:
 
 def spec(**fields) -> SimpleNamespace:
     stock = {"layers": (0, 1, 2, 5), "kv_heads": 4, "head_dim": 32, "keep_tokens": None, "reference_tokens": 128}
+    stock |= {"kind": "memory3", "temperature": 1.0}
     return SimpleNamespace(**{**stock, **fields})
 
 

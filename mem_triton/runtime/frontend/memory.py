@@ -75,6 +75,11 @@ class Opened:
         return any(part.reads_answer for part in self.parts.values())
 
     @property
+    def dropped(self) -> int:
+        """Tokens at the prompt's start that the engine does not read, because its memory has them."""
+        return max((part.dropped for part in self.parts.values()), default=0)
+
+    @property
     def failure(self) -> Failure | None:
         """Why something that it asked for besides its answer was not done."""
         return next((part.failure for part in self.parts.values() if part.failure is not None), None)

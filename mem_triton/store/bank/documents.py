@@ -53,13 +53,18 @@ def in_order(entries: Iterable[EntryInfo]) -> list[EntryInfo]:
 
 
 def resolve_all(bank: OpenedBank, word: str, tenant: str = "", any_tenant: bool = False) -> list[EntryInfo]:
-    """What "id", "id@version", "document#0", "document#2-5" or "document#*" names, in order.
+    """What "id", "id@version", "document", "document#0", "document#2-5" or "document#*" names, in order.
 
     Raises UnknownEntryError, ForeignTenantError, and BankError for places that the document does not have.
     """
     places = ids.split_places(word)
     if places is None:
-        return [bank.resolve(word, tenant=tenant, any_tenant=any_tenant)]
+        try:
+            return [bank.resolve(word, tenant=tenant, any_tenant=any_tenant)]
+        except UnknownEntryError:
+            if found := references(bank, word, None if any_tenant else tenant):
+                return found  # no entry is called so, but a document
+            raise
     name, first, end = places
     found = references(bank, name, None if any_tenant else tenant)
     if not found:

@@ -18,6 +18,7 @@ from mem_triton.store.errors import BankError, UnknownEntryError
 
 SCHEMA_VERSION = 1
 Dtype = Literal["float32", "bfloat16", "float16"]
+Kind = Literal["prefix", "memory3", "parallel"]
 Codec = Literal["fp32", "bf16", "fp16", "fp8", "int8", "pq"]
 EXACT_CODECS: dict[str, Codec] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 """By dtype, the codec that keeps its numbers as they are."""
@@ -26,17 +27,20 @@ EXACT_CODECS: dict[str, Codec] = {"float32": "fp32", "bfloat16": "bf16", "float1
 class BankSpec(BaseModel):
     """What all entries of a bank have in common; ``bank.json``.
 
-    kind: "memory3" (sparse references of at most ``reference_tokens`` tokens, read in parallel positions) or "prefix"
-    (the dense KV of a text). fingerprint: of the model that encodes. layers: indices of the stored layers, ascending.
+    kind: "memory3" (sparse references of at most ``reference_tokens`` tokens, read in parallel positions), "parallel"
+    (dense ones, in all layers, each as if it stood alone between the head of a chat and the question) or "prefix" (the
+    dense KV of a text). fingerprint: of the model that encodes. layers: indices of the stored layers, ascending.
     keep_tokens: tokens that each KV head keeps of a reference, None for all. codec: precision on disk; dtype: what a
     loaded block has. embedder: see ``store.bank.embedders.embedder_from``. prefix_text: the constant prefix under which
-    references are encoded (the bank's "sink"), None if there is none.
+    references are encoded (the bank's "sink"), None if there is none; of kind "parallel" it is the head of a chat, all
+    before the user's words. overlap_tokens: of its document before it that a "parallel" reference repeats. temperature:
+    of the attention to entries, 1.0 for the model's own (T of adaptive parallel encoding, arXiv 2502.05431, section 3).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
     schema_version: int = SCHEMA_VERSION
-    kind: Literal["prefix", "memory3"]
+    kind: Kind
     fingerprint: Fingerprint
     layers: tuple[int, ...]
     kv_heads: int = Field(ge=1)
@@ -47,6 +51,8 @@ class BankSpec(BaseModel):
     dtype: Dtype = "bfloat16"
     embedder: str = "lexical"
     prefix_text: str | None = None
+    overlap_tokens: int = Field(default=0, ge=0)
+    temperature: float = Field(default=1.0, ge=0.1, le=10)
 
     @model_validator(mode="after")
     def _check(self) -> BankSpec:

@@ -15,14 +15,14 @@ import torch
 from mem_triton.ops.reposition import RotaryEmbedding, rotate
 from mem_triton.store.block import MemoryBlock
 
-Kind = Literal["memory3", "prefix"]
+Kind = Literal["memory3", "prefix", "parallel"]
 
 
 def place(block: MemoryBlock, ropes: Sequence[RotaryEmbedding], kind: Kind, reference_tokens: int) -> MemoryBlock:
     """The block with its keys rotated, and its positions, where it is read.
 
     ropes: one a layer of the block. Token j of a "memory3" reference goes to j - reference_tokens, token j of a
-    "prefix" of T tokens to j - T.
+    "prefix" or "parallel" entry of T tokens to j - T.
     """
     return _moved(block, ropes, -(reference_tokens if kind == "memory3" else block.tokens))
 
@@ -30,6 +30,11 @@ def place(block: MemoryBlock, ropes: Sequence[RotaryEmbedding], kind: Kind, refe
 def place_sink(block: MemoryBlock, ropes: Sequence[RotaryEmbedding], reference_tokens: int) -> MemoryBlock:
     """The constant prefix of p tokens at -(reference_tokens + p) ... -(reference_tokens + 1)."""
     return _moved(block, ropes, -(reference_tokens + block.tokens))
+
+
+def tempered(block: MemoryBlock, temperature: float) -> MemoryBlock:
+    """The block as attention at ``temperature`` reads it: logits are linear in the keys, so these are divided by it."""
+    return block if temperature == 1 else MemoryBlock(block.keys / temperature, block.values, block.positions)
 
 
 def _moved(block: MemoryBlock, ropes: Sequence[RotaryEmbedding], offset: int) -> MemoryBlock:

@@ -34,7 +34,7 @@ class ExplicitFrontEnd(ReadingPlans, FrontendPart):
         tokenizer = services.tokenizer
         frame = functools.cache(lambda: None if tokenizer is None else chat_frame(tokenizer()))
         obstacle = services.obstacles.get(Capability.SEGMENTS)
-        return cls(engine, section, services.decode, obstacle, services.render, frame)
+        return cls(engine, section, services.decode, obstacle, services.render, frame, tokenizer)
 
     _loads: PageLoads | None = None
 

@@ -33,6 +33,7 @@ class Layout:
     """num_pages: pages of the pool on each device. max_pages: pages that one request may see in one step.
 
     kv_heads: on this device; layers: memory layers of the whole model, in order. page_bytes: of one page on a device.
+    temperature: of the attention to entries.
     """
 
     num_pages: int
@@ -43,10 +44,11 @@ class Layout:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    temperature: float = 1.0
 
     def cache_key(self, bank: Bank) -> str:
-        """What, besides references, the KV of a request with memory depends on: the bank and the pool's precision."""
-        parts = (bank.identity, str(self.dtype))
+        """What, besides references, the KV of a request with memory depends on: the bank, and how it is read."""
+        parts = (bank.identity, str(self.dtype), str(self.temperature))
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 
@@ -86,12 +88,15 @@ def layout_of(shape: EngineShape, section: MemorySection, spec: BankSpec) -> Lay
     if num_pages < 1:
         raise ConfigError(f"mem_triton.memory.pool_gib: {section.pool_gib} does not hold one page; give it more")
     max_pages = _max_pages(shape, section, spec, page_tokens, num_pages)
-    return Layout(num_pages, page_tokens, page_bytes, max_pages, spec.layers, kv_heads, spec.head_dim, dtype)
+    temperature = spec.temperature if section.temperature is None else section.temperature
+    return Layout(
+        num_pages, page_tokens, page_bytes, max_pages, spec.layers, kv_heads, spec.head_dim, dtype, temperature
+    )
 
 
 def _max_pages(shape: EngineShape, section: MemorySection, spec: BankSpec, page_tokens: int, num_pages: int) -> int:
     named = min(num_pages, MOST_PAGES)
-    if section.retrieval is None:
+    if section.retrieval is None or spec.kind != "memory3":
         return named
     longest = min(shape.max_step_tokens, shape.max_model_len)  # tokens of one request in one step
     chunks = longest // section.retrieval.every + 2

@@ -6,10 +6,9 @@ worker can serve it at any time, and the keys of its prefix say what its KV depe
 
 from __future__ import annotations
 
+import functools
 import logging
-import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
 from typing import Any
 
 from mem_triton import metrics
@@ -18,14 +17,15 @@ from mem_triton.store.bank import BankError, EntryInfo, UnknownEntryError
 from mem_triton.store.bank.captured import reader_of
 from mem_triton.store.bank.documents import resolve_all
 from mem_triton.store.pool.fitting import fitting, most_pages
-from mem_triton.store.pool.plan import FOREVER, Attachment
-from mem_triton.store.pool.residency import PoolCapacityError, Residency, Ticket
-from mem_triton.systems.base import RequestMemory
+from mem_triton.store.pool.plan import Attachment
+from mem_triton.store.pool.residency import PoolCapacityError, Residency
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.explicit import context
-from mem_triton.systems.explicit.captures import Capture, Captures
+from mem_triton.systems.explicit.captures import Captures
 from mem_triton.systems.explicit.chat import ChatFrame
+from mem_triton.systems.explicit.head import BankHead
 from mem_triton.systems.explicit.layout import layout_of, open_bank
+from mem_triton.systems.explicit.reading import Reading
 from mem_triton.systems.explicit.request import ReadingRequest
 from mem_triton.systems.explicit.retrieval import Retriever
 from mem_triton.systems.explicit.searches import Found
@@ -37,61 +37,12 @@ from mem_triton.systems.payload import PageRun, Segment, SystemPayload
 from mem_triton.systems.request import RequestError
 
 
-@dataclass(eq=False)
-class Reading(RequestMemory):
-    """One request's explicit memory, from its fields to its plan."""
-
-    request: ReadingRequest
-    plan: tuple[Attachment, ...] = ()
-    top_k: int = 0  # references a chunk, 0: no retrieval
-    refreshes: bool = False
-    note: str | None = None  # why references are not refreshed
-    retrieval_note: str | None = None  # why there are fewer references than asked for, or none
-    tokens: dict[str, int] = field(default_factory=dict)  # of every reference of the plan
-    prompt_tokens: int = 0
-    context_note: str | None = None  # why the answer may have fewer tokens than asked for
-    trained_note: str | None = None  # of several entries that were trained apart
-    closed: bool = False
-    capture: Capture | None = None
-    tickets: list[Ticket] = field(default_factory=list)
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    @property
-    def pending(self) -> list[Ticket]:
-        """Claims whose pages are not filled yet."""
-        return [t for t in self.tickets if t.state != "ready"]
-
-    def report(self) -> dict[str, Any]:
-        """What every part of the text saw, for the person who asked: ids, positions and scores."""
-        spans: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        for a in self.plan:
-            entry = {"id": a.ref} if a.score is None else {"id": a.ref, "score": round(a.score, 4)}
-            spans.setdefault((a.first, a.end), []).append(entry)
-        report: dict[str, Any] = {
-            "references": [
-                {"first_token": first, "end_token": None if end == FOREVER else end, "entries": entries}
-                for (first, end), entries in sorted(spans.items())
-            ]
-        }
-        if self.retrieval_note:
-            report["retrieval"] = self.retrieval_note
-        if self.context_note:
-            report["context"] = self.context_note
-        if self.trained_note:
-            report["trained"] = self.trained_note
-        if self.note:
-            report["refresh"] = f"off: {self.note}"
-        if self.capture is not None:
-            report["capture"] = self.capture.report()
-        return report
-
-
 class ReadingPlans:
     """Resolves, retrieves and claims; one per engine front end.
 
     decode: token ids to text, None without a tokenizer. obstacle: why this engine, as it is configured, cannot have
     explicit memory; None if it can. render: messages to the chat template's text, None where there is no template.
-    frame: how its chats look, asked for when a request is captured.
+    frame: how its chats look, asked for when a request is captured. tokenizer: the model's, None without one.
     """
 
     def __init__(
@@ -102,6 +53,7 @@ class ReadingPlans:
         obstacle: str | None = None,
         render: Render | None = None,
         frame: Callable[[], ChatFrame | None] = lambda: None,
+        tokenizer: Callable[[], Any] | None = None,
     ) -> None:
         self.section, self.obstacle, self.max_model_len = section, obstacle, shape.max_model_len
         self.longest_step = min(shape.max_step_tokens, shape.max_model_len)  # tokens of one request in one step
@@ -115,6 +67,7 @@ class ReadingPlans:
             self.bank, self.layout, section.capture, shape.max_model_len, decode, frame, self._logger
         )
         self._said: set[str] = set()
+        self.tokenizer = tokenizer
         if section.retrieval is not None:
             if decode is None:
                 raise ConfigError("mem_triton.memory.retrieval needs a tokenizer; drop --skip-tokenizer-init")
@@ -122,6 +75,18 @@ class ReadingPlans:
             self.last_user_message = LastUserMessage(decode, render, self._logger)
             self.retriever = Retriever(self.bank, decode=decode, every=r.every, min_score=r.min_score)
         self._default = self._pin_default()
+
+    tokenizer: Callable[[], Any] | None = None
+
+    @functools.cached_property
+    def head(self) -> BankHead:
+        """The head under which the bank's references were written."""
+        return BankHead(self.bank, self.tokenizer, self._logger)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the bank's references are Memory³'s, of which each part of a text reads its own."""
+        return self.bank.spec.kind == "memory3"
 
     _trained: frozenset[str] = frozenset()
     """References that requests have named, of those whose keys and values were trained."""
@@ -149,7 +114,7 @@ class ReadingPlans:
                     f'mem_triton.memory.default: "{cold}" has text but no keys and values; run mem-triton write again'
                 )
             plan = tuple(map(Attachment, tokens))
-            if (pages := self._most_pages(plan, tokens)) > self.layout.max_pages:
+            if (pages := self._most_pages(plan, tokens) + self._head_pages) > self.layout.max_pages:
                 raise ConfigError(
                     f"mem_triton.memory.default: need {pages} memory pages, a request may use {self.layout.max_pages}"
                 )
@@ -207,7 +172,7 @@ class ReadingPlans:
             if "trained" not in self._said:
                 self._said.add("trained")
                 self._logger.warning("mem_ids: %s; further requests of this kind are not told of here", note)
-        if top_k and self.section.retrieval.refresh:
+        if top_k and self.section.retrieval.refresh and self.sparse:
             reading.note, reading.refreshes = params.fixed, params.fixed is None
             if reading.note:
                 self._count_fixed(reading.note)
@@ -248,21 +213,33 @@ class ReadingPlans:
                 raise RequestError("mem_ids", f'"{id}" has text but no keys and values yet; run mem-triton write again')
             tokens |= {info.ref: info.tokens for info in named}
             self._remember_trained(named)
-        if (pages := self._most_pages(tuple(map(Attachment, tokens)), tokens)) > self.layout.max_pages:
+        pages = self._most_pages(tuple(map(Attachment, tokens)), tokens) + self._head_pages
+        if pages > self.layout.max_pages:
             raise RequestError(
                 "mem_ids", f"need {pages} memory pages, a request may use {self.layout.max_pages}; name fewer entries"
             )
         return tokens
+
+    @property
+    def _head_pages(self) -> int:
+        return self.residency.pages_for(self.head.tokens)
 
     def _most_pages(self, plan: Sequence[Attachment], tokens: Mapping[str, int]) -> int:
         """Pages that one step of a request with this plan may see."""
         return most_pages(plan, lambda ref: self.residency.pages_for(tokens[ref]), self.longest_step)
 
     def find(self, reading: Reading, prompt_ids: Sequence[int]) -> tuple[Attachment, ...]:
-        """What a request retrieves: each chunk of its prompt is a query (Memory³ §2.4). Changes nothing."""
+        """What a request retrieves: each chunk of its prompt is a query (Memory³ §2.4), or what it asks, for references
+        that are read like text. Changes nothing."""
         if not reading.top_k:
             return ()
         every = self.section.retrieval.every
+        if not self.sparse:
+            asked = reading.request.query or self.last_user_message.of(prompt_ids, every)
+            return self.retriever.whole(
+                asked or self.decode(list(prompt_ids[-every:])), top_k=reading.top_k, tenant=reading.request.tenant,
+                attached=reading.plan,
+            )  # fmt: skip
         return self.retriever.plan(
             list(prompt_ids), top_k=reading.top_k, tenant=reading.request.tenant, refreshes=reading.refreshes,
             attached=reading.plan, question=reading.request.query or self.last_user_message.of(prompt_ids, every),
@@ -273,7 +250,8 @@ class ReadingPlans:
 
         Raises RequestError for a prompt that does not fit or cannot be captured.
         """
-        reading.prompt_tokens = len(prompt_ids)
+        apart = self.head.tokens - self.head.repeated(prompt_ids)[0] if reading.plan or found.plan else 0
+        reading.prompt_tokens = len(prompt_ids) + apart  # the head counts once, or twice
         self._check_context(reading, reading.prompt_tokens)
         if reading.capture is not None:
             self.captures.begin(reading.capture, prompt_ids)
@@ -281,6 +259,9 @@ class ReadingPlans:
             reading.retrieval_note = f"off: {found.failure}"
         else:
             self._extend(reading, found.plan, reading.prompt_tokens)
+        joined = self.head.join(reading.plan, reading.tokens, prompt_ids)
+        reading.plan, reading.tokens = joined.plan, dict(joined.tokens)
+        reading.dropped, reading.head_note = joined.dropped, joined.note
 
     def _extend(self, reading: Reading, found: Sequence[Attachment], context_tokens: int) -> None:
         """Add retrieved references that fit to the plan. context_tokens: of the prompt and the answer so far."""
@@ -288,7 +269,8 @@ class ReadingPlans:
         kept = sum(self.residency.pages_for(n) for ref, n in self._default.items() if ref not in tokens)
         plan = fitting(
             (*reading.plan, *found), lambda ref: self.residency.pages_for(tokens[ref]), window=self.longest_step,
-            table_pages=self.layout.max_pages, pool_pages=self.layout.num_pages - kept,
+            table_pages=self.layout.max_pages - self._head_pages,
+            pool_pages=self.layout.num_pages - kept - self._head_pages,
         )  # fmt: skip
         read = context.within(plan, tokens, self.max_model_len - context_tokens - 1)
         for left_out, what in (

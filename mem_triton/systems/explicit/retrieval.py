@@ -59,6 +59,15 @@ class Retriever:
             plan += self._attachments(query, first, seen_until, top_k, tenant, attached)
         return tuple(plan)
 
+    def whole(
+        self, question: str, *, top_k: int | None = None, tenant: str = "", attached: Sequence[Attachment] = ()
+    ) -> tuple[Attachment, ...]:
+        """References for a request as a whole, which all its tokens see: those that are read like text are no chunk's.
+
+        question: what to search by. attached: what the request reads anyway.
+        """
+        return tuple(self._attachments(question, 0, FOREVER, top_k, tenant, attached))
+
     def extend(
         self, plan: Sequence[Attachment], prompt_tokens: int, generated: Sequence[int], *, top_k: int | None = None,
         tenant: str = "",

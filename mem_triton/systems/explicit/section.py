@@ -12,10 +12,11 @@ from mem_triton.systems.explicit.request import MOST_REFERENCES
 
 
 class RetrievalSection(Section):
-    """Memory³'s reading schedule (arXiv 2407.01178): references by the similarity of what is being said.
+    """References by the similarity of what is being said: in Memory³'s schedule (arXiv 2407.01178), or, of banks that
+    are not sparse, once for the whole request.
 
     top_k: references for each chunk. every: tokens of a chunk, of the prompt and of the answer alike.
-    refresh: fetch anew while generating; False keeps the last prompt chunk's references to the end.
+    refresh: fetch anew while generating; False keeps the last prompt chunk's references to the end. Sparse ones alone.
     min_score: references below this cosine similarity are left out.
     """
 
@@ -31,7 +32,8 @@ class MemorySection(Section):
     bank: folder made by ``mem-triton write``. pool_gib: device memory for pages, taken before the KV cache is sized;
         host_gib: host memory that keeps what had to leave the device.
     pool_dtype: "auto" holds pages in the model's dtype; "int8" and "fp8" hold twice or four times as many.
-    page_tokens: tokens of a page; None chooses 8 for Memory³'s sparse references and 16 for prefixes.
+    page_tokens: tokens of a page; None chooses 8 for Memory³'s sparse references and 16 for others.
+    temperature: of the attention to entries (T of adaptive parallel encoding, arXiv 2502.05431); None takes the bank's.
     default: ids attached to every request that names none. retrieval: off if absent; requests then name ids.
     capture: whether requests may keep what they say as entries (``mem_capture``): "off"; "own", in a namespace that
         ``mem-triton write`` does not use; "tenant", only those with a tenant, for that tenant alone.
@@ -42,6 +44,7 @@ class MemorySection(Section):
     host_gib: float = Field(default=1.0, ge=0)
     pool_dtype: Literal["auto", "int8", "fp8"] = "auto"
     page_tokens: int | None = Field(default=None, ge=1, le=256)
+    temperature: float | None = Field(default=None, ge=0.1, le=10)
     default: tuple[str, ...] = ()
     retrieval: RetrievalSection | None = None
     capture: Literal["off", "own", "tenant"] = "off"

@@ -5,7 +5,7 @@ Made before the engine sizes its KV cache, so that the pool is accounted for and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,12 @@ from mem_triton.store.bank import Bank
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.pool.loader import PageLoader
 from mem_triton.store.pool.page_load import PageLoad
-from mem_triton.store.pool.placement import place, place_sink
+from mem_triton.store.pool.placement import place, place_sink, tempered
 from mem_triton.store.pool.pool import PagePool
 from mem_triton.store.pool.tables import MemoryTables
 from mem_triton.systems.base import StepBatch, WorkerHost, WorkerPart
 from mem_triton.systems.engine import EngineShape
+from mem_triton.systems.explicit.head import head_end
 from mem_triton.systems.explicit.layout import GIB, layout_of
 from mem_triton.systems.explicit.section import MemorySection
 from mem_triton.systems.explicit.worker_captures import Captures
@@ -66,8 +67,11 @@ class ExplicitMemory(WorkerPart):
         )
 
         def read(ref: str) -> Any:
+            if (end := head_end(ref)) is not None:
+                return place_sink(_part(self.bank.sink(), list(own), heads), list(own.values()), end)
             block = self.bank.load(ref, layers=list(own), heads=heads, deleted=True)
-            return place(block, list(own.values()), spec.kind, spec.reference_tokens)
+            placed = place(block, list(own.values()), spec.kind, spec.reference_tokens)
+            return tempered(placed, self.layout.temperature)
 
         self.loader = PageLoader(self.pool, read, host_bytes=int(section.host_gib * GIB))
         self._held: dict[int, str] = {}  # page -> the entry that it was ordered for last
@@ -88,11 +92,12 @@ class ExplicitMemory(WorkerPart):
         Raises ConfigError for one with numbers that the engine's dtype cannot hold.
         """
         block = self.bank.sink()
-        if block is None:
+        if block is None or self.bank.spec.kind == "parallel":  # there it is the head, in each request's own place
             return {}
         indices = sorted(ropes)  # the sink is stored for all layers of the model
-        own = MemoryBlock(*(tensor[indices][:, heads] for tensor in (block.keys, block.values, block.positions)))
-        placed = place_sink(own, [ropes[index] for index in indices], self.bank.spec.reference_tokens)
+        placed = place_sink(
+            _part(block, indices, heads), [ropes[index] for index in indices], self.bank.spec.reference_tokens
+        )
         if not bool(placed.keys.to(dtype).isfinite().all() and placed.values.to(dtype).isfinite().all()):
             raise ConfigError(
                 f"mem_triton.memory.bank: its constant prefix has numbers beyond {dtype}; serve another dtype"
@@ -188,6 +193,12 @@ class ExplicitMemory(WorkerPart):
         held_back, self._held_back = self._held_back, []
         for load, over in held_back:
             self.load(load, over)
+
+
+def _part(block: MemoryBlock, layers: Sequence[int], heads: slice) -> MemoryBlock:
+    """A rank's layers and heads of a block that is stored for all of them."""
+    layers = list(layers)
+    return MemoryBlock(*(tensor[layers][:, heads] for tensor in (block.keys, block.values, block.positions)))
 
 
 def _heads(total: int, here: int, rank: int, ranks: int) -> slice:
