@@ -21,7 +21,8 @@ from importlib.util import find_spec
 if find_spec("transformers") is None:
     raise ImportError('mem_triton_transformers needs transformers: pip install "mem-triton[hf]"')
 
-from mem_triton_transformers.attach import apply_mem_triton, attention_dims, remove_mem_triton
+from mem_triton_transformers.apply import apply_mem_triton, remove_mem_triton
+from mem_triton_transformers.attach import attention_dims
 from mem_triton_transformers.encode import TransformersEncoder, UnsupportedModelError
 from mem_triton_transformers.explicit import (
     MemorySegment,
@@ -39,6 +40,7 @@ from mem_triton_transformers.memory import (
     set_memory_write,
     set_write_segments,
 )
+from mem_triton_transformers.pools import inject, read_pool
 from mem_triton_transformers.training import adapter_from, trainable_adapter
 
 __all__ = [
@@ -50,9 +52,11 @@ __all__ = [
     "attention_dims",
     "generate_with_retrieval",
     "get_memory",
+    "inject",
     "load_memory",
     "read_memory",
     "read_plans",
+    "read_pool",
     "remove_mem_triton",
     "reset_memory",
     "save_memory",

@@ -49,6 +49,25 @@ PATCHES: tuple[EnginePatch, ...] = (
         until="No need.",
     ),
     EnginePatch(
+        target="the linears that have an adapter for writing, while a text is written into a pool",
+        kind="hook",
+        sites=("pools._writing_adapter: model.get_submodule(name).register_forward_hook",),
+        what="Forward hooks of torch add the product of two thin matrices; they are gone when the write is over, "
+        "however it ends.",
+        why="MemoryLLM writes with other weights than it reads with, and the base weights are there once.",
+        upstream="Forward hooks are public in torch.",
+        until="No need.",
+    ),
+    EnginePatch(
+        target="model._mem_triton_pools",
+        kind="object",
+        sites=("pools.attach_pools: setattr(model, POOLS)", "pools.detach_pools: delattr(model, POOLS)"),
+        what="The model carries the store of its pools in a plain attribute; remove_mem_triton takes it off.",
+        why="The memory belongs to the model object.",
+        upstream="None; attributes of modules are free.",
+        until="No need.",
+    ),
+    EnginePatch(
         target="the attention modules' __dict__, while memory is read",
         kind="object",
         sites=("explicit.read_memory: attention.__dict__[READING]",),

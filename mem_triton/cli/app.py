@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 
 from mem_triton import __version__
-from mem_triton.cli import bank, doctor, import_trained, memo, model, train, write
+from mem_triton.cli import bank, convert, doctor, import_trained, memo, model, pool, train, write
 
 app = typer.Typer(
     name="mem-triton",
@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 app.add_typer(bank.app, name="bank")
 app.add_typer(memo.app, name="memo")
+app.add_typer(convert.app, name="convert")
+app.add_typer(pool.app, name="pool")
 app.command("write")(write.write)
 app.command("import")(import_trained.import_trained)
 app.command("doctor")(doctor.doctor)

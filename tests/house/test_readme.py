@@ -143,7 +143,7 @@ def test_titles_say_what_runs_a_block(language):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with what the examples name: MODEL, ADAPTER, PREFIX, CARTRIDGE, notes.md, facts.jsonl, and a BANK."""
+    """A folder with what the examples name: a BANK, MODEL, ADAPTER, PREFIX, CARTRIDGE, CONVERTED, and texts."""
     from peft import CartridgeConfig
 
     from mem_triton.systems.delta_mem import save_adapter
@@ -161,6 +161,7 @@ def place(tmp_path_factory) -> Path:
     trained.save_adapter(folder / "PREFIX", folder / "MODEL", prefix)
     keys, values = trained.chance_cache(trained.load_model(folder / "MODEL"), 8)
     trained.save_cartridge(folder / "CARTRIDGE" / "cartridge.pt", keys, values)
+    mem_triton(folder, ["convert", "memoryllm", str(ROOT / "tests/data/memoryllm/adapters"), "CONVERTED"])
     (folder / "notes.md").write_text("The key of the east door is with Hugo.\n")
     (folder / "facts.jsonl").write_text('{"id": "contract", "text": "The contract ends in May."}\n')
     mem_triton(folder, ["write", "MODEL", "BANK", "notes.md", "--kind", "prefix", "--quiet"])

@@ -1,0 +1,243 @@
+"""MemoryLLM's pools on a model of transformers: texts are written into a pool, and each row of a batch reads its own.
+
+A pool lies before the text as keys and values that its rows give in each layer, once a version; the text's positions
+begin at 0. Writing runs the model's own decoder layers (``mem_triton.systems.memoryllm.write``).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mem_triton.compat import require
+from mem_triton.config import ConfigError
+from mem_triton.schema import nearest_name_hint
+from mem_triton.store.bank.fingerprint import Fingerprint, model_fingerprint
+from mem_triton.store.block import MemoryBlock
+from mem_triton.store.pool.placement import place
+from mem_triton.systems.memoryllm.convert import load_weights
+from mem_triton.systems.memoryllm.pools import Pools
+from mem_triton.systems.memoryllm.records import PoolError
+from mem_triton.systems.memoryllm.write import WriteWeights, write_pass
+from mem_triton_transformers.encode import attention_layers
+from mem_triton_transformers.explicit import READING, MemorySegment, model_ropes, read_memory
+
+POOLS = "_mem_triton_pools"
+"""Where a model keeps its pools."""
+KEYS = {"pools": str, "default": str, "chunk": int}
+CHUNK = 512
+"""Tokens of a text that are written at once; the authors trained with as many."""
+VERSIONS = 4
+"""Versions whose keys and values stay on the device."""
+
+
+@dataclass
+class ModelPools:
+    """What one model keeps of a store. placed: keys and values by reference, the last ones that were read."""
+
+    path: Path
+    reader: Pools
+    weights: WriteWeights
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    default: str = "main"
+    chunk: int = CHUNK
+    placed: OrderedDict[str, MemoryBlock] = field(default_factory=OrderedDict)
+    writer: Pools | None = None
+
+
+def attach_pools(model: PreTrainedModel, section: Mapping[str, Any]) -> PreTrainedModel:
+    """Give ``model`` the pools of a store that ``mem-triton convert memoryllm`` has made; returns the model.
+
+    section: ``{"pools": "DST/memory", "default": "main", "chunk": 512}``. Raises ConfigError for a key or a model that
+    does not fit, ValueError if the model has pools already.
+    """
+    require("transformers")
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"mem_triton.memoryllm must be a mapping, got {type(section).__name__}")
+    for key, value in section.items():
+        if key not in KEYS:
+            raise ConfigError(f"mem_triton.memoryllm: unknown key {key!r}; remove it.{nearest_name_hint(key, KEYS)}")
+        if not isinstance(value, KEYS[key]) or isinstance(value, bool):
+            raise ConfigError(f"mem_triton.memoryllm.{key}: {value!r}, expected {KEYS[key].__name__}")
+    if "pools" not in section:
+        raise ConfigError("mem_triton.memoryllm.pools is missing: name the folder that `convert memoryllm` made")
+    if section.get("chunk", CHUNK) < 1:
+        raise ConfigError(f"mem_triton.memoryllm.chunk: {section['chunk']}, expected at least 1")
+    if getattr(model, POOLS, None) is not None:
+        raise ValueError("this model has pools already: call remove_mem_triton(model) first")
+    try:
+        reader = Pools.open(section["pools"])
+        extra = load_weights(reader.path)
+    except PoolError as error:
+        raise ConfigError(f"mem_triton.memoryllm.pools: {error}") from None
+    _check_model(model, reader)
+    bos = extra.get("bos_embedding") if reader.shape.bos else None
+    names = {name.removeprefix("write.").rpartition(".")[0] for name in extra if name.startswith("write.")}
+    kept = ModelPools(
+        reader.path, reader,
+        WriteWeights(None if bos is None else bos.to(model.device), extra["new_memory_positional_emb"].flatten()),
+        {n: tuple(extra[f"write.{n}.{part}"].to(model.device, model.dtype) for part in ("down", "up")) for n in names},
+        section.get("default", "main"), section.get("chunk", CHUNK),
+    )  # fmt: skip
+    setattr(model, POOLS, kept)
+    return model
+
+
+def detach_pools(model: PreTrainedModel) -> bool:
+    """Take pools off a model; False if it has none."""
+    kept: ModelPools | None = getattr(model, POOLS, None)
+    if kept is None:
+        return False
+    if kept.writer is not None:
+        kept.writer.close()
+    delattr(model, POOLS)
+    return True
+
+
+@torch.inference_mode()
+def inject(
+    model: PreTrainedModel, ids: Sequence[int] | Tensor, pool: str | None = None, seed: int | None = None
+) -> str:
+    """Write a text into a pool (MemoryLLM, arXiv 2402.04624, section 3.1.2); the new version's reference, "main@2".
+
+    ids: the text's tokens, without BOS. pool: its name; None for the configured default. seed: draws what is dropped as
+    the authors' code does after ``torch.manual_seed(seed)``; None: the pool's own generator. Long texts go in chunks,
+    and the new version has all of them or, after an exception, none. Raises PoolError, and ValueError for the text.
+    """
+    kept, decoder = _pools_of(model), model.get_decoder()
+    tokens = [int(token) for token in (ids.flatten().tolist() if isinstance(ids, Tensor) else ids)]
+    _check_text(model, tokens)
+    if any(READING in attention.__dict__ for attention in attention_layers(decoder)):
+        raise ValueError("this model reads memory now: leave read_pool or read_memory before you write")
+    if kept.writer is None:
+        kept.writer = Pools.open(kept.path, writable=True, wait=10.0)
+    shape = kept.reader.shape
+    layers = [partial(_run_layer, decoder, layer) for layer in decoder.layers]
+    with kept.writer.writing(pool or kept.default, seed) as writing, _writing_adapter(model, kept.factors):
+        for start in range(0, len(tokens), kept.chunk):
+            part = torch.tensor(tokens[start : start + kept.chunk], device=model.device)
+            hidden = decoder.get_input_embeddings()(part)
+            new = write_pass(hidden, layers, kept.weights, writing.tail, shape.tokens, shape.embedding_first)
+            writing.apply(new, len(part))
+        return writing.commit()
+
+
+@contextmanager
+def read_pool(model: PreTrainedModel, pools: Sequence[str | None]) -> Iterator[list[str | None]]:
+    """Within this context row b of a batch reads ``pools[b]``, "name" or "name@version"; None or "" reads none.
+
+    Yields the versions that are read, which stay the same however the pools are written meanwhile. Raises PoolError for
+    what is not there. Example::
+
+        with read_pool(model, ["main", None]) as versions:      # ["main@2", None]
+            model.generate(**two_rows)
+    """
+    kept = _pools_of(model)
+    versions = ["{}@{}".format(*kept.reader.resolve(name)) if name else None for name in pools]
+    everywhere = tuple(range(kept.reader.shape.layers))
+    rows = [[] if version is None else [MemorySegment(_placed(model, version), everywhere)] for version in versions]
+    with read_memory(model, rows):
+        yield versions
+
+
+def _pools_of(model: PreTrainedModel) -> ModelPools:
+    kept = getattr(model, POOLS, None)
+    if kept is None:
+        raise ValueError('this model has no pools: call apply_mem_triton(model, {"memoryllm": {...}}) first')
+    return kept
+
+
+def _check_model(model: PreTrainedModel, pools: Pools) -> None:
+    made = Fingerprint(**pools.about["model"])
+    config, shape = model.config, pools.shape
+    here = {
+        "num_layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
+        "query_heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads,
+    }  # fmt: skip
+    differences = [
+        f"{name}: the pools have {getattr(made, name)}, the model {value}"
+        for name, value in here.items()
+        if getattr(made, name) != value
+    ]
+    folder = Path(str(model.name_or_path))
+    if not differences and (folder / "config.json").exists():
+        differences = made.differences(model_fingerprint(folder))
+    if differences or shape.layers != made.num_layers:
+        raise ConfigError(f"mem_triton.memoryllm.pools: made for another model ({'; '.join(differences)})")
+
+
+def _check_text(model: PreTrainedModel, tokens: list[int]) -> None:
+    bos, vocabulary = model.config.bos_token_id, model.config.vocab_size
+    if not tokens:
+        raise ValueError("ids: a text has at least one token")
+    if bos is not None and tokens[0] == bos:
+        raise ValueError(
+            f"ids: the text begins with BOS ({bos}), and the pool has a learned one; leave it out, as the converter's "
+            "tokenizer does"
+        )
+    if wrong := [token for token in tokens if not 0 <= token < vocabulary]:
+        raise ValueError(f"ids: {wrong[0]} is no token of the model's {vocabulary}")
+
+
+def _run_layer(decoder: nn.Module, layer: nn.Module, given: Tensor) -> Tensor:
+    """One decoder layer, causal at positions 0...T-1. given: [T, d]."""
+    hidden, count = given[None], len(given)
+    positions = torch.arange(count, device=given.device)[None]
+    mask = torch.full((count, count), torch.finfo(given.dtype).min, dtype=given.dtype, device=given.device).triu(1)
+    output = layer(
+        hidden, attention_mask=mask[None, None], position_ids=positions, use_cache=False,
+        position_embeddings=decoder.rotary_emb(hidden, positions),
+    )  # fmt: skip
+    return (output[0] if isinstance(output, tuple) else output)[0]
+
+
+@contextmanager
+def _writing_adapter(model: PreTrainedModel, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Within this context linears compute with the weights that write."""
+    handles = []
+
+    def add(parts: tuple[Tensor, Tensor], module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        down, up = parts
+        return output + F.linear(F.linear(args[0], down), up)
+
+    try:
+        for name, parts in factors.items():
+            handles.append(model.get_submodule(name).register_forward_hook(partial(add, parts)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def _placed(model: PreTrainedModel, version: str) -> MemoryBlock:
+    """A version's keys and values where they are read, by norm and projection with the weights that read."""
+    kept = _pools_of(model)
+    key = f"{kept.reader.info(version.partition('@')[0]).identity}@{version}"  # a pool may be made again
+    if key in kept.placed:
+        kept.placed.move_to_end(key)
+        return kept.placed[key]
+    rows, keys, values = kept.reader.rows(version), [], []
+    for index, layer in enumerate(model.get_decoder().layers):
+        attention = layer.self_attn
+        parts = [rows[index]] if kept.weights.bos is None else [kept.weights.bos[index].to(rows.device), rows[index]]
+        given = layer.input_layernorm(torch.cat([part.to(model.device, model.dtype) for part in parts]))
+        for found, projection in ((keys, attention.k_proj), (values, attention.v_proj)):
+            found.append(projection(given).view(len(given), -1, attention.head_dim).transpose(0, 1))
+    where = torch.arange(len(given), dtype=torch.int32).expand(len(keys), len(keys[0]), -1)
+    block = MemoryBlock(torch.stack(keys), torch.stack(values), where)
+    block = place(block, model_ropes(model, range(len(keys))), "prefix", 0)
+    kept.placed[key] = block
+    while len(kept.placed) > VERSIONS:
+        kept.placed.popitem(last=False)
+    return block

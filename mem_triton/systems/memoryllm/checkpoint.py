@@ -1,0 +1,178 @@
+"""Checkpoints of the authors' code (github.com/wangyu-ustc/MemoryLLM): their configuration, and their tensors by name.
+
+Beside a Llama's tensors there are ``memory`` [L, N, d], ``bos_embedding`` [L, 1, d], ``new_memory_positional_emb``
+[1, 1, d] and ``initialized``. Adapters of peft lie in the linears: ``default`` writes, and ``decoder_adapter``, if
+there is one, reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mem_triton.systems.memoryllm.records import PoolError
+from mem_triton.systems.memoryllm.shape import PoolShape
+
+MEMORY = ("memory", "bos_embedding", "new_memory_positional_emb", "initialized")
+OWN_KEYS = ("num_blocks", "num_tokens", "num_memory_tokens", "add_bos_embedding", "add_decoder_lora",
+            "drop_memory_per_layer", "lora_config", "auto_map")  # fmt: skip
+"""Keys of the configuration that no Llama has."""
+PEFT = "base_model.model."
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A linear's adapters: what is served is ``weight + read``, and writing adds ``up @ down`` to that. fp32."""
+
+    read: Tensor
+    down: Tensor
+    up: Tensor
+
+
+class Checkpoint:
+    """A folder as the authors' code saves it, sharded or not. Tensors are read one by one.
+
+    config: ``config.json``. shape: of its pool, for rows of ``dtype``. files: the file of each tensor.
+    Raises PoolError naming the file, the key or the tensor that is missing or of another shape.
+    """
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        self.folder = folder
+        self.config = _json(folder / "config.json", "give a folder as the authors' code saves it")
+        self.files = _files(folder)
+        self.names = {name.replace(PEFT, "", 1): name for name in self.files}
+        self.lora: Mapping[str, Any] = self.config.get("lora_config") or {}
+        self.shape = self._shape(dtype)
+        self._check()
+
+    @property
+    def initialized(self) -> bool:
+        """Whether its pool has rows that were written."""
+        return "initialized" not in self.names or bool(self.tensor("initialized"))
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor by its name without peft's prefix. Raises PoolError if it cannot be read."""
+        try:
+            with safe_open(self.folder / self.files[self.names[name]], framework="pt") as file:
+                return file.get_tensor(self.names[name])
+        except (OSError, SafetensorError, LookupError) as error:
+            raise PoolError(f"{self.folder}: {name}: {error}; fetch the checkpoint again") from None
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of a tensor as it is stored."""
+        return self.tensor(name).dtype
+
+    def model_tensors(self) -> Iterator[tuple[str, str]]:
+        """(name in a Llama, name here) of each tensor of the model, adapters left out."""
+        for name in self.names:
+            if name not in MEMORY and ".lora_" not in name:
+                yield name.replace(".base_layer", ""), name
+
+    def adapter(self, name: str) -> Adapter | None:
+        """What adapters add to a linear's weight, by its name in a Llama; None if it has none."""
+        stem = name.removesuffix(".weight")
+        if f"{stem}.lora_A.default.weight" not in self.names:
+            return None
+        scale = float(self.lora["lora_alpha"]) / float(self.lora["r"])
+
+        def factors(adapter: str) -> tuple[Tensor, Tensor]:
+            a, b = (self.tensor(f"{stem}.lora_{x}.{adapter}.weight").float() for x in "AB")
+            return a, b * scale
+
+        down, up = factors("default")
+        if not self.config.get("add_decoder_lora"):
+            return Adapter(up @ down, down[:0], up[:, :0])
+        read_down, read_up = factors("decoder_adapter")
+        return Adapter(read_up @ read_down, torch.cat([down, read_down]), torch.cat([up, -read_up], 1))
+
+    def _shape(self, dtype: str) -> PoolShape:
+        where = f"{self.folder}/config.json"
+
+        def need(key: str) -> int:
+            value = self.config.get(key)
+            if type(value) is not int or value < 1:
+                raise PoolError(f"{where}: {key} is {value!r}, expected a whole number above 0; fetch it again")
+            return value
+
+        tokens, blocks = need("num_tokens"), need("num_blocks")
+        if self.config.get("num_ltm_blocks"):
+            raise PoolError(f"{where}: num_ltm_blocks: this is M+, which is not converted yet")
+        return PoolShape(
+            layers=need("num_hidden_layers"), rows=tokens * blocks, hidden=need("hidden_size"), tokens=tokens,
+            dtype=dtype, per_layer=bool(self.config.get("drop_memory_per_layer")),
+            bos=bool(self.config.get("add_bos_embedding")), embedding_first="num_memory_tokens" in self.config,
+        )  # fmt: skip
+
+    def _check(self) -> None:
+        shape, rope = self.shape, self.config.get("rope_scaling")
+        said = self.config.get("num_memory_tokens")
+        if said not in (None, shape.rows):
+            raise PoolError(
+                f"{self.folder}/config.json: num_memory_tokens is {said}, num_blocks * num_tokens {shape.rows}; "
+                "repair the one that is wrong"
+            )
+        if rope is not None and not isinstance(rope, Mapping):
+            raise PoolError(f"{self.folder}/config.json: rope_scaling is {rope!r}, expected an object")
+        wanted = {
+            "memory": (shape.layers, shape.rows, shape.hidden), "new_memory_positional_emb": (1, 1, shape.hidden),
+            "model.embed_tokens.weight": (self.config.get("vocab_size"), shape.hidden),
+            "model.norm.weight": (shape.hidden,),
+        }  # fmt: skip
+        if shape.bos:
+            wanted["bos_embedding"] = (shape.layers, 1, shape.hidden)
+        for name, expected in wanted.items():
+            if name not in self.names:
+                raise PoolError(f"{self.folder}: has no tensor {name}; fetch the checkpoint again")
+            with safe_open(self.folder / self.files[self.names[name]], framework="pt") as file:
+                found = tuple(file.get_slice(self.names[name]).get_shape())
+            if found != tuple(expected):
+                raise PoolError(f"{self.folder}: {name} is {list(found)}, config.json says {list(expected)}; "
+                                "fetch both again")  # fmt: skip
+        if self.lora and not {"r", "lora_alpha"} <= self.lora.keys():
+            raise PoolError(f"{self.folder}/config.json: lora_config has no r and lora_alpha; fetch it again")
+        adapters = ("default", "decoder_adapter") if self.config.get("add_decoder_lora") else ("default",)
+        for name in [name for name in self.names if ".lora_A." in name]:
+            stem = name.partition(".lora_A.")[0]
+            wanted_names = [f"{stem}.lora_{x}.{adapter}.weight" for x in "AB" for adapter in adapters]
+            for other in [*wanted_names, f"{stem}.base_layer.weight"]:
+                if other not in self.names:
+                    raise PoolError(f"{self.folder}: has no tensor {other}; fetch the checkpoint again")
+            if not self.lora:
+                raise PoolError(f"{self.folder}/config.json: lora_config is missing, and {name} is there")
+
+
+def _json(path: Path, fix: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PoolError(f"{path}: {error}; {fix}") from None
+    if not isinstance(data, dict):
+        raise PoolError(f"{path}: holds no object; {fix}")
+    return data
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """File of each tensor, whether there is an index of them or one file."""
+    try:
+        if (folder / INDEX).exists():
+            found = _json(folder / INDEX, "fetch the checkpoint again").get("weight_map")
+            if not isinstance(found, dict) or any(Path(str(name)).name != name for name in found.values()):
+                raise PoolError(f"{folder / INDEX}: weight_map names no files beside it; fetch it again")
+            missing = sorted(name for name in set(found.values()) if not (folder / name).exists())
+            if missing:
+                raise PoolError(f"{folder}: {missing[0]} is missing; fetch the checkpoint again")
+            return found
+        with safe_open(folder / SINGLE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), SINGLE)
+    except PoolError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
+        raise PoolError(f"{folder / SINGLE}: {error}; fetch the checkpoint again") from None

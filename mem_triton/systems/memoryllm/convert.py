@@ -1,0 +1,214 @@
+"""From the authors' checkpoints to an ordinary Llama beside a store of pools, and back.
+
+The adapter that reads is merged into the served weights in fp32; the one that writes stays beside them as the product
+of two thin matrices, added during a write alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mem_triton.store.bank.fingerprint import model_fingerprint
+from mem_triton.store.errors import not_written
+from mem_triton.store.files import write_durably
+from mem_triton.systems.memoryllm.checkpoint import INDEX, MEMORY, OWN_KEYS, SINGLE, Checkpoint
+from mem_triton.systems.memoryllm.pools import WEIGHTS, Pools
+from mem_triton.systems.memoryllm.records import PoolError
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+DTYPES: tuple[Dtype, ...] = ("auto", "float32", "bfloat16")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
+DROPPED = (*OWN_KEYS, "torch_dtype", "transformers_version", "_name_or_path", "attn_implementation")
+MAIN = "main"
+
+
+def convert(source: Path, target: Path, dtype: Dtype = "auto") -> str | None:
+    """Write ``target/model`` and ``target/memory``; the reference of the checkpoint's pool, None if it has no rows.
+
+    dtype: of the model and the rows; "auto" keeps that of the checkpoint's embeddings. Raises PoolError for a
+    checkpoint that cannot be read, or a target that is there already.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise PoolError(f"{target} is there already; choose another folder")
+    chosen = dtype if dtype != "auto" else _stored_dtype(source)
+    checkpoint = Checkpoint(source, chosen)
+    made = not target.exists()
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        writing = _write_model(checkpoint, target / "model", getattr(torch, chosen))
+        about = {"model": model_fingerprint(target / "model").model_dump(), "checkpoint": checkpoint.config}
+        with Pools.create(target / "memory", checkpoint.shape, about) as pools:
+            extra = {name: checkpoint.tensor(name).float() for name in MEMORY[1:3] if name in checkpoint.names}
+            tensors = {name: x.contiguous() for name, x in (extra | writing).items()}
+            write_durably(target / "memory" / WEIGHTS, lambda temporary: save_file(tensors, temporary))
+            reference = pools.add(MAIN, checkpoint.tensor("memory") if checkpoint.initialized else None)
+    except BaseException as error:
+        for part in ("model", "memory"):
+            shutil.rmtree(target / part, ignore_errors=True)
+        if made:
+            shutil.rmtree(target, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise not_written(target, error) from None
+        raise
+    return reference if checkpoint.initialized else None
+
+
+def convert_back(source: Path, target: Path, pool: str = MAIN) -> None:
+    """Write a checkpoint that the authors' code loads, with the rows of one pool, from what ``convert`` made.
+
+    What is served becomes its base weights; the adapter that reads adds nothing, and the one that writes has the rank
+    of both. Raises PoolError.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise PoolError(f"{target} is there already; choose another folder")
+    with Pools.open(source / "memory") as pools:
+        shape, config = pools.shape, dict(pools.about.get("checkpoint") or {})
+        infos = {info.name: info for info in pools.list("")}
+        empty = pool in infos and infos[pool].version == 0
+        rows = torch.zeros(shape.layers, shape.rows, shape.hidden) if empty else pools.rows(pool)
+        extra = load_weights(pools.path)
+    try:
+        tensors = {
+            name: x for path in sorted((source / "model").glob("*.safetensors")) for name, x in _load(path).items()
+        }
+        kind = tensors["model.embed_tokens.weight"].dtype
+        tensors |= {name: x.to(kind) for name, x in extra.items() if name in MEMORY}
+        tensors |= {"memory": rows.to(kind), "initialized": torch.tensor(0 if empty else 1, dtype=torch.uint8)}
+        if config.get("lora_config"):
+            rank = _add_adapters(tensors, extra, config, kind)
+            config["lora_config"] = {**config["lora_config"], "r": rank, "lora_alpha": rank}
+        target.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER:
+            if (source / "model" / name).exists():
+                shutil.copyfile(source / "model" / name, target / name)
+        config["torch_dtype"] = str(kind).removeprefix("torch.")
+        whole = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+        write_durably(target / SINGLE, lambda temporary: save_file(whole, temporary, metadata={"format": "pt"}))
+        text = json.dumps(config, indent=1) + "\n"
+        write_durably(target / "config.json", lambda temporary: temporary.write_text(text))
+    except (OSError, SafetensorError) as error:
+        raise not_written(target, error) from None
+
+
+def load_weights(store: Path) -> dict[str, Tensor]:
+    """What lies beside a store's pools: embeddings, and factors of the adapter that writes. Raises PoolError."""
+    try:
+        return load_file(store / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise PoolError(f"{store / WEIGHTS}: {error}; convert the checkpoint again") from None
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise PoolError(f"{path}: {error}; convert the checkpoint again") from None
+
+
+def _stored_dtype(source: Path) -> str:
+    name = str(Checkpoint(source, "float32").dtype_of("model.embed_tokens.weight")).removeprefix("torch.")
+    if name not in DTYPES:
+        raise PoolError(f"{source}: its tensors are {name}; choose --dtype float32 or bfloat16")
+    return name
+
+
+def _write_model(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The served Llama, in as many files as the checkpoint; the factors of the adapter that writes, by linear."""
+    folder.mkdir()
+    files: dict[str, dict[str, str]] = {}
+    for name, here in checkpoint.model_tensors():
+        files.setdefault(checkpoint.files[checkpoint.names[here]], {})[name] = here
+    writing: dict[str, Tensor] = {}
+    for i, names in enumerate(files.values()):
+        tensors = {}
+        for name, here in names.items():
+            tensor, adapter = checkpoint.tensor(here), checkpoint.adapter(name)
+            if adapter is not None:
+                tensor = tensor.float() + adapter.read
+                if len(adapter.down):
+                    stem = name.removesuffix(".weight")
+                    writing |= {f"write.{stem}.down": adapter.down, f"write.{stem}.up": adapter.up}
+            tensors[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        path = folder / (SINGLE if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors")
+        write_durably(path, lambda temporary, held=tensors: save_file(held, temporary, metadata={"format": "pt"}))
+    if len(files) > 1:
+        _write_index(folder)
+    config = {key: value for key, value in checkpoint.config.items() if key not in DROPPED}
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": str(dtype).removeprefix("torch.")}
+    config["tie_word_embeddings"] = "lm_head.weight" not in checkpoint.names
+    write_durably(folder / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=1) + "\n"))
+    _copy_tokenizer(checkpoint.folder, folder)
+    return writing
+
+
+def _write_index(folder: Path) -> None:
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path.name)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    text = json.dumps({"metadata": {"total_size": size}, "weight_map": found}, indent=1) + "\n"
+    write_durably(folder / INDEX, lambda temporary: temporary.write_text(text))
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """With a tokenizer that puts no BOS before a text, where the pool's own stands."""
+    for name in TOKENIZER:
+        if not (source / name).exists():
+            continue
+        shutil.copyfile(source / name, target / name)
+        if name not in ("tokenizer.json", "tokenizer_config.json"):
+            continue
+        data: dict[str, Any] = json.loads((target / name).read_text(encoding="utf-8"))
+        if name == "tokenizer_config.json":
+            data["add_bos_token"] = False
+        else:
+            data["post_processor"] = _without_templates(data.get("post_processor"))
+        (target / name).write_text(json.dumps(data, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def _without_templates(processor: Any) -> Any:
+    """A tokenizer's post-processing less what puts special tokens around a text."""
+    if not isinstance(processor, Mapping) or processor.get("type") == "TemplateProcessing":
+        return None
+    if processor.get("type") == "Sequence":
+        kept = [part for part in map(_without_templates, processor.get("processors") or []) if part is not None]
+        return {**processor, "processors": kept} if kept else None
+    return dict(processor)
+
+
+def _add_adapters(tensors: dict[str, Tensor], extra: Mapping[str, Tensor], config: Mapping[str, Any], kind: Any) -> int:
+    """Name the weights of linears with adapters as peft does, and put the adapters beside them; their rank."""
+    targets = tuple(f".{name}.weight" for name in config["lora_config"].get("target_modules") or ())
+    rank = max([len(x) for name, x in extra.items() if name.endswith(".down")] or [int(config["lora_config"]["r"])])
+    for name in [name for name in tensors if name.endswith(targets) and ".layers." in name]:
+        stem, weight = name.removesuffix(".weight"), tensors.pop(name)
+        tensors[f"{stem}.base_layer.weight"] = weight
+        nothing = torch.zeros(rank, weight.shape[1]), torch.zeros(weight.shape[0], rank)
+        down, up = extra.get(f"write.{stem}.down"), extra.get(f"write.{stem}.up")
+        for adapter in ("default", "decoder_adapter") if config.get("add_decoder_lora") else ("default",):
+            a, b = (down, up) if adapter == "default" and down is not None else nothing
+            tensors |= {f"{stem}.lora_A.{adapter}.weight": a.to(kind), f"{stem}.lora_B.{adapter}.weight": b.to(kind)}
+    return rank
+
+
+def describe(pools: Pools) -> dict[str, Any]:
+    """What a store holds, and how much room a version takes on a device."""
+    shape, model = pools.shape, pools.about.get("model") or {}
+    width = 2 * shape.layers * (shape.rows + shape.bos) * model.get("kv_heads", 0) * model.get("head_dim", 0)
+    size = shape.torch_dtype.itemsize
+    return {
+        **asdict(shape), "hidden_bytes": shape.layers * shape.rows * shape.hidden * size,
+        "keys_and_values_bytes": width * size, "model": model.get("weights"),
+    }  # fmt: skip

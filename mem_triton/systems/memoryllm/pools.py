@@ -1,0 +1,364 @@
+"""A store of pools: a folder of versions for each, snapshots and what changed, that survives a kill at any moment.
+
+A version is there once its file has its name, which is after its bytes are on the disk; only then is it acknowledged.
+Files are never changed, so a fork shares them by hard links. One process writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from mem_triton import ids
+from mem_triton.store.errors import not_written
+from mem_triton.store.files import WRITING, WriterLock, sync_folder, write_durably
+from mem_triton.systems.memoryllm import records
+from mem_triton.systems.memoryllm.records import PoolError, damaged
+from mem_triton.systems.memoryllm.shape import PoolInfo, PoolShape, PoolState
+from mem_triton.systems.memoryllm.update import updated
+from mem_triton.systems.memoryllm.writing import PoolWrite
+
+STORE, POOL, WEIGHTS = "memory.json", "pool.json", "weights.safetensors"
+FORMAT = "mem_triton.pools.v1"
+MAX_POOLS = 64
+KEPT = 2
+"""Newest versions of so many pools stay in this process."""
+
+
+class Pools:
+    """Reads and writes pools. Made by ``create`` and ``open``; thread-safe; a context manager.
+
+    Example::
+
+        with Pools.open("DST/memory", writable=True) as pools, pools.writing("main") as write:
+            write.apply(delta, tokens=512)
+            write.commit()                                # "main@2", and it is on the disk
+        pools.rows("main@1")                              # [L, N, d], as they were
+    """
+
+    def __init__(self, path: Path, shape: PoolShape, about: Mapping[str, Any], lock: WriterLock | None) -> None:
+        self.path, self.shape, self.about, self._lock = path, shape, about, lock
+        self._newest: OrderedDict[str, PoolState] = OrderedDict()
+        self._writing = threading.RLock()
+        if lock is not None:
+            self._tidy()
+
+    @classmethod
+    def create(cls, path: str | Path, shape: PoolShape, about: Mapping[str, Any]) -> Self:
+        """A new store without pools, open for writing. about: of the model, kept beside the shape.
+
+        Raises PoolError if there is something already.
+        """
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise PoolError(f"{path} is there already; choose another folder")
+        text = json.dumps({"format": FORMAT, "shape": asdict(shape), "about": dict(about)}, indent=1) + "\n"
+        try:
+            (path / "pools").mkdir(parents=True)
+            write_durably(path / STORE, lambda temporary: temporary.write_text(text))
+        except OSError as error:
+            raise not_written(path, error) from None
+        return cls.open(path, writable=True)
+
+    @classmethod
+    def open(cls, path: str | Path, writable: bool = False, wait: float = 0.0) -> Self:
+        """An existing store. wait: seconds to wait for another writer.
+
+        Raises PoolError for what is no store, BankLockedError naming the process that writes it.
+        """
+        path = Path(path)
+        try:
+            data = json.loads((path / STORE).read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                raise PoolError(f"{path / STORE}: format is {data['format']!r}, expected {FORMAT}; upgrade mem_triton")
+            shape, about = PoolShape(**data["shape"]), dict(data["about"])
+        except PoolError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+            raise PoolError(
+                f"{path} is no store of pools: {STORE}: {error}; make one with `mem-triton convert memoryllm`"
+            ) from None
+        return cls(path, shape, about, WriterLock(path / "writer.lock", wait) if writable else None)
+
+    def close(self) -> None:
+        """Let the next writer in."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # Reading.
+
+    def list(self, tenant: str | None = None) -> list[PoolInfo]:
+        """Pools by name. tenant: None for all, else its own and everybody's."""
+        names = sorted(entry.name for entry in (self.path / "pools").iterdir() if not entry.name.startswith("."))
+        infos = [self._info(self.path / "pools" / name) for name in names]
+        return [info for info in infos if tenant is None or info.tenant in ("", tenant)]
+
+    def info(self, name: str, tenant: str = "") -> PoolInfo:
+        """One pool. Raises PoolError for one that is not there or not the tenant's, in the same words."""
+        return self._info(self._folder(name, tenant))
+
+    def resolve(self, reference: str, tenant: str = "") -> tuple[str, int]:
+        """(name, version) of "main" or "main@2". Raises PoolError for what is not there."""
+        name, version = _split(reference)
+        folder = self._folder(name, tenant)
+        newest = self._newest_version(folder)
+        if version is None:
+            if newest == 0:
+                raise PoolError(f'pool "{name}" has no rows yet; write a text into it first')
+            return name, newest
+        first = self._first_version(folder)
+        if not first <= version <= newest:
+            raise PoolError(f'"{reference}" is gone or not there yet; "{name}" has versions {first} to {newest}')
+        return name, version
+
+    def rows(self, reference: str, tenant: str = "") -> Tensor:
+        """The rows [L, N, d] of a version. Raises PoolError for what is not there, or damaged."""
+        name, version = self.resolve(reference, tenant)
+        return self._state(self._folder(name, tenant), version).rows
+
+    def verify(self) -> list[str]:
+        """Problems of every pool, each naming its file; empty if all is well."""
+        problems = []
+        for info in self.list():
+            folder = self.path / "pools" / _directory(info.name, info.tenant)
+            try:
+                for version in info.snapshots or (0,):
+                    self._replay(
+                        folder, version, info.version if version == max(info.snapshots, default=0) else version
+                    )
+            except PoolError as error:
+                problems.append(str(error))
+        return problems
+
+    # Writing.
+
+    def add(self, name: str, rows: Tensor | None = None, tenant: str = "") -> str:
+        """A new pool; its reference. rows: [L, N, d] of its version 1, None for one that has no rows yet.
+
+        Raises PoolError if the name is taken or there are too many.
+        """
+        with self._as_writer():
+            return self._make(name, tenant, lambda folder: self._begin(folder, rows)) + (
+                "@1" if rows is not None else ""
+            )
+
+    def fork(self, new: str, reference: str, tenant: str = "") -> str:
+        """A new pool that begins as a version of another one; its reference. Both share their files from then on."""
+        with self._as_writer():
+            name, version = self.resolve(reference, tenant)
+            source = self._folder(name, tenant)
+            start = max((v for v in records.versions(source)["snapshot"] if v <= version), default=0)
+            chosen = [records.file_name(start, "snapshot")] if start else []
+            chosen += [records.file_name(v, "delta") for v in range(start + 1, version + 1)]
+
+            def share(folder: Path) -> None:
+                for file in chosen:
+                    try:
+                        os.link(source / file, folder / file)
+                    except OSError:  # another disk, or one without links
+                        shutil.copyfile(source / file, folder / file)
+
+            return f"{self._make(new, tenant, share)}@{version}"
+
+    @contextmanager
+    def writing(self, name: str, seed: int | None = None, tenant: str = "") -> Iterator[PoolWrite]:
+        """A write into a pool's newest version, one at a time. seed: of the draws; None: the pool's own generator."""
+        with self._as_writer():
+            folder = self._folder(name, tenant, own=True)
+            newest = self._state(folder, self._newest_version(folder))
+            yield PoolWrite(self.shape, folder, newest, seed, partial(self._remember, folder.name))
+
+    def snapshot(self, name: str, tenant: str = "") -> str:
+        """Store all rows of the newest version, so that later ones are found sooner; its reference."""
+        with self._as_writer():
+            folder = self._folder(name, tenant)
+            version = self._newest_version(folder)
+            if version == 0:
+                raise PoolError(f'pool "{name}" has no rows yet; there is nothing to store')
+            if version not in records.versions(folder)["snapshot"]:
+                state = self._state(folder, version)
+                records.write_snapshot(folder, version, state.rows, state.generator, state.link)
+            return f"{name}@{version}"
+
+    def compact(self, name: str, tenant: str = "") -> int:
+        """Keep the newest version alone; how many files went. The snapshot is on the disk before the first one goes."""
+        with self._as_writer():
+            reference = self.snapshot(name, tenant)
+            folder, newest = self._folder(name, tenant), _split(reference)[1]
+            old = [
+                folder / records.file_name(version, kind)
+                for kind, found in records.versions(folder).items()
+                for version in sorted(found)
+                if version < newest or kind == "delta"
+            ]
+            for path in old:
+                path.unlink()
+            sync_folder(folder)
+            return len(old)
+
+    def delete(self, name: str, tenant: str = "") -> None:
+        """Take a pool out. One that is called the same later has another identity."""
+        with self._as_writer():
+            folder = self._folder(name, tenant, own=True)
+            gone = folder.with_name(f".deleted-{uuid.uuid4().hex}")
+            folder.rename(gone)
+            sync_folder(folder.parent)
+            self._newest.pop(folder.name, None)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _remember(self, directory: str, state: PoolState) -> None:
+        self._newest[directory] = state
+        self._newest.move_to_end(directory)
+        while len(self._newest) > KEPT:
+            self._newest.popitem(last=False)
+
+    @contextmanager
+    def _as_writer(self) -> Iterator[None]:
+        if self._lock is None or self._lock.pid != os.getpid():
+            raise PoolError(f"{self.path} is open for reading; open it with writable=True")
+        with self._writing:
+            yield
+
+    def _make(self, name: str, tenant: str, fill: Callable[[Path], object]) -> str:
+        if not ids.is_name(name) or (tenant and not ids.is_name(tenant)):
+            raise PoolError(f"pool {name[:200]!r}: a name must be {ids.NAME_RULE}")
+        folder = self.path / "pools" / _directory(name, tenant)
+        if folder.exists():
+            raise PoolError(f'pool "{name}" is taken; choose another name')
+        if len(self.list()) >= MAX_POOLS:
+            raise PoolError(f"{self.path} has {MAX_POOLS} pools already; delete one first")
+        making = folder.with_name(f".making-{uuid.uuid4().hex}")
+        try:
+            making.mkdir()
+            about = {"name": name, "tenant": tenant, "identity": uuid.uuid4().hex}
+            text = json.dumps(about | {"digest": records.digest_of({}, *about.values())}) + "\n"
+            write_durably(making / POOL, lambda temporary: temporary.write_text(text))
+            fill(making)
+            sync_folder(making)
+            making.rename(folder)
+            sync_folder(folder.parent)
+        except BaseException as error:
+            shutil.rmtree(making, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise not_written(folder, error) from None
+            raise
+        return name
+
+    def _begin(self, folder: Path, rows: Tensor | None) -> None:
+        if rows is None:
+            return
+        shape = self.shape
+        if tuple(rows.shape) != (shape.layers, shape.rows, shape.hidden):
+            raise PoolError(f"memory: {list(rows.shape)}, expected {[shape.layers, shape.rows, shape.hidden]}")
+        if not bool(rows.isfinite().all()):
+            raise PoolError("memory: holds NaN or infinity; take another checkpoint")
+        records.write_snapshot(folder, 1, rows.to(shape.torch_dtype), _fresh_generator(folder), None)
+
+    def _folder(self, name: str, tenant: str, own: bool = False) -> Path:
+        """own: not everybody's, which a tenant may read and not write."""
+        whose = ([tenant] if own else [tenant, ""]) if ids.is_name(name) and (not tenant or ids.is_name(tenant)) else []
+        for owner in whose:
+            folder = self.path / "pools" / _directory(name, owner)
+            if (folder / POOL).is_file():
+                return folder
+        raise PoolError(
+            f'pool "{str(name)[:200]}" is unknown, or not yours; `mem-triton pool list` shows what there is'
+        )
+
+    def _info(self, folder: Path) -> PoolInfo:
+        name, tenant, identity = _about(folder)
+        size = sum(entry.stat().st_size for entry in folder.iterdir())
+        snapshots = tuple(sorted(records.versions(folder)["snapshot"]))
+        return PoolInfo(name, tenant, identity, self._newest_version(folder), snapshots, size)
+
+    def _newest_version(self, folder: Path) -> int:
+        return max(set().union(*records.versions(folder).values()), default=0)
+
+    def _first_version(self, folder: Path) -> int:
+        return min(records.versions(folder)["snapshot"] or {1})
+
+    def _state(self, folder: Path, version: int) -> PoolState:
+        here = self._newest.get(folder.name)
+        if here is not None and here.version == version:
+            return here
+        start = max((v for v in records.versions(folder)["snapshot"] if v <= version), default=0)
+        state = self._replay(folder, start, version)
+        if self._newest_version(folder) == version:
+            self._remember(folder.name, state)
+        return state
+
+    def _replay(self, folder: Path, start: int, version: int) -> PoolState:
+        """A version from the snapshot at ``start`` (0: from nothing) and what later ones changed."""
+        shape = self.shape
+        if start == 0:
+            rows, generator, link = None, _fresh_generator(folder), ""
+        else:
+            found = records.read_snapshot(folder, start)
+            rows, generator, link = found.rows, found.state, found.link
+            if tuple(rows.shape) != (shape.layers, shape.rows, shape.hidden):
+                raise damaged(folder / records.file_name(start, "snapshot"), f"has rows {list(rows.shape)}")
+        for number in range(start + 1, version + 1):
+            delta = records.read_delta(folder, number)
+            if delta.before != link:
+                raise damaged(folder / records.file_name(number, "delta"), "does not follow the version before it")
+            for step in delta.steps:
+                rows = updated(rows, step, shape.rows)
+            generator, link = delta.state, delta.link
+        return PoolState(version, rows, generator, link)
+
+    def _tidy(self) -> None:
+        """Remove what a writer that was killed has left unfinished."""
+        for entry in (self.path / "pools").iterdir():
+            if entry.name.startswith((".making-", ".deleted-")):
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.is_dir():
+                for leftover in entry.glob(f"{WRITING}*"):
+                    leftover.unlink(missing_ok=True)
+
+
+def _about(folder: Path) -> tuple[str, str, str]:
+    """(name, tenant, identity) of a pool. Raises PoolError if its file is damaged."""
+    try:
+        data = json.loads((folder / POOL).read_text(encoding="utf-8"))
+        about = data["name"], data["tenant"], data["identity"]
+        if data["digest"] != records.digest_of({}, *about):
+            raise ValueError("its digest is another")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise damaged(folder / POOL, f"cannot be read ({error})") from None
+    return about
+
+
+def _fresh_generator(folder: Path) -> Tensor:
+    """The state with which a pool's own generator begins: of its identity, so that a replay gives the same."""
+    return torch.Generator().manual_seed(int(_about(folder)[2][:15], 16)).get_state()
+
+
+def _directory(name: str, tenant: str) -> str:
+    return f"{tenant}:{name}" if tenant else name
+
+
+def _split(reference: str) -> tuple[str, int | None]:
+    found = ids.split_reference(reference)
+    if found is None or not ids.is_name(found[0]):
+        raise PoolError(f'"{str(reference)[:200]}" names no pool; a pool is called "name" or "name@version"')
+    return found

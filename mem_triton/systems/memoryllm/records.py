@@ -1,0 +1,143 @@
+"""Files of a pool: snapshots of all rows, and what each version changed. Written whole or not at all, never changed.
+
+A delta names the version before it by a chained hash, so a missing, exchanged or damaged file is found before its
+numbers are used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mem_triton.store.errors import BankError, not_written
+from mem_triton.store.files import write_durably
+from mem_triton.systems.memoryllm.update import Step
+
+NAME = re.compile(r"(\d{10})\.(snapshot|delta)\.safetensors")
+FORMAT = "mem_triton.pool.v1"
+
+
+class PoolError(BankError):
+    """A store of pools cannot do what was asked; names the pool or the file, and the fix."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All rows [L, N, d] of a version. link: the chain's hash at it; state: of the pool's generator."""
+
+    rows: Tensor
+    state: Tensor
+    link: str
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a version changed, step by step; before: the chain's hash at the version before it."""
+
+    steps: tuple[Step, ...]
+    state: Tensor
+    link: str
+    before: str
+    tokens: int
+
+
+def file_name(version: int, kind: str) -> str:
+    """Of a version's snapshot or delta."""
+    return f"{version:010d}.{kind}.safetensors"
+
+
+def versions(folder: Path) -> dict[str, set[int]]:
+    """The versions of which there is a snapshot, and of which there is a delta."""
+    found: dict[str, set[int]] = {"snapshot": set(), "delta": set()}
+    for path in folder.iterdir():
+        if match := NAME.fullmatch(path.name):
+            found[match[2]].add(int(match[1]))
+    return found
+
+
+def digest_of(tensors: Mapping[str, Tensor], *words: object) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, and over what else is said."""
+    digest = hashlib.sha256(json.dumps([str(word) for word in words]).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"|{name} {tensor.dtype} {list(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_snapshot(folder: Path, version: int, rows: Tensor, state: Tensor, link: str | None) -> str:
+    """Store all rows of a version; the chain's hash at it. link: None begins a chain."""
+    tensors = {"rows": rows.contiguous(), "generator": state}
+    digest = digest_of(tensors, "snapshot", version)
+    _write(folder, version, "snapshot", tensors, {"digest": digest, "link": link or digest})
+    return link or digest
+
+
+def write_delta(folder: Path, version: int, steps: Sequence[Step], state: Tensor, before: str, tokens: int) -> str:
+    """Store what a version changed; the chain's hash at it. before: that of the version before, "" for the first."""
+    tensors = {"generator": state}
+    for i, step in enumerate(steps):
+        tensors[f"{i}.delta"] = step.delta.contiguous()
+        if step.dropped is not None:
+            tensors[f"{i}.dropped"] = step.dropped.contiguous()
+    link = digest_of(tensors, "delta", version, before, tokens)
+    about = {"digest": link, "link": link, "before": before, "steps": str(len(steps)), "tokens": str(tokens)}
+    _write(folder, version, "delta", tensors, about)
+    return link
+
+
+def read_snapshot(folder: Path, version: int) -> Snapshot:
+    """A version's rows. Raises PoolError naming the file if it is damaged."""
+    tensors, about = _read(folder, version, "snapshot")
+    path = folder / file_name(version, "snapshot")
+    if digest_of(tensors, "snapshot", version) != about.get("digest") or set(tensors) != {"rows", "generator"}:
+        raise damaged(path, "has changed since it was written")
+    return Snapshot(tensors["rows"], tensors["generator"], str(about.get("link")))
+
+
+def read_delta(folder: Path, version: int) -> Delta:
+    """What a version changed. Raises PoolError naming the file if it is damaged."""
+    tensors, about = _read(folder, version, "delta")
+    path = folder / file_name(version, "delta")
+    before, tokens, count = (about.get(name, "") for name in ("before", "tokens", "steps"))
+    if digest_of(tensors, "delta", version, before, tokens) != about.get("link"):
+        raise damaged(path, "has changed since it was written")
+    steps = tuple(Step(tensors[f"{i}.delta"], tensors.get(f"{i}.dropped")) for i in range(int(count)))
+    return Delta(steps, tensors["generator"], about["link"], before, int(tokens))
+
+
+def damaged(path: Path, what: str) -> PoolError:
+    """The error of a file that cannot be used."""
+    return PoolError(f"{path}: {what}; restore the pool's folder from a backup, or read an earlier version")
+
+
+def _write(folder: Path, version: int, kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    path = folder / file_name(version, kind)
+    header = {"format": FORMAT, "version": str(version), **about}
+    try:
+        write_durably(path, lambda temporary: save_file(dict(tensors), temporary, metadata=header))
+    except (OSError, SafetensorError) as error:
+        raise not_written(path, error) from None
+
+
+def _read(folder: Path, version: int, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    path = folder / file_name(version, kind)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise damaged(path, f"cannot be read ({error})") from None
+    if about.get("format") != FORMAT or about.get("version") != str(version):
+        raise damaged(path, f"is no {kind} of version {version}")
+    return tensors, about

@@ -1,0 +1,54 @@
+"""What pools have in common, what is known of one, and a version of it in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """What all pools of a store have in common.
+
+    layers, rows, hidden: of a pool; tokens: rows that a write adds. dtype: "float32" or "bfloat16". per_layer: each
+    layer drops rows of its own. bos: a learned row stands before the pool. embedding_first: a first write adds the
+    positional embedding, too (the 7B branch of the authors' code does not).
+    """
+
+    layers: int
+    rows: int
+    hidden: int
+    tokens: int
+    dtype: str
+    per_layer: bool = False
+    bos: bool = True
+    embedding_first: bool = True
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as torch has it."""
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class PoolInfo:
+    """identity: never given twice, whatever pools are deleted. version: the newest; 0 if nothing was written yet."""
+
+    name: str
+    tenant: str
+    identity: str
+    version: int
+    snapshots: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PoolState:
+    """A version in memory. rows: [L, N, d], None for version 0; link: the chain's hash at it."""
+
+    version: int
+    rows: Tensor | None
+    generator: Tensor
+    link: str
