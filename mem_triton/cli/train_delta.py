@@ -45,6 +45,7 @@ def delta(
     start: Annotated[Text, typer.Option(help='"fresh", or "closed_form": from the model\'s activations.')] = None,
     state_only: Annotated[Float, typer.Option(help="Share of batches answered from the state alone.")] = None,
     plain_share: Annotated[Float, typer.Option(help="Share of batches of chats that tell nothing.")] = None,
+    keep: Annotated[Float, typer.Option(help="Weight of what must stay as the frozen model has it.")] = None,
     asked_tokens: Annotated[Int, typer.Option(help="Longest request that asks.")] = None,
     told_tokens: Annotated[Int, typer.Option(help="Most tokens that are told.")] = None,
     reply_tokens: Annotated[Int, typer.Option(help="Longest reply of the model's own.")] = None,
@@ -69,7 +70,7 @@ def delta(
     recipe = recipe_of(
         preset, steps=steps, epochs=epochs, batch=batch, rows=rows, rate=rate, rank=rank, state_heads=state_heads,
         delta_heads=delta_heads, layers=layers, beta_bias=beta_bias, start=start, state_only=state_only,
-        plain_share=plain_share, asked_tokens=asked_tokens, told_tokens=told_tokens, reply_tokens=reply_tokens,
+        plain_share=plain_share, keep=keep, asked_tokens=asked_tokens, told_tokens=told_tokens, reply_tokens=reply_tokens,
         chunk_tokens=chunk_tokens, scope=scope, seed=seed, dtype=dtype,
     )  # fmt: skip
     check_encoding(recipe.dtype, device)

@@ -329,6 +329,9 @@ def test_another_recipe_or_data_in_the_same_folder_is_refused(tmp_path: Path) ->
     train(model, data, tmp_path / "out", RECIPE)
     with pytest.raises(checkpoint.TrainingError, match=r"--rate 0.002, not 0.5; give the same options"):
         train(model, data, tmp_path / "out", RECIPE.model_copy(update={"rate": 0.5}))
+    longer = train(model, data, tmp_path / "out", RECIPE.model_copy(update={"keep": 5.0, "steps": 8}))
+    mixes = [line["mix"] for line in read(tmp_path / "out" / "training.jsonl") if "mix" in line]
+    assert longer["steps"] == 8 and [(mix["keep"], mix["steps"]) for mix in mixes] == [(1.0, 6), (5.0, 8)]
     with pytest.raises(checkpoint.TrainingError, match="another data"):
         train(model, write_rows(data, rows()[:-1]), tmp_path / "out", RECIPE)
 

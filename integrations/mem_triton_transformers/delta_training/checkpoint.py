@@ -25,8 +25,8 @@ from mem_triton.systems.delta_mem.training.recipe import Recipe
 KEPT = 2
 """Checkpoints that are left when a new one is written."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-LATER = ("steps", "epochs")
-"""Fields of a recipe that may change when a run goes on."""
+LATER = ("steps", "epochs", "state_only", "plain_share", "keep", "keep_replies")
+"""Fields of a recipe that may change when a run goes on: its length, and the mix of batches."""
 
 
 class TrainingError(ValueError):
@@ -114,12 +114,13 @@ def restore(
 
 def identity_of(recipe: Recipe, model: str, data: str) -> dict[str, Any]:
     """What a run that goes on must share with the one before. model, data: digests."""
-    return {"recipe": recipe.model_dump(exclude=set(LATER)), "model": model, "data": data}
+    return {"recipe": recipe.model_dump(), "model": model, "data": data}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two identities, for a message; empty if nothing does."""
+    """What differs between two identities and must not, for a message; empty if nothing does."""
     old, new = before.get("recipe", {}), now["recipe"]
-    named = [f"--{k.replace('_', '-')} {old.get(k)}, not {new[k]}" for k in new if old.get(k) != new[k]]
+    changed = [k for k in new if k not in LATER and old.get(k) != new[k]]
+    named = [f"--{k.replace('_', '-')} {old.get(k)}, not {new[k]}" for k in changed]
     named += [f"another {what}" for what in ("model", "data") if before.get(what) != now[what]]
     return ", ".join(named)

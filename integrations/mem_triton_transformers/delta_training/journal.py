@@ -16,11 +16,15 @@ class Journal:
 
     def __init__(self, out: Path, step: int) -> None:
         self.path, self.curve = out / LOG, out / CURVE
-        lines = [line for line in read(self.path) if line["step"] <= step]
+        lines = self.lines = [line for line in read(self.path) if line["step"] <= step]
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         partial.replace(self.path)
         self._write_curve(lines)
+
+    def last(self, name: str) -> Any:
+        """The newest value of a field in what was there at the beginning."""
+        return next((line[name] for line in reversed(self.lines) if name in line), None)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line. Raises OSError where the disk is full."""

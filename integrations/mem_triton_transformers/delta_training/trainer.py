@@ -78,6 +78,9 @@ class Trainer:
             start(self.parameters)
         self.runner = SessionRunner(model, recipe.chunk_tokens, pad)
         self.journal = Journal(out, self.progress.step)
+        mix = {name: getattr(recipe, name) for name in checkpoint.LATER} | {"steps": steps}
+        if mix != self.journal.last("mix"):
+            self.journal.write({"step": self.progress.step, "mix": mix})
         self.resumed = bool(before)
 
     def adapter(self) -> DeltaMemAdapter:
@@ -103,7 +106,8 @@ class Trainer:
             done, stopped = self.progress.step, stop()
             last = done == self.steps or stopped
             if self.data.held_out and (done == self.steps or done % evaluate_every == 0):
-                line = {"step": done, "stage": line["stage"], "held_out": self.evaluate()}
+                stage, held_out = line["stage"], self.evaluate(everything=done == self.steps)
+                line = {"step": done, "stage": stage, "held_out": held_out}
                 self.journal.write(line)
                 tell(line)
             if last or done % save_every == 0:
@@ -112,9 +116,9 @@ class Trainer:
                 return False
         return True
 
-    def evaluate(self) -> dict[str, Any]:
-        """The held-out sessions of the stages so far, and the plain ones."""
-        reached = self.data.stages[self.progress.stage]
+    def evaluate(self, everything: bool = True) -> dict[str, Any]:
+        """The held-out sessions of all stages, or of those so far, and the plain ones."""
+        reached = self.data.stages[-1 if everything else self.progress.stage]
         some = [s for s in self.data.held_out if not s.told or s.stage <= reached]
         return evaluate(self.runner, some, max(2, self.recipe.rows))
 
