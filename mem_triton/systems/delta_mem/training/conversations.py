@@ -82,7 +82,7 @@ def read_conversations(path: Path) -> list[Conversation]:
             raise DataError(f"DATA: {path} holds no {' or '.join(SUFFIXES)} file, and no data set saved by datasets")
     else:
         rows = _lines(path)
-    found = [_conversation(row, where) for where, row in rows]
+    found = [read_conversation(row, where) for where, row in rows]
     if not found:
         raise DataError(f"DATA: {path} holds no rows; expected {SHAPE}")
     return found
@@ -123,7 +123,8 @@ def _saved(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}, row {number}", {key: value for key, value in row.items() if value is not None}
 
 
-def _conversation(row: Any, where: str) -> Conversation:
+def read_conversation(row: Any, where: str) -> Conversation:
+    """One row. where: file and row, for messages. Raises DataError."""
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: holds a {type(row).__name__}, expected {SHAPE}")
     if ("requests" in row) == ("messages" in row):
