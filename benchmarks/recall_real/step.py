@@ -2,10 +2,10 @@
 
     python -m benchmarks.recall_real.step --save
 
-Both train on the same tokens: what is told, then a question and its reply. δ-mem runs them as two requests with a state
-between, LoRA as one row. The model has SmolLM2-135M's shape and random weights, since time does not depend on them; both
-adapters sit in the same layers, on q and o. Rounds alternate; what counts is CPU time of the process, because other
-work on the machine changes it less than the clock's. Gate: the ratio of the medians is at most 1.5.
+Both train on the same tokens: what is told, then a question and its reply. δ-mem runs them as two requests with a
+state between, LoRA as one row. The model has SmolLM2-135M's shape and random weights, since time does not depend on
+them; both adapters sit in the same layers, on q and o. Rounds alternate; what counts is CPU time of the process,
+because other work on the machine changes it less than the clock's. Gate: the ratio of the medians is at most 1.5.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ def delta(
     scope: Annotated[Text, typer.Option(help='Requests it is for: "all", or "sessions".')] = None,
     seed: Annotated[Int, typer.Option(help="Of the first weights and of the order of DATA.")] = None,
     dtype: Annotated[Text, typer.Option(help="Precision of the frozen model.")] = None,
+    weights: Annotated[Text, typer.Option(help="Precision of the adapter that is written.")] = None,
     device: Annotated[Text, typer.Option(help='"cuda", "cpu". [the GPU if there is one]')] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
     evaluate_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 25,
@@ -70,8 +71,8 @@ def delta(
     recipe = recipe_of(
         preset, steps=steps, epochs=epochs, batch=batch, rows=rows, rate=rate, rank=rank, state_heads=state_heads,
         delta_heads=delta_heads, layers=layers, beta_bias=beta_bias, start=start, state_only=state_only,
-        plain_share=plain_share, keep=keep, asked_tokens=asked_tokens, told_tokens=told_tokens, reply_tokens=reply_tokens,
-        chunk_tokens=chunk_tokens, scope=scope, seed=seed, dtype=dtype,
+        plain_share=plain_share, keep=keep, asked_tokens=asked_tokens, told_tokens=told_tokens,
+        reply_tokens=reply_tokens, weights=weights, chunk_tokens=chunk_tokens, scope=scope, seed=seed, dtype=dtype,
     )  # fmt: skip
     check_encoding(recipe.dtype, device)
     folder = model_folder(model)

@@ -255,6 +255,10 @@ def test_the_adapter_loads_in_transformers_and_the_card_says_how_it_was_made(tmp
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: tiny" in card and "another session's" in card and "mem-triton train delta …" in card
     assert Recipe(**json.loads((tmp_path / "out" / "recipe.json").read_text())) == RECIPE
+    train(model, data, tmp_path / "out", RECIPE.model_copy(update={"weights": "bfloat16"}), held_out=data)
+    halved, name = load_adapter(tmp_path / "out").tensors(), "model.layers.0.self_attn.memory_q_proj"
+    assert halved[name].dtype == torch.bfloat16
+    torch.testing.assert_close(halved[name].float(), adapter.tensors()[name], rtol=1e-2, atol=1e-3)
 
 
 def test_a_curriculum_waits_for_the_first_stage(tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ from mem_triton.systems.delta_mem.training.recipe import Recipe
 KEPT = 2
 """Checkpoints that are left when a new one is written."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-LATER = ("steps", "epochs", "state_only", "plain_share", "keep", "keep_replies")
-"""Fields of a recipe that may change when a run goes on: its length, and the mix of batches."""
+LATER = ("steps", "epochs", "state_only", "plain_share", "keep", "keep_replies", "weights")
+"""Fields of a recipe that may change when a run goes on: its length, the mix of batches, what is written."""
 
 
 class TrainingError(ValueError):

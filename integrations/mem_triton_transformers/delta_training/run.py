@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from mem_triton.systems.delta_mem import save_adapter
+from mem_triton.systems.delta_mem import DeltaMemAdapter, save_adapter
 from mem_triton.systems.delta_mem.training.conversations import read_conversations
 from mem_triton.systems.delta_mem.training.recipe import Recipe
 from mem_triton.systems.delta_mem.training.tokens import session_of
@@ -76,16 +76,24 @@ def train(
     say(f"{count} parameters, {len(rows)} conversations, {len(aside)} held out, {steps} steps")
     if not trainer.run(save_every, evaluate_every, stop, tell):
         return None
-    save_adapter(trainer.adapter(), out)
+    adapter = finished(trainer.adapter(), recipe)
+    save_adapter(adapter, out)
     log = read(out / LOG)
     final = next((line["held_out"] for line in reversed(log) if "held_out" in line), {})
     report = {
-        "adapter": str(out), "fingerprint": trainer.adapter().fingerprint, "steps": steps, "parameters": count,
+        "adapter": str(out), "fingerprint": adapter.fingerprint, "steps": steps, "parameters": count,
         "seconds": round(trainer.progress.seconds, 1), "stage": chosen.stages[trainer.progress.stage],
         "held_out": final, "log": str(out / LOG), "curve": str(out / CURVE),
     }  # fmt: skip
     write_card(out, recipe, report, name or folder.name, str(data), len(rows), command)
     return report
+
+
+def finished(adapter: DeltaMemAdapter, recipe: Recipe) -> DeltaMemAdapter:
+    """The adapter in the precision that it is kept in."""
+    dtype = getattr(torch, recipe.weights)
+    layers = {name: {key: t.to(dtype) for key, t in tensors.items()} for name, tensors in adapter.layers.items()}
+    return DeltaMemAdapter(adapter.config, layers, adapter.scope)
 
 
 def prepare(out: Path) -> None:

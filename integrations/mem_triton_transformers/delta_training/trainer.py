@@ -105,13 +105,13 @@ class Trainer:
             tell(line)
             done, stopped = self.progress.step, stop()
             last = done == self.steps or stopped
+            if last or done % save_every == 0:
+                self.save()
             if self.data.held_out and (done == self.steps or done % evaluate_every == 0):
                 stage, held_out = line["stage"], self.evaluate(everything=done == self.steps)
                 line = {"step": done, "stage": stage, "held_out": held_out}
                 self.journal.write(line)
                 tell(line)
-            if last or done % save_every == 0:
-                self.save()
             if stopped and done < self.steps:
                 return False
         return True

@@ -32,7 +32,7 @@ class Recipe(BaseModel):
     has all in its context; kl: divergence from that model. sparsity: weight of the mean write gate above
     sparsity_target. advance: share of exact replies at which the next stage begins. reply_tokens: most tokens of the
     model's own replies. chunk_tokens: tokens of one forward call; a longer conversation is walked in chunks that are
-    computed again in the backward pass.
+    computed again in the backward pass. dtype: of the frozen model. weights: of the finished adapter.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -82,6 +82,7 @@ class Recipe(BaseModel):
     reply_tokens: int = Field(128, ge=1)
     chunk_tokens: int = Field(1024, ge=1)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    weights: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
     @field_validator("layers")
