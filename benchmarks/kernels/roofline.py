@@ -22,7 +22,10 @@ class Device(NamedTuple):
     matrix: float
 
 
-DEVICES = {"NVIDIA H200": Device(4.3e12, 790e12)}
+DEVICES = {
+    "NVIDIA H200": Device(4.3e12, 790e12),
+    "NVIDIA H100 80GB HBM3": Device(3.0e12, 798e12),
+}
 """Measured speeds, by torch's name of the GPU. A floor is given for these only, never guessed."""
 
 
