@@ -61,5 +61,5 @@ def test_too_much_is_refused_before_a_machine_is_asked_for(session, monkeypatch,
     for name in ("vllm-site.tar.xz", "install.sh"):
         Path(bundle / name).write_bytes(b"x" * 40)
     assert session.pack(None, False) == 950
-    with pytest.raises(ValueError, match="MiB would travel.*large"):
+    with pytest.raises(ValueError, match=r"MiB would travel.*large"):
         session.pack(bundle, False)

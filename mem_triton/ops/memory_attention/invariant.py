@@ -24,6 +24,9 @@ from mem_triton.ops.memory_attention.types import PagedContext
 
 SPLITS = 8
 """Parts of a decode row's keys. A constant, as more for small batches would change bits; fewer fill a GPU less well."""
+ROWS = 128
+"""Decode rows of one launch; more take several, one after the other, so that the parts' sums take no more than 67 MiB
+for 8 KV heads of 128 channels, whatever the batch (all of 1,024 rows at once would take 0.5 GiB)."""
 LONG = 64
 """Rows of a program for queries that come in numbers: what feeds the widest matrix instructions."""
 
@@ -53,8 +56,10 @@ def _attend_rows(
         )  # fmt: skip
 
 
-def launch_parts(query: Tensor, context: PagedContext, out: Tensor, **options: Any) -> None:
-    """One launch for a batch of single queries, two for any other. Works on whatever the tensors lie on."""
+def launch_parts(
+    query: Tensor, context: PagedContext, out: Tensor, *, row_slot: Tensor | None, lse: Tensor | None, **options: Any
+) -> None:
+    """One launch for each ROWS single queries, and one for all longer rows. Works on whatever the tensors lie on."""
     from mem_triton.ops import denylist
     from mem_triton.ops.memory_attention import launch
     from mem_triton.ops.tuning.memory_attention_fused import select
@@ -64,15 +69,24 @@ def launch_parts(query: Tensor, context: PagedContext, out: Tensor, **options: A
     if tokens == 0 or rows == 0:
         return
     group, architecture = query_heads // heads, launch.architecture(query.device)
+    options |= {"lse": lse}
     for part, programs_rows in ((1, group), (2, max(group, LONG))):
         if part == 2 and context.max_query_len == 1:
             return
         config = denylist.allowed("attention", select, architecture, size, query.element_size(), programs_rows, group)
-        if part == 1:
-            cells = 1 << (rows * heads * SPLITS - 1).bit_length()  # few sizes, as they are kept
-            grid = launch.Grid(rows, heads, SPLITS, one_block=True, part=part)
-            workspace = launch.workspace_for(query.device, replace(config, programs=cells), size)
-        else:
+        if part == 2:
             blocks = tokens // (config.block_m // group) + rows
-            grid, workspace = launch.Grid(blocks, heads, 1, one_block=False, part=part), None
-        launch.run(query, context, out, config=config, grid=grid, workspace=workspace, **options)
+            grid = launch.Grid(blocks, heads, 1, one_block=False, part=part)
+            launch.run(query, context, out, config=config, grid=grid, workspace=None, row_slot=row_slot, **options)
+            return
+        for first in range(0, rows, ROWS):
+            few = slice(first, min(first + ROWS, rows))
+            count, slots = few.stop - first, None if row_slot is None else row_slot[few]
+            some = context._replace(
+                block_table=context.block_table[few], seq_lens=context.seq_lens[few],
+                query_start_loc=context.query_start_loc[first : few.stop + 1],
+            )  # fmt: skip
+            cells = 1 << (count * heads * SPLITS - 1).bit_length()  # few sizes, as they are kept
+            workspace = launch.workspace_for(query.device, replace(config, programs=cells), size)
+            grid = launch.Grid(count, heads, SPLITS, one_block=True, part=part)
+            launch.run(query, some, out, config=config, grid=grid, workspace=workspace, row_slot=slots, **options)

@@ -144,3 +144,17 @@ def test_a_long_row_cut_in_delta_mem_and_the_control():
             steps = replace(steps, state_cache=done.state_cache)
         equal = same_numbers(after.reads[33:70], done.reads[:37]) and same_numbers(after.state_cache, steps.state_cache)
         assert equal == invariantly
+
+
+def test_more_rows_than_one_launch_takes_have_the_same_bits(monkeypatch):
+    """And the workspace holds the parts of one launch: it does not grow with the batch."""
+    case = make_case([(1, n) for n in (5, 40, 0, 17, 3)], memories=[[(3, 0, FOREVER)], None] * 2 + [None], heads=(2, 1))
+    whole = run(case)
+    taken = []
+    stock = attention_launch.workspace_for
+    monkeypatch.setattr(attention_launch, "workspace_for", lambda *args: taken.append(args[1].programs) or stock(*args))
+    monkeypatch.setattr(invariant, "ROWS", 2)
+    apart = run(case)
+    assert torch.equal(apart.out, whole.out) and torch.equal(apart.lse, whole.lse)
+    assert_matches(apart)
+    assert taken == [2 * invariant.SPLITS, 2 * invariant.SPLITS, invariant.SPLITS]
