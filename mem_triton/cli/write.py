@@ -141,6 +141,8 @@ def write(
     with target:
         target.check_model(fingerprint)
         config = write_config(config_of(target.spec), **given)
+        if dtype == "auto" and target.spec.dtype != fingerprint.dtype:  # a bank that `import` has made keeps float32
+            dtype = target.spec.dtype
         encoder = encoder or _encoder(str(folder), dtype, device)
         writer = Writer(
             target, encoder, encoder.tokenizer, config, batch_size=batch_size, commit=commit,

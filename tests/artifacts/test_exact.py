@@ -175,3 +175,12 @@ def test_the_same_numbers_are_written_once_and_others_are_the_next_version(bases
         assert (opened.spec.codec, opened.spec.dtype) == ("fp32", "float32")
         about = opened.resolve("c").metadata["trained"]
     assert (about["form"], about["rows"], about["frozen"]) == ("cartridge", 5, 1)
+
+
+def test_texts_are_written_into_a_bank_of_imports_whatever_the_models_precision(tmp_path):
+    base, bank = save_model(tmp_path / "model", dtype=torch.bfloat16), tmp_path / "bank"
+    imported(bank, base, save_cartridge(tmp_path / "c.pt", *chance_cache(load_model(base), 5)))
+    (tmp_path / "notes.txt").write_text("The key of the east door is with Hugo.")
+    run("write", base, bank, tmp_path / "notes.txt", "--kind", "prefix", "--quiet")
+    with Bank.open(bank) as opened:
+        assert opened.load("notes").keys.dtype == torch.float32 and opened.load("c").keys.dtype == torch.float32

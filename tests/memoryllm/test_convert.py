@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mem_triton.systems.memoryllm.checkpoint import Checkpoint
 from mem_triton.systems.memoryllm.pools import Pools
+from mem_triton_transformers import apply_mem_triton, inject
 from tests.cli.test_cli import refused, run
 from tests.memoryllm.test_pools import GOLDEN
 from tests.support.models import tiny_tokenizer
@@ -177,3 +178,24 @@ def test_the_pools_of_a_converted_checkpoint_on_the_command_line(tmp_path):
     assert '"mine@4" is gone or not there yet' in refused("pool", "export", memory, "mine@4", out)
     (next((memory / "pools" / "mine").glob("*.snapshot.*"))).write_bytes(b"x")
     assert "snapshot.safetensors" in run("pool", "verify", memory, code=1)
+
+
+def test_tied_embeddings_and_the_7b_branchs_configuration(tmp_path):
+    """Its code has four keys fewer, and a first write of it adds no embedding."""
+    source = edited(copied("plain", tmp_path / "src"), change=lambda t: t.pop("lm_head.weight"))
+    gone = dict.fromkeys(("num_memory_tokens", "drop_memory_per_layer", "add_decoder_lora", "lora_config"), "gone")
+    edited(source, {**gone, "tie_word_embeddings": True})
+    run("convert", "memoryllm", source, tmp_path / "dst")
+    model = served(tmp_path / "dst" / "model")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    ids = load_file(GOLDEN / "plain" / "expected.safetensors")["long.ids"]
+    apply_mem_triton(model, {"memoryllm": {"pools": str(tmp_path / "dst" / "memory")}})
+    inject(model, ids)
+    zeroed = edited(copied("plain", tmp_path / "zero"), change=lambda t: t["new_memory_positional_emb"].zero_())
+    run("convert", "memoryllm", zeroed, tmp_path / "other")
+    twin = served(tmp_path / "other" / "model")
+    apply_mem_triton(twin, {"memoryllm": {"pools": str(tmp_path / "other" / "memory")}})
+    inject(twin, ids)
+    with Pools.open(tmp_path / "dst" / "memory") as pools, Pools.open(tmp_path / "other" / "memory") as zero:
+        assert not pools.shape.embedding_first and zero.shape.embedding_first
+        assert (pools.rows("main") - zero.rows("main")).abs().max() < 1e-5
