@@ -89,10 +89,8 @@ class Client:
 
         prompt: 64 random tokens by default.
         """
-        prompt = prompt or [self.random.randrange(4, VOCAB) for _ in range(64)]
-        body = {"model": NAME, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+        body = self._body(tokens, words, prompt)
         body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        body |= {"vllm_xargs": words} if words else {}
         begin, seen = time.perf_counter(), []
         async with self.http.stream("POST", f"{self.server.url}/v1/completions", json=body) as response:
             if response.status_code != 200:
@@ -106,6 +104,17 @@ class Client:
                     seen += [time.perf_counter() - begin] * (count - len(seen))
         return seen
 
+    async def answer(self, tokens: int, words: dict[str, Any] | None) -> None:
+        """One request whose answer comes as a whole: a stream would keep the client and the front end busy, too."""
+        response = await self.http.post(f"{self.server.url}/v1/completions", json=self._body(tokens, words, None))
+        if response.status_code != 200:
+            raise BenchmarkError(f"HTTP {response.status_code}: {response.text[:500]}")
+
+    def _body(self, tokens: int, words: dict[str, Any] | None, prompt: list[int] | None) -> dict[str, Any]:
+        prompt = prompt or [self.random.randrange(4, VOCAB) for _ in range(64)]
+        body = {"model": NAME, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+        return body | ({"vllm_xargs": words} if words else {})
+
 
 @asynccontextmanager
 async def busy(client: Client, others: int, tokens: int, words: dict[str, Any] | None) -> AsyncIterator[None]:
@@ -115,7 +124,7 @@ async def busy(client: Client, others: int, tokens: int, words: dict[str, Any] |
     async def go_on(i: int) -> None:
         first = client.random.randrange(1, tokens) if others <= PLACES else tokens  # so that they do not end together
         while True:
-            task = asyncio.create_task(client.times(first, words))
+            task = asyncio.create_task(client.answer(first, words))
             await asyncio.sleep(0.05)
             begun[i].set()
             await task

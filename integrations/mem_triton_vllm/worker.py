@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 
 from mem_triton.config import MemTritonConfig
 from mem_triton.ops.memory_attention import Policy
+from mem_triton.runtime.channel import ChannelError
 from mem_triton.runtime.worker.memory import BatchMemory
 from mem_triton.runtime.worker.service import serve_memory
 from mem_triton.systems import registry
@@ -75,7 +76,12 @@ def attach_memory(
     memory.attach(config, shape_of(vllm_config), host)
     connect(attentions, memory, policy)
     if has_one_front_end(vllm_config):  # several keep no memory that workers are asked for
-        serve_memory(memory, own_rank())
+        try:
+            serve_memory(memory, own_rank())
+        except (
+            ChannelError
+        ) as error:  # started on another machine, or by several API servers: theirs refuse what needs it
+            logger.warning("mem_triton: no front end can call this worker: %s", error)
     logger.info("memory attached: %s", memory.describe())
     return memory
 
