@@ -50,7 +50,8 @@ from mem_triton.write import WriteConfig, bank_spec
 
 FEW, MANY, HELD = 12, 48, 16  # documents: of most parts, of the last part, and that a KV cache or a pool holds
 TOGETHER = 3  # documents of a request in "combinations"
-QUESTION, ANSWER, AT_ONCE, PAGE = 16, 24, 4, 16
+QUESTION, ANSWER, AT_ONCE = 16, 24, 4
+PAGE, BLOCK = 16, 32  # tokens: of a memory page, and of a KV block, of which a CPU takes multiples of 32
 PARTS = ("one document", "combinations", "after a restart", "many documents")
 
 
@@ -186,8 +187,9 @@ def main(argv: list[str] | None = None) -> int:
         made = make_bank(args, folder / "bank")
         section = {"memory": {"bank": str(folder / "bank"), "pool_gib": made["gib"]}}
         launch = ENGINES["vllm"].launch(args.model, NAME, args.dtype, 8)
-        blocks = HELD * -(-args.document_tokens // PAGE) + AT_ONCE * (TOGETHER * args.document_tokens // PAGE + 8)
-        launch.command.extend(["--block-size", str(PAGE), "--num-gpu-blocks-override", str(blocks)])
+        longest = TOGETHER * args.document_tokens + QUESTION + ANSWER
+        blocks = HELD * -(-args.document_tokens // BLOCK) + AT_ONCE * -(-longest // BLOCK)
+        launch.command.extend(["--block-size", str(BLOCK), "--num-gpu-blocks-override", str(blocks)])
         with two(launch, section, folder, console) as servers:
             usual = tuple(part for part in PARTS if part != "after a restart")
             found = asyncio.run(measure(servers, args, usual, console))
@@ -204,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print_json(json.dumps(rows))
     if args.save:
         facts = {"model": str(args.model), "document_tokens": args.document_tokens, "documents": [FEW, MANY],
-                 "held": {"kv_blocks": blocks, "kv_tokens": PAGE * blocks, "pool_bytes": HELD * made["document_bytes"],
+                 "held": {"kv_blocks": blocks, "kv_tokens": BLOCK * blocks, "pool_bytes": HELD * made["document_bytes"],
                           "document_bytes": made["document_bytes"],
                           "bank_bytes": sum(f.stat().st_size for f in (folder / "bank").rglob("*") if f.is_file())},
                  "lmcache": "not measured: 0.5.6 needs cupy-cuda13x"}  # fmt: skip
