@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from mem_triton.ops import denylist
+from mem_triton.ops.memory_attention.types import MemoryTable
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig, select
 from tests.ops.attention_case import FP8, INT8, make_case
 from tests.support.aot import (
@@ -16,6 +18,7 @@ from tests.support.aot import (
     check_budget,
     check_matrix,
     check_no_padding,
+    check_prefetch,
     check_traffic,
     compile_for,
 )
@@ -40,6 +43,7 @@ class Case(NamedTuple):
     queries: int = 1
     full: bool = False  # bias, soft-cap, sinks, LSE
     part: int = 0  # of the batch-invariant way
+    columns: int = 1  # of the table of pages, which is as wide as the pool has pages
 
 
 CASES = [
@@ -55,6 +59,7 @@ CASES = [
     Case("sm90", 32, torch.float16, torch.float16, full=True),
     Case("sm90", part=1),
     Case("sm90", queries=200, part=2),
+    *(Case("sm90", queries=q, columns=16_384) for q in (1, 200)),
 ]
 
 
@@ -93,6 +98,9 @@ def compile_case(case: Case, config: FusedConfig | None = None) -> Resources:
         [(case.queries, 4000)], heads=(4, 1), size=case.size, dtype=case.dtype, bias=case.full and bool(memory),
         soft_cap=5.0 * case.full, sinks=case.full, **memory,
     )  # fmt: skip
+    if batch.table is not None:
+        wide = [None if x is None else x[:, :1].repeat(1, case.columns) for x in batch.table[:4] + batch.table[5:]]
+        batch = replace(batch, table=MemoryTable(*wide[:4], batch.table.count, *wide[4:]))
     config = config or config_of(case)
     grid = launch.choose_grid(case.queries, 1, 1, 4, batch.context, config)._replace(part=case.part)
     workspace = launch.workspace_for(torch.device("cpu"), config, case.size) if grid.splits > 1 else None
@@ -136,6 +144,27 @@ def test_reads_and_writes_what_it_must(case: Case):
 @suite.each
 def test_takes_the_widest_matrix_instruction(case: Case):
     check_matrix(suite[case], case.target, config_of(case).block_m, case.dtype.itemsize)
+
+
+@suite.of(lambda case: case.target in ("sm80", "sm90") and case.memory == BF16 and case.size <= 128)
+def test_keys_are_on_their_way_while_others_are_multiplied(case: Case):
+    """Those of the next tile, of shared segment, pages and context; and three splits where blocks are small."""
+    merge = (4,) if config_of(case).merge_stages(case.size) > 1 else ()
+    check_prefetch(suite[case], 2, 2, 2, *merge)
+
+
+def test_a_loop_that_waits_for_what_it_asks_for_is_seen():
+    """Negative control: without stages no loop copies ahead but the one that merges."""
+    case = Case("sm90")
+    with pytest.raises(AssertionError):
+        check_prefetch(compile_case(case, replace(config_of(case), stages=1)), 2, 2, 2, 4)
+
+
+def test_a_wide_table_costs_nothing():
+    """A pool of 8 GiB has 16,384 pages, and so many columns has the table."""
+    narrow, wide = (suite[Case("sm90", columns=n)] for n in (1, 16_384))
+    assert isinstance(wide, Resources) and isinstance(narrow, Resources), wide
+    assert wide.spills == 0 and wide.occupancy == narrow.occupancy == 12, (narrow, wide)
 
 
 def test_another_batch_needs_no_new_kernel():

@@ -120,7 +120,12 @@ def compile_case(case: Case, **changes) -> Resources:
     config = config_of(case)
     options = {"num_warps": config.warps, "num_stages": config.stages, **launch.OPTIONS, **changes}
     constants = cascade_launch.head_constants(case.size, GROUP, DATA[case.data], 0.0)
-    constants |= {"BLOCK_M": config.block_m, "TILE": config.tile, "SPLIT": True}
+    constants |= {
+        "BLOCK_M": config.block_m,
+        "TILE": config.tile,
+        "SPLIT": True,
+        "MERGE_STAGES": config.merge_stages(case.size),
+    }
     if case.kernel == "shared":
         kernel = cascade_launch.shared_kernel
     elif case.kernel == "pages":

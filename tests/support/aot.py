@@ -43,7 +43,8 @@ class Resources:
     registers: a thread's. spills: bytes of local memory a thread; registers on AMD. shared: bytes a program.
     occupancy: warps of programs that a multiprocessor (a compute unit on AMD) holds at a time. local: instructions that
     address local memory, and bytes of it. matrix: kinds of matrix instruction among "wgmma", "tcgen05", "mma", "mfma".
-    traffic: see ``traffic.py``.
+    traffic: see ``traffic.py``. in_flight: of each loop that copies asynchronously, the copies that it leaves on their
+    way when it waits (0: it waits for what it has just asked for).
     """
 
     registers: int
@@ -53,6 +54,7 @@ class Resources:
     local: int
     matrix: frozenset[str]
     traffic: dict[str, Bytes]
+    in_flight: tuple[int, ...]
 
 
 def compile_for(
@@ -96,6 +98,7 @@ def _measure(target: str, compiled: Any) -> Resources:
         local=len(re.findall(local, assembly)) + (0 if amd else spills),
         matrix=frozenset(kind for kind, pattern in MATRIX_INSTRUCTIONS.items() if re.search(pattern, assembly)),
         traffic=read_traffic(compiled.asm["ttgir"]),
+        in_flight=_copies_in_flight(compiled.asm["ttgir"]),
     )  # fmt: skip
 
 
@@ -161,6 +164,30 @@ def check_matrix(result: Resources | str, target: str, rows: int, item_bytes: in
     wide = {"sm90": "wgmma", "sm100": "tcgen05"}.get(target, "mma") if rows >= 64 else "mma"
     expected = {"mfma"} if target.startswith("gfx") else {wide} if item_bytes < 4 else set()  # exact fp32 has none
     assert result.matrix == expected, result
+
+
+def check_prefetch(result: Resources | str, *copies: int) -> None:
+    """Fail unless so many loops copy ahead as numbers are given, each with at least so many copies on their way."""
+    assert isinstance(result, Resources), result
+    assert len(result.in_flight) == len(copies), result
+    assert all(found >= wanted for found, wanted in zip(result.in_flight, copies, strict=True)), result
+
+
+def _copies_in_flight(ttgir: str) -> tuple[int, ...]:
+    """The smallest wait in each loop; those behind a loop, which wait for the last turns, do not count."""
+    opened: list[list[int] | None] = []  # per open brace: the waits of a loop, None = no loop
+    found = []
+    for line in ttgir.splitlines():
+        line = re.sub(r" loc\([^ ]*\)$", "", line.strip())
+        if line.startswith("}") and opened:
+            waits = opened.pop()
+            found += [min(waits)] if waits else []
+        wait = re.search(r"ttg\.async_wait .*\{num = (\d+)", line)
+        if wait and any(waits is not None for waits in opened):
+            next(waits for waits in reversed(opened) if waits is not None).append(int(wait[1]))
+        if line.endswith("{"):
+            opened.append([] if re.search(r"\bscf\.(for|while)\b", line) or line == "} do {" else None)
+    return tuple(found)
 
 
 def _field(assembly: str, name: str) -> int:

@@ -58,7 +58,7 @@ def attend_shared(
         *query.stride()[:2], *out.stride()[:2], *lse.stride(), *shared.keys.stride()[:2],
         *(0 if x is None else x.stride(0) for x in (shared.key_scale, shared.value_scale)),
         **head_constants(size, group, shared.keys.dtype, soft_cap),
-        BLOCK_M=config.block_m, TILE=config.tile, SPLIT=splits > 1,
+        BLOCK_M=config.block_m, TILE=config.tile, SPLIT=splits > 1, MERGE_STAGES=config.merge_stages(size),
         num_warps=config.warps, num_stages=config.stages, **OPTIONS,
     )  # fmt: skip
 
@@ -102,7 +102,7 @@ def attend_pages(
         tokens, rows, share, scale, soft_cap,
         *query.stride()[:2], *out.stride()[:2], *lse.stride(), *pages.keys.stride()[:3], table.page.stride(0),
         **head_constants(size, group, pages.keys.dtype, soft_cap), PAGE_SIZE=page_size,
-        BLOCK_M=config.block_m, TILE=config.tile, SPLIT=splits > 1, MERGE=merge,
+        BLOCK_M=config.block_m, TILE=config.tile, SPLIT=splits > 1, MERGE=merge, MERGE_STAGES=config.merge_stages(size),
         num_warps=config.warps, num_stages=config.stages, **OPTIONS,
     )  # fmt: skip
 

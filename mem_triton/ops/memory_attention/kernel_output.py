@@ -8,16 +8,19 @@ from mem_triton.ops.memory_attention.kernel_parts import LOG2E
 
 @triton.jit
 def store_partial(
-    partial, cell, top, total, acc0, acc1, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr
+    partial, cell, real, top, total, acc0, acc1, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr
 ):
-    """Leave one split's running softmax in ``partial``, fp32 [cells, BLOCK_M, WIDTH + REST + 2]."""
-    FLOATS: tl.constexpr = WIDTH + REST + 2
+    """Leave one split's running softmax in ``partial``, fp32 [cells, BLOCK_M, WIDTH + REST + 4]: its ``real`` rows.
+
+    A row holds the sums, top, total and two floats of nothing, so that every row begins where 16 bytes do.
+    """
+    FLOATS: tl.constexpr = WIDTH + REST + 4
     row = partial + tl.cast(cell, tl.int64) * (BLOCK_M * FLOATS) + tl.arange(0, BLOCK_M) * FLOATS
-    tl.store(row[:, None] + tl.arange(0, WIDTH)[None, :], acc0)
+    tl.store(row[:, None] + tl.arange(0, WIDTH)[None, :], acc0, mask=real[:, None])
     if REST:
-        tl.store(row[:, None] + (WIDTH + tl.arange(0, REST))[None, :], acc1)
-    tl.store(row + WIDTH + REST, top)
-    tl.store(row + WIDTH + REST + 1, total)
+        tl.store(row[:, None] + (WIDTH + tl.arange(0, REST))[None, :], acc1, mask=real[:, None])
+    tl.store(row + WIDTH + REST, top, mask=real)
+    tl.store(row + WIDTH + REST + 1, total, mask=real)
 
 
 @triton.jit
@@ -26,31 +29,40 @@ def is_last(counter, splits):
     tl.debug_barrier()  # every thread's stores come before the one thread's atomic
     last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
     if last:
-        tl.atomic_xchg(counter, 0)  # for the next launch, so that a captured graph can be replayed
+        tl.atomic_xchg(counter, 0, sem="relaxed")  # for the next launch, so that a captured graph can be replayed
     tl.debug_barrier()
     return last
 
 
 @triton.jit
-def merge_splits(partial, cell, splits, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr):
-    """The softmax over all ``splits`` from ``cell`` on, always in the same order: top, total, acc0, acc1."""
-    FLOATS: tl.constexpr = WIDTH + REST + 2
+def merge_splits(
+    partial, cell, splits, real, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr
+):
+    """The softmax over all ``splits`` from ``cell`` on, always in the same order: top, total, acc0, acc1.
+
+    Rows that are not ``real`` move nothing. STAGES - 1 splits are on their way while one is added: the loop is all
+    latency.
+    """
+    FLOATS: tl.constexpr = WIDTH + REST + 4
     m = tl.arange(0, BLOCK_M)
     top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc0 = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     acc1 = tl.zeros([BLOCK_M, REST if REST else 1], tl.float32)
-    for split in range(splits):
+    mask = real[:, None]
+    for split in tl.range(0, splits, num_stages=STAGES):
         row = partial + tl.cast(cell + split, tl.int64) * (BLOCK_M * FLOATS) + m * FLOATS
         # .cg: past the L1 cache, which does not see what other programs stored
-        other_top = tl.load(row + WIDTH + REST, cache_modifier=".cg")
+        other_top = tl.load(row + WIDTH + REST, mask=real, other=float("-inf"), cache_modifier=".cg")
+        other_total = tl.load(row + WIDTH + REST + 1, mask=real, other=0.0, cache_modifier=".cg")
         highest = tl.maximum(top, other_top)
         base = tl.where(highest == float("-inf"), 0.0, highest)
         shrink, share = tl.exp2(top - base), tl.exp2(other_top - base)
-        total = total * shrink + tl.load(row + WIDTH + REST + 1, cache_modifier=".cg") * share
-        other = tl.load(row[:, None] + tl.arange(0, WIDTH)[None, :], cache_modifier=".cg")
+        total = total * shrink + other_total * share
+        other = tl.load(row[:, None] + tl.arange(0, WIDTH)[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         acc0 = acc0 * shrink[:, None] + other * share[:, None]
         if REST:
-            other = tl.load(row[:, None] + (WIDTH + tl.arange(0, REST))[None, :], cache_modifier=".cg")
+            channel = WIDTH + tl.arange(0, REST)
+            other = tl.load(row[:, None] + channel[None, :], mask=mask, other=0.0, cache_modifier=".cg")
             acc1 = acc1 * shrink[:, None] + other * share[:, None]
         top = highest
     return top, total, acc0, acc1

@@ -38,16 +38,6 @@ def asked(begin, stop, block, slot, TOKENS: tl.constexpr, PART: tl.constexpr):
 
 
 @triton.jit
-def seen_columns(first, end, used, first_position, last_position, COLUMNS: tl.constexpr):
-    """The columns of a slot's table from the first to the last page that some position sees: begin, count."""
-    column = tl.arange(0, COLUMNS)
-    seen = tl.load(first + column, mask=column < used, other=0) <= last_position
-    seen = seen & (tl.load(end + column, mask=column < used, other=0) > first_position) & (column < used)
-    begin = tl.min(tl.where(seen, column, COLUMNS), 0)
-    return begin, tl.maximum(tl.max(tl.where(seen, column + 1, 0), 0) - begin, 0)
-
-
-@triton.jit
 def load_part(base, token, live, BEGIN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr):
     """Channels BEGIN ... of the tokens at ``base + token``, dead ones 0: [WIDTH, TILE] for keys, else [TILE, WIDTH]."""
     channel = BEGIN + tl.arange(0, WIDTH)

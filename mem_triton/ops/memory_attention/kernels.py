@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from mem_triton.ops.memory_attention.kernel_output import is_last, merge_splits, store_outputs, store_partial
-from mem_triton.ops.memory_attention.kernel_parts import LOG2E, asked, attend_tile, find_row, load_part, seen_columns
+from mem_triton.ops.memory_attention.kernel_pages import attend_pages, seen_columns
+from mem_triton.ops.memory_attention.kernel_parts import LOG2E, asked, attend_tile, find_row, load_part
 
 
 @triton.jit(do_not_specialize=["num_rows", "stride_block_table"])  # no new variant for another batch while serving
@@ -26,10 +27,11 @@ def attention_kernel(
     PAGE_SIZE: tl.constexpr, COLUMNS: tl.constexpr, FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr,
     SOFT_CAP: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, MEMORY_TILE: tl.constexpr,
     ONE_BLOCK: tl.constexpr, SPLIT: tl.constexpr, MIN_TILES: tl.constexpr, PART: tl.constexpr,
+    MERGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, KV heads, splits). ONE_BLOCK: block n holds all of row n; PART: see ``asked``.
 
-    partial: fp32 [blocks * heads * splits, BLOCK_M, WIDTH + REST + 2]; counter: int32 [blocks * heads], left 0.
+    partial: fp32 [blocks * heads * splits, BLOCK_M, WIDTH + REST + 4]; counter: int32 [blocks * heads], left 0.
     """
     TOKENS: tl.constexpr = BLOCK_M // GROUP  # query tokens of a block
     row, block, head = tl.program_id(0), 0, tl.program_id(1).to(tl.int64)
@@ -98,38 +100,27 @@ def attention_kernel(
             )  # fmt: skip
 
     if page_keys is not None:
-        for tile in range(tl.maximum(low, shared_tiles), tl.minimum(high, before)):
-            j = (tile - shared_tiles) * MEMORY_TILE + tl.arange(0, MEMORY_TILE)
-            entry, listed = entries + j // PAGE_SIZE, j // PAGE_SIZE < page_count
-            seen_from = tl.load(table_first + entry, mask=listed, other=0)
-            seen_to = tl.load(table_end + entry, mask=listed, other=0)
-            live = (seen_from <= last_position) & (seen_to > first_position)
-            live = live & (j % PAGE_SIZE < tl.load(table_tokens + entry, mask=listed, other=0))
-            if tl.max(live.to(tl.int32), 0) > 0:  # else no query of this block sees any of these pages
-                page = tl.load(table_page + entry, mask=live, other=0).to(tl.int64)
-                page_head = page * tl.num_programs(1) + head  # row of the scales
-                value_scale, bias = None, None
-                if FORMAT:
-                    value_scale = tl.load(
-                        page_value_scale + page_head * PAGE_SIZE + j % PAGE_SIZE, mask=live, other=0.0
-                    )
-                if table_bias is not None:
-                    bias = (tl.load(table_bias + entry, mask=live, other=0.0) * LOG2E)[None, :]
-                visible = (position[:, None] >= seen_from[None, :]) & (position[:, None] < seen_to[None, :])
-                top, total, acc0, acc1 = attend_tile(
-                    q0, q1, top, total, acc0, acc1, page_keys + head * stride_page_head,
-                    page_values + head * stride_page_head, page * stride_page + j % PAGE_SIZE * stride_page_token,
-                    live, visible & live[None, :], page_key_scale, page_head * SIZE, value_scale, bias,
-                    scale, soft_cap, SIZE, WIDTH, REST, FORMAT, SOFT_CAP,
-                )  # fmt: skip
+        top, total, acc0, acc1 = attend_pages(
+            q0, q1, top, total, acc0, acc1, tl.maximum(low - shared_tiles, 0), tl.minimum(high, before) - shared_tiles,
+            entries, page_count, position, first_position, last_position, head,
+            page_keys, page_values, page_key_scale, page_value_scale,
+            table_page, table_tokens, table_first, table_end, table_bias,
+            stride_page, stride_page_head, stride_page_token, scale, soft_cap,
+            SIZE, WIDTH, REST, PAGE_SIZE, FORMAT, SOFT_CAP, MEMORY_TILE,
+        )  # fmt: skip
 
+    # Each turn loads the next tile's entries of the block table, so that its keys and values can be on their way.
+    table_row = block_table + tl.cast(row, tl.int64) * stride_block_table
+    ahead = (tl.maximum(low, before) - before) * TILE + tl.arange(0, TILE)
+    place = tl.load(table_row + ahead // BLOCK_SIZE, mask=ahead <= last_position, other=0)
     for tile in range(tl.maximum(low, before), high):
         j = (tile - before) * TILE + tl.arange(0, TILE)
         live = j <= last_position
-        place = tl.load(block_table + tl.cast(row, tl.int64) * stride_block_table + j // BLOCK_SIZE, mask=live, other=0)
+        here = place
+        place = tl.load(table_row + (j + TILE) // BLOCK_SIZE, mask=j + TILE <= last_position, other=0)
         top, total, acc0, acc1 = attend_tile(
             q0, q1, top, total, acc0, acc1, keys + head * stride_head, values + head * stride_head,
-            place.to(tl.int64) * stride_block + j % BLOCK_SIZE * stride_token, live, j[None, :] <= position[:, None],
+            here.to(tl.int64) * stride_block + j % BLOCK_SIZE * stride_token, live, j[None, :] <= position[:, None],
             None, None, None, None, scale, soft_cap, SIZE, WIDTH, REST, 0, SOFT_CAP,
         )  # fmt: skip
 
@@ -138,10 +129,10 @@ def attention_kernel(
         if splits > 1:
             group = tl.program_id(0) * tl.num_programs(1) + head
             cell = group * tl.num_programs(2)
-            store_partial(partial, cell + tl.program_id(2), top, total, acc0, acc1, BLOCK_M, WIDTH, REST)
+            store_partial(partial, cell + tl.program_id(2), real, top, total, acc0, acc1, BLOCK_M, WIDTH, REST)
             finished = is_last(counter + group, splits)
             if finished:
-                top, total, acc0, acc1 = merge_splits(partial, cell, splits, BLOCK_M, WIDTH, REST)
+                top, total, acc0, acc1 = merge_splits(partial, cell, splits, real, BLOCK_M, WIDTH, REST, MERGE_STAGES)
     if finished:
         store_outputs(
             out, lse, sinks, top, total, acc0, acc1, token * stride_out + query_head * stride_out_head,

@@ -13,6 +13,8 @@ from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, Page
 from mem_triton.ops.tuning.architecture import architecture
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig, select
 
+COLUMNS = 256
+"""Columns of a table that a program looks through at a time."""
 FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}
 # enable_fp_fusion is pinned: Triton is about to change its default, which would change the last bits.
 OPTIONS = {"enable_fp_fusion": True}
@@ -21,7 +23,7 @@ OPTIONS = {"enable_fp_fusion": True}
 class Workspace(NamedTuple):
     """What splits of a block of queries leave for the last of them. One launch at a time may use it."""
 
-    partial: Tensor  # fp32 [cells * BLOCK_M * (padded D + 2)]
+    partial: Tensor  # fp32 [cells * BLOCK_M * (padded D + 4)]
     counter: Tensor  # int32 [blocks * heads], zeros before and after every launch
 
 
@@ -63,7 +65,7 @@ def workspace_for(device: torch.device, config: FusedConfig, size: int) -> Works
     It holds the largest grid that splits, and is never given back: captured graphs keep its address. A capture on a
     stream that has none yet, as nothing ran there before, gets one of its own whose zeros are part of the graph.
     """
-    cells, floats = config.programs, config.block_m * (sum(channel_parts(size)) + 2)
+    cells, floats = config.programs, config.block_m * (sum(channel_parts(size)) + 4)
     on_gpu = device.type == "cuda"
     key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0, cells, floats)
     if on_gpu and key in _KEPT:
@@ -158,9 +160,10 @@ def kernel_arguments(
     constants = {
         "GROUP": query.shape[1] // context.keys.shape[1], "SIZE": query.shape[2], "WIDTH": width, "REST": rest,
         "BLOCK_SIZE": context.keys.shape[2], "PAGE_SIZE": page_keys.shape[2] if pages else 1,
-        "COLUMNS": 1 << (page.shape[1] - 1).bit_length() if table else 1,
+        "COLUMNS": min(COLUMNS, 1 << (page.shape[1] - 1).bit_length()) if table else 1,
         "FORMAT": formats[0], "SHARED_FORMAT": formats[1], "SOFT_CAP": soft_cap > 0,
         "BLOCK_M": config.block_m, "TILE": config.tile, "MEMORY_TILE": memory_tile,
         "ONE_BLOCK": grid.one_block, "SPLIT": grid.splits > 1, "MIN_TILES": config.min_tiles, "PART": grid.part,
+        "MERGE_STAGES": config.merge_stages(query.shape[2]),
     }  # fmt: skip
     return arguments, constants

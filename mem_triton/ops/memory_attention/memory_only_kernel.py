@@ -5,7 +5,8 @@ import triton.language as tl
 
 from mem_triton.ops.memory_attention.cascade_kernel_parts import store_merged
 from mem_triton.ops.memory_attention.kernel_output import is_last, merge_splits, store_partial
-from mem_triton.ops.memory_attention.kernel_parts import LOG2E, attend_tile, find_row, load_part
+from mem_triton.ops.memory_attention.kernel_pages import attend_pages
+from mem_triton.ops.memory_attention.kernel_parts import find_row, load_part
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "split_pages", "stride_lse", "stride_lse_head"])
@@ -17,7 +18,7 @@ def memory_only_kernel(
     stride_page, stride_head, stride_token, stride_table,
     GROUP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, PAGE_SIZE: tl.constexpr,
     FORMAT: tl.constexpr, SOFT_CAP: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    MERGE: tl.constexpr,
+    MERGE: tl.constexpr, MERGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, KV heads, splits of split_pages table columns each).
 
@@ -41,7 +42,7 @@ def memory_only_kernel(
     if tl.program_id(2) >= tl.maximum(splits, 0 if MERGE else 1):  # else zeros must be written
         return
 
-    m, lane = tl.arange(0, BLOCK_M), tl.arange(0, TILE)
+    m = tl.arange(0, BLOCK_M)
     first_position = tl.load(seq_lens + row, mask=real_row, other=0) - queries
     position = first_position + m // GROUP
     last_position = first_position + tl.minimum(queries, TOKENS) - 1
@@ -58,40 +59,23 @@ def memory_only_kernel(
     acc1 = tl.zeros([BLOCK_M, REST if REST else 1], tl.float32)
 
     low = tl.program_id(2) * split_pages
-    high = tl.minimum(low + split_pages, pages)
-    for start in range(low * PAGE_SIZE, high * PAGE_SIZE, TILE):
-        j = start + lane
-        used = j < high * PAGE_SIZE
-        entry = slot.to(tl.int64) * stride_table + j // PAGE_SIZE
-        seen_from = tl.load(table_first + entry, mask=used, other=0)
-        seen_to = tl.load(table_end + entry, mask=used, other=0)
-        live = (seen_from <= last_position) & (seen_to > first_position)
-        live = live & (j % PAGE_SIZE < tl.load(table_tokens + entry, mask=used, other=0))
-        if tl.max(live.to(tl.int32), 0) > 0:  # else no query of this block sees any of these pages
-            page = tl.load(table_page + entry, mask=live, other=0).to(tl.int64)
-            page_head = page * tl.num_programs(1) + head  # row of the scales
-            value_scale, bias = None, None
-            if FORMAT:
-                value_scale = tl.load(page_value_scale + page_head * PAGE_SIZE + j % PAGE_SIZE, mask=live, other=0.0)
-            if table_bias is not None:
-                bias = (tl.load(table_bias + entry, mask=live, other=0.0) * LOG2E)[None, :]
-            visible = (position[:, None] >= seen_from[None, :]) & (position[:, None] < seen_to[None, :])
-            top, total, acc0, acc1 = attend_tile(
-                q0, q1, top, total, acc0, acc1, page_keys + head * stride_head, page_values + head * stride_head,
-                page * stride_page + j % PAGE_SIZE * stride_token, live, visible & live[None, :],
-                page_key_scale, page_head * SIZE, value_scale, bias, scale, soft_cap,
-                SIZE, WIDTH, REST, FORMAT, SOFT_CAP,
-            )  # fmt: skip
+    pages = tl.minimum(low + split_pages, pages) - low  # of this split; none if the slot has none
+    top, total, acc0, acc1 = attend_pages(
+        q0, q1, top, total, acc0, acc1, 0, tl.cdiv(pages * PAGE_SIZE, TILE), slot.to(tl.int64) * stride_table + low,
+        pages, position, first_position, last_position, head, page_keys, page_values, page_key_scale, page_value_scale,
+        table_page, table_tokens, table_first, table_end, table_bias, stride_page, stride_head, stride_token,
+        scale, soft_cap, SIZE, WIDTH, REST, PAGE_SIZE, FORMAT, SOFT_CAP, TILE,
+    )  # fmt: skip
 
     finished = splits <= 1
     if SPLIT:  # noqa: SIM102 (one is known when compiling, the other is not)
         if splits > 1:
             group = tl.program_id(0) * tl.num_programs(1) + head
             cell = group * tl.num_programs(2)
-            store_partial(partial, cell + tl.program_id(2), top, total, acc0, acc1, BLOCK_M, WIDTH, REST)
+            store_partial(partial, cell + tl.program_id(2), real, top, total, acc0, acc1, BLOCK_M, WIDTH, REST)
             finished = is_last(counter + group, splits)
             if finished:
-                top, total, acc0, acc1 = merge_splits(partial, cell, splits, BLOCK_M, WIDTH, REST)
+                top, total, acc0, acc1 = merge_splits(partial, cell, splits, real, BLOCK_M, WIDTH, REST, MERGE_STAGES)
     if finished:
         store_merged(
             out, lse, token * stride_out + query_head * stride_out_head,

@@ -70,6 +70,7 @@ def shared_kernel(
     stride_head, stride_token, stride_key_scale, stride_value_scale,
     GROUP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, FORMAT: tl.constexpr,
     SOFT_CAP: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+    MERGE_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of BLOCK_M query heads of tokens, KV heads, splits of the segment). Merges into ``out``, ``lse``.
 
@@ -128,12 +129,15 @@ def shared_kernel(
             acc1 = tl.dot(weight, v1, acc1 * shrink[:, None], input_precision="ieee")
 
     if SPLIT:
+        real = tl.full([BLOCK_M], 1, tl.int1)  # packed rows nearly all are; telling would take registers
         block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         cell = block * tl.num_programs(2)
-        store_partial(partial, cell + tl.program_id(2), top, total, acc0, acc1, BLOCK_M, WIDTH, REST)
+        store_partial(partial, cell + tl.program_id(2), real, top, total, acc0, acc1, BLOCK_M, WIDTH, REST)
         if not is_last(counter + block, tl.num_programs(2)):
             return
-        top, total, acc0, acc1 = merge_splits(partial, cell, tl.num_programs(2), BLOCK_M, WIDTH, REST)
+        top, total, acc0, acc1 = merge_splits(
+            partial, cell, tl.num_programs(2), real, BLOCK_M, WIDTH, REST, MERGE_STAGES
+        )
     store_merged(
         out, lse, token * stride_out + query_head * stride_out_head, token * stride_lse + query_head * stride_lse_head,
         sees, top, total, acc0, acc1, SIZE, WIDTH, REST, True,

@@ -50,6 +50,7 @@ def select_shared(architecture: str, size: int, item_bytes: int, rows: int) -> F
         return _single(config)
     if config.block_m < 64:  # few rows: all reading, so more of it in flight
         return config if amd else replace(config, warps=4, stages=3)
+    config = replace(config, stages=min(config.stages, 2))  # three of such tiles take more than half the shared memory
     if size > 128:
         return replace(config, block_m=32 if amd else 64, tile=32, warps=8)
     if not hopper:  # operands in registers: twice the warps
@@ -66,7 +67,8 @@ def select_pages(architecture: str, size: int, item_bytes: int, rows: int) -> Fu
     if item_bytes == 4:
         return _single(config)
     block_m = min(config.block_m, 32 if size > 128 else 64)
-    return replace(config, block_m=block_m, tile=16 if block_m == 16 else 32, warps=4, stages=1)
+    stages = 1 if architecture.startswith("gfx") else 3
+    return replace(config, block_m=block_m, tile=16 if block_m == 16 else 32, warps=4, stages=stages)
 
 
 def _single(config: FusedConfig) -> FusedConfig:
