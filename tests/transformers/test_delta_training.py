@@ -208,6 +208,20 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_result(tmp_path: Path) -> 
     assert [int(line["step"]) for line in curve] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_kill_before_the_last_evaluation_leaves_it_to_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = tiny(tmp_path)
+    options = {"held_out": data, "evaluate_every": 100}
+    with monkeypatch.context() as patched:
+        patched.setattr("mem_triton_transformers.delta_training.trainer.evaluate", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(model, data, tmp_path / "out", RECIPE, **options)
+    assert train(model, data, tmp_path / "out", RECIPE, **options)["held_out"]["one"]["own"]["sessions"] == 10
+    again = train(model, data, tmp_path / "out", RECIPE, **options)
+    assert again["held_out"] and len([x for x in read(tmp_path / "out" / "training.jsonl") if "held_out" in x]) == 1
+
+
 def test_without_the_moments_the_result_would_be_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = tiny(tmp_path)
     whole = train(model, data, tmp_path / "whole", RECIPE)

@@ -107,14 +107,20 @@ class Trainer:
             last = done == self.steps or stopped
             if last or done % save_every == 0:
                 self.save()
-            if self.data.held_out and (done == self.steps or done % evaluate_every == 0):
-                stage, held_out = line["stage"], self.evaluate(everything=done == self.steps)
-                line = {"step": done, "stage": stage, "held_out": held_out}
-                self.journal.write(line)
-                tell(line)
+            if done % evaluate_every == 0 and done < self.steps:
+                self._evaluate(tell, everything=False)
             if stopped and done < self.steps:
                 return False
+        if not any("held_out" in line and line["step"] == self.steps for line in self.journal.lines):
+            self._evaluate(tell, everything=True)  # not yet, or a kill came before it
         return True
+
+    def _evaluate(self, tell: Callable[[dict[str, Any]], None], everything: bool) -> None:
+        if self.data.held_out:
+            stage = self.data.stages[self.progress.stage]
+            line = {"step": self.progress.step, "stage": stage, "held_out": self.evaluate(everything)}
+            self.journal.write(line)
+            tell(line)
 
     def evaluate(self, everything: bool = True) -> dict[str, Any]:
         """The held-out sessions of all stages, or of those so far, and the plain ones."""
