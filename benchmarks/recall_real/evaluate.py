@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1001)
     parser.add_argument("--reply-tokens", type=int, default=24)
     parser.add_argument(
-        "--save", action="store_true", help="write benchmarks/results/recall-real-<cpu|gpu>-<date>.json"
+        "--save", action="store_true", help="write benchmarks/results/real-recall-<cpu|gpu>-<date>.json"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -137,7 +137,7 @@ def main() -> None:
             "adapter": adapter.fingerprint, "weights_sha256": record.digests(args.model),
             "recall": found, "perplexity": texts, "perplexity_mean": means, "in_context": context,
         }  # fmt: skip
-        path = record.save(report, "recall-real")
+        path = record.save(report, "real-recall")
         print(f"kept in {path.relative_to(record.ROOT)}")
 
 
