@@ -301,7 +301,7 @@ def test_exports_that_mean_nothing(base, saved, tmp_path):
     ):
         assert message in refused("bank", "export", bank, *arguments), arguments
     (tmp_path / "t.txt").write_text("The key of the east door is with Hugo, and the desk of Nina is cedar.")
-    run("write", base, tmp_path / "sparse", tmp_path / "t.txt", "--quiet")
+    run("write", base, tmp_path / "sparse", tmp_path / "t.txt", "--quiet", "--kind", "memory3")
     assert "sparse" in refused("bank", "export", tmp_path / "sparse", "t", "--as", "peft", out)
     assert not out.exists()
 
