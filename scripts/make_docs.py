@@ -41,7 +41,9 @@ def _sections(model: type, path: tuple[str, ...]) -> Iterator[str]:
             inner.append((section, (*path, name)))
         kind = "section" if section is not None else _type(field.annotation) + _bounds(field.metadata)
         key = ".".join((*path, name))
-        default = "**required**" if field.is_required() else _default(field.get_default(call_default_factory=True))
+        value = None if field.is_required() else field.get_default(call_default_factory=True)
+        default = "**required**" if field.is_required() else _default(value) if section is None else "its defaults"
+        default = "none" if section is not None and value is None else default
         meaning = field.description or meanings.get(name) or _first_sentence(section)
         yield f"| `{key}` | {kind} | {default} | {_cell(meaning)} |"
     yield ""
@@ -62,7 +64,8 @@ def _first_sentence(model: type) -> str:
 
 def _meanings(model: type) -> dict[str, str]:
     """Field -> what the class's docstring says of it: ``name: text``, in any order, several on a line."""
-    text = " ".join(inspect.getdoc(model).split("\n\n", 1)[1].split())
+    own = [inspect.getdoc(kind) for kind in model.__mro__ if kind.__doc__ and kind.__module__.startswith("mem_triton")]
+    text = " ".join(" ".join(told.split("\n\n", 1)[1].split()) for told in own if "\n\n" in told)
     names = "|".join(map(re.escape, model.model_fields))
     parts = re.split(rf"(?:^|(?<=[.;] ))({names}): ", text)
     return {name: said.strip().rstrip(";.") for name, said in zip(parts[1::2], parts[2::2], strict=True)}

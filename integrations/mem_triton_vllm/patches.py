@@ -253,6 +253,17 @@ PATCHES: tuple[EnginePatch, ...] = (
         until="No need.",
     ),
     EnginePatch(
+        target="vllm.endpoint_plugins: POST /v1/chat/completions, GET /v1/models",
+        kind="extension",
+        sites=("endpoints.ChatModels.init_state: state.mem_triton_chats*",),
+        what="Where VLLM_PLUGINS names mem_triton, two routes take the place of vLLM's own. A chat request to a memory "
+        "system's chat model is answered by it, and the list of models names it. All others are handed to vLLM's "
+        "handlers as they came.",
+        why="MeMo's executive and memory model are one model to users.",
+        upstream="This is the extension point. Its routes replace those of the same path and method by contract.",
+        until="It stays.",
+    ),
+    EnginePatch(
         target="prompts, SamplingParams, RequestOutput and CompletionOutput of one request",
         kind="request",
         sites=(

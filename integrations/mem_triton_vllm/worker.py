@@ -72,6 +72,7 @@ def attach_memory(
         read_kv=functools.partial(read_context, attentions, block_row),
         attach_states=functools.partial(attach, vllm_config, model, batch_invariant=invariant),
         deterministic=invariant,
+        chat=True,
     )
     memory.attach(config, shape_of(vllm_config), host)
     connect(attentions, memory, policy)

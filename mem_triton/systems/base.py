@@ -18,7 +18,7 @@ and in each worker ``enter``, ``begin_step`` before every forward pass, and ``le
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -169,6 +169,31 @@ class FrontendServices:
     obstacles: Mapping[Capability, str] = field(default_factory=dict)
 
 
+ServedChat = Callable[[dict[str, Any]], Awaitable[tuple[int, dict[str, Any]]]]
+"""served(body): a chat request to a model of this server, without HTTP; its status and its body, as OpenAI's API has
+them. Cancelling it aborts the request."""
+
+
+class ChatPart:
+    """A chat model that a system serves under a name of its own, above the engine's models. model: the name."""
+
+    model: str
+
+    def check(self, body: Mapping[str, Any]) -> None:
+        """Raise RequestError for what cannot be answered, before anything is asked."""
+
+    async def answer(self, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+        """A request's answer: HTTP status and body. Cancelling it cancels what it asks."""
+        raise NotImplementedError
+
+    def stream(self, body: Mapping[str, Any]) -> AsyncIterator[str]:
+        """A request's answer as server-sent events."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """The server ends."""
+
+
 @dataclass(frozen=True)
 class StepBatch:
     """The coming forward pass. first, last: per row, the positions of its first and its last token in this step."""
@@ -228,7 +253,7 @@ class WorkerHost:
     """What an engine's worker gives to a system's.
 
     layers: this rank's attention layers, by their index in the model. tp_rank: among the ranks that split heads; rank:
-    among all. deterministic: rows must not depend on their batch.
+    among all. deterministic: rows must not depend on their batch. chat: its server can serve a system's chat model.
     read_kv: (request id, layer, tokens) -> copies of its keys, with their rotation, and values, [Hkv, tokens, D].
     attach_states: gives each layer of an adapter its state and corrections. lose: (error, everybody) costs the requests
     of the step that runs their memory, everybody's or that of the requests which have some.
@@ -245,6 +270,7 @@ class WorkerHost:
     read_kv: Callable[[str, int, int], tuple[Tensor, Tensor]] | None = None
     attach_states: Callable[..., Any] | None = None
     deterministic: bool = False
+    chat: bool = False
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -254,6 +280,8 @@ class WorkerHost:
             has.add(Capability.STATE)
         if self.read_kv is not None:
             has.add(Capability.CAPTURE)
+        if self.chat:
+            has.add(Capability.CHAT)
         return frozenset(has)
 
 
@@ -281,6 +309,10 @@ class MemorySystem:
     def worker(self, config: General, engine: EngineShape, host: WorkerHost) -> WorkerPart | None:
         """Its part in a worker; None where it has none. Raises ConfigError for what cannot work."""
         raise NotImplementedError
+
+    def chat(self, config: General, served: ServedChat) -> ChatPart | None:
+        """Its chat model, of a system that needs CHAT."""
+        return None
 
 
 def missing(requires: Iterable[Capability], capabilities: Iterable[Capability]) -> list[str]:

@@ -162,13 +162,10 @@ class Endpoint:
         seconds: float = 60.0,
     ) -> Answer:
         """One request. Raises CallError for whatever gives no text: refused, timed out, broken, empty of content."""
-        body: dict[str, Any] = {
-            "model": self.model, "messages": list(messages), "max_tokens": max_tokens, "temperature": temperature,
-        }  # fmt: skip
-        body |= {name: value for name, value in (("top_p", top_p), ("seed", seed)) if value is not None}
-        if schema is not None and self.structured is not False:
-            shape = {"name": schema[0], "schema": schema[1], "strict": True}
-            body["response_format"] = {"type": "json_schema", "json_schema": shape}
+        schema = schema if self.structured is not False else None
+        body = chat_body(
+            self.model, messages, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, schema=schema
+        )
         try:
             async with asyncio.timeout(seconds), self._post(body) as response:
                 data = await _body(response)
@@ -177,8 +174,12 @@ class Endpoint:
         except httpx.HTTPError as error:
             raise CallError(f"the connection broke ({_told(error)})") from None
         if response.status_code != 200:
-            raise _refusal(response, data)
-        return _answer(data)
+            said = data.decode(errors="replace")
+            raise refusal(response.status_code, said, response.headers.get("retry-after", "0"))
+        try:
+            return answer_of(json.loads(data))
+        except (ValueError, RecursionError):
+            raise CallError(f"the response is no JSON: {data[:200].decode(errors='replace')!r}") from None
 
     @asynccontextmanager
     async def _post(self, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
@@ -200,11 +201,27 @@ async def _body(response: httpx.Response) -> bytes:
     return b"".join(parts)
 
 
-def _refusal(response: httpx.Response, data: bytes) -> CallError:
-    status, said = response.status_code, " ".join(data.decode(errors="replace").split())[:300]
+def chat_body(
+    model: str, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float = 0.0,
+    top_p: float | None = None, seed: int | None = None, schema: tuple[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """A chat request as OpenAI's API has it. schema: (name, JSON schema) of the reply."""
+    body: dict[str, Any] = {
+        "model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": temperature,
+    }  # fmt: skip
+    body |= {name: value for name, value in (("top_p", top_p), ("seed", seed)) if value is not None}
+    if schema is not None:
+        shape = {"name": schema[0], "schema": schema[1], "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": shape}
+    return body
+
+
+def refusal(status: int, said: str, retry_after: str = "0") -> CallError:
+    """What a response that is not HTTP 200 means."""
+    said = " ".join(said.split())[:300]
     told = f"HTTP {status}: {_FATAL[status]}: {said}" if status in _FATAL else f"HTTP {status}: {said}"
     try:
-        wait = max(0.0, min(float(response.headers.get("retry-after", 0)), 3600.0))
+        wait = max(0.0, min(float(retry_after), 3600.0))
     except ValueError:  # a date, or nonsense
         wait = 0.0
     return CallError(
@@ -217,15 +234,15 @@ def _refusal(response: httpx.Response, data: bytes) -> CallError:
     )
 
 
-def _answer(data: bytes) -> Answer:
+def answer_of(said: Any) -> Answer:
+    """The reply in a chat completion. Raises CallError for what is none."""
     try:
-        said = json.loads(data)
         choice = said["choices"][0]
         message, usage = choice["message"], said.get("usage") or {}
         content = message.get("content")
         prompt, completion = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise CallError(f"the response is no chat completion: {data[:200].decode(errors='replace')!r}") from None
+    except (LookupError, TypeError, AttributeError):
+        raise CallError(f"the response is no chat completion: {str(said)[:200]}") from None
     if message.get("refusal"):
         raise CallError(f"the model refused: {str(message['refusal'])[:200]}", retryable=False)
     if not isinstance(content, str):  # a tool call and no text: the protocol says that the reply is empty

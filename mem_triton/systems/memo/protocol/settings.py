@@ -45,8 +45,13 @@ class Budget(Section):
 class Temperatures(Section):
     """Sampling temperatures by stage; the defaults are those of the authors' evaluation scripts.
 
-    grounding, pinning, seeking, synthesis: of the executive.
-    memory_grounding, memory_pinning, memory_seeking: of the memory model.
+    grounding: of the executive's first questions.
+    pinning: of its turns that look for the entity.
+    seeking: of its turns that look for the answer.
+    synthesis: of its answer.
+    memory_grounding: of the memory model's replies to first questions.
+    memory_pinning: of its replies while the entity is looked for.
+    memory_seeking: of its replies while the answer is looked for.
     """
 
     grounding: float = Field(default=0.4, ge=0, le=2)

@@ -1,0 +1,239 @@
+"""The model that both models are under one name: chat requests in, the protocol, chat completions out.
+
+Progress comes as ``reasoning_content``, the answer as ``content``; ``usage`` sums every call. What cannot be served is
+refused by name before anything is asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from mem_triton.systems.base import ChatPart, ServedChat
+from mem_triton.systems.memo.driver import Chat, run
+from mem_triton.systems.memo.endpoint import Answer, CallError, Endpoint, EndpointError, answer_of, chat_body, refusal
+from mem_triton.systems.memo.protocol.machine import start
+from mem_triton.systems.memo.protocol.settings import GREEDY, Settings
+from mem_triton.systems.memo.protocol.state import Call, Event, State, usage
+from mem_triton.systems.memo.section import MemoSection
+from mem_triton.systems.memo.trace import Trace
+from mem_triton.systems.request import RequestError, flag
+
+TRACE, XARGS = "mem_memo_trace", "vllm_xargs"
+LEAST_TOKENS = 64
+"""Tokens that the executive needs at least for a reply of the protocol."""
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "n": (None, 1), "logprobs": (None, False), "top_logprobs": (None, 0), "tools": (None, []), "functions": (None, []),
+    "tool_choice": (None, "none"), "stop": (None, []), "prompt_logprobs": (None,), "logit_bias": (None, {}),
+    "modalities": (None, ["text"]), "audio": (None,), "structured_outputs": (None,), "echo": (None, False),
+    "use_beam_search": (None, False), "continue_final_message": (None, False), "function_call": (None, "none"),
+}  # fmt: skip
+"""Fields of a request that are understood with these values alone."""
+
+
+class QueueFullError(Exception):
+    """More answers wait for their turn than may."""
+
+
+class ServedModel:
+    """A model of this server, asked without HTTP. extra: fields that each of its requests has."""
+
+    def __init__(self, model: str, served: ServedChat, extra: Mapping[str, Any]) -> None:
+        self.model, self._served, self._extra = model, served, extra
+
+    async def chat(self, messages: Sequence[Mapping[str, str]], *, seconds: float, **options: Any) -> Answer:
+        """As ``Endpoint.chat``."""
+        try:
+            async with asyncio.timeout(seconds):
+                status, said = await self._served({**chat_body(self.model, messages, **options), **self._extra})
+        except TimeoutError:
+            raise CallError(f"no answer within {seconds:.3g} seconds") from None
+        if status != 200:
+            raise refusal(status, json.dumps(said))
+        return answer_of(said)
+
+
+class MemoChat(ChatPart):
+    """Both models under one name. served: asks a model of this server."""
+
+    def __init__(self, section: MemoSection, served: ServedChat) -> None:
+        self.section, self.served, self.model = section, served, section.name
+        self._endpoints = {spec: Endpoint(spec) for spec in (section.executive, section.memory) if "#" in spec}
+        self._checked: set[str] = set()
+        self._checking = asyncio.Lock()
+        self._free = asyncio.Semaphore(section.at_once)
+        self._inside = 0
+
+    async def close(self) -> None:
+        for endpoint in self._endpoints.values():
+            await endpoint.close()
+
+    def check(self, body: Mapping[str, Any]) -> None:
+        for name, allowed in _PLAIN.items():
+            if body.get(name) not in allowed:
+                raise RequestError(name, f"is not served by {self.model}; leave it out")
+        if (body.get("response_format") or {}).get("type", "text") != "text":
+            raise RequestError("response_format", f"is not served by {self.model}; its answers are plain text")
+        words = body.get(XARGS) or {}
+        flag(words, TRACE, False)
+        if (others := sorted(set(words) - {TRACE})) and "#" in self.section.executive:
+            raise RequestError(others[0], f"is for a model of this server; {self.section.executive} is another's")
+        start(self._question(body), self._settings(body))
+
+    async def answer(self, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+        self.check(body)
+        progress: list[str] = []
+        try:
+            async with self._turn():
+                trace = await self._run(body, progress.append)
+        except QueueFullError as error:
+            return 429, _error(429, str(error))
+        except EndpointError as error:
+            return 502, _error(502, str(error))
+        result = trace.result
+        if result.kind == "error":
+            return result.status, _error(result.status, result.text, self._told(body, trace))
+        message = {"role": "assistant", "content": result.text, "reasoning_content": "".join(progress) or None}
+        choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+        said = self._head("chat.completion") | {"choices": [choice], "usage": usage(trace.final.spent)}
+        return 200, said | self._told(body, trace)
+
+    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[str]:
+        """Events as they come. Whoever stops reading and closes the iterator cancels what is asked."""
+        self.check(body)
+        head = self._head("chat.completion.chunk")
+        parts: asyncio.Queue[str | None] = asyncio.Queue()
+
+        async def work() -> Trace:
+            try:
+                async with self._turn():
+                    return await self._run(body, parts.put_nowait)
+            finally:
+                parts.put_nowait(None)
+
+        yield _chunk(head, {"role": "assistant", "content": ""})
+        task = asyncio.create_task(work())
+        try:
+            while (part := await parts.get()) is not None:
+                yield _chunk(head, {"reasoning_content": part})
+            try:
+                trace = await task
+            except (QueueFullError, EndpointError) as error:
+                status = 429 if isinstance(error, QueueFullError) else 502
+                yield _event(_error(status, str(error)))
+                return
+            result = trace.result
+            if result.kind == "error":
+                yield _event(_error(result.status, result.text, self._told(body, trace)))
+                return
+            yield _chunk(head, {"content": result.text})
+            yield _chunk(head, {}, "stop", self._told(body, trace))
+            if (body.get("stream_options") or {}).get("include_usage"):
+                yield _event({**head, "choices": [], "usage": usage(trace.final.spent)})
+            yield "data: [DONE]\n\n"
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Wait for a turn. Raises QueueFullError where too many wait already."""
+        if self._inside >= self.section.at_once + self.section.waiting:
+            raise QueueFullError(f"{self.model}: {self._inside} answers are worked on or wait; try again later")
+        self._inside += 1
+        try:
+            async with self._free:
+                yield
+        finally:
+            self._inside -= 1
+
+    async def _run(self, body: Mapping[str, Any], tell: Any) -> Trace:
+        words = {name: value for name, value in (body.get(XARGS) or {}).items() if name != TRACE}
+        models = {
+            "executive": await self._model(self.section.executive, {XARGS: words} if words else {}, structured=True),
+            "memory": await self._model(self.section.memory, {}),
+        }
+        seen = 0
+
+        def watch(state: State, calls: list[Call], event: Event | None) -> None:
+            nonlocal seen
+            for item in state.evidence[seen:]:
+                tell(f"{item.question}\n→ {item.text if item.outcome == 'answer' else item.outcome}\n")
+            seen = len(state.evidence)
+
+        return await run(self._question(body), self._settings(body), models, watch)  # type: ignore[arg-type]
+
+    async def _model(self, spec: str, extra: Mapping[str, Any], structured: bool = False) -> Chat:
+        if (endpoint := self._endpoints.get(spec)) is None:
+            return ServedModel(spec, self.served, extra)
+        async with self._checking:  # once, when the first request comes: both servers may start in any order
+            if spec not in self._checked:
+                await endpoint.check(structured=structured)
+                self._checked.add(spec)
+        return endpoint
+
+    def _settings(self, body: Mapping[str, Any]) -> Settings:
+        told = self.section.model_dump(include=set(Settings.model_fields))
+        if isinstance(seed := body.get("seed"), int):
+            told["seed"] = seed % 2**31
+        if body.get("temperature") == 0:
+            told["temperatures"] = GREEDY.model_dump()
+        limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None]
+        if limits:
+            if min(limits) < LEAST_TOKENS:
+                raise RequestError("max_tokens", f"must be at least {LEAST_TOKENS} for {self.model}, or left out")
+            told["executive_tokens"] = min(told["executive_tokens"], *limits)
+        return Settings.model_validate(told)
+
+    def _question(self, body: Mapping[str, Any]) -> str:
+        """The last message of the user; what was said before stands above it."""
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages or messages[-1].get("role") != "user":
+            raise RequestError("messages", "must end with a message of the user")
+        said = [(str(message.get("role")), _text(message.get("content"))) for message in messages]
+        if len(said) == 1:
+            return said[0][1]
+        before = "\n".join(f"{role}: {text}" for role, text in said[:-1])
+        return f"{said[-1][1]}\n\n(Said before:\n{before})"
+
+    def _told(self, body: Mapping[str, Any], trace: Trace) -> dict[str, Any]:
+        wanted = flag(body.get(XARGS) or {}, TRACE, False)
+        return {"mem_triton": {"memo": trace.document()}} if wanted else {}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        id = f"chatcmpl-memo-{uuid.uuid4().hex}"
+        return {"id": id, "object": kind, "created": int(time.time()), "model": self.model}
+
+
+def _text(content: Any) -> str:
+    """A message's text. Raises RequestError for images and other parts."""
+    if isinstance(content, str) or content is None:
+        return content or ""
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    if any(text is None for text in texts):
+        raise RequestError("messages", "holds a part that is no text; only text is served")
+    return "\n".join(map(str, texts))
+
+
+def _error(status: int, message: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    kinds = {429: "rate_limit_error", 502: "bad_gateway", 504: "timeout"}
+    return {
+        "error": {"message": message, "type": kinds.get(status, "error"), "param": None, "code": status},
+        **(more or {}),
+    }
+
+
+def _chunk(
+    head: Mapping[str, Any], delta: Mapping[str, Any], finish: str | None = None, more: Mapping[str, Any] | None = None
+) -> str:
+    choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
+    return _event({**head, "choices": [choice], **(more or {})})
+
+
+def _event(said: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(said, ensure_ascii=False)}\n\n"
