@@ -6,7 +6,6 @@ method takes the stock one's place. Requests for other models go to the stock ha
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from argparse import Namespace
 from collections.abc import AsyncIterator, Mapping
@@ -18,7 +17,7 @@ from vllm.entrypoints.openai.chat_completion.api_router import create_chat_compl
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.models.api_router import show_available_models
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.utils.api_utils import listen_for_disconnect, validate_json_request, with_cancellation
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
 from mem_triton.config import parse_config
 from mem_triton.schema import ConfigError
@@ -92,7 +91,7 @@ async def _chat(request: ChatCompletionRequest, raw_request: Request) -> Any:
         said = {"message": str(error), "type": "BadRequestError", "param": error.field, "code": 400}
         return JSONResponse({"error": said}, status_code=400)
     if request.stream:
-        return StreamingResponse(_events(part, body, raw_request), media_type="text/event-stream")
+        return StreamingResponse(_events(part, body), media_type="text/event-stream")
     return await _answer(part, raw_request, body)
 
 
@@ -102,23 +101,12 @@ async def _answer(part: ChatPart, raw_request: Request, body: Mapping[str, Any])
     return JSONResponse(said, status_code=status, headers={"Retry-After": "1"} if status == 429 else None)
 
 
-async def _events(part: ChatPart, body: Mapping[str, Any], raw_request: Request) -> AsyncIterator[str]:
-    """The stream; a client that leaves closes it, and with it what it asks, also while nothing is sent."""
-    gone = asyncio.create_task(listen_for_disconnect(raw_request))
-    try:
-        async with contextlib.aclosing(part.stream(body)) as events:
-            while True:
-                coming = asyncio.ensure_future(anext(events, None))
-                await asyncio.wait({coming, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not coming.done():
-                    coming.cancel()
-                    await asyncio.gather(coming, return_exceptions=True)
-                    return
-                if (event := coming.result()) is None:
-                    return
-                yield event
-    finally:
-        gone.cancel()
+async def _events(part: ChatPart, body: Mapping[str, Any]) -> AsyncIterator[str]:
+    """The stream. The response that reads it listens for a client that leaves, and cancels it; that closes what it
+    asks."""
+    async with contextlib.aclosing(part.stream(body)) as events:
+        async for event in events:
+            yield event
 
 
 def _chats(raw_request: Request) -> Mapping[str, ChatPart]:

@@ -174,7 +174,7 @@ def test_a_client_that_leaves_cancels_the_calls_and_a_full_queue_is_429(server, 
         executive.reset()
     began = time.monotonic()
     while executive.seen()["now"]:
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20  # a call that nobody cancels is given up after a minute
         time.sleep(0.05)
     executive.reset()
     asks(executive, "Who has a kite?")
