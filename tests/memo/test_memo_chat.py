@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 
@@ -28,7 +29,7 @@ class Served:
 
     def __init__(self, status=200, delay=0.0):
         self.scripted, self.status, self.delay = Scripted(WORLD), status, delay
-        self.bodies, self.running, self.cancelled = [], 0, 0
+        self.bodies, self.running, self.cancelled, self.closed = [], 0, 0, 0
 
     async def __call__(self, body):
         self.bodies.append(body)
@@ -37,6 +38,8 @@ class Served:
             await asyncio.sleep(self.delay)
         except asyncio.CancelledError:
             self.cancelled += 1
+            await asyncio.sleep(0.05)  # as a connection closes
+            self.closed += 1
             raise
         finally:
             self.running -= 1
@@ -207,6 +210,29 @@ def test_whoever_leaves_cancels_what_is_asked(stream):
     began = time.monotonic()
     assert asyncio.run(leave()) == 0 and served.cancelled == 1 and time.monotonic() - began < 5
     assert chat._inside == 0
+
+
+def test_whoever_is_cancelled_twice_lets_what_was_asked_close():
+    """As servers do with a stream whose client has left: a second cancellation must not reach the closing."""
+    served = Served(delay=30)
+    chat = served_chat(served, at_once=1, waiting=0)
+
+    async def read():
+        async with contextlib.aclosing(chat.stream(body())) as events:
+            async for _ in events:
+                pass
+
+    async def leave():
+        reading = asyncio.create_task(read())
+        while not served.running:
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            reading.cancel()
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        return served.running
+
+    assert asyncio.run(leave()) == 0 and (served.cancelled, served.closed) == (1, 1) and chat._inside == 0
 
 
 def test_an_engine_without_chat_models_refuses_the_section_by_name():

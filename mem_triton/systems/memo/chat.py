@@ -138,7 +138,9 @@ class MemoChat(ChatPart):
             yield "data: [DONE]\n\n"
         finally:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await asyncio.wait({task})  # not gather, as in the driver
+            if not task.cancelled():
+                task.exception()  # what it was has been told, or nobody is there to hear it
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:

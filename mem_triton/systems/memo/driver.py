@@ -66,7 +66,8 @@ async def run(
     finally:
         for task in tasks.values():
             task.cancel()
-        await asyncio.gather(*tasks.values(), return_exceptions=True)
+        if tasks:  # not gather: whoever is cancelled twice would cancel twice, and cut off the closing of a connection
+            await asyncio.wait(tasks.values())
     return Trace(question, settings, tuple(events))
 
 

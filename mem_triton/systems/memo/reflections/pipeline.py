@@ -142,7 +142,7 @@ class Build:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait(tasks)  # not gather, as in the driver
 
     async def _call(self, unit: Unit) -> Answer:
         settings = self.settings
