@@ -48,7 +48,12 @@ def create(runner: Any) -> AttentionBackend:
     backend.__class__ = type(f"{stock.__name__}WithMemory", (BackendWithMemory, stock), {})
     backend.mem_triton = memory
     backend.mem_steps = StepBuilder(runner.req_to_token_pool.req_to_token, pool.page_size)
-    if torch.device(runner.device).type != "cpu":
+    if torch.device(runner.device).type == "cpu":
+        if memory.has_segments:
+            from mem_triton.ops.memory_attention import paged_numba
+
+            paged_numba.warm_up(runner.dtype)
+    else:
         from mem_triton_sglang.warmup import warm_up
 
         warm_up(backend, runner)

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from vllm.config import CUDAGraphMode, get_layers_from_vllm_config
 from vllm.forward_context import get_forward_context, is_forward_context_available
@@ -43,6 +44,10 @@ class BuilderWithMemory(AttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         layouts: dict[type, CacheLayout] = {}
+        if torch.device(device).type == "cpu":
+            from mem_triton.ops.memory_attention import paged_numba  # not before vLLM has started
+
+            paged_numba.warm_up(vllm_config.model_config.dtype)
         for name, layer in layers.items():
             kind = type(layer.impl)
             if kind not in layouts:

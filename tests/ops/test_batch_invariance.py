@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mem_triton.ops.delta_rule import DeltaRuleSpec, delta_rule_paged
-from mem_triton.ops.memory_attention import FOREVER, Policy, memory_attention
+from mem_triton.ops.memory_attention import FOREVER, Policy, memory_attention, paged_numba
 from tests.ops.attention_case import AttentionCase, assert_matches, in_order, make_case, random_case
 from tests.ops.paged_case import make_case as make_states
 
@@ -40,10 +40,13 @@ def test_any_row_alone_and_in_any_batch(seed):
     assert moved(case, INVARIANT) == []
 
 
-def test_rows_of_alike_lengths_and_the_control():
+def test_rows_of_alike_lengths_and_the_control(monkeypatch):
     """The usual way attends to them together, padded to the longest."""
     rows = [(1, length) for length in (500, 511, 523, 530)] + [(7, 60), (7, 66)]
     case = make_case(rows, heads=(8, 2), size=64, memories=[[(8, 0, FOREVER)] * 3] * 6, shared=300)
+    assert moved(case, INVARIANT) == []
+    assert moved(case, None) == [], "numba attends rows of few queries one by one"
+    monkeypatch.setattr(paged_numba, "SHORT", 0)
     assert moved(case, INVARIANT) == []
     assert moved(case, None) != []
 

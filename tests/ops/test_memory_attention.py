@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mem_triton.ops.memory_attention import FOREVER, Policy, memory_attention, paged_torch, reference, torch_parts
+from mem_triton.ops.memory_attention import (
+    FOREVER,
+    Policy,
+    memory_attention,
+    paged_numba,
+    paged_torch,
+    reference,
+    torch_parts,
+)
 from tests.ops.attention_case import (
     FP8,
     INT8,
@@ -141,6 +149,7 @@ def test_sequences_longer_than_a_query_chunk(monkeypatch):
 
 
 def test_groups_are_bounded_in_memory(monkeypatch):
+    monkeypatch.setattr(paged_numba, "SHORT", 0)
     rows = [(1, n) for n in (3, 90, 17, 200, 45)]
     case = make_case(rows, memories=[[(8, 0, FOREVER)] * n for n in (1, 12, 2, 0, 7)])
     after, sizes = run(case), []

@@ -6,6 +6,8 @@ ran.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tests.support import interp
@@ -91,15 +93,28 @@ def as_on_a_gpu() -> None:
 def memory_attention() -> None:
     """The fused attention kernel."""
     interp.install()
-    from mem_triton.ops.memory_attention import launch, paged_torch
+    from mem_triton.ops.memory_attention import launch, paged_cpu
 
     launch.architecture = lambda device: "sm90"
 
-    def attend(*arguments, **options) -> None:
-        launch.attend(*arguments, **options)
+    def attend(query, context, out, **options) -> None:
+        launch.attend(query, by_token(context, query.shape[-1]), out, **options)
         _say("attention")
 
-    paged_torch.attend = attend
+    paged_cpu.attend = attend
+
+
+def by_token(context: Any, size: int) -> Any:
+    """What a GPU's KV cache would be: keys and values of a token beside each other."""
+    if context.packing is None:
+        return context
+    import torch
+
+    from mem_triton.ops.memory_attention.packing import unpack_keys, unpack_values
+
+    keys, values = unpack_keys(context.keys, context.packing), unpack_values(context.values, context.packing)
+    keys, values = torch.cat([keys, values], -1).split(size, -1)
+    return context._replace(keys=keys, values=values, packing=None)
 
 
 _said: set[str] = set()

@@ -83,7 +83,7 @@ _KEPT: list[Any] = []  # what is recorded until the process ends
 
 def _attention_as_on_a_gpu() -> None:
     """The way that the op takes on an H200, which the batch chooses."""
-    from mem_triton.ops.memory_attention import cascade, launch, paged_torch
+    from mem_triton.ops.memory_attention import cascade, launch, paged_cpu
     from mem_triton.ops.memory_attention.policy import choose
 
     launch.architecture = lambda device: "sm90"
@@ -92,7 +92,7 @@ def _attention_as_on_a_gpu() -> None:
     cascade_launch.architecture = launch.architecture
 
     def attend(query: Any, context: Any, out: Any, **options: Any) -> None:
-        context = _by_token(context, query.shape[-1])
+        context = kernels_on_cpu.by_token(context, query.shape[-1])
         shared = options["shared"]
         policy = choose(
             "sm90", rows=len(context.seq_lens),
@@ -100,17 +100,4 @@ def _attention_as_on_a_gpu() -> None:
         )  # fmt: skip
         (cascade if policy.route == "shared_batched" else launch).attend(query, context, out, **options)
 
-    paged_torch.attend = attend
-
-
-def _by_token(context: Any, size: int) -> Any:
-    """What a GPU's KV cache would be: keys and values of a token beside each other."""
-    if context.packing is None:
-        return context
-    import torch
-
-    from mem_triton.ops.memory_attention.packing import unpack_keys, unpack_values
-
-    keys, values = unpack_keys(context.keys, context.packing), unpack_values(context.values, context.packing)
-    keys, values = torch.cat([keys, values], -1).split(size, -1)
-    return context._replace(keys=keys, values=values, packing=None)
+    paged_cpu.attend = attend

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention import paged_torch
+from mem_triton.ops.memory_attention import paged_cpu
 from mem_triton.ops.memory_attention.types import PagedContext
 
 SPLITS = 8
@@ -50,7 +50,7 @@ def _attend_rows(
         alone = context._replace(
             block_table=context.block_table[one], query_start_loc=starts, seq_lens=context.seq_lens[one]
         )
-        paged_torch.attend(
+        paged_cpu.attend(
             query[begin:end].clone(memory_format=torch.contiguous_format), alone, out[begin:end], **options,
             row_slot=None if row_slot is None else row_slot[one], lse=None if lse is None else lse[begin:end],
         )  # fmt: skip

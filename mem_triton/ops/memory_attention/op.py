@@ -1,6 +1,6 @@
 """``mem_triton::memory_attention``: one softmax over memory and paged context, as one torch.library op.
 
-The op checks its tensors, then runs torch on the CPU (``paged_torch``) or, on a GPU, the Triton kernels that ``policy``
+The op checks its tensors, then runs ``paged_cpu`` on the CPU or, on a GPU, the Triton kernels that ``policy``
 names: the fused one (``launch``), or that and the batched shared segment (``cascade``).
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention import invariant, paged_torch
+from mem_triton.ops.memory_attention import invariant, paged_cpu
 from mem_triton.ops.memory_attention.checks import check
 from mem_triton.ops.memory_attention.policy import Policy, choose
 from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
@@ -97,7 +97,7 @@ def _run(
         invariant.attend(query, context, out, **memory, **options)
         return
     if query.device.type == "cpu":
-        paged_torch.attend(query, context, out, only_readers=only_readers, **memory, **options)
+        paged_cpu.attend(query, context, out, only_readers=only_readers, **memory, **options)
         return
     from mem_triton.ops.memory_attention import cascade, launch  # Triton is there on Linux only
 

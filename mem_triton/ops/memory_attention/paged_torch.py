@@ -53,12 +53,11 @@ def attend(
     soft_cap: float,
     sinks: Tensor | None,
     lse: Tensor | None,
-    only_readers: bool = False,
+    skipped: np.ndarray | None = None,
 ) -> None:
-    """Arguments as in ``op.memory_attention``, already checked."""
+    """Arguments as in ``op.memory_attention``, already checked. skipped: a flag for each row that is not attended."""
     kv_heads, size = context.keys.shape[1], query.shape[2]
     slots = None if row_slot is None else row_slot.numpy()
-    skipped = slots < 0 if only_readers else None
     for rows in split(context.query_start_loc.numpy(), context.seq_lens.numpy(), kv_heads * size, skipped):
         tokens, count = rows.tokens(), rows.queries
         q = query[tokens].float().view(len(rows.row), count, kv_heads, -1, size).permute(2, 0, 3, 1, 4)  # [Hkv,n,G,T,D]

@@ -1,0 +1,77 @@
+"""Numbers as numba's compiled loops take them: bf16 as uint16, or two of them as uint32, and powers of two."""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+TILE = 128
+LANES = 16
+# Sums may be reordered, for vector instructions: always in the same way. Infinities and NaN keep their meaning.
+OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+
+
+def _bits(builder, value, shift):
+    word = builder.shl(value, ir.Constant(ir.IntType(32), shift)) if shift else value
+    return builder.bitcast(word, ir.FloatType())
+
+
+@intrinsic
+def as_float(typing, x):
+    """A float32 as it is, a uint16 as the bf16 that it holds, a uint32 as the float32 that it holds."""
+
+    def generate(context, builder, signature, args):
+        if signature.args[0] == types.float32:
+            return args[0]
+        if signature.args[0] == types.uint16:
+            return _bits(builder, builder.zext(args[0], ir.IntType(32)), 16)
+        return _bits(builder, args[0], 0)
+
+    return types.float32(x), generate
+
+
+@intrinsic
+def low(typing, x):
+    """The first bf16 of a uint32."""
+    return types.float32(x), lambda context, builder, signature, args: _bits(builder, args[0], 16)
+
+
+@intrinsic
+def high(typing, x):
+    """The second bf16 of a uint32."""
+
+    def generate(context, builder, signature, args):
+        return _bits(builder, builder.and_(args[0], ir.Constant(ir.IntType(32), 0xFFFF0000)), 0)
+
+    return types.float32(x), generate
+
+
+@intrinsic
+def rounded(typing, x, like):
+    """A float32 as ``like`` holds numbers: itself, or the nearest bf16 as uint16, of two the even one."""
+
+    def generate(context, builder, signature, args):
+        if signature.args[1] == types.float32:
+            return args[0]
+        word, constant = builder.bitcast(args[0], ir.IntType(32)), lambda n: ir.Constant(ir.IntType(32), n)
+        odd = builder.and_(builder.lshr(word, constant(16)), constant(1))
+        up = builder.lshr(builder.add(builder.add(word, odd), constant(0x7FFF)), constant(16))
+        quiet = builder.or_(builder.lshr(word, constant(16)), constant(0x40))
+        nan = builder.fcmp_unordered("uno", args[0], args[0])
+        return builder.trunc(builder.select(nan, quiet, up), ir.IntType(16))
+
+    return like(x, like), generate
+
+
+@njit(inline="always")
+def exp2(x):
+    """2**x for x <= 0, to 2e-7; below 2**-126 that."""
+    x = max(x, np.float32(-126))
+    whole = np.floor(x + np.float32(0.5))
+    f = x - whole
+    tail = np.float32(1.3333558e-3) + f * np.float32(1.5403530e-4)
+    tail = np.float32(0.24022651) + f * (np.float32(5.5504109e-2) + f * (np.float32(9.6181291e-3) + f * tail))
+    power = np.float32(1) + f * (np.float32(0.69314718) + f * tail)
+    return power * as_float(np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)))
