@@ -25,7 +25,12 @@ def found(data: Any, key: str) -> Iterator[Any]:
 
 
 def recalls(name: str) -> set[str]:
-    return {f"{100 * share:.1f}" for share in found(json.loads((RESULTS / name).read_text()), "recall")}
+    """Shares of right answers, in percent; a file of quality also has F1 scores, with their intervals."""
+    keys = ("recall",) if name.startswith("recall") else ("says", "f1", "f1_interval")
+    data = json.loads((RESULTS / name).read_text())
+    values = [value for key in keys for value in found(data, key)]
+    shares = [share for value in values for share in (value if isinstance(value, list) else [value])]
+    return {f"{100 * share:.1f}" for share in shares}
 
 
 def speeds(name: str) -> set[tuple[str, str, str]]:
@@ -39,7 +44,7 @@ def test_results_of_the_readme():
     for row in rows:
         _, mine, against, file = row.strip().strip("|").split("|")
         name = re.search(r"`([\w-]+\.json)`", file)[1]
-        if name.startswith("recall"):
+        if name.startswith(("recall", "quality")):
             shares = re.findall(r"\d+\.\d", mine) + re.findall(r"(\d+\.\d) %", against)
             assert shares and set(shares) <= recalls(name), row
         else:
@@ -59,7 +64,8 @@ def test_recalls_of_the_benchmarks_page():
     recall = PAGES["benchmarks.md"].split("## Recall", 1)[1].split("## Speed", 1)[0]
     rows = "\n".join(line for line in recall.splitlines() if line.startswith("|"))
     told = set(re.findall(r"\d+\.\d", rows))
-    measured = set().union(*(recalls(path.name) for path in RESULTS.glob("recall*.json")))
+    files = [path.name for kind in ("recall", "quality") for path in RESULTS.glob(f"{kind}*.json")]
+    measured = set().union(*map(recalls, files))
     assert len(told) > 15 and told <= measured, told - measured
 
 
