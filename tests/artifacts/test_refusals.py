@@ -251,7 +251,7 @@ def test_a_window_that_is_switched_off_or_longer_than_the_context_is_none(base, 
 
 
 def test_banks_that_cannot_take_imports(base, saved, tmp_path):
-    run("bank", "create", tmp_path / "sparse", "--model", base)
+    run("bank", "create", tmp_path / "sparse", "--model", base, "--kind", "memory3")
     line = refused("import", saved / "adapter", tmp_path / "sparse", "--model", base)
     assert "BANK: kind is memory3" in line
     other = save_tiny_model(tmp_path / "qwen", "qwen3")

@@ -20,7 +20,8 @@ def expected(tenant: str = "", **values) -> MemoryRequest:
         {
             system: kind(tenant=tenant, **{n: v for n, v in values.items() if n in kind.__dataclass_fields__})
             for system, kind in kinds.items()
-        },
+        }
+        | {"memo": False},  # no trace
     )
 
 

@@ -35,6 +35,7 @@ def test_the_option_or_vllms_own_mode_turns_it_on(configured, variable, monkeypa
     monkeypatch.setattr(worker, "shape_of", lambda _: None)
     monkeypatch.setattr(worker, "get_tensor_model_parallel_rank", lambda: 0)
     attention = SimpleNamespace(impl=SimpleNamespace())
+    monkeypatch.setattr(worker, "has_one_front_end", lambda _: False)
     monkeypatch.setattr(worker, "attentions_of", lambda _: {0: attention})
     monkeypatch.setattr(worker, "attach", lambda *args, batch_invariant: batch_invariant)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", variable)

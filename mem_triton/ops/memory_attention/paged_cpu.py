@@ -22,11 +22,15 @@ def attend(
     counts = starts[1:] - starts[:-1]
     if only_readers:
         counts = np.where(row_slot.numpy() < 0, 0, counts)
-    short = np.zeros(len(counts), bool)
-    if paged_numba.takes(context, query, options["pages"], options["shared"]):
-        short = (counts > 0) & (counts <= paged_numba.SHORT)
+    short = (counts > 0) & (counts <= paged_numba.SHORT) & paged_numba.takes(context, query, None, None)
+    memory = {name: options[name] for name in ("pages", "table", "shared")}
+    if not paged_numba.takes(context, query, memory["pages"], memory["shared"]):
+        if row_slot is not None:
+            short &= row_slot.numpy() < 0
+        memory = dict.fromkeys(memory)
     if short.any():
-        paged_numba.attend(query, context, out, np.flatnonzero(short), row_slot=row_slot, **options)
+        compiled = {**options, **memory}
+        paged_numba.attend(query, context, out, np.flatnonzero(short), row_slot=row_slot, **compiled)
     rest = counts * ~short
     if rest.any():
         paged_torch.attend(query, context, out, row_slot=row_slot, skipped=rest == 0, **options)
