@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import itertools
 import json
 import random
@@ -29,7 +28,6 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +37,15 @@ from rich.console import Console
 
 from benchmarks.common import record
 from benchmarks.common.engines import ENGINES
-from benchmarks.common.running import REST, running
-from benchmarks.common.server import BenchmarkError, Launch, Server, choose_ports
-from benchmarks.engines.waiting import NAME, VOCAB, Client, ratios, told
-from mem_triton.store.bank import Bank, NewEntry
-from mem_triton.store.bank.fingerprint import model_fingerprint
-from mem_triton.store.block import MemoryBlock
-from mem_triton.store.pool.pages import PageLayout
-from mem_triton.write import WriteConfig, bank_spec
+from benchmarks.common.random_bank import pool_bytes, random_bank
+from benchmarks.common.running import REST
+from benchmarks.common.server import BenchmarkError, Server
+from benchmarks.engines.two_servers import NAME, VOCAB, Client, ratios, told, two_servers
 
 FEW, MANY, HELD = 12, 48, 16  # documents: of most parts, of the last part, and that a KV cache or a pool holds
 TOGETHER = 3  # documents of a request in "combinations"
 QUESTION, ANSWER, AT_ONCE = 16, 24, 4
-PAGE, BLOCK = 16, 32  # tokens: of a memory page, and of a KV block, of which a CPU takes multiples of 32
+BLOCK = 32  # tokens of a KV block, of which a CPU takes multiples of 32
 PARTS = ("one document", "combinations", "after a restart", "many documents")
 
 
@@ -70,17 +64,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def make_bank(args: argparse.Namespace, path: Path) -> dict[str, float]:
     """A bank of MANY random documents; the pool's GiB, and bytes of one document in the pool."""
-    spec = bank_spec(WriteConfig(kind="prefix"), model_fingerprint(args.model))
-    generator = torch.Generator().manual_seed(0)
-    shape = len(spec.layers), spec.kv_heads, args.document_tokens
-    positions = torch.arange(shape[2], dtype=torch.int32).expand(*shape[:2], -1)
-    with Bank.create(path, spec) as bank:
-        for i in range(MANY):
-            keys, values = 0.1 * torch.randn(2, *shape, spec.head_dim, generator=generator).to(spec.torch_dtype)
-            bank.add([NewEntry(f"document-{i}", f"document {i}", MemoryBlock(keys, values, positions))])
-    layout = PageLayout(shape[0], shape[1], spec.head_dim, PAGE, getattr(torch, args.dtype))
-    document = -(-shape[2] // PAGE) * layout.page_bytes
-    return {"gib": (HELD * document + layout.page_bytes) / 2**30, "document_bytes": document}
+    texts = {f"document-{i}": f"document {i}" for i in range(MANY)}
+    spec = random_bank(path, args.model, texts, args.document_tokens)
+    dtype = getattr(torch, args.dtype)
+    document, page = (pool_bytes(spec, tokens, dtype) for tokens in (args.document_tokens, 1))
+    return {"gib": (HELD * document + page) / 2**30, "document_bytes": document}
 
 
 def document(number: int, tokens: int) -> list[int]:
@@ -166,18 +154,6 @@ def row(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def two(launch: Launch, section: dict[str, Any], folder: Path, console: Console) -> Iterator[list[Server]]:
-    """Both servers, up."""
-    engine, ports = ENGINES["vllm"], choose_ports(None, 2)
-    servers = [
-        Server(name, launch, engine.memory(s, folder / f"{name}.yaml"), port, folder / f"{name}.log")
-        for (name, s), port in zip({"stock": None, "bank": section}.items(), ports, strict=True)
-    ]
-    with running(servers, console):
-        yield servers
-
-
 def main(argv: list[str] | None = None) -> int:
     args, console = parse(argv), Console(highlight=False)
     head = record.about("a bank against the same text in the prompt with warm prefix caching",
@@ -190,13 +166,13 @@ def main(argv: list[str] | None = None) -> int:
         longest = TOGETHER * args.document_tokens + QUESTION + ANSWER
         blocks = HELD * -(-args.document_tokens // BLOCK) + AT_ONCE * -(-longest // BLOCK)
         launch.command.extend(["--block-size", str(BLOCK), "--num-gpu-blocks-override", str(blocks)])
-        with two(launch, section, folder, console) as servers:
+        with two_servers(launch, section, folder, console) as servers:
             usual = tuple(part for part in PARTS if part != "after a restart")
             found = asyncio.run(measure(servers, args, usual, console))
             commands = [server.shown_command for server in servers]
         found["after a restart"] = []
         for _ in range(max(1, args.rounds - 1)):
-            with two(launch, section, folder, console) as servers:
+            with two_servers(launch, section, folder, console) as servers:
                 again = asyncio.run(measure(servers, args, ("after a restart",), console))
             found["after a restart"] += again["after a restart"]
     except BenchmarkError as error:

@@ -17,11 +17,10 @@ import argparse
 import asyncio
 import json
 import random
-import statistics
+import shutil
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,10 @@ from rich.console import Console
 
 from benchmarks.common import record
 from benchmarks.common.engines import ENGINES
-from benchmarks.common.running import REST, running
-from benchmarks.common.server import BenchmarkError, Server, choose_ports
-from mem_triton.store.bank import Bank, NewEntry
-from mem_triton.store.bank.fingerprint import model_fingerprint
-from mem_triton.store.block import MemoryBlock
-from mem_triton.store.pool.pages import PageLayout
-from mem_triton.write import WriteConfig, bank_spec
+from benchmarks.common.random_bank import pool_bytes, random_bank
+from benchmarks.common.running import REST
+from benchmarks.common.server import BenchmarkError, Server
+from benchmarks.engines.two_servers import NAME, VOCAB, Client, ratios, told, two_servers
 
 REFERENCES = 5  # of a request
 ENTRIES = 120
@@ -46,8 +42,6 @@ EVERY = 64  # tokens between two refreshes
 ANSWER = 4 * EVERY
 WINDOW = 8  # tokens: a busy front end hands on several at once, so single gaps say little
 PLACES = 24  # requests in a batch
-NAME = "served"
-VOCAB = 500  # token ids of prompts
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,55 +59,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def make_bank(model: Path, path: Path) -> float:
     """A bank of ENTRIES random entries; GiB of a pool that holds three requests' references."""
-    spec = bank_spec(WriteConfig(kind="prefix"), model_fingerprint(model))
-    generator = torch.Generator().manual_seed(0)
-    shape = len(spec.layers), spec.kv_heads, ENTRY_TOKENS
-    positions = torch.arange(ENTRY_TOKENS, dtype=torch.int32).expand(*shape[:2], -1)
-    with Bank.create(path, spec) as bank:
-        for i in range(ENTRIES):
-            keys, values = 0.1 * torch.randn(2, *shape, spec.head_dim, generator=generator).to(spec.torch_dtype)
-            words = " ".join(f"w{random.Random(i).randrange(VOCAB)}" for _ in range(20))
-            bank.add([NewEntry(f"entry-{i}", words, MemoryBlock(keys, values, positions))])
-    layout = PageLayout(shape[0], shape[1], spec.head_dim, 16, torch.float32)
-    return 3 * REFERENCES * -(-ENTRY_TOKENS // 16) * layout.page_bytes / 2**30
-
-
-class Client:
-    """Streamed completions of random prompts to one server."""
-
-    def __init__(self, server: Server, http: httpx.AsyncClient, seed: int) -> None:
-        self.server, self.http, self.random = server, http, random.Random(seed)
-
-    async def times(self, tokens: int, words: dict[str, Any] | None, prompt: list[int] | None = None) -> list[float]:
-        """Seconds from sending a request to each of its tokens; several may come in one event.
-
-        prompt: 64 random tokens by default.
-        """
-        body = self._body(tokens, words, prompt)
-        body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-        begin, seen = time.perf_counter(), []
-        async with self.http.stream("POST", f"{self.server.url}/v1/completions", json=body) as response:
-            if response.status_code != 200:
-                raise BenchmarkError(f"HTTP {response.status_code}: {(await response.aread()).decode()[:500]}")
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        raise BenchmarkError(str(event["error"]))
-                    count = (event.get("usage") or {}).get("completion_tokens", len(seen) + 1)
-                    seen += [time.perf_counter() - begin] * (count - len(seen))
-        return seen
-
-    async def answer(self, tokens: int, words: dict[str, Any] | None) -> None:
-        """One request whose answer comes as a whole: a stream would keep the client and the front end busy, too."""
-        response = await self.http.post(f"{self.server.url}/v1/completions", json=self._body(tokens, words, None))
-        if response.status_code != 200:
-            raise BenchmarkError(f"HTTP {response.status_code}: {response.text[:500]}")
-
-    def _body(self, tokens: int, words: dict[str, Any] | None, prompt: list[int] | None) -> dict[str, Any]:
-        prompt = prompt or [self.random.randrange(4, VOCAB) for _ in range(64)]
-        body = {"model": NAME, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
-        return body | ({"vllm_xargs": words} if words else {})
+    texts = {f"entry-{i}": " ".join(f"w{random.Random(i).randrange(VOCAB)}" for _ in range(20)) for i in range(ENTRIES)}
+    spec = random_bank(path, model, texts, ENTRY_TOKENS)
+    return 3 * REFERENCES * pool_bytes(spec, ENTRY_TOKENS, torch.float32) / 2**30
 
 
 @asynccontextmanager
@@ -167,26 +115,6 @@ async def next_tokens(client: Client, words: dict[str, Any] | None, args: argpar
 def plain(client: Client) -> dict[str, Any] | None:
     """Words of a request that reads nothing."""
     return None if client.server.name == "stock" else {"mem_top_k": 0}
-
-
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
-def told(values: list[float]) -> dict[str, float]:
-    return {
-        "n": len(values),
-        "p50_ms": round(1000 * statistics.median(values), 2),
-        "p99_ms": round(1000 * percentile(values, 0.99), 2),
-    }
-
-
-def ratios(rounds: list[dict[str, dict[str, list[float]]]], of: tuple[str, str], to: tuple[str, str]) -> dict:
-    """Ratios by round, of medians and of 99th percentiles: the median of each. of, to: (server, kind)."""
-    all_rounds = [(r[of[0]][of[1]], r[to[0]][to[1]]) for r in rounds]
-    medians = [round(statistics.median(a) / statistics.median(b), 3) for a, b in all_rounds]
-    tails = [round(percentile(a, 0.99) / percentile(b, 0.99), 3) for a, b in all_rounds]
-    return {"p50": statistics.median(medians), "p99": statistics.median(tails), "p50_of_rounds": medians}
 
 
 async def measure(servers: list[Server], args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -247,18 +175,12 @@ def main(argv: list[str] | None = None) -> int:
     args, console = parse(argv), Console(highlight=False)
     head = record.about("what a request waits for on a busy server", "python -m benchmarks.engines.waiting")
     folder = Path(tempfile.mkdtemp(prefix="mem_triton-waiting-"))
-    engine = ENGINES["vllm"]
     try:
         gib = make_bank(args.model, folder / "bank")
         retrieval = {"top_k": REFERENCES, "every": EVERY}
         section = {"memory": {"bank": str(folder / "bank"), "pool_gib": gib, "retrieval": retrieval}}
-        launch = engine.launch(args.model, NAME, args.dtype, PLACES)
-        ports = choose_ports(None, 2)
-        servers = [
-            Server(name, launch, engine.memory(s, folder / f"{name}.yaml"), port, folder / f"{name}.log")
-            for (name, s), port in zip({"stock": None, "bank": section}.items(), ports, strict=True)
-        ]
-        with running(servers, console):
+        launch = ENGINES["vllm"].launch(args.model, NAME, args.dtype, PLACES)
+        with two_servers(launch, section, folder, console) as servers:
             rounds = asyncio.run(measure(servers, args, console))
     except BenchmarkError as error:
         console.print(f"[bold red]It cannot go on.[/] {error}")
@@ -271,10 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         commands = [server.shown_command for server in servers]
         report = {**head, **told_of, "commands": commands, "weights": record.digests(args.model), "rows": rows}
         console.print(f"kept in {record.save(report, 'waiting')}")
-    with suppress(OSError):
-        for file in sorted(folder.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        folder.rmdir()
+    shutil.rmtree(folder, ignore_errors=True)
     return 0
 
 
