@@ -1,5 +1,4 @@
-"""The command line: ``mem-triton bank``, ``mem-triton write``, ``mem-triton doctor``,
-``mem-triton model``."""
+"""The command line, ``mem-triton``: one module a command or group of commands, put together in ``app``."""
 
 from mem_triton.cli.app import main
 

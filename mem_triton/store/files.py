@@ -10,12 +10,28 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mem_triton.store.errors import BankError, BankFullError, BankLockedError
 
 WRITING = ".writing-"
 """Start of the name of a file that is not finished; after a crash nobody refers to it."""
+
+
+def is_occupied(path: Path) -> bool:
+    """Whether something is at a path that a new folder is to have; an empty folder is nothing."""
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def read_object(path: Path, fix: str, refused: type[ValueError]) -> dict[str, Any]:
+    """Read a JSON object of somebody else's. Raises ``refused`` naming the file, what is wrong, and ``fix``."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise refused(f"{path}: {error}; {fix}") from None
+    if not isinstance(data, dict):
+        raise refused(f"{path}: holds no object; {fix}")
+    return data
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mem_triton.store.files import write_durably
+
 LOG, CURVE = "training.jsonl", "loss.csv"
 COLUMNS = ("step", "stage", "kind", "loss", "recalled_loss", "exact", "right", "rate", "norm", "tokens", "seconds")
 
@@ -17,9 +19,8 @@ class Journal:
     def __init__(self, out: Path, step: int) -> None:
         self.path, self.curve = out / LOG, out / CURVE
         lines = self.lines = [line for line in read(self.path) if line["step"] <= step]
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        partial.replace(self.path)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_durably(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         self._write_curve(lines)
 
     def last(self, name: str) -> Any:

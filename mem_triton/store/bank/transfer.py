@@ -21,7 +21,7 @@ from mem_triton.store.bank.signing import VECTOR, check_vectors
 from mem_triton.store.bank.spec import split_ref
 from mem_triton.store.bank.writing import COLUMNS, check_block, register, same_block, set_sink, writer
 from mem_triton.store.errors import BankError, BankModelError, ForeignTenantError, UnknownEntryError, not_written
-from mem_triton.store.files import write_durably
+from mem_triton.store.files import is_occupied, write_durably
 
 MEMBER = re.compile(r"(\./)?(bank\.json|catalogue\.sqlite|(shards|index)(/[0-9a-f]{32}\.(safetensors|usearch))?)|\.")
 """What a tar of a bank may hold."""
@@ -30,7 +30,7 @@ BARE = re.compile(r"(\./)?(shards|index)|\.")
 
 def export(bank: OpenedBank, destination: Path, ids: Sequence[str] | None, tenant: str | None) -> list[str]:
     """``Bank.export``."""
-    if destination.exists() and (destination.is_file() or any(destination.iterdir())):
+    if is_occupied(destination):
         raise BankError(f"{destination} is there already; choose another destination")
     seqs = _chosen(bank, ids, tenant)
     if destination.suffix != ".tar":

@@ -20,11 +20,11 @@ from mem_triton.systems.memo.endpoint import Answer, CallError, Endpoint, Endpoi
 from mem_triton.systems.memo.protocol.machine import start
 from mem_triton.systems.memo.protocol.settings import GREEDY, Settings
 from mem_triton.systems.memo.protocol.state import Call, Event, State, usage
-from mem_triton.systems.memo.section import MemoSection
+from mem_triton.systems.memo.section import TRACE, MemoSection
 from mem_triton.systems.memo.trace import Trace
 from mem_triton.systems.request import RequestError, flag
 
-TRACE, XARGS = "mem_memo_trace", "vllm_xargs"
+XARGS = "vllm_xargs"
 LEAST_TOKENS = 64
 """Tokens that the executive needs at least for a reply of the protocol."""
 _PLAIN: dict[str, tuple[Any, ...]] = {

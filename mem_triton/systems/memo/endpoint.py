@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -181,14 +181,10 @@ class Endpoint:
         except (ValueError, RecursionError):
             raise CallError(f"the response is no JSON: {data[:200].decode(errors='replace')!r}") from None
 
-    @asynccontextmanager
-    async def _post(self, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
+    def _post(self, body: Mapping[str, Any]) -> AbstractAsyncContextManager[httpx.Response]:
         content = json.dumps(body, ensure_ascii=True).encode()
         headers = {"Content-Type": "application/json"}
-        async with self._http.stream(
-            "POST", f"{self.url}/chat/completions", content=content, headers=headers
-        ) as response:
-            yield response
+        return self._http.stream("POST", f"{self.url}/chat/completions", content=content, headers=headers)
 
 
 async def _body(response: httpx.Response) -> bytes:

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from mem_triton.systems.memo.protocol.settings import Settings
 
+TRACE = "mem_memo_trace"
+"""Request field with which an answer has its trace."""
+
 
 class MemoSection(Settings):
     """MeMo: a memory model beside another model, served under one name.

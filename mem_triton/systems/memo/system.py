@@ -17,11 +17,9 @@ from mem_triton.systems.base import (
     WorkerHost,
 )
 from mem_triton.systems.engine import EngineShape
-from mem_triton.systems.memo.section import MemoSection
+from mem_triton.systems.memo.section import TRACE, MemoSection
 from mem_triton.systems.params import RequestParams
 from mem_triton.systems.request import RequestError, flag
-
-TRACE = "mem_memo_trace"
 
 
 class Memo(MemorySystem):

@@ -7,7 +7,6 @@ there is one, reads.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mem_triton.store.files import read_object
 from mem_triton.systems.memoryllm.records import PoolError
 from mem_triton.systems.memoryllm.shape import PoolShape
 
@@ -46,7 +46,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, dtype: str) -> None:
         self.folder = folder
-        self.config = _json(folder / "config.json", "give a folder as the authors' code saves it")
+        self.config = read_object(folder / "config.json", "give a folder as the authors' code saves it", PoolError)
         self.files = _files(folder)
         self.names = {name.replace(PEFT, "", 1): name for name in self.files}
         self.lora: Mapping[str, Any] = self.config.get("lora_config") or {}
@@ -149,21 +149,11 @@ class Checkpoint:
                 raise PoolError(f"{self.folder}/config.json: lora_config is missing, and {name} is there")
 
 
-def _json(path: Path, fix: str) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PoolError(f"{path}: {error}; {fix}") from None
-    if not isinstance(data, dict):
-        raise PoolError(f"{path}: holds no object; {fix}")
-    return data
-
-
 def _files(folder: Path) -> dict[str, str]:
     """File of each tensor, whether there is an index of them or one file."""
     try:
         if (folder / INDEX).exists():
-            found = _json(folder / INDEX, "fetch the checkpoint again").get("weight_map")
+            found = read_object(folder / INDEX, "fetch the checkpoint again", PoolError).get("weight_map")
             if not isinstance(found, dict) or any(Path(str(name)).name != name for name in found.values()):
                 raise PoolError(f"{folder / INDEX}: weight_map names no files beside it; fetch it again")
             missing = sorted(name for name in set(found.values()) if not (folder / name).exists())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.store.errors import not_written
-from mem_triton.store.files import write_durably
+from mem_triton.store.files import is_occupied, write_durably
 from mem_triton.systems.memoryllm.checkpoint import INDEX, MEMORY, OWN_KEYS, SINGLE, Checkpoint
 from mem_triton.systems.memoryllm.pools import WEIGHTS, Pools
 from mem_triton.systems.memoryllm.records import PoolError
@@ -39,7 +39,7 @@ def convert(source: Path, target: Path, dtype: Dtype = "auto") -> str | None:
     dtype: of the model and the rows; "auto" keeps that of the checkpoint's embeddings. Raises PoolError for a
     checkpoint that cannot be read, or a target that is there already.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_occupied(target):
         raise PoolError(f"{target} is there already; choose another folder")
     chosen = dtype if dtype != "auto" else _stored_dtype(source)
     checkpoint = Checkpoint(source, chosen)
@@ -70,7 +70,7 @@ def convert_back(source: Path, target: Path, pool: str = MAIN) -> None:
     What is served becomes its base weights; the adapter that reads adds nothing, and the one that writes has the rank
     of both. Raises PoolError.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if is_occupied(target):
         raise PoolError(f"{target} is there already; choose another folder")
     with Pools.open(source / "memory") as pools:
         shape, config = pools.shape, dict(pools.about.get("checkpoint") or {})

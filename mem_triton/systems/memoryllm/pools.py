@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mem_triton import ids
 from mem_triton.store.errors import not_written
-from mem_triton.store.files import WRITING, WriterLock, sync_folder, write_durably
+from mem_triton.store.files import WRITING, WriterLock, is_occupied, sync_folder, write_durably
 from mem_triton.systems.memoryllm import records
 from mem_triton.systems.memoryllm.records import PoolError, damaged
 from mem_triton.systems.memoryllm.shape import PoolInfo, PoolShape, PoolState
@@ -63,7 +63,7 @@ class Pools:
         Raises PoolError if there is something already.
         """
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if is_occupied(path):
             raise PoolError(f"{path} is there already; choose another folder")
         text = json.dumps({"format": FORMAT, "shape": asdict(shape), "about": dict(about)}, indent=1) + "\n"
         try:

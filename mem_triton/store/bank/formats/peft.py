@@ -9,7 +9,6 @@ PREFIX_TUNING and CARTRIDGE hold keys and values, ``prompt_embeddings`` [p, 2 * 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from mem_triton.store.bank.fingerprint import Fingerprint
 from mem_triton.store.bank.formats.pickled import load_pickled
 from mem_triton.store.bank.formats.trained import TRAIN_AGAIN, Trained, check_model_shape, check_numbers
 from mem_triton.store.errors import ArtifactError, not_written
-from mem_triton.store.files import write_durably
+from mem_triton.store.files import is_occupied, read_object, write_durably
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TENSOR = "prompt_embeddings"
@@ -32,7 +31,7 @@ EMBEDDINGS = ("PROMPT_TUNING", "P_TUNING")
 
 def read_peft(folder: Path, model: Fingerprint) -> Trained:
     """An adapter for ``model``. Raises ArtifactError naming the file and the field that does not fit."""
-    config = _config(folder / CONFIG)
+    config = read_object(folder / CONFIG, "give a folder as peft saves it", ArtifactError)
     kind = config.get("peft_type")
     where = str(folder / CONFIG)
     if kind not in (*KEYS_AND_VALUES, *EMBEDDINGS):
@@ -88,7 +87,7 @@ def write_peft(folder: Path, keys: Tensor, values: Tensor, *, frozen: int, base_
         "num_layers": layers, "num_attention_heads": heads, "token_dim": heads * dim, "num_transformer_submodules": 1,
     }  # fmt: skip
     flat = torch.stack((keys, values)).permute(3, 1, 0, 2, 4).reshape(rows, -1).float().contiguous()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_occupied(folder):
         raise ArtifactError(f"{folder} is there already; choose another destination")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,16 +97,6 @@ def write_peft(folder: Path, keys: Tensor, values: Tensor, *, frozen: int, base_
         write_durably(folder / CONFIG, lambda temporary: temporary.write_text(text))  # last: now it is an adapter
     except (OSError, SafetensorError) as error:
         raise not_written(folder, error) from None
-
-
-def _config(file: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file}: {error}; give a folder as peft saves it") from None
-    if not isinstance(config, dict):
-        raise ArtifactError(f"{file}: holds no object; give a folder as peft saves it")
-    return config
 
 
 def _tensor(folder: Path, shape: tuple[int, int]) -> Tensor:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mem_triton.store.files import is_occupied
 from mem_triton.systems.memo.merging.arithmetic import MergeError, Recipe, merge
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -126,7 +127,7 @@ class new_folder:
         self.out, self.made = out, out.with_name(f".writing-{out.name}")
 
     def __enter__(self) -> Path:
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        if is_occupied(self.out):
             raise MergeError(f"--out: {self.out} is there already; name a new folder")
         if not self.out.absolute().parent.is_dir():
             raise MergeError(f"--out: there is no folder {self.out.parent}")
