@@ -226,9 +226,8 @@ def test_linked_files_exist(page):
 
 
 def test_results_that_are_named_exist():
-    named = set(
-        re.findall(r"`(?:benchmarks/results/)?((?:engines|kernels|recall|rag|demo|bank|quality)-[\w-]+\.json)`", ALL)
-    )
+    kinds = "engines|kernels|recall|rag|demo|bank|quality|waiting|rival|train-step"
+    named = set(re.findall(rf"`(?:benchmarks/results/)?((?:{kinds})-[\w-]+\.json)`", ALL))
     assert len(named) > 5 and [name for name in named if not (ROOT / "benchmarks" / "results" / name).exists()] == []
 
 

@@ -45,15 +45,36 @@ def _groups(context, builder, kind, words, place, step, groups):
     return [_load(builder, _pointer(context, builder, kind, words, offset, _WORDS)) for offset in offsets]
 
 
-def _sums(builder, count):
-    cells = [cgutils.alloca_once(builder, _SUMS) for _ in range(count)]
+def _accumulated(context, builder, words, factors, turns, many, groups, masks=None):
+    """Sums of products, [many * groups] cells: in each turn ``groups`` groups of words meet a word of ``many`` rows.
+
+    words: (type, array, first, distance of groups). factors: (type, array, first, distance of rows).
+    """
+    kind, array, first, distance = words
+    factor_kind, factor_array, factor_first, row = factors
+    cells = [cgutils.alloca_once(builder, _SUMS) for _ in range(many * groups)]
     for cell in cells:
         builder.store(ir.Constant(_SUMS, None), cell)
+    with cgutils.for_range(builder, turns) as loop:
+        place = builder.add(first, builder.mul(loop.index, ir.Constant(_I64, 16)))
+        here = _groups(context, builder, kind, array, place, distance, groups)
+        if masks is not None:
+            here = [builder.and_(group, masks) for group in here]
+        for m in range(many):
+            where = builder.add(builder.add(factor_first, builder.mul(row, ir.Constant(_I64, m))), loop.index)
+            word = builder.load(_pointer(context, builder, factor_kind, factor_array, where, _I32))
+            for group in range(groups):
+                cell = cells[m * groups + group]
+                builder.store(_dot(builder, builder.load(cell), here[group], word), cell)
     return cells
 
 
-def _add(builder, cell, words, word):
-    builder.store(_dot(builder, builder.load(cell), words, word), cell)
+def _places(context, builder, kind, array, first, row, many, groups):
+    """Pointers to where the cells of ``_accumulated`` belong: rows ``row`` apart, groups side by side."""
+    for i in range(many * groups):
+        where = builder.add(first, builder.mul(row, ir.Constant(_I64, i // groups)))
+        where = builder.add(where, ir.Constant(_I64, i % groups * 16))
+        yield _pointer(context, builder, kind, array, where, _SUMS)
 
 
 @functools.cache
@@ -64,20 +85,11 @@ def logits_of_words(many, groups):
     @intrinsic
     def run(typing, words, at, step, half, q, q_at, out, out_at, out_stride):
         def generate(context, builder, signature, args):
-            kinds, cells = signature.args, _sums(builder, many * groups)
-            with cgutils.for_range(builder, args[3]) as loop:
-                place = builder.add(args[1], builder.mul(loop.index, ir.Constant(_I64, 16)))
-                here = _groups(context, builder, kinds[0], args[0], place, args[2], groups)
-                for m in range(many):
-                    where = builder.add(builder.add(args[5], builder.mul(args[3], ir.Constant(_I64, m))), loop.index)
-                    word = builder.load(_pointer(context, builder, kinds[4], args[4], where, _I32))
-                    for group in range(groups):
-                        _add(builder, cells[m * groups + group], here[group], word)
-            for i, cell in enumerate(cells):
-                where = builder.add(args[7], builder.mul(args[8], ir.Constant(_I64, i // groups)))
-                where = builder.add(where, ir.Constant(_I64, i % groups * 16))
-                pointer = _pointer(context, builder, kinds[6], args[6], where, _SUMS)
-                builder.store(builder.load(cell), pointer, align=4)
+            kinds = signature.args
+            keys, queries = (kinds[0], *args[:3]), (kinds[4], args[4], args[5], args[3])
+            cells = _accumulated(context, builder, keys, queries, args[3], many, groups)
+            for cell, place in zip(cells, _places(context, builder, kinds[6], *args[6:9], many, groups), strict=True):
+                builder.store(builder.load(cell), place, align=4)
 
         return types.void(words, at, step, half, q, q_at, out, out_at, out_stride), generate
 
@@ -93,23 +105,12 @@ def add_words(many, groups):
     @intrinsic
     def run(typing, words, at, step, pairs, mask, p, p_at, p_stride, acc, acc_at, acc_stride):
         def generate(context, builder, signature, args):
-            kinds, cells = signature.args, _sums(builder, many * groups)
+            kinds = signature.args
+            values, weights = (kinds[0], *args[:3]), (kinds[5], *args[5:8])
             masks = _spread(builder, args[4])
-            with cgutils.for_range(builder, args[3]) as loop:
-                place = builder.add(args[1], builder.mul(loop.index, ir.Constant(_I64, 16)))
-                here = _groups(context, builder, kinds[0], args[0], place, args[2], groups)
-                here = [builder.and_(words, masks) for words in here]
-                for m in range(many):
-                    where = builder.add(builder.add(args[6], builder.mul(args[7], ir.Constant(_I64, m))), loop.index)
-                    word = builder.load(_pointer(context, builder, kinds[5], args[5], where, _I32))
-                    for group in range(groups):
-                        _add(builder, cells[m * groups + group], here[group], word)
-            for i, cell in enumerate(cells):
-                where = builder.add(args[9], builder.mul(args[10], ir.Constant(_I64, i // groups)))
-                where = builder.add(where, ir.Constant(_I64, i % groups * 16))
-                pointer = _pointer(context, builder, kinds[8], args[8], where, _SUMS)
-                total = builder.fadd(_load(builder, pointer), builder.load(cell))
-                builder.store(total, pointer, align=4)
+            cells = _accumulated(context, builder, values, weights, args[3], many, groups, masks)
+            for cell, place in zip(cells, _places(context, builder, kinds[8], *args[8:11], many, groups), strict=True):
+                builder.store(builder.fadd(_load(builder, place), builder.load(cell)), place, align=4)
 
         return types.void(words, at, step, pairs, mask, p, p_at, p_stride, acc, acc_at, acc_stride), generate
 
