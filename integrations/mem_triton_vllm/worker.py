@@ -79,9 +79,7 @@ def attach_memory(
     if has_one_front_end(vllm_config):  # several keep no memory that workers are asked for
         try:
             serve_memory(memory, own_rank())
-        except (
-            ChannelError
-        ) as error:  # started on another machine, or by several API servers: theirs refuse what needs it
+        except ChannelError as error:  # by several API servers, or on another machine: theirs refuse what needs it
             logger.warning("mem_triton: no front end can call this worker: %s", error)
     logger.info("memory attached: %s", memory.describe())
     return memory
