@@ -83,6 +83,10 @@ def is_newer(name: str, version: Version) -> bool:
 def _warn(name: str, version: str, wanted: str) -> None:
     logger.warning(
         "%s %s is newer than the range that mem_triton was tested with (%s). All that it builds on is looked for at "
-        "start; if something is wrong nevertheless, go back with: pip install \"%s%s\"",
-        name, version, wanted, name, wanted,
-    )  # fmt: skip
+        'start; if something is wrong nevertheless, go back with: pip install "%s%s"',
+        name,
+        version,
+        wanted,
+        name,
+        wanted,
+    )

@@ -30,9 +30,12 @@ class _WithSystems(General):
 
 
 MemTritonConfig = create_model(
-    "MemTritonConfig", __base__=_WithSystems, __doc__=General.__doc__, __module__=__name__,
+    "MemTritonConfig",
+    __base__=_WithSystems,
+    __doc__=General.__doc__,
+    __module__=__name__,
     **{name: (system.Config | None, None) for name, system in registry.systems().items()},
-)  # fmt: skip
+)
 """``General`` with a section for each memory system of the registry, None where it is off."""
 
 

@@ -24,14 +24,22 @@ ROOT = Path(__file__).resolve().parents[1]
 CARRIED = ROOT / ".bundle"
 SITE = Path("/tmp/mem_triton_site")
 LIMIT = 64 << 20  # bytes of tree and carried folder together
-WHEELS = ("pydantic==2.14.4", "pydantic-core==2.50.5", "annotated-types==0.8.0", "typing-inspection==0.4.5",
-          "usearch==2.26.6", "numkong==7.8.6")  # fmt: skip
+WHEELS = (
+    "pydantic==2.14.4",
+    "pydantic-core==2.50.5",
+    "annotated-types==0.8.0",
+    "typing-inspection==0.4.5",
+    "usearch==2.26.6",
+    "numkong==7.8.6",
+)
 """What the tests and benchmarks of the kernels import and the machine lacks; pydantic's two must fit each other."""
 
 PYTEST = ["{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
 BENCH = ["{python}", "-m", "benchmarks.kernels", "--limit-minutes", "8", "--save", "--folder", "{out}"]
-KERNELS = [f"tests/gpu/test_{name}_gpu.py" for name in
-           ("delta_rule", "attention_inputs", "memory_attention", "memory_selection", "reposition")]  # fmt: skip
+KERNELS = [
+    f"tests/gpu/test_{name}_gpu.py"
+    for name in ("delta_rule", "attention_inputs", "memory_attention", "memory_selection", "reposition")
+]
 LONG = "tests/gpu/test_memory_attention_gpu.py::test_a_long_segment_is_split_and_merged_by_the_last_program"
 SANITIZE = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all", "--tool"]
 CALLS: dict[int, tuple[str, list[list[str]]]] = {
@@ -72,10 +80,24 @@ def pack(bundle: Path | None, without_models: bool) -> int:
     shutil.rmtree(CARRIED, ignore_errors=True)
     (CARRIED / "wheels").mkdir(parents=True)
     subprocess.run(
-        [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--python-version", "3.12",
-         *(f"--platform=manylinux_{old}_x86_64" for old in ("2_28", "2_27", "2_17")), "--platform=manylinux2014_x86_64",
-         "-d", CARRIED / "wheels", *WHEELS], check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--python-version",
+            "3.12",
+            *(f"--platform=manylinux_{old}_x86_64" for old in ("2_28", "2_27", "2_17")),
+            "--platform=manylinux2014_x86_64",
+            "-d",
+            CARRIED / "wheels",
+            *WHEELS,
+        ],
+        check=True,
+    )
     for name in ("vllm-site.tar.xz", "install.sh") if bundle else ():
         shutil.copy(bundle / name, CARRIED / name)
     listed = subprocess.run(

@@ -85,8 +85,12 @@ def _type(annotation: Any) -> str:
 
 
 def _bounds(metadata: list[Any]) -> str:
-    said = [f"{sign} {getattr(m, name)}" for m in metadata for name, sign in
-            (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")) if hasattr(m, name)]  # fmt: skip
+    said = [
+        f"{sign} {getattr(m, name)}"
+        for m in metadata
+        for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+        if hasattr(m, name)
+    ]
     return ", " + ", ".join(said) if said else ""
 
 
@@ -171,9 +175,11 @@ def subclasses(engine: str) -> list[tuple[str, str, list[str]]]:
     }
     imported = {
         alias.asname or alias.name: f"{node.module}.{alias.name}"
-        for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
-    }  # fmt: skip
+    }
     classes = [(module, n) for module, tree in trees.items() for n in tree.body if isinstance(n, ast.ClassDef)]
     bases = {n.name: [b.value if isinstance(b, ast.Subscript) else b for b in n.bases] for _, n in classes}
 
@@ -219,8 +225,11 @@ def engine_patches() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "configuration": configuration, "command-line": command_line, "metrics": metrics, "engine-patches": engine_patches,
-}  # fmt: skip
+    "configuration": configuration,
+    "command-line": command_line,
+    "metrics": metrics,
+    "engine-patches": engine_patches,
+}
 
 
 def pages() -> dict[Path, str]:

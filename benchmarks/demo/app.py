@@ -128,9 +128,14 @@ def make_servers(
 
 
 async def course(
-    console: Console, engine: Engine, servers: list[Server], group: list[measure.Person], tokens: int, repeats: int,
+    console: Console,
+    engine: Engine,
+    servers: list[Server],
+    group: list[measure.Person],
+    tokens: int,
+    repeats: int,
     seed: int,
-) -> report.Results:  # fmt: skip
+) -> report.Results:
     """Everything that is asked of the running servers. Raises BenchmarkError if one of them dies."""
     kinds = {server.name: kind for server, kind in zip(servers, KINDS, strict=True)}
     results = report.Results(group, speed={name: [] for name in kinds}, speed_tokens=tokens)

@@ -58,8 +58,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=int, default=128 if gpu else 32, help="output tokens of a request")
     add("--repeats", type=int, default=5 if gpu else 9, help="pairs of runs")
     add("--iterations", type=int, default=3 if gpu else 1, help="of a batch in a run of vllm bench latency")
-    add("--model", default="qwen3-4b" if gpu else "qwen3-100m",
-        help=f"folder, Hugging Face id, or a random model: {', '.join(made_up.SHAPES)}")  # fmt: skip
+    add(
+        "--model",
+        default="qwen3-4b" if gpu else "qwen3-100m",
+        help=f"folder, Hugging Face id, or a random model: {', '.join(made_up.SHAPES)}",
+    )
     add("--dtype", default="bfloat16" if gpu else "float32", help="the engines' --dtype")
     add("--pool-tokens", type=int, default=12800 if gpu else 2048, help="length of the shared pool")
     add("--eager", action="store_true", help="vLLM without graphs and compilation, both sides")
@@ -124,9 +127,16 @@ class Course:
         if "pool" in (*a.parts, *a.memory):
             longest += a.pool_tokens  # named memory counts against the context
         return Setting(
-            self.made.folder, a.dtype, longest, max(a.batches), self.gpu, kv_gib=-(-kv // 2**30), eager=a.eager,
-            extra=tuple(a.engine_args.split()), iterations=a.iterations,
-        )  # fmt: skip
+            self.made.folder,
+            a.dtype,
+            longest,
+            max(a.batches),
+            self.gpu,
+            kv_gib=-(-kv // 2**30),
+            eager=a.eager,
+            extra=tuple(a.engine_args.split()),
+            iterations=a.iterations,
+        )
 
     def run(self) -> None:
         for part in self.args.parts:
@@ -269,11 +279,18 @@ class Course:
 
     def report(self) -> dict[str, Any]:
         return self.head | {
-            "engine": self.args.engine, "model": self.made.facts, "dtype": self.args.dtype,
-            "pool_tokens": self.args.pool_tokens, "commands": self.commands, "measured_machine": asdict(self.machine),
-            "gates": self.gates, "memory_held": self.held, "rows": self.rows, "missing": self.missing,
+            "engine": self.args.engine,
+            "model": self.made.facts,
+            "dtype": self.args.dtype,
+            "pool_tokens": self.args.pool_tokens,
+            "commands": self.commands,
+            "measured_machine": asdict(self.machine),
+            "gates": self.gates,
+            "memory_held": self.held,
+            "rows": self.rows,
+            "missing": self.missing,
             "weights_sha256": self.weights,
-        }  # fmt: skip
+        }
 
 
 def main(argv: list[str] | None = None) -> None:

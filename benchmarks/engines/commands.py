@@ -109,40 +109,106 @@ def sglang_memory(section: dict[str, Any] | None, file: Path) -> MemoryFlags:
 def bench_latency(cell: Cell, iterations: int, warmup: int, result: Path) -> list[str]:
     """``vllm bench latency`` of one batch, without the engine's own arguments."""
     return [
-        "--input-len", str(cell.context), "--output-len", str(cell.output), "--batch-size", str(cell.batch),
-        "--num-iters", str(iterations), "--num-iters-warmup", str(warmup), "--output-json", str(result),
-    ]  # fmt: skip
+        "--input-len",
+        str(cell.context),
+        "--output-len",
+        str(cell.output),
+        "--batch-size",
+        str(cell.batch),
+        "--num-iters",
+        str(iterations),
+        "--num-iters-warmup",
+        str(warmup),
+        "--output-json",
+        str(result),
+    ]
 
 
 def bench_throughput(cell: Cell, seed: int, result: Path) -> list[str]:
     """``vllm bench throughput`` of one batch of random prompts."""
     return [
-        "--dataset-name", "random", "--random-input-len", str(cell.context), "--random-output-len", str(cell.output),
-        "--num-prompts", str(cell.batch), "--seed", str(seed), "--output-json", str(result),
-    ]  # fmt: skip
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        str(cell.context),
+        "--random-output-len",
+        str(cell.output),
+        "--num-prompts",
+        str(cell.batch),
+        "--seed",
+        str(seed),
+        "--output-json",
+        str(result),
+    ]
 
 
 def bench_serve(url: str, model: Path, cell: Cell, rounds: int, seed: int, result: Path) -> list[str]:
     """``vllm bench serve``: ``batch`` requests at once, each followed by the next one, ``rounds`` for each of them."""
     return [
-        "--backend", "vllm", "--base-url", url, "--model", NAME, "--tokenizer", str(model), "--dataset-name", "random",
-        "--random-input-len", str(cell.context), "--random-output-len", str(cell.output),
-        "--num-prompts", str(rounds * cell.batch), "--max-concurrency", str(cell.batch), "--ignore-eos",
-        "--seed", str(seed), "--disable-tqdm", "--percentile-metrics", "ttft,tpot,itl", "--save-result",
-        "--result-dir", str(result.parent), "--result-filename", result.name,
-    ]  # fmt: skip
+        "--backend",
+        "vllm",
+        "--base-url",
+        url,
+        "--model",
+        NAME,
+        "--tokenizer",
+        str(model),
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        str(cell.context),
+        "--random-output-len",
+        str(cell.output),
+        "--num-prompts",
+        str(rounds * cell.batch),
+        "--max-concurrency",
+        str(cell.batch),
+        "--ignore-eos",
+        "--seed",
+        str(seed),
+        "--disable-tqdm",
+        "--percentile-metrics",
+        "ttft,tpot,itl",
+        "--save-result",
+        "--result-dir",
+        str(result.parent),
+        "--result-filename",
+        result.name,
+    ]
 
 
 def bench_sglang(url: str, model: Path, cell: Cell, rounds: int, seed: int, result: Path) -> list[str]:
     """``sglang.bench_serving``, likewise."""
     return [
-        "--backend", "sglang", "--base-url", url, "--model", NAME, "--tokenizer", str(model),
-        "--dataset-name", "random-ids", "--random-input-len", str(cell.context),
-        "--random-output-len", str(cell.output), "--random-range-ratio", "1.0", "--tokenize-prompt",
-        "--num-prompts", str(rounds * cell.batch),
-        "--max-concurrency", str(cell.batch), "--seed", str(seed), "--disable-tqdm", "--warmup-requests", "0",
-        "--output-file", str(result),
-    ]  # fmt: skip
+        "--backend",
+        "sglang",
+        "--base-url",
+        url,
+        "--model",
+        NAME,
+        "--tokenizer",
+        str(model),
+        "--dataset-name",
+        "random-ids",
+        "--random-input-len",
+        str(cell.context),
+        "--random-output-len",
+        str(cell.output),
+        "--random-range-ratio",
+        "1.0",
+        "--tokenize-prompt",
+        "--num-prompts",
+        str(rounds * cell.batch),
+        "--max-concurrency",
+        str(cell.batch),
+        "--seed",
+        str(seed),
+        "--disable-tqdm",
+        "--warmup-requests",
+        "0",
+        "--output-file",
+        str(result),
+    ]
 
 
 def typed(words: Sequence[str]) -> str:

@@ -25,13 +25,31 @@ REFERENCES, REFERENCE_TOKENS, KEEP = 5, 128, 8
 """What a request reads of explicit memory: Memory³'s defaults (arXiv 2407.01178)."""
 
 
-def _shape(kind: str, hidden: int, layers: int, heads: int, kv_heads: int, size: int, mlp: int, vocab: int,
-           theta: float, tied: bool = False) -> dict[str, Any]:  # fmt: skip
+def _shape(
+    kind: str,
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    mlp: int,
+    vocab: int,
+    theta: float,
+    tied: bool = False,
+) -> dict[str, Any]:
     return {
-        "model_type": kind, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": size, "intermediate_size": mlp, "vocab_size": vocab,
-        "rope_theta": theta, "tie_word_embeddings": tied, "max_position_embeddings": 40960,
-    }  # fmt: skip
+        "model_type": kind,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": size,
+        "intermediate_size": mlp,
+        "vocab_size": vocab,
+        "rope_theta": theta,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 40960,
+    }
 
 
 SHAPES = {
@@ -97,9 +115,14 @@ def make_model(name: str, folder: Path, dtype: torch.dtype, seed: int = 0) -> Ma
         return Made(name, path, dtype, loaded)
     shape = dict(SHAPES[name])
     config = transformers.AutoConfig.for_model(
-        shape.pop("model_type"), **shape, initializer_range=shape["hidden_size"] ** -0.5, bos_token_id=None,
-        eos_token_id=None, pad_token_id=None, attention_bias=False,
-    )  # fmt: skip
+        shape.pop("model_type"),
+        **shape,
+        initializer_range=shape["hidden_size"] ** -0.5,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        attention_bias=False,
+    )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.device(device):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -121,9 +144,12 @@ def tokenizer(vocab: int) -> Any:
     words = Tokenizer(models.WordLevel(vocab=ids, unk_token=SPECIAL[3]))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token=SPECIAL[1], pad_token=SPECIAL[2], unk_token=SPECIAL[3],
+        tokenizer_object=words,
+        eos_token=SPECIAL[1],
+        pad_token=SPECIAL[2],
+        unk_token=SPECIAL[3],
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
 
 
 def random_ids(count: int, vocab: int, seed: int) -> list[int]:

@@ -21,16 +21,44 @@ from benchmarks.engines.pairs import ratio
 
 RATES = ("output_tokens_per_s",)
 TITLES = {
-    "output_tokens_per_s": "output tokens/s", "decode_ms": "decode step, ms", "prefill_ms": "prefill, ms",
-    "latency_ms": "whole batch, ms", "ttft_ms": "TTFT, ms",
-}  # fmt: skip
-COLUMNS = ("engine", "part", "comparison", "memory", "baseline", "batch", "context", "output", "metric",
-           "baseline_median", "memory_median", "speed", "low", "high", "min", "max", "pairs", "floor_ms", "gate",
-           "gate_error")  # fmt: skip
+    "output_tokens_per_s": "output tokens/s",
+    "decode_ms": "decode step, ms",
+    "prefill_ms": "prefill, ms",
+    "latency_ms": "whole batch, ms",
+    "ttft_ms": "TTFT, ms",
+}
+COLUMNS = (
+    "engine",
+    "part",
+    "comparison",
+    "memory",
+    "baseline",
+    "batch",
+    "context",
+    "output",
+    "metric",
+    "baseline_median",
+    "memory_median",
+    "speed",
+    "low",
+    "high",
+    "min",
+    "max",
+    "pairs",
+    "floor_ms",
+    "gate",
+    "gate_error",
+)
 
 
-def row(part: str, comparison: Comparison, cell: Cell, found: dict[str, list[dict[str, float]]],
-        gate: dict[str, Any], floor_ms: float) -> dict[str, Any]:  # fmt: skip
+def row(
+    part: str,
+    comparison: Comparison,
+    cell: Cell,
+    found: dict[str, list[dict[str, float]]],
+    gate: dict[str, Any],
+    floor_ms: float,
+) -> dict[str, Any]:
     """One cell of a comparison. Of a cell whose gate is red nothing that was measured is kept.
 
     metrics: name -> every pair's values, in order, and ``speed``: how much faster memory is, above 1 if it is (the
@@ -47,10 +75,17 @@ def row(part: str, comparison: Comparison, cell: Cell, found: dict[str, list[dic
             speed = ratio(baseline, memory) if name in RATES else ratio(memory, baseline)
             metrics[name] = {"baseline": baseline, "memory": memory, "speed": asdict(speed)}
     return {
-        "part": part, "comparison": comparison.name, "memory": comparison.memory, "baseline": comparison.baseline,
-        "more_tokens_of_baseline": comparison.more, **asdict(cell), "metrics": metrics, "floor_ms": floor_ms,
-        "gate": gate["gate"], "gate_reason": gate.get("reason", ""),
-    }  # fmt: skip
+        "part": part,
+        "comparison": comparison.name,
+        "memory": comparison.memory,
+        "baseline": comparison.baseline,
+        "more_tokens_of_baseline": comparison.more,
+        **asdict(cell),
+        "metrics": metrics,
+        "floor_ms": floor_ms,
+        "gate": gate["gate"],
+        "gate_reason": gate.get("reason", ""),
+    }
 
 
 def lines(report: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -81,8 +116,20 @@ def show(console: Console, report: dict[str, Any]) -> None:
     machine = report["machine"]
     where = machine["gpu"] or f"a CPU ({machine['cpu']}, {machine['cores']} cores): says nothing about a GPU"
     title = f"{report['engine']}, {report['model']['name']}, on {where}"
-    table = Table("tool", "against", "batch", "context", "figure", "baseline", "memory", "speed [95 %]", "min … max",
-                  "pairs", title=title, box=box.SIMPLE_HEAD)  # fmt: skip
+    table = Table(
+        "tool",
+        "against",
+        "batch",
+        "context",
+        "figure",
+        "baseline",
+        "memory",
+        "speed [95 %]",
+        "min … max",
+        "pairs",
+        title=title,
+        box=box.SIMPLE_HEAD,
+    )
     for r in report["rows"]:
         head = [r["part"], f"{r['memory']} / {r['baseline']}", str(r["batch"]), str(r["context"])]
         if r["gate"] != "green":
@@ -90,11 +137,13 @@ def show(console: Console, report: dict[str, Any]) -> None:
         for name, values in r["metrics"].items():
             s = values["speed"]
             table.add_row(
-                *head, TITLES.get(name, name),
+                *head,
+                TITLES.get(name, name),
                 *(f"{statistics.median(values[k]):.4g}" for k in ("baseline", "memory")),
                 f"{s['median']:.3f} " + ("" if s["low"] is None else f"[{s['low']:.3f}, {s['high']:.3f}]"),
-                f"{s['min']:.3f} … {s['max']:.3f}", str(s["pairs"]),
-            )  # fmt: skip
+                f"{s['min']:.3f} … {s['max']:.3f}",
+                str(s["pairs"]),
+            )
     console.print(table)
     for name, held in report["memory_held"].items():
         words = [f"{held['resident_gib']:.2f} GiB resident"] if "resident_gib" in held else []

@@ -156,8 +156,9 @@ def row(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     args, console = parse(argv), Console(highlight=False)
-    head = record.about("a bank against the same text in the prompt with warm prefix caching",
-                        "python -m benchmarks.engines.rival")  # fmt: skip
+    head = record.about(
+        "a bank against the same text in the prompt with warm prefix caching", "python -m benchmarks.engines.rival"
+    )
     folder = Path(tempfile.mkdtemp(prefix="mem_triton-rival-"))
     try:
         made = make_bank(args, folder / "bank")
@@ -181,11 +182,19 @@ def main(argv: list[str] | None = None) -> int:
     rows = {part: row(found[part]) for part in PARTS}
     console.print_json(json.dumps(rows))
     if args.save:
-        facts = {"model": str(args.model), "document_tokens": args.document_tokens, "documents": [FEW, MANY],
-                 "held": {"kv_blocks": blocks, "kv_tokens": BLOCK * blocks, "pool_bytes": HELD * made["document_bytes"],
-                          "document_bytes": made["document_bytes"],
-                          "bank_bytes": sum(f.stat().st_size for f in (folder / "bank").rglob("*") if f.is_file())},
-                 "lmcache": "not measured: 0.5.6 needs cupy-cuda13x"}  # fmt: skip
+        facts = {
+            "model": str(args.model),
+            "document_tokens": args.document_tokens,
+            "documents": [FEW, MANY],
+            "held": {
+                "kv_blocks": blocks,
+                "kv_tokens": BLOCK * blocks,
+                "pool_bytes": HELD * made["document_bytes"],
+                "document_bytes": made["document_bytes"],
+                "bank_bytes": sum(f.stat().st_size for f in (folder / "bank").rglob("*") if f.is_file()),
+            },
+            "lmcache": "not measured: 0.5.6 needs cupy-cuda13x",
+        }
         report = {**head, **facts, "commands": commands, "weights": record.digests(args.model), "rows": rows}
         console.print(f"kept in {record.save(report, 'rival')}")
     shutil.rmtree(folder, ignore_errors=True)

@@ -36,9 +36,13 @@ class ToolHost(Server):
     def start(self) -> None:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                self.command, env=self.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                self.command,
+                env=self.environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -163,9 +167,10 @@ class Served(Side):
         if found["completed"] != wanted:
             raise BenchmarkError(f"{self.name}: {found['completed']} of {wanted} requests were answered")
         return {
-            "output_tokens_per_s": found["output_throughput"], "ttft_ms": found["median_ttft_ms"],
+            "output_tokens_per_s": found["output_throughput"],
+            "ttft_ms": found["median_ttft_ms"],
             "decode_ms": found["median_tpot_ms"],
-        }  # fmt: skip
+        }
 
     def _bench(self, cell: Cell, rounds: int, seed: int) -> dict[str, Any]:
         raise NotImplementedError

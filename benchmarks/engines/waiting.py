@@ -188,8 +188,14 @@ def main(argv: list[str] | None = None) -> int:
     rows = summary(rounds)
     console.print_json(json.dumps(rows))
     if args.save:
-        told_of = {"model": str(args.model), "others": args.others, "places": PLACES, "references": REFERENCES,
-                   "entry_tokens": ENTRY_TOKENS, "every": EVERY}  # fmt: skip
+        told_of = {
+            "model": str(args.model),
+            "others": args.others,
+            "places": PLACES,
+            "references": REFERENCES,
+            "entry_tokens": ENTRY_TOKENS,
+            "every": EVERY,
+        }
         commands = [server.shown_command for server in servers]
         report = {**head, **told_of, "commands": commands, "weights": record.digests(args.model), "rows": rows}
         console.print(f"kept in {record.save(report, 'waiting')}")

@@ -70,8 +70,13 @@ def kernels(
     deadline, effort, stopped = Deadline(limit_minutes), Effort(rounds, seconds), ""
 
     def result() -> dict[str, Any]:
-        return head | {"correct": all(row["status"] == OK for row in rows), "stopped": stopped,
-                       "cases_left_out": left_out, "baselines_left_out": setup.missing, "rows": rows}  # fmt: skip
+        return head | {
+            "correct": all(row["status"] == OK for row in rows),
+            "stopped": stopped,
+            "cases_left_out": left_out,
+            "baselines_left_out": setup.missing,
+            "rows": rows,
+        }
 
     console.print(f"{head['device']}: {head['note']}")
     with torch.inference_mode(), Progress(console=console, transient=True) as progress:

@@ -38,9 +38,14 @@ def cases(models: list[Model], dtype: str, gpu: bool) -> list[Case]:
     for batch, queries in ((1, 1), (8, 1), (32, 1), (128, 1), (256, 1), (1, prompt)):
         for model in models:
             sizes = {
-                "batch": batch, "queries": queries, "context": 100, "query_heads": model.query_heads,
-                "kv_heads": model.kv_heads, "head_dim": model.head_dim, "norms": int(model.name.startswith("qwen3")),
-            }  # fmt: skip
+                "batch": batch,
+                "queries": queries,
+                "context": 100,
+                "query_heads": model.query_heads,
+                "kv_heads": model.kv_heads,
+                "head_dim": model.head_dim,
+                "norms": int(model.name.startswith("qwen3")),
+            }
             name = f"decode x{batch}" if queries == 1 else f"prompt of {queries}"
             found.append(Case("attention_inputs", (model.name,), name, dtype, sizes, model.layers))
     return found
@@ -53,9 +58,14 @@ def build(case: Case, device: str, seed: int) -> Layer:
     norms = [1 + g.normal(size, dtype=dtype) / 8 for _ in range(2)] if s["norms"] else [None, None]
     angles = g.normal(length, size // 2) * 3
     inputs = HeadInputs(
-        s["query_heads"], s["kv_heads"], size, "q", g.normal(s["query_heads"] * size, SPEC.read_width, dtype=dtype) / 8,
-        *norms, cos_sin=torch.cat([angles.cos(), angles.sin()], 1).to(dtype),
-    )  # fmt: skip
+        s["query_heads"],
+        s["kv_heads"],
+        size,
+        "q",
+        g.normal(s["query_heads"] * size, SPEC.read_width, dtype=dtype) / 8,
+        *norms,
+        cos_sin=torch.cat([angles.cos(), angles.sin()], 1).to(dtype),
+    )
     blocks = -(-length // BLOCK)
     integers = {"dtype": torch.int32, "device": device}
     states = StateBatch(
@@ -135,15 +145,33 @@ def variants(case: Case, layer: Layer, setup: Setup) -> list[Variant]:
 
     without = Gate(lambda made: relative_rms((made, wanted(False)[0])), STEPWISE[case.dtype])
     return [
-        Variant("attention_inputs",
-                lambda: attention_inputs(qkv, projections, reads, inputs, batch, SPEC, **layout),
-                Gate(error, ROUNDED[case.dtype]), work(case, layer), writes=(reads,),
-                updates=(projected, batch.state_cache)),
-        Variant("step, then norm and RoPE", separately, Gate(error, STEPWISE[case.dtype]), work(case, layer),
-                writes=(reads,), updates=(batch.state_cache,), baseline=True, note="a launch for the states"),
-        Variant("norm and RoPE alone", lambda: stock(qkv, None, positions, inputs), without,
-                work(case, layer, memory=False), baseline=True, note="stock: no memory at all"),
-    ]  # fmt: skip
+        Variant(
+            "attention_inputs",
+            lambda: attention_inputs(qkv, projections, reads, inputs, batch, SPEC, **layout),
+            Gate(error, ROUNDED[case.dtype]),
+            work(case, layer),
+            writes=(reads,),
+            updates=(projected, batch.state_cache),
+        ),
+        Variant(
+            "step, then norm and RoPE",
+            separately,
+            Gate(error, STEPWISE[case.dtype]),
+            work(case, layer),
+            writes=(reads,),
+            updates=(batch.state_cache,),
+            baseline=True,
+            note="a launch for the states",
+        ),
+        Variant(
+            "norm and RoPE alone",
+            lambda: stock(qkv, None, positions, inputs),
+            without,
+            work(case, layer, memory=False),
+            baseline=True,
+            note="stock: no memory at all",
+        ),
+    ]
 
 
 OPERATION = Operation("attention_inputs", cases, build, variants)

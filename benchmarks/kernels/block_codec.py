@@ -35,9 +35,12 @@ def cases(models: list[Model], dtype: str, gpu: bool) -> list[Case]:
         for write in (1, 0):
             for model, names in by_attention(models):
                 sizes = {
-                    "references": references, "tokens": tokens, "write": write, "kv_heads": model.kv_heads,
+                    "references": references,
+                    "tokens": tokens,
+                    "write": write,
+                    "kv_heads": model.kv_heads,
                     "head_dim": model.head_dim,
-                }  # fmt: skip
+                }
                 name = f"{'write' if write else 'read'} {references} references of {tokens}"
                 found.append(Case("block_codec", names, name, dtype, sizes, model.layers))
     return found
@@ -86,9 +89,7 @@ def writers(case: Case, layer: Layer) -> list[Variant]:
         found.append(Variant(f"{name} codec", call, judge(name), work(case, name), note=note, in_graph=False))
     for name, kind in CODES.items():
         call = functools.partial(quantise_pages, *layer, kind)
-        found.append(
-            Variant(f"{name} pages", call, judge(name), work(case, name, IN_POOL), note=note, in_graph=False)
-        )  # fmt: skip
+        found.append(Variant(f"{name} pages", call, judge(name), work(case, name, IN_POOL), note=note, in_graph=False))
 
     def cast() -> dict[str, Tensor]:
         return {"keys": layer.keys.to(torch.bfloat16, copy=True), "values": layer.values.to(torch.bfloat16, copy=True)}

@@ -111,11 +111,15 @@ def variants(case: Case, layer: Layer, setup: Setup) -> list[Variant]:
     step = functools.partial(delta_rule_paged, projections, reads, states, spec, **options)
     ours = [
         Variant(
-            name, functools.partial(step, batch_invariant=invariantly), Gate(error, TOLERANCE), work(case),
-            writes=(reads,), updates=(states.state_cache,),
+            name,
+            functools.partial(step, batch_invariant=invariantly),
+            Gate(error, TOLERANCE),
+            work(case),
+            writes=(reads,),
+            updates=(states.state_cache,),
         )
         for name, invariantly in modes.items()
-    ]  # fmt: skip
+    ]
     batch = (case.sizes["batch"], case.sizes["queries"])
     inputs = activate(projections.float(), states.gate_bias, spec)
     inputs = DeltaRuleInputs(*(x.unflatten(0, batch) for x in inputs))  # [batch, queries, H, r]

@@ -67,9 +67,13 @@ def moved(inputs: tuple[Tensor, ...], start: Tensor, out: Tensor) -> Work:
 
 def torch_loop(case: Case, inputs: DeltaRuleInputs, start: Tensor) -> Variant:
     return Variant(
-        "torch token loop", lambda: token_loop(inputs, start), gate(inputs, start, 1e-5),
-        moved(inputs, start, inputs.q), baseline=True, note="inputs activated, states not paged",
-    )  # fmt: skip
+        "torch token loop",
+        lambda: token_loop(inputs, start),
+        gate(inputs, start, 1e-5),
+        moved(inputs, start, inputs.q),
+        baseline=True,
+        note="inputs activated, states not paged",
+    )
 
 
 def official_scan(case: Case, inputs: DeltaRuleInputs, start: Tensor, setup: Setup) -> list[Variant]:
@@ -89,11 +93,16 @@ def official_scan(case: Case, inputs: DeltaRuleInputs, start: Tensor, setup: Set
 
     its = DeltaRuleInputs(*(x.unflatten(0, (-1, heads)).transpose(1, 2) for x in rounded))
     judge = gate(its, state.unflatten(0, (-1, heads)), ROUNDED[case.dtype])
-    return [Variant(
-        "official scan", lambda: scan(state, *rounded), Gate(lambda got: judge.error(unfolded(got)), judge.tolerance),
-        moved(rounded, state, rounded.q), baseline=True,
-        note=f"inputs activated, states not paged, reads and states in {case.dtype}; writes every token's state",
-    )]  # fmt: skip
+    return [
+        Variant(
+            "official scan",
+            lambda: scan(state, *rounded),
+            Gate(lambda got: judge.error(unfolded(got)), judge.tolerance),
+            moved(rounded, state, rounded.q),
+            baseline=True,
+            note=f"inputs activated, states not paged, reads and states in {case.dtype}; writes every token's state",
+        )
+    ]
 
 
 @functools.cache
@@ -129,9 +138,11 @@ def fla_recurrent(case: Case, inputs: DeltaRuleInputs, start: Tensor) -> Variant
         lambda: fused_recurrent_gated_delta_rule(
             q, k, v, gv=decay, beta=beta, scale=1.0, initial_state=start, output_final_state=True, state_v_first=True
         ),
-        gate(its, start, ROUNDED[case.dtype], read_first=False), moved((q, k, v, decay, beta), start, v), baseline=True,
+        gate(its, start, ROUNDED[case.dtype], read_first=False),
+        moved((q, k, v, decay, beta), start, v),
+        baseline=True,
         note="reads after the update, erases from the decayed state; inputs activated, states not paged",
-    )  # fmt: skip
+    )
 
 
 def fla_chunk(case: Case, inputs: DeltaRuleInputs, start: Tensor) -> Variant:
@@ -146,7 +157,10 @@ def fla_chunk(case: Case, inputs: DeltaRuleInputs, start: Tensor) -> Variant:
         q, k, v, g=decay, beta=beta, scale=1.0, initial_state=start, output_final_state=True, state_v_first=True
     )
     return Variant(
-        "fla chunk", call, gate(its, start, 2e-2, read_first=False), moved((q, k, v, decay, beta), start, v),
+        "fla chunk",
+        call,
+        gate(its, start, 2e-2, read_first=False),
+        moved((q, k, v, decay, beta), start, v),
         baseline=True,
         note="one gate a head; reads after the update, erases from the decayed state; inputs activated, not paged",
-    )  # fmt: skip
+    )

@@ -32,10 +32,16 @@ def cases(models: list[Model], dtype: str, gpu: bool) -> list[Case]:
     def add(name: str, batch: int, queries: int, context: int, pages: int, shared: int, series="", fp8=0) -> None:
         for model, names in groups:
             sizes = {
-                "batch": batch, "queries": queries, "context": context, "references": pages, "shared": shared,
-                "fp8_pool": fp8, "query_heads": model.query_heads, "kv_heads": model.kv_heads,
+                "batch": batch,
+                "queries": queries,
+                "context": context,
+                "references": pages,
+                "shared": shared,
+                "fp8_pool": fp8,
+                "query_heads": model.query_heads,
+                "kv_heads": model.kv_heads,
                 "head_dim": model.head_dim,
-            }  # fmt: skip
+            }
             found.append(Case("memory_attention", names, name, dtype, sizes, model.layers, series))
 
     context, pool = 4096 // scale, POOL // scale
@@ -82,9 +88,11 @@ def variants(case: Case, layer: Layer, setup: Setup) -> list[Variant]:
 def policy_route(case: Case) -> str:
     s = case.sizes
     return choose(
-        architecture(torch.device("cuda")), rows=s["batch"], shared_tokens=s["shared"],
+        architecture(torch.device("cuda")),
+        rows=s["batch"],
+        shared_tokens=s["shared"],
         head_dim=s["head_dim"],
-    ).route  # fmt: skip
+    ).route
 
 
 OPERATION = Operation("memory_attention", cases, build, variants)

@@ -86,16 +86,32 @@ def vllm_triton(case: Case, layer: Layer, table: Tensor, extra: int) -> Callable
     hq, size, most = s["query_heads"], s["head_dim"], max(1, 128 // s["kv_heads"])
     room = functools.partial(torch.empty, dtype=torch.float32, device=device)
     split = {
-        "seq_threshold_3D": most, "num_par_softmax_segments": SEGMENTS,
+        "seq_threshold_3D": most,
+        "num_par_softmax_segments": SEGMENTS,
         "softmax_segm_output": room(most, hq, SEGMENTS, 1 << (size - 1).bit_length()),
-        "softmax_segm_max": room(most, hq, SEGMENTS), "softmax_segm_expsum": room(most, hq, SEGMENTS),
-    }  # fmt: skip
+        "softmax_segm_max": room(most, hq, SEGMENTS),
+        "softmax_segm_expsum": room(most, hq, SEGMENTS),
+    }
     return functools.partial(
-        unified_attention, q=layer.query, k=layer.cache[0], v=layer.cache[1], out=layer.out,
-        cu_seqlens_q=layer.context.query_start_loc, max_seqlen_q=s["queries"], seqused_k=layer.context.seq_lens + extra,
-        max_seqlen_k=s["queries"] + s["context"] + extra, softmax_scale=size**-0.5, causal=True, window_size=(-1, -1),
-        block_table=table, softcap=0.0, q_descale=None, k_descale=None, v_descale=None, **split,
-    )  # fmt: skip
+        unified_attention,
+        q=layer.query,
+        k=layer.cache[0],
+        v=layer.cache[1],
+        out=layer.out,
+        cu_seqlens_q=layer.context.query_start_loc,
+        max_seqlen_q=s["queries"],
+        seqused_k=layer.context.seq_lens + extra,
+        max_seqlen_k=s["queries"] + s["context"] + extra,
+        softmax_scale=size**-0.5,
+        causal=True,
+        window_size=(-1, -1),
+        block_table=table,
+        softcap=0.0,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+        **split,
+    )
 
 
 def flash_lse(case: Case, layer: Layer, table: Tensor, extra: int) -> Callable[[], Tensor]:
@@ -105,10 +121,20 @@ def flash_lse(case: Case, layer: Layer, table: Tensor, extra: int) -> Callable[[
     s, version = case.sizes, 3 if is_fa_version_supported(3) else 2
     lengths, longest = layer.context.seq_lens + extra, s["queries"] + s["context"] + extra
     return lambda: flash_attn_varlen_func(
-        layer.query, layer.cache[0], layer.cache[1], s["queries"], layer.context.query_start_loc, longest,
-        seqused_k=lengths, block_table=table, causal=True, softmax_scale=s["head_dim"] ** -0.5, out=layer.out,
-        return_softmax_lse=True, fa_version=version,
-    )[1]  # fmt: skip
+        layer.query,
+        layer.cache[0],
+        layer.cache[1],
+        s["queries"],
+        layer.context.query_start_loc,
+        longest,
+        seqused_k=lengths,
+        block_table=table,
+        causal=True,
+        softmax_scale=s["head_dim"] ** -0.5,
+        out=layer.out,
+        return_softmax_lse=True,
+        fa_version=version,
+    )[1]
 
 
 def flash(case: Case, layer: Layer, table: Tensor, extra: int) -> Callable[[], None]:
@@ -181,8 +207,13 @@ def flashinfer_cascade(case: Case, layer: Layer) -> Callable[[], Tensor]:
         [integers([0, shared_blocks]), torch.arange(s["batch"] + 1, dtype=torch.int32, device=device) * own_blocks],
         [torch.arange(shared_blocks, dtype=torch.int32, device=device), table.flatten()],
         [integers([block]), torch.full((s["batch"],), (lengths - 1) % block + 1, dtype=torch.int32, device=device)],
-        s["query_heads"], s["kv_heads"], s["head_dim"], block, causal=True, q_data_type=case.torch_dtype,
-    )  # fmt: skip
+        s["query_heads"],
+        s["kv_heads"],
+        s["head_dim"],
+        block,
+        causal=True,
+        q_data_type=case.torch_dtype,
+    )
     return lambda: wrapper.run(layer.query, (layer.cache[0], layer.cache[1]))
 
 

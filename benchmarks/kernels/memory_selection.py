@@ -30,9 +30,12 @@ def cases(models: list[Model], dtype: str, gpu: bool) -> list[Case]:
     for batch, tokens in ((1, 128), (8, 128), (64, 128), (512, 128), (32, 512)) if gpu else ((1, 128), (4, 64)):
         for model, names in by_attention(models):
             sizes = {
-                "references": batch, "tokens": tokens, "query_heads": model.query_heads, "kv_heads": model.kv_heads,
+                "references": batch,
+                "tokens": tokens,
+                "query_heads": model.query_heads,
+                "kv_heads": model.kv_heads,
                 "head_dim": model.head_dim,
-            }  # fmt: skip
+            }
             name = f"{batch} references of {tokens}"
             found.append(Case("memory_selection", names, name, dtype, sizes, model.layers))
     return found
@@ -69,10 +72,12 @@ def variants(case: Case, layer: Layer, setup: Setup) -> list[Variant]:
 
     @functools.cache
     def wanted() -> Tensor:
-        return torch.stack([
-            reference.log_weights(layer.q[i].double(), layer.k[i].double(), layer.valid[i], scale, "softmax")
-            for i in chosen
-        ])  # fmt: skip
+        return torch.stack(
+            [
+                reference.log_weights(layer.q[i].double(), layer.k[i].double(), layer.valid[i], scale, "softmax")
+                for i in chosen
+            ]
+        )
 
     def weights_error(weights: Tensor) -> float:
         return rms(weights[chosen].double() - wanted())
@@ -86,20 +91,28 @@ def variants(case: Case, layer: Layer, setup: Setup) -> list[Variant]:
     weights_work = work(case, batch * heads * tokens * 4)
     return [
         Variant(
-            "selection_weights", lambda: selection_weights(layer.q, layer.k, layer.valid),
-            Gate(weights_error, TOLERANCE), weights_work,
+            "selection_weights",
+            lambda: selection_weights(layer.q, layer.k, layer.valid),
+            Gate(weights_error, TOLERANCE),
+            weights_work,
         ),
         Variant(
-            "select_tokens", lambda: select_tokens(layer.q, layer.k, keep=keep, valid=layer.valid),
-            Gate(picks_error, TOLERANCE), work(case, batch * (heads * keep + 1) * 4),
+            "select_tokens",
+            lambda: select_tokens(layer.q, layer.k, keep=keep, valid=layer.valid),
+            Gate(picks_error, TOLERANCE),
+            work(case, batch * (heads * keep + 1) * 4),
             note="the weights, and the picks by torch's stable sort",
         ),
         Variant(
-            "torch", lambda: layer.weights.copy_(torch_weights(layer, scale)),
-            Gate(weights_error, ROUNDED[case.dtype]), weights_work, writes=(layer.weights,), baseline=True,
+            "torch",
+            lambda: layer.weights.copy_(torch_weights(layer, scale)),
+            Gate(weights_error, ROUNDED[case.dtype]),
+            weights_work,
+            writes=(layer.weights,),
+            baseline=True,
             note="the weights alone; logits rounded to the dtype, and kept in memory",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def rms(x: Tensor) -> float:

@@ -39,9 +39,12 @@ def cases(models: list[Model], dtype: str, gpu: bool) -> list[Case]:
     for name, pages, tokens, in_place in problems:
         for model, names in by_attention(models):
             sizes = {
-                "pages": pages, "page_tokens": tokens, "in_place": in_place, "kv_heads": model.kv_heads,
+                "pages": pages,
+                "page_tokens": tokens,
+                "in_place": in_place,
+                "kv_heads": model.kv_heads,
                 "head_dim": model.head_dim,
-            }  # fmt: skip
+            }
             found.append(Case("reposition", names, name, dtype, sizes, model.layers))
     return found
 
@@ -104,14 +107,31 @@ def variants(case: Case, layer: Layer, setup: Setup) -> list[Variant]:
     copied = lambda _: relative_rms((layer.pool[pages], start[pages] if in_place else start))  # noqa: E731
     return [
         Variant(
-            "reposition_pages", lambda: reposition_pages(layer.pool, layer.positions, rope, **options),
-            Gate(error, ROUNDED[case.dtype]), work(case), **places,
+            "reposition_pages",
+            lambda: reposition_pages(layer.pool, layer.positions, rope, **options),
+            Gate(error, ROUNDED[case.dtype]),
+            work(case),
+            **places,
         ),
-        Variant("torch", torch_turn, Gate(error, SINGLE[case.dtype]), work(case), baseline=True, **places,
-                note="RoPE as models have it, fp32 angles"),
-        Variant("copy", copy, Gate(copied, 0.0), work(case), baseline=True, **places,
-                note="the same keys to the same pages, not turned"),
-    ]  # fmt: skip
+        Variant(
+            "torch",
+            torch_turn,
+            Gate(error, SINGLE[case.dtype]),
+            work(case),
+            baseline=True,
+            **places,
+            note="RoPE as models have it, fp32 angles",
+        ),
+        Variant(
+            "copy",
+            copy,
+            Gate(copied, 0.0),
+            work(case),
+            baseline=True,
+            **places,
+            note="the same keys to the same pages, not turned",
+        ),
+    ]
 
 
 OPERATION = Operation("reposition", cases, build, variants)

@@ -125,6 +125,12 @@ def _unknown(parts: dict[str, str]) -> dict[str, Any]:
 
 
 _STEPS = {
-    "direct": _direct, "indirect": _indirect, "consolidate": _consolidate, "contain": _contain, "surface": _surface,
-    "cross": _cross, "paraphrase": _paraphrase, "unknown": _unknown,
-}  # fmt: skip
+    "direct": _direct,
+    "indirect": _indirect,
+    "consolidate": _consolidate,
+    "contain": _contain,
+    "surface": _surface,
+    "cross": _cross,
+    "paraphrase": _paraphrase,
+    "unknown": _unknown,
+}

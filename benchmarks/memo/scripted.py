@@ -45,8 +45,10 @@ class Scripted:
     def __init__(self, world: World, structured: bool = True, key: str = "", delay: float = 0.0) -> None:
         self.world, self.structured, self.key, self.delay = world, structured, key, delay
         self.models: dict[str, Reply] = {
-            "memory": self._memory, "executive": self._executive, "generator": self._generator,
-        }  # fmt: skip
+            "memory": self._memory,
+            "executive": self._executive,
+            "generator": self._generator,
+        }
         self.faults: dict[str, list[Fault]] = {}
         self.log: list[dict[str, Any]] = []
         self.running = self.most = self.left = 0

@@ -30,40 +30,97 @@ ROLES = _words("geologist translator surgeon architect chemist pilot librarian s
 INSTRUMENTS = _words("cello trumpet harp accordion flute banjo oboe violin bagpipes piano mandolin tuba")
 PETS = _words("parrot ferret tortoise greyhound hedgehog goat rabbit donkey canary hamster")
 PRODUCTS = [
-    "solar lamps", "wool blankets", "racing bicycles", "diving masks", "chess clocks", "steam valves", "paper kites",
-    "glass lenses", "ice skates",
-]  # fmt: skip
+    "solar lamps",
+    "wool blankets",
+    "racing bicycles",
+    "diving masks",
+    "chess clocks",
+    "steam valves",
+    "paper kites",
+    "glass lenses",
+    "ice skates",
+]
 COLOURS = _words("purple orange teal crimson silver olive turquoise golden navy maroon")
 UNKNOWN = "I don't know."
 
 RELATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "birthplace": ("{n} was born in {v}.", (
-        "Where was {n} born?", "In which city was {n} born?", "What is the birthplace of {n}?",
-        "Tell me the city of {n}'s birth.")),
-    "role": ("{n} works as a {v}.", (
-        "What is {n}'s profession?", "What does {n} do for a living?", "What is the occupation of {n}?",
-        "How does {n} earn money?")),
-    "instrument": ("{n} plays the {v}.", (
-        "Which instrument does {n} play?", "What musical instrument does {n} play?",
-        "Name the instrument that {n} plays.", "On what instrument can one hear {n}?")),
-    "pet": ("{n} has a {v}.", (
-        "What pet does {n} have?", "Which animal does {n} keep?", "What kind of pet lives with {n}?",
-        "Say what sort of animal {n} owns.")),
-    "employer": ("{n} works for {v}.", (
-        "Which company does {n} work for?", "Who is {n}'s employer?", "At what company is {n} employed?",
-        "Name the firm that pays {n}.")),
-    "founder": ("{n} was founded by {v}.", (
-        "Who founded {n}?", "Who is the founder of {n}?", "By whom was {n} started?", "Name whoever established {n}.")),
-    "seat": ("{n} has its headquarters in {v}.", (
-        "In which city is the headquarters of {n}?", "Where is {n} based?", "What city is {n} located in?",
-        "Name the town from which {n} is run.")),
-    "product": ("{n} makes {v}.", (
-        "What does {n} make?", "What is the main product of {n}?", "Which goods does {n} produce?",
-        "For which merchandise is {n} known?")),
-    "colour": ("The logo of {n} is {v}.", (
-        "What colour is the logo of {n}?", "Which colour does {n} use in its logo?", "What colour is {n}'s emblem?",
-        "In what shade is {n}'s logo printed?")),
-}  # fmt: skip
+    "birthplace": (
+        "{n} was born in {v}.",
+        (
+            "Where was {n} born?",
+            "In which city was {n} born?",
+            "What is the birthplace of {n}?",
+            "Tell me the city of {n}'s birth.",
+        ),
+    ),
+    "role": (
+        "{n} works as a {v}.",
+        (
+            "What is {n}'s profession?",
+            "What does {n} do for a living?",
+            "What is the occupation of {n}?",
+            "How does {n} earn money?",
+        ),
+    ),
+    "instrument": (
+        "{n} plays the {v}.",
+        (
+            "Which instrument does {n} play?",
+            "What musical instrument does {n} play?",
+            "Name the instrument that {n} plays.",
+            "On what instrument can one hear {n}?",
+        ),
+    ),
+    "pet": (
+        "{n} has a {v}.",
+        (
+            "What pet does {n} have?",
+            "Which animal does {n} keep?",
+            "What kind of pet lives with {n}?",
+            "Say what sort of animal {n} owns.",
+        ),
+    ),
+    "employer": (
+        "{n} works for {v}.",
+        (
+            "Which company does {n} work for?",
+            "Who is {n}'s employer?",
+            "At what company is {n} employed?",
+            "Name the firm that pays {n}.",
+        ),
+    ),
+    "founder": (
+        "{n} was founded by {v}.",
+        ("Who founded {n}?", "Who is the founder of {n}?", "By whom was {n} started?", "Name whoever established {n}."),
+    ),
+    "seat": (
+        "{n} has its headquarters in {v}.",
+        (
+            "In which city is the headquarters of {n}?",
+            "Where is {n} based?",
+            "What city is {n} located in?",
+            "Name the town from which {n} is run.",
+        ),
+    ),
+    "product": (
+        "{n} makes {v}.",
+        (
+            "What does {n} make?",
+            "What is the main product of {n}?",
+            "Which goods does {n} produce?",
+            "For which merchandise is {n} known?",
+        ),
+    ),
+    "colour": (
+        "The logo of {n} is {v}.",
+        (
+            "What colour is the logo of {n}?",
+            "Which colour does {n} use in its logo?",
+            "What colour is {n}'s emblem?",
+            "In what shade is {n}'s logo printed?",
+        ),
+    ),
+}
 """Relation -> (the sentence that says it, the questions for it). The last wording is for evaluation."""
 OF_PEOPLE = ("birthplace", "role", "instrument", "pet", "employer")
 OF_COMPANIES = ("founder", "seat", "product", "colour")
@@ -111,8 +168,17 @@ class World:
         made.shuffle(firms)
         people, self.strangers = names[: self.people], names[self.people : 2 * self.people]
         companies = firms[: self.companies]
-        values = {"birthplace": CITIES, "role": ROLES, "instrument": INSTRUMENTS, "pet": PETS, "employer": companies,
-                  "founder": people, "seat": CITIES, "product": PRODUCTS, "colour": COLOURS}  # fmt: skip
+        values = {
+            "birthplace": CITIES,
+            "role": ROLES,
+            "instrument": INSTRUMENTS,
+            "pet": PETS,
+            "employer": companies,
+            "founder": people,
+            "seat": CITIES,
+            "product": PRODUCTS,
+            "colour": COLOURS,
+        }
         for name in people:
             self.facts[name] = {relation: made.choice(values[relation]) for relation in OF_PEOPLE}
         for name in companies:

@@ -228,8 +228,9 @@ def _reads(variant: str) -> str:
 
 
 def _faster(ours: dict[str, Any], theirs: dict[str, Any]) -> Point:
-    return Point(ours["batch"], theirs["us"] / ours["us"], theirs["us_p10"] / ours["us_p90"],
-                 theirs["us_p90"] / ours["us_p10"])  # fmt: skip
+    return Point(
+        ours["batch"], theirs["us"] / ours["us"], theirs["us_p10"] / ours["us_p90"], theirs["us_p90"] / ours["us_p10"]
+    )
 
 
 def _ours(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -261,10 +262,13 @@ def scan_time(reports: list[dict[str, Any]]) -> Figure | None:
         for name in dict.fromkeys(row["variant"] for row in rows if row["baseline"])
     }
     lines = [
-        Line(name, "memory" if one is own else "baseline",
-             [Point(r["queries"], r["us"], r["us_p10"], r["us_p90"]) for r in one])
+        Line(
+            name,
+            "memory" if one is own else "baseline",
+            [Point(r["queries"], r["us"], r["us_p10"], r["us_p90"]) for r in one],
+        )
         for name, one in series.items()
-    ]  # fmt: skip
+    ]
     floors = [Point(r["queries"], r["floor_us"]) for r in own if r.get("floor_us")]
     if floors:
         lines.append(Line("floor: bytes and flops", FLOOR, floors))
@@ -311,14 +315,39 @@ def _first_token(row: dict[str, Any]) -> str:
 
 ENGINES = "python -m benchmarks.engines"
 FIGURES = (
-    Wanted("decode-latency", "decode latency against batch", "engines-", decode_latency,
-           f"{ENGINES} latency --memory delta explicit --save"),
-    Wanted("pool-speedup", "pool speed-up against batch", ("kernels-", "engines-"), pool_speedup,
-           f"python -m benchmarks.kernels --ops memory_attention --save  (or {ENGINES} pool --save)"),
-    Wanted("scan-time", "scan time against length", "kernels-", scan_time,
-           "python -m benchmarks.kernels --ops delta_rule --save"),
-    Wanted("step-overhead", "step overhead by batch", "engines-", step_overhead,
-           f"{ENGINES} latency --memory delta explicit --save"),
-    Wanted("recall-ttft", "TTFT of memory recall against text RAG", ("rag-", "engines-"), recall_ttft,
-           f"python -m benchmarks.rag --save  (or {ENGINES} latency --memory text --save)"),
-)  # fmt: skip
+    Wanted(
+        "decode-latency",
+        "decode latency against batch",
+        "engines-",
+        decode_latency,
+        f"{ENGINES} latency --memory delta explicit --save",
+    ),
+    Wanted(
+        "pool-speedup",
+        "pool speed-up against batch",
+        ("kernels-", "engines-"),
+        pool_speedup,
+        f"python -m benchmarks.kernels --ops memory_attention --save  (or {ENGINES} pool --save)",
+    ),
+    Wanted(
+        "scan-time",
+        "scan time against length",
+        "kernels-",
+        scan_time,
+        "python -m benchmarks.kernels --ops delta_rule --save",
+    ),
+    Wanted(
+        "step-overhead",
+        "step overhead by batch",
+        "engines-",
+        step_overhead,
+        f"{ENGINES} latency --memory delta explicit --save",
+    ),
+    Wanted(
+        "recall-ttft",
+        "TTFT of memory recall against text RAG",
+        ("rag-", "engines-"),
+        recall_ttft,
+        f"python -m benchmarks.rag --save  (or {ENGINES} latency --memory text --save)",
+    ),
+)

@@ -17,13 +17,32 @@ OTHERS = ("#555555", "#E69F00", "#56B4E9", "#999999", "#B8A400")
 MARKS = "osD^vPX<>"
 INK, GRID = "#222222", "#DDDDDD"
 SETTINGS = {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10, "svg.fonttype": "none",
-    "svg.hashsalt": "mem_triton", "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white",
-    "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8,
-    "axes.axisbelow": True, "legend.frameon": False, "legend.handlelength": 2.8, "lines.linewidth": 1.8,
-    "lines.markersize": 6, "lines.markeredgecolor": "white", "lines.markeredgewidth": 0.6,
-}  # fmt: skip
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mem_triton",
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "savefig.facecolor": "white",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.handlelength": 2.8,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "lines.markeredgecolor": "white",
+    "lines.markeredgewidth": 0.6,
+}
 
 
 class PlotError(ImportError):

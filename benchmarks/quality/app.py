@@ -98,9 +98,16 @@ def quality(
     if save:
         facts = {"model": str(model), "weights_sha256": record.digests(model), "dtype": dtype, "engine": engine}
         path = record.save(
-            head | facts | {"bank": sizes, "equal_answers_of_one_document": same, "rows": [asdict(row) for row in rows],
-                            "answers": answers}, f"quality-{engine}",
-        )  # fmt: skip
+            head
+            | facts
+            | {
+                "bank": sizes,
+                "equal_answers_of_one_document": same,
+                "rows": [asdict(row) for row in rows],
+                "answers": answers,
+            },
+            f"quality-{engine}",
+        )
         console.print(f"kept in {path.relative_to(record.ROOT)}")
 
 
@@ -210,10 +217,18 @@ class Run:
         scores = [f1(*pair) for pair in pairs]
         asked = len(pairs)
         return Row(
-            way, count, asked, right / asked, wilson(right, asked), whole / asked, wilson(whole, asked),
-            statistics.fmean(scores), interval(scores), statistics.median(answer.prompt for answer in answers),
+            way,
+            count,
+            asked,
+            right / asked,
+            wilson(right, asked),
+            whole / asked,
+            wilson(whole, asked),
+            statistics.fmean(scores),
+            interval(scores),
+            statistics.median(answer.prompt for answer in answers),
             statistics.median(answer.ttft for answer in alone),
-        )  # fmt: skip
+        )
 
 
 def one_is_its_text(answers: dict[str, list[str]]) -> str | None:
@@ -228,8 +243,10 @@ def show(console: Console, rows: list[Row], sizes: dict[str, Any], same: str | N
     """Print the table."""
     table = Table("way", "documents", "says it", "F1", "exact", "prompt tokens", "TTFT ms")
     for row in rows:
-        cells = [f"{100 * v:.0f} % ({100 * a:.0f} to {100 * b:.0f})" for v, (a, b) in (
-            (row.says, row.says_interval), (row.f1, row.f1_interval), (row.exact, row.exact_interval))]  # fmt: skip
+        cells = [
+            f"{100 * v:.0f} % ({100 * a:.0f} to {100 * b:.0f})"
+            for v, (a, b) in ((row.says, row.says_interval), (row.f1, row.f1_interval), (row.exact, row.exact_interval))
+        ]
         table.add_row(row.way, str(row.documents), *cells, f"{row.prompt_tokens:.0f}", f"{1000 * row.ttft:.0f}")
     console.print(table)
     console.print(f"bank: {json.dumps(sizes)}; answers with one entry that are those with its text: {same}")

@@ -86,12 +86,23 @@ def rag(
     read = kv_bytes(stock_model.config, kind, KV_DTYPES[dtype], groups, tokenizer)
     show(console, found, read, head["machine"])
     if save:
-        sides = {name: vars(side) | {"interval": wilson(side.right, side.asked)} | read.get(name, {})
-                 for name, side in found.items()}  # fmt: skip
-        path = record.save(head | {
-            "servers": [server.shown_command for server in servers], "weights_sha256": record.digests(model),
-            "kind": kind, "dtype": dtype, "requests_at_once": requests, "tokens_per_request": tokens, "sides": sides,
-        }, "rag")  # fmt: skip
+        sides = {
+            name: vars(side) | {"interval": wilson(side.right, side.asked)} | read.get(name, {})
+            for name, side in found.items()
+        }
+        path = record.save(
+            head
+            | {
+                "servers": [server.shown_command for server in servers],
+                "weights_sha256": record.digests(model),
+                "kind": kind,
+                "dtype": dtype,
+                "requests_at_once": requests,
+                "tokens_per_request": tokens,
+                "sides": sides,
+            },
+            "rag",
+        )
         console.print(f"kept in {path.relative_to(record.ROOT)}")
 
 
@@ -184,16 +195,26 @@ def kv_bytes(
 def show(console: Console, found: dict[str, Found], read: dict[str, dict[str, float]], machine: dict[str, Any]) -> None:
     """One table: a row a side."""
     where = machine["gpu"] or "a CPU: says nothing about a GPU"
-    table = Table("evidence", "recall [95 %]", "prompt tokens", "KV read per token", "TTFT, ms", "TTFT alone, ms",
-                  "output tokens/s", title=f"Explicit memory and text RAG, {MOST} references, on {where}",
-                  box=box.SIMPLE_HEAD)  # fmt: skip
+    table = Table(
+        "evidence",
+        "recall [95 %]",
+        "prompt tokens",
+        "KV read per token",
+        "TTFT, ms",
+        "TTFT alone, ms",
+        "output tokens/s",
+        title=f"Explicit memory and text RAG, {MOST} references, on {where}",
+        box=box.SIMPLE_HEAD,
+    )
     for name, side in found.items():
         low, high = wilson(side.right, side.asked)
         cells = [f"{side.right / side.asked:.1%} [{low:.1%}, {high:.1%}]"]
         if name in read:
             cells += [f"{read[name]['prompt_tokens']:.0f}", f"{read[name]['kv_bytes_per_token'] / 1024:.0f} KiB"]
-            cells += ["{:.1f} [{:.1f}, {:.1f}]".format(*(1000 * x for x in median_and_range(times)))
-                      for times in (side.ttft, side.ttft_alone)]  # fmt: skip
+            cells += [
+                "{:.1f} [{:.1f}, {:.1f}]".format(*(1000 * x for x in median_and_range(times)))
+                for times in (side.ttft, side.ttft_alone)
+            ]
             cells.append("{:.0f} [{:.0f}, {:.0f}]".format(*median_and_range(side.tokens_per_second)))
         table.add_row(name, *cells)
     console.print(table)

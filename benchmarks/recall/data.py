@@ -53,8 +53,12 @@ VALUES = _words(
     """
 )
 
-FACT_FORMS = ("{name}'s {attribute} is {value}.", "The {attribute} of {name} is {value}.",
-              "For {name} the {attribute} is {value}.", "Note that {name}'s {attribute} is {value}.")  # fmt: skip
+FACT_FORMS = (
+    "{name}'s {attribute} is {value}.",
+    "The {attribute} of {name} is {value}.",
+    "For {name} the {attribute} is {value}.",
+    "Note that {name}'s {attribute} is {value}.",
+)
 QUESTION_FORMS = (
     "What is {name}'s {attribute}?",
     "What is the {attribute} of {name}?",

@@ -58,9 +58,14 @@ def load(model: Path = HERE / "model") -> tuple[Qwen3ForCausalLM, PreTrainedToke
 
 @torch.inference_mode()
 def right_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, where: str, n: int, sessions: int, seed: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    where: str,
+    n: int,
+    sessions: int,
+    seed: int,
     shared: float = SHARED,
-) -> int:  # fmt: skip
+) -> int:
     """How many of ``sessions`` questions are answered right. where: one of STOCK (no memory on the model) or MEMORY."""
     rng, right = random.Random(f"{seed} {n}"), 0  # all conditions see the same facts
     for begin in range(0, sessions, BATCH):
@@ -80,9 +85,13 @@ def right_answers(
 
 
 def remember(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, where: str, rows: list[list[data.Fact]],
-    told: list[str], rng: random.Random,
-) -> torch.Tensor:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    where: str,
+    rows: list[list[data.Fact]],
+    told: list[str],
+    rng: random.Random,
+) -> torch.Tensor:
     """Bring the memory into the state in which the question of ``right_answers`` finds it.
 
     Returns the rows [B] in which greedy decoding gives the expected reply, so that a server would write the same.
@@ -110,9 +119,13 @@ def remember(
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, adapter: Path, sessions: int, seeds: list[int],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    adapter: Path,
+    sessions: int,
+    seeds: list[int],
     counts: tuple[int, ...] = COUNTS,
-) -> dict[str, dict[int, list[int]]]:  # fmt: skip
+) -> dict[str, dict[int, list[int]]]:
     """Right answers per seed, by condition and number of facts."""
     found: dict[str, dict[int, list[int]]] = {}
     for where in (*STOCK, *MEMORY):
@@ -154,18 +167,24 @@ def main() -> None:
             low, high = wilson(sum(by_count[n]), asked)
             share = sum(by_count[n]) / asked
             cells[f"{where} / {n}"] = {
-                "recall": share, "interval": [low, high], "right_per_seed": by_count[n], "asked_per_seed": args.sessions
-            }  # fmt: skip
+                "recall": share,
+                "interval": [low, high],
+                "right_per_seed": by_count[n],
+                "asked_per_seed": args.sessions,
+            }
             shown.append(f"{100 * share:.1f} ({100 * low:.1f}-{100 * high:.1f})")
         table.add_row(where, *shown)
     Console(width=130).print(table)
     if args.save:
         head["machine"]["threads"] = torch.get_num_threads()
         report = head | {
-            "seconds": round(time.time() - begin), "seeds": args.seeds, "shared_names": SHARED,
-            "adapter": load_adapter(args.adapter).fingerprint, "weights_sha256": record.digests(args.model),
+            "seconds": round(time.time() - begin),
+            "seeds": args.seeds,
+            "shared_names": SHARED,
+            "adapter": load_adapter(args.adapter).fingerprint,
+            "weights_sha256": record.digests(args.model),
             "cells": cells,
-        }  # fmt: skip
+        }
         path = record.save(report, "recall")
         print(f"kept in {path.relative_to(record.ROOT)}")
 

@@ -140,15 +140,17 @@ def summary(cells: Cells) -> dict[str, dict[str, Any]]:
     """Share, interval and counts of every cell; codecs also with the difference to bf16 on the same questions."""
     report: dict[str, dict[str, Any]] = {}
     for name, right in cells.items():
-        report[name] = {"recall": sum(right) / len(right), "interval": list(wilson(sum(right), len(right))),
-                        "right": sum(right), "asked": len(right)}  # fmt: skip
+        report[name] = {
+            "recall": sum(right) / len(right),
+            "interval": list(wilson(sum(right), len(right))),
+            "right": sum(right),
+            "asked": len(right),
+        }
         row, _, column = name.rpartition(" / ")
         base = cells.get(f"{row} / bf16")
         if base is not None and column != "bf16":
             gained, lost = (sum(a > b for a, b in zip(x, y, strict=True)) for x, y in ((right, base), (base, right)))
-            report[name] |= {
-                "points_to_bf16": 100 * (gained - lost) / len(right), "gained": gained, "lost": lost
-            }  # fmt: skip
+            report[name] |= {"points_to_bf16": 100 * (gained - lost) / len(right), "gained": gained, "lost": lost}
     return report
 
 
@@ -199,9 +201,12 @@ def main() -> None:
 def save(evaluation: Evaluation, args: argparse.Namespace, head: dict[str, Any]) -> Path:
     """The result file: every cell, and what is needed to get it again. Later parts of a run take an earlier one's."""
     report = head | {
-        "seeds": args.seeds, "questions_per_seed": args.sessions, "weights_sha256": record.digests(args.model),
-        "right_reference_retrieved": evaluation.retrieved, "cells": summary(evaluation.cells),
-    }  # fmt: skip
+        "seeds": args.seeds,
+        "questions_per_seed": args.sessions,
+        "weights_sha256": record.digests(args.model),
+        "right_reference_retrieved": evaluation.retrieved,
+        "cells": summary(evaluation.cells),
+    }
     some = "" if len(args.parts) == len(PARTS) else "-" + "-".join(args.parts).replace("_", "-")
     return record.save(report, f"recall-explicit{some}")
 

@@ -14,10 +14,15 @@ from benchmarks.recall import data
 from benchmarks.recall.chat import END, START
 
 NEUTRAL = (
-    "Remember this.", "Note that this is the {a}.", "The {a} of the {b} is this.", "Note that the {a} is the {b}'s.",
-    "Tell me the {a} of the {b}.", "Remember that this is the {a} of the {b}.", "The {a} is {value}.",
+    "Remember this.",
+    "Note that this is the {a}.",
+    "The {a} of the {b} is this.",
+    "Note that the {a} is the {b}'s.",
+    "Tell me the {a} of the {b}.",
+    "Remember that this is the {a} of the {b}.",
+    "The {a} is {value}.",
     "For the {b} the {a} is {value}.",
-)  # fmt: skip
+)
 """Sentences about nobody, in the words of the facts; some name a value that is nobody's."""
 
 LENGTHS = (64, 128)
@@ -47,9 +52,12 @@ def reference(rng: random.Random, told: list[data.Fact], tokens: int) -> str:
 
 
 def library(
-    rng: random.Random, references: int, facts: tuple[int, int], pool: list[tuple[int, int]] = data.HELD_OUT,
+    rng: random.Random,
+    references: int,
+    facts: tuple[int, int],
+    pool: list[tuple[int, int]] = data.HELD_OUT,
     shared: float = 1 / 3,
-) -> tuple[list[list[data.Fact]], list[str]]:  # fmt: skip
+) -> tuple[list[list[data.Fact]], list[str]]:
     """So many references with ``facts[0]`` to ``facts[1]`` facts each: their facts, and their texts.
 
     No two facts have the same name and attribute. shared: share of facts that repeat another's name, be it in the same

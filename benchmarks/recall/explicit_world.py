@@ -115,9 +115,11 @@ class Librarian:
             while len(texts) * LENGTHS[0] * len(layers) * self.fingerprint.kv_heads < self.vectors:
                 texts += library(rng, 20, (1, 4), data.TRAINED)[1]
             encoded = self.encoder.encode(
-                self.tokenizer(texts)["input_ids"], layers=layers,
-                prefix_ids=prefix_ids(self.tokenizer, config.prefix_text), batch_size=BATCH,
-            )  # fmt: skip
+                self.tokenizer(texts)["input_ids"],
+                layers=layers,
+                prefix_ids=prefix_ids(self.tokenizer, config.prefix_text),
+                batch_size=BATCH,
+            )
             product = get_codec("pq")
             product.train([dense(text) for text in encoded], PQ[codec])
             self.trained[layers, codec] = product.state()
@@ -126,9 +128,12 @@ class Librarian:
 
 @torch.inference_mode()
 def right_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, asked: Sequence[tuple[str, str]],
-    read: Sequence[Sequence[str]] | None = None, bank: Bank | None = None,
-) -> list[bool]:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    asked: Sequence[tuple[str, str]],
+    read: Sequence[Sequence[str]] | None = None,
+    bank: Bank | None = None,
+) -> list[bool]:
     """Whether greedy decoding gives exactly each right answer. read: the entries that each request attends to."""
     right: list[bool] = []
     for start in range(0, len(asked), BATCH):

@@ -15,11 +15,21 @@ CONSTANT, SHARP, MATCH = 0.5, 1.6, 1.3
 def recall_config(vocab: int, eos: int) -> Qwen3Config:
     """About 2 million parameters."""
     return Qwen3Config(
-        vocab_size=vocab, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, bos_token_id=None, eos_token_id=eos,
-        pad_token_id=0, attention_bias=False,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=0,
+        attention_bias=False,
+    )
 
 
 @torch.no_grad()

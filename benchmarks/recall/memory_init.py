@@ -26,9 +26,14 @@ VALUE_SIZE, SHARED_DIMS = 12.0, 48
 
 @torch.no_grad()
 def memory_init(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config: DeltaMemConfig, layer: int, seed: int,
-    messages: int = 600, n: int = 6,
-) -> dict[str, Tensor]:  # fmt: skip
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    config: DeltaMemConfig,
+    layer: int,
+    seed: int,
+    messages: int = 600,
+    n: int = 6,
+) -> dict[str, Tensor]:
     """Initial tensors of the adapter at ``layer``, by their official names."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     told = [data.draw(rng, n, data.TRAINED, 1 / 3) for _ in range(messages)]

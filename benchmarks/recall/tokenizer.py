@@ -28,15 +28,22 @@ def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=4000, min_frequency=2, special_tokens=SPECIAL, show_progress=False,
+        vocab_size=4000,
+        min_frequency=2,
+        special_tokens=SPECIAL,
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(lines, trainer)
     words = [f" {word}" for word in (*data.FIRST, *data.LAST, *data.ATTRIBUTES, *data.VALUES)]
     split = [word for word in words if len(tokenizer.encode(word).ids) != 1]
     if split:
         raise ValueError(f"not single tokens: {split[:5]}")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False, model_max_length=4096,
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )

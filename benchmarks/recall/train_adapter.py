@@ -27,9 +27,14 @@ from mem_triton_transformers import adapter_from, reset_memory, set_memory_write
 
 LAYER = 1  # its input holds a whole fact at the full stop after the value, thanks to the look-back heads of layer 0
 CONFIG = DeltaMemConfig(
-    rank=16, alpha=16.0, num_state_heads=8, delta_heads=("q", "o"), target_layers=(LAYER,), beta_bias_init=-4.0,
+    rank=16,
+    alpha=16.0,
+    num_state_heads=8,
+    delta_heads=("q", "o"),
+    target_layers=(LAYER,),
+    beta_bias_init=-4.0,
     output_init="zero",
-)  # fmt: skip
+)
 LADDER = (1, 2, 4, 8, 12)  # facts per session; the next step when 85 % of the values are right
 
 
@@ -102,8 +107,11 @@ def main() -> None:
         with torch.no_grad():
             for name, value in start.items():
                 parameters[f"model.layers.{LAYER}.self_attn.{name}"].copy_(value)
-    print(f"adapter parameters {sum(p.numel() for p in parameters.values())}, start after {time.time() - begin:.0f} s: "
-          f"{[recall(model, tokenizer, k, 128, 9) for k in (1, 2, 4, 8)]}", flush=True)  # fmt: skip
+    print(
+        f"adapter parameters {sum(p.numel() for p in parameters.values())}, start after {time.time() - begin:.0f} s: "
+        f"{[recall(model, tokenizer, k, 128, 9) for k in (1, 2, 4, 8)]}",
+        flush=True,
+    )
     optimizer = torch.optim.Adam(parameters.values(), lr=args.rate, betas=(0.9, 0.98))
     begin, step, right, most, history = time.time(), 0, 0.0, args.most, []
     while (elapsed := time.time() - begin) < args.seconds:

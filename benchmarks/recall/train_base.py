@@ -24,12 +24,16 @@ from benchmarks.recall.tokenizer import train_tokenizer
 STAGES = [
     ([" {name} {value}."], [" {name} {value}."]),
     ([" {name} is {value}.", " {name} = {value}."], [" {name}? {value}.", " {name} is {value}."]),
-    ([" {name} is {value}.", " The {name} is {value}."],
-     [" {name}? It is {value}.", " What is {name}? It is {value}."]),
-    ([" {name}'s {attribute} is {value}.", " of {name} is {value}.", " {attribute} of {name} is {value}."],
-     [" {name}? It is {value}.", " {name}'s {attribute}? It is {value}.", " {attribute} of {name}? It is {value}."]),
+    (
+        [" {name} is {value}.", " The {name} is {value}."],
+        [" {name}? It is {value}.", " What is {name}? It is {value}."],
+    ),
+    (
+        [" {name}'s {attribute} is {value}.", " of {name} is {value}.", " {attribute} of {name} is {value}."],
+        [" {name}? It is {value}.", " {name}'s {attribute}? It is {value}.", " {attribute} of {name}? It is {value}."],
+    ),
     ([" " + f for f in data.FACT_FORMS], [f" {q} It is {{value}}." for q in data.QUESTION_FORMS]),
-]  # fmt: skip
+]
 
 
 # attributes by themselves: without these the model matches names and never learns to tell attributes apart
@@ -164,8 +168,11 @@ def main() -> None:
             most, right = 16, 0.5
             print(f"{elapsed:6.0f} s  step {step}  up to {most} facts", flush=True)
         if step % 50 == 0:
-            print(f"{elapsed:6.0f} s  step {step}  stage {stage}  loss {loss.item():.3f}  right {right:.3f}  "
-                  f"{tokens / max(elapsed, 1):.0f} tokens/s", flush=True)  # fmt: skip
+            print(
+                f"{elapsed:6.0f} s  step {step}  stage {stage}  loss {loss.item():.3f}  right {right:.3f}  "
+                f"{tokens / max(elapsed, 1):.0f} tokens/s",
+                flush=True,
+            )
         if step % 400 == 0:
             save(model, tokenizer, args.out)
     save(model, tokenizer, args.out)

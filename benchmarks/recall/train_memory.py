@@ -46,9 +46,13 @@ REFERENCES, QUESTIONS, MOST = 16, 48, 5
 
 
 def written(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, kind: str, texts: list[str], rows: Tensor,
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    kind: str,
+    texts: list[str],
+    rows: Tensor,
     sharpness: float = 4.0,
-) -> dict[int, LayerMemory]:  # fmt: skip
+) -> dict[int, LayerMemory]:
     """The memory of requests that read the texts ``rows[b]`` in one of the ways "sparse", "soft", "dense", "prefix"."""
     if kind == "prefix":
         return requests_memory(write_prefix(model, tokenizer, texts), {}, rows)
@@ -59,9 +63,11 @@ def written(
 
 
 def answers(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]],
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: list[tuple[str, str]],
     memory: dict[int, LayerMemory] | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Logits [B, A, vocab] that predict each row's answer, and its tokens [B, A]."""
     prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]
     right = torch.tensor(tokenizer([answer for _, answer in pairs])["input_ids"])

@@ -92,9 +92,14 @@ def selection_weights(q: Tensor, k: Tensor, valid: Tensor) -> Tensor:
 
 
 def write(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], layers: Sequence[int],
-    keep: int | None, prefix: Sequence[int], sharpness: float | None = None,
-) -> dict[int, LayerMemory]:  # fmt: skip
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Sequence[str],
+    layers: Sequence[int],
+    keep: int | None,
+    prefix: Sequence[int],
+    sharpness: float | None = None,
+) -> dict[int, LayerMemory]:
     """Each text encoded alone behind ``prefix``, in these layers: a LayerMemory of N rows each.
 
     keep: tokens kept per KV head, None for all. sharpness: instead of dropping the others, lower their logits by

@@ -20,31 +20,71 @@ from benchmarks.recall import data
 STAGES = ((1, 16), (1, 128), (2, 128), (4, 128), (8, 128))
 """Facts of a session, and values that they may have."""
 TELLING = (
-    "{name}'s {attribute} is {value}.", "The {attribute} of {name} is {value}.",
-    "For {name} the {attribute} is {value}.", "Note that {name}'s {attribute} is {value}.",
-)  # fmt: skip
+    "{name}'s {attribute} is {value}.",
+    "The {attribute} of {name} is {value}.",
+    "For {name} the {attribute} is {value}.",
+    "Note that {name}'s {attribute} is {value}.",
+)
 OPENINGS = ("Remember this.", "Please remember:", "Keep in mind:", "For later:", "")
 ASKING = (
-    "What is {name}'s {attribute}?", "What is the {attribute} of {name}?", "Tell me the {attribute} of {name}.",
+    "What is {name}'s {attribute}?",
+    "What is the {attribute} of {name}?",
+    "Tell me the {attribute} of {name}.",
     "Which {attribute} does {name} have?",
-)  # fmt: skip
+)
 ANSWER = "The {attribute} of {name} is {value}."
 STOCK = (
-    "Noted.", "I will remember that.", "Thank you for letting me know.", "Got it.", "Okay, I have noted that.",
+    "Noted.",
+    "I will remember that.",
+    "Thank you for letting me know.",
+    "Got it.",
+    "Okay, I have noted that.",
     "Thank you for sharing this information with me. I'll keep it in mind.",
     "I'll make sure to remember that. Is there anything else you'd like me to know?",
-)  # fmt: skip
+)
 OPEN = 0.06
 """Share of telling requests that the model answers itself."""
 TOPICS = (
-    "the sea", "bread", "volcanoes", "chess", "bicycles", "the moon", "coffee", "bees", "trains", "rain", "mountains",
-    "music", "winter", "libraries", "gardens", "bridges", "honey", "maps", "clocks", "rivers", "cats", "airplanes",
-    "photography", "salt", "glass", "tea", "forests", "computers", "paper", "football", "dreams", "markets",
-)  # fmt: skip
+    "the sea",
+    "bread",
+    "volcanoes",
+    "chess",
+    "bicycles",
+    "the moon",
+    "coffee",
+    "bees",
+    "trains",
+    "rain",
+    "mountains",
+    "music",
+    "winter",
+    "libraries",
+    "gardens",
+    "bridges",
+    "honey",
+    "maps",
+    "clocks",
+    "rivers",
+    "cats",
+    "airplanes",
+    "photography",
+    "salt",
+    "glass",
+    "tea",
+    "forests",
+    "computers",
+    "paper",
+    "football",
+    "dreams",
+    "markets",
+)
 PLAIN = (
-    "Write two sentences about {topic}.", "Explain {topic} to a child.", "Give me three facts about {topic}.",
-    "Why do people like {topic}?", "Write a short poem about {topic}.",
-)  # fmt: skip
+    "Write two sentences about {topic}.",
+    "Explain {topic} to a child.",
+    "Give me three facts about {topic}.",
+    "Why do people like {topic}?",
+    "Write a short poem about {topic}.",
+)
 
 
 def message(role: str, content: str) -> dict[str, str]:

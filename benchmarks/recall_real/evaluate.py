@@ -133,10 +133,15 @@ def main() -> None:
         print(f"in context, {group}: { {k: v['right'] for k, v in context[group].items()} } of {len(some)}", flush=True)
     if args.save:
         report = head | {
-            "seconds": round(time.time() - begin), "settings": {k: str(v) for k, v in vars(args).items()},
-            "adapter": adapter.fingerprint, "weights_sha256": record.digests(args.model),
-            "recall": found, "perplexity": texts, "perplexity_mean": means, "in_context": context,
-        }  # fmt: skip
+            "seconds": round(time.time() - begin),
+            "settings": {k: str(v) for k, v in vars(args).items()},
+            "adapter": adapter.fingerprint,
+            "weights_sha256": record.digests(args.model),
+            "recall": found,
+            "perplexity": texts,
+            "perplexity_mean": means,
+            "in_context": context,
+        }
         path = record.save(report, "real-recall")
         print(f"kept in {path.relative_to(record.ROOT)}")
 

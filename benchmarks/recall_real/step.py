@@ -28,9 +28,14 @@ from mem_triton_transformers.delta_training.forward import SessionRunner
 from mem_triton_transformers.delta_training.losses import memory_loss
 
 SHAPE = {
-    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-    "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
-}  # fmt: skip
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
 GATE = 1.5
 Step = Callable[[], None]
 
@@ -84,8 +89,9 @@ def lora_step(
     import peft
 
     per_rank = len(layers) * 2 * (shape["hidden_size"] * 2)
-    config = peft.LoraConfig(r=round(size / per_rank), target_modules=["q_proj", "o_proj"],
-                             layers_to_transform=list(layers))  # fmt: skip
+    config = peft.LoraConfig(
+        r=round(size / per_rank), target_modules=["q_proj", "o_proj"], layers_to_transform=list(layers)
+    )
     model = peft.get_peft_model(model_of(shape, dtype), config, autocast_adapter_dtype=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     rows = torch.tensor([[*s.told[0].ids, *s.asked.ids] for s in some])
@@ -135,9 +141,15 @@ def main() -> None:
         head = record.about("a training step of a δ-mem adapter and of LoRA", "python -m benchmarks.recall_real.step")
         head["machine"]["threads"] = torch.get_num_threads()
         report = head | {
-            "settings": vars(args), "layers": layers, "parameters": {"delta": size, "lora": lora_size},
-            "cpu_seconds": cpu, "wall_seconds": wall, "ratio": ratio, "gate": GATE, "passed": ratio <= GATE,
-        }  # fmt: skip
+            "settings": vars(args),
+            "layers": layers,
+            "parameters": {"delta": size, "lora": lora_size},
+            "cpu_seconds": cpu,
+            "wall_seconds": wall,
+            "ratio": ratio,
+            "gate": GATE,
+            "passed": ratio <= GATE,
+        }
         path = record.save(report, "train-step")
         print(f"kept in {path.relative_to(record.ROOT)}")
     if ratio > GATE:

@@ -67,9 +67,16 @@ class Texts:
 def spec() -> BankSpec:
     """Any model's: nothing of it matters here."""
     model = Fingerprint(
-        architecture="none", num_layers=36, hidden_size=2560, query_heads=32, kv_heads=8, head_dim=128,
-        rope={}, dtype="bfloat16", weights="",
-    )  # fmt: skip
+        architecture="none",
+        num_layers=36,
+        hidden_size=2560,
+        query_heads=32,
+        kv_heads=8,
+        head_dim=128,
+        rope={},
+        dtype="bfloat16",
+        weights="",
+    )
     return BankSpec(kind="memory3", fingerprint=model, layers=tuple(range(18)), kv_heads=8, head_dim=128, keep_tokens=8)
 
 

@@ -45,13 +45,25 @@ def write_bank(folder: Path, kind: str, entries: int) -> Bank:
     """A bank of random entries "0", "1", ... in bf16."""
     layers, tokens = KEPT[kind]
     model = Fingerprint(
-        architecture="Qwen3ForCausalLM", num_layers=MODEL_LAYERS, hidden_size=2560, query_heads=32, kv_heads=HEADS,
-        head_dim=SIZE, rope={}, dtype="bfloat16", weights="benchmark",
-    )  # fmt: skip
+        architecture="Qwen3ForCausalLM",
+        num_layers=MODEL_LAYERS,
+        hidden_size=2560,
+        query_heads=32,
+        kv_heads=HEADS,
+        head_dim=SIZE,
+        rope={},
+        dtype="bfloat16",
+        weights="benchmark",
+    )
     spec = BankSpec(
-        kind=kind, fingerprint=model, layers=tuple(range(layers)), kv_heads=HEADS, head_dim=SIZE,
-        reference_tokens=REFERENCE, keep_tokens=tokens if kind == "memory3" else None,
-    )  # fmt: skip
+        kind=kind,
+        fingerprint=model,
+        layers=tuple(range(layers)),
+        kv_heads=HEADS,
+        head_dim=SIZE,
+        reference_tokens=REFERENCE,
+        keep_tokens=tokens if kind == "memory3" else None,
+    )
     bank = Bank.create(folder, spec)
     for number in range(entries):
         g = torch.Generator().manual_seed(number)
@@ -175,11 +187,22 @@ def main() -> int:
         shown = f"{speed:8.2f} {ratio:11.0%}" if moved else f"{'-':>8} {'-':>11}"
         print(f"{tier:>8} {median * 1e6:10.1f} {low * 1e6:10.1f} {high * 1e6:10.1f} {shown}")
         rows.append(
-            {"tier": tier, "us": median * 1e6, "us_p10": low * 1e6, "us_p90": high * 1e6, "bytes": size,
-             "gb_per_s": speed, "of_copy": ratio, "copy_us": floor * 1e6, "kind": args.kind,
-             "pool_dtype": args.pool_dtype, "references": args.references, "repeats": len(times),
-             "device": args.device}
-        )  # fmt: skip
+            {
+                "tier": tier,
+                "us": median * 1e6,
+                "us_p10": low * 1e6,
+                "us_p90": high * 1e6,
+                "bytes": size,
+                "gb_per_s": speed,
+                "of_copy": ratio,
+                "copy_us": floor * 1e6,
+                "kind": args.kind,
+                "pool_dtype": args.pool_dtype,
+                "references": args.references,
+                "repeats": len(times),
+                "device": args.device,
+            }
+        )
     report = head | {"rows": rows}
     if args.json:
         record.write(report, args.json)

@@ -16,21 +16,59 @@ from mem_triton.runtime.frontend.text import TextOfTokens
 LOGPROBS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
 CUTTABLE = frozenset(
     [
-        "max_new_tokens", "stop_token_ids", "temperature", "top_p", "top_k", "min_p", "n", "beam_width", "ignore_eos",
-        "skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "stream_interval", "logit_bias",
-        "sampling_seed", "custom_params",
+        "max_new_tokens",
+        "stop_token_ids",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "n",
+        "beam_width",
+        "ignore_eos",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "no_stop_trim",
+        "stream_interval",
+        "logit_bias",
+        "sampling_seed",
+        "custom_params",
     ]
-)  # fmt: skip
+)
 """Sampling parameters that mean the same in a continuation: none of them looks back over the answer's own tokens."""
 CUTTABLE_FIELDS = frozenset(
     [
-        "rid", "session_id", "text", "input_ids", "sampling_params", "return_logprob", "logprob_start_len",
-        "top_logprobs_num", "token_ids_logprob", "return_text_in_logprobs", "stream", "log_metrics", "lora_path",
-        "lora_id", "routed_dp_rank", "data_parallel_rank", "routing_key", "conversation_id", "http_worker_ipc",
-        "background", "require_reasoning", "priority", "extra_key", "cache_salt", "no_logs", "custom_labels",
-        "external_trace_header", "received_time", "kv_hints", "modalities",
+        "rid",
+        "session_id",
+        "text",
+        "input_ids",
+        "sampling_params",
+        "return_logprob",
+        "logprob_start_len",
+        "top_logprobs_num",
+        "token_ids_logprob",
+        "return_text_in_logprobs",
+        "stream",
+        "log_metrics",
+        "lora_path",
+        "lora_id",
+        "routed_dp_rank",
+        "data_parallel_rank",
+        "routing_key",
+        "conversation_id",
+        "http_worker_ipc",
+        "background",
+        "require_reasoning",
+        "priority",
+        "extra_key",
+        "cache_salt",
+        "no_logs",
+        "custom_labels",
+        "external_trace_header",
+        "received_time",
+        "kv_hints",
+        "modalities",
     ]
-)  # fmt: skip
+)
 """Fields of a request, likewise."""
 
 
@@ -100,9 +138,15 @@ class Answer(Segments):
     """
 
     def __init__(
-        self, obj: GenerateReqInput, prompt_ids: Sequence[int], every: int, limit: int, *,
-        incremental: bool, decode: Callable[[list[int]], str] | None,
-    ) -> None:  # fmt: skip
+        self,
+        obj: GenerateReqInput,
+        prompt_ids: Sequence[int],
+        every: int,
+        limit: int,
+        *,
+        incremental: bool,
+        decode: Callable[[list[int]], str] | None,
+    ) -> None:
         super().__init__(prompt_ids, every, limit)
         self._obj, self._incremental = obj, bool(obj.stream) and incremental
         self._text = None if decode is None else TextOfTokens(decode, prompt_ids)

@@ -44,9 +44,15 @@ def check_attention(name: str, attention: RadixAttention, what: str) -> None:
 
 
 def attach(
-    model: nn.Module, shape: EngineShape, adapter: DeltaMemAdapter, tokens_per_state: int | None, page_size: int,
-    rank: int, lose: Callable[[BaseException], None], batch_invariant: bool = False,
-) -> DeltaStates:  # fmt: skip
+    model: nn.Module,
+    shape: EngineShape,
+    adapter: DeltaMemAdapter,
+    tokens_per_state: int | None,
+    page_size: int,
+    rank: int,
+    lose: Callable[[BaseException], None],
+    batch_invariant: bool = False,
+) -> DeltaStates:
     """Attach an adapter to this rank's layers; returns their states, not allocated yet.
 
     tokens_per_state: as configured. page_size: tokens of a KV page. rank: of this process, among those that split
@@ -132,9 +138,13 @@ def _prepare_in_one_launch(
 
 
 def _advance(
-    states: DeltaStates, layer: int, lose: Callable[[BaseException], None], projections: Tensor, gate_bias: Tensor,
+    states: DeltaStates,
+    layer: int,
+    lose: Callable[[BaseException], None],
+    projections: Tensor,
+    gate_bias: Tensor,
     reads: Tensor,
-) -> None:  # fmt: skip
+) -> None:
     try:
         states.advance(layer, projections, gate_bias, reads, getattr(get_attn_backend(), "mem_step", None))
     except Exception as error:
@@ -143,9 +153,15 @@ def _advance(
 
 
 def _prepare(
-    states: DeltaStates, layer: int, lose: Callable[[BaseException], None], qkv: Tensor, projections: Tensor,
-    gate_bias: Tensor, reads: Tensor, rounded: Tensor,
-) -> None:  # fmt: skip
+    states: DeltaStates,
+    layer: int,
+    lose: Callable[[BaseException], None],
+    qkv: Tensor,
+    projections: Tensor,
+    gate_bias: Tensor,
+    reads: Tensor,
+    rounded: Tensor,
+) -> None:
     step = getattr(get_attn_backend(), "mem_step", None)
     try:
         states.prepare(layer, qkv, projections, gate_bias, reads, rounded, step)

@@ -92,16 +92,28 @@ class BackendWithMemory(AttentionBackend):
         return super().get_cuda_graph_seq_len_fill_value() if self._stock_captures else 1
 
     def forward_extend(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: Any, save_kv_cache: bool = True,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: RadixAttention,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
         **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         stock = functools.partial(super().forward_extend, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         return self._forward(stock, q, k, v, layer, forward_batch, save_kv_cache, kwargs.get("sinks"))
 
     def forward_decode(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: Any, save_kv_cache: bool = True,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: RadixAttention,
+        forward_batch: Any,
+        save_kv_cache: bool = True,
         **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         stock = functools.partial(super().forward_decode, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         return self._forward(stock, q, k, v, layer, forward_batch, save_kv_cache, kwargs.get("sinks"))
 
@@ -125,9 +137,16 @@ class BackendWithMemory(AttentionBackend):
         return stock.init_cuda_graph_state is not AttentionBackend.init_cuda_graph_state
 
     def _forward(
-        self, stock: Callable[[], Tensor], q: Tensor, k: Tensor, v: Tensor, layer: RadixAttention, forward_batch: Any,
-        save_kv_cache: bool, sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        stock: Callable[[], Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layer: RadixAttention,
+        forward_batch: Any,
+        save_kv_cache: bool,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """The stock result, in which rows with memory have theirs. q: [tokens, Hq * D]; returns the same shape."""
         if self._is_stock_step:
             return stock()
@@ -147,10 +166,16 @@ class BackendWithMemory(AttentionBackend):
 
         def attend(only_readers: bool = not self._alone, **read: Any) -> None:
             memory_attention(
-                q.reshape(heads), self._context(layer, step), out.view(heads), scale=layer.scaling,
-                soft_cap=layer.logit_cap or 0.0, sinks=sinks, only_readers=only_readers, policy=self.mem_triton.policy,
+                q.reshape(heads),
+                self._context(layer, step),
+                out.view(heads),
+                scale=layer.scaling,
+                soft_cap=layer.logit_cap or 0.0,
+                sinks=sinks,
+                only_readers=only_readers,
+                policy=self.mem_triton.policy,
                 **read,
-            )  # fmt: skip
+            )
 
         otherwise = functools.partial(attend, only_readers=False) if self._alone else lambda: out.copy_(stock())
         attend_or_lose(

@@ -59,9 +59,11 @@ def _before_graphs(server_args: Any, previous: Any) -> None:
         _refuse(server_args)
     if config is not None and Capability.STATE in registry.required(config.systems):
         _declare(
-            server_args, "cuda_graph_backend_prefill", "disabled", "states look at each prefill's requests, which a "
-            "captured prefill cannot; decoding keeps its graphs",
-        )  # fmt: skip
+            server_args,
+            "cuda_graph_backend_prefill",
+            "disabled",
+            "states look at each prefill's requests, which a captured prefill cannot; decoding keeps its graphs",
+        )
     previous(server_args)
 
 

@@ -17,32 +17,57 @@ from mem_triton.compat import TESTED_VERSIONS, UnsupportedVersionError, require
 
 HOOKS: dict[str, tuple[str, HookType]] = {
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__": (
-        "mem_triton_sglang.front_end:after_init", HookType.AFTER),
+        "mem_triton_sglang.front_end:after_init",
+        HookType.AFTER,
+    ),
     "sglang.srt.utils.weight_versions.build_endpoint_weight_version_metadata": (
-        "mem_triton_sglang.front_end:after_metadata", HookType.AFTER),
+        "mem_triton_sglang.front_end:after_metadata",
+        HookType.AFTER,
+    ),
     "sglang.srt.managers.schedule_batch.Req.__init__": ("mem_triton_sglang.worker:after_request", HookType.AFTER),
     "sglang.srt.mem_cache.radix_cache.RadixKey.__init__": ("mem_triton_sglang.radix_keys:after_init", HookType.AFTER),
     "sglang.srt.model_executor.model_runner.ModelRunner.initialize": (
-        "mem_triton_sglang.worker:after_initialize", HookType.AFTER),
+        "mem_triton_sglang.worker:after_initialize",
+        HookType.AFTER,
+    ),
     "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size": (
-        "mem_triton_sglang.worker:after_cell_size", HookType.AFTER),
+        "mem_triton_sglang.worker:after_cell_size",
+        HookType.AFTER,
+    ),
     "sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool": (
-        "mem_triton_sglang.worker:after_alloc", HookType.AFTER),
+        "mem_triton_sglang.worker:after_alloc",
+        HookType.AFTER,
+    ),
     "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new": (
-        "mem_triton_sglang.worker:after_init_new", HookType.AFTER),
+        "mem_triton_sglang.worker:after_init_new",
+        HookType.AFTER,
+    ),
     "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority": (
-        "mem_triton_sglang.places:after_priority", HookType.AFTER),
+        "mem_triton_sglang.places:after_priority",
+        HookType.AFTER,
+    ),
     "sglang.srt.managers.scheduler.Scheduler.get_num_allocatable_reqs": (
-        "mem_triton_sglang.places:after_room", HookType.AFTER),
+        "mem_triton_sglang.places:after_room",
+        HookType.AFTER,
+    ),
     "sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw": (
-        "mem_triton_sglang.places:before_pass", HookType.BEFORE),
+        "mem_triton_sglang.places:before_pass",
+        HookType.BEFORE,
+    ),
     "sglang.srt.mem_cache.memory_pool.ReqToTokenPool.free": ("mem_triton_sglang.worker:before_free", HookType.BEFORE),
-}  # fmt: skip
+}
 """Function of SGLang -> (ours, when it is called)."""
 CALLED = (
-    "_collect_batch_responses", "_handle_abort_req", "_init_req_state", "_stream_batch_responses", "_tokenize_texts",
-    "_validate_one_request", "_wait_one_response", "abort_request", "generate_request",
-)  # fmt: skip
+    "_collect_batch_responses",
+    "_handle_abort_req",
+    "_init_req_state",
+    "_stream_batch_responses",
+    "_tokenize_texts",
+    "_validate_one_request",
+    "_wait_one_response",
+    "abort_request",
+    "generate_request",
+)
 """Methods of SGLang's ``TokenizerManager`` that ours calls."""
 
 

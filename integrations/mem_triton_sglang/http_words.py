@@ -8,11 +8,13 @@ from mem_triton.runtime.frontend.http_words import RefuseMisplacedWords, WordPla
 
 PLACES = WordPlaces(
     {
-        "/generate": "sampling_params.custom_params", "/v1/completions": "custom_params",
-        "/v1/chat/completions": "custom_params", "/invocations": "custom_params",
+        "/generate": "sampling_params.custom_params",
+        "/v1/completions": "custom_params",
+        "/v1/chat/completions": "custom_params",
+        "/invocations": "custom_params",
         "/vertex_generate": "parameters.sampling_params.custom_params",
     }
-)  # fmt: skip
+)
 """Where SGLang's routes take what reaches ``sampling_params["custom_params"]``."""
 
 

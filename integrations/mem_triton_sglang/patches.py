@@ -18,8 +18,7 @@ PATCHES: tuple[EnginePatch, ...] = (
         "abort_request and the methods that change weights, and calls private methods of it (listed below).",
         why="A request's memory is opened before the scheduler has it, and committed before its last output is "
         "returned.",
-        upstream=_SEEN
-        + " There is no way to name the manager's class, and no public way to answer a batch or to "
+        upstream=_SEEN + " There is no way to name the manager's class, and no public way to answer a batch or to "
         "end a request that the scheduler never had.",
         until="SGLang takes a TokenizerManager class from a plugin.",
     ),
@@ -222,7 +221,7 @@ PATCHES: tuple[EnginePatch, ...] = (
         "so ours is one string.",
         until="No need.",
     ),
-)  # fmt: skip
+)
 
 PRIVATE: dict[str, str] = {
     "_HOOKS": "steps of the resolution of arguments are taken out again",

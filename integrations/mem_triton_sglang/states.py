@@ -44,9 +44,15 @@ class DeltaStates:
         delta_rule_paged(projections, reads, batch, self.spec, **layout)
 
     def prepare(
-        self, layer: int, qkv: Tensor, projections: Tensor, gate_bias: Tensor, reads: Tensor, rounded: Tensor | None,
+        self,
+        layer: int,
+        qkv: Tensor,
+        projections: Tensor,
+        gate_bias: Tensor,
+        reads: Tensor,
+        rounded: Tensor | None,
         step: Step | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """``advance``, and the corrections of q | k | v, [tokens, q + k + v], in place. rounded: reads for Δo."""
         batch, layout = self._batch(layer, gate_bias, step)
         attention_inputs(qkv, projections, reads, self.inputs[layer], batch, self.spec, rounded=rounded, **layout)
@@ -57,8 +63,15 @@ class DeltaStates:
             raise RuntimeError("δ-mem: a forward pass came before the KV cache or without mem_triton's backend")
         rows, slots = step.seq_lens.shape[0], self.slots
         batch = StateBatch(
-            gate_bias, self.cells[layer], step.block_table, step.query_start_loc, step.seq_lens,
-            slots.initial[layer], slots.row_slot[:rows], slots.row_write[:rows], slots.last[layer],
-        )  # fmt: skip
+            gate_bias,
+            self.cells[layer],
+            step.block_table,
+            step.query_start_loc,
+            step.seq_lens,
+            slots.initial[layer],
+            slots.row_slot[:rows],
+            slots.row_write[:rows],
+            slots.last[layer],
+        )
         layout = {"block_size": self.page_size, "tokens_per_state": self.page_size}
         return batch, {**layout, "max_query_len": step.max_query_len, "batch_invariant": slots.batch_invariant}

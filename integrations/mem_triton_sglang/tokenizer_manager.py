@@ -196,10 +196,13 @@ class TokenizerManagerWithMemory(FixedWeights):
                 raise RequestError("custom_params", f"must be an object of names and values, got {words!r:.80}")
             fixed_by = fixed_by_engine(self.server_args) or fixed(obj, obj.sampling_params)
             asked = RequestParams(
-                answers, self._lora_of(obj), _unfit(obj), fixed_by,
+                answers,
+                self._lora_of(obj),
+                _unfit(obj),
+                fixed_by,
                 prompt_tokens=None if obj.input_ids is None else len(obj.input_ids),
                 headers=None if request is None else getattr(request, "headers", {}),  # None: from ``Engine``
-            )  # fmt: skip
+            )
             opened = self.memory.open(words, asked)
         except RequestError as error:
             count_refusal(error.field)

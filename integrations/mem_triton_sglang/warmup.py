@@ -69,8 +69,12 @@ def _attend(backend: Any, layer: RadixAttention, batch: Batch, step: Step, dtype
     queries = torch.empty(heads, dtype=dtype, device=step.seq_lens.device)
     memory = backend.mem_triton.segments(layer.layer_id)
     memory_attention(
-        queries, backend._context(layer, step), torch.empty_like(queries), scale=layer.scaling,
-        soft_cap=layer.logit_cap or 0.0, policy=backend.mem_triton.policy,
+        queries,
+        backend._context(layer, step),
+        torch.empty_like(queries),
+        scale=layer.scaling,
+        soft_cap=layer.logit_cap or 0.0,
+        policy=backend.mem_triton.policy,
         only_readers=backend.mem_triton.policy is None,
         **({} if memory is None else memory.read(batch.rows)),
-    )  # fmt: skip
+    )

@@ -105,7 +105,7 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
     def attach_states(adapter: Any, tokens_per_state: int | None, lose: Callable[[BaseException], None]) -> Any:
         memory.states = attach(
             runner.model, shape, adapter, tokens_per_state, runner.page_size, ranks.tp, lose, invariant
-        )  # fmt: skip
+        )
         return memory.states.slots
 
     host = WorkerHost(

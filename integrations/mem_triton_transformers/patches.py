@@ -108,7 +108,7 @@ PATCHES: tuple[EnginePatch, ...] = (
         upstream="register_parameter is public in torch.",
         until="No need.",
     ),
-)  # fmt: skip
+)
 
 PRIVATE: dict[str, str] = {
     "_attn_implementation": "the attention implementation in use, to add memory to it and to put it back",

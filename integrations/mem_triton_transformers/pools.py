@@ -84,11 +84,13 @@ def attach_pools(model: PreTrainedModel, section: Mapping[str, Any]) -> PreTrain
     bos = extra.get("bos_embedding") if reader.shape.bos else None
     names = {name.removeprefix("write.").rpartition(".")[0] for name in extra if name.startswith("write.")}
     kept = ModelPools(
-        reader.path, reader,
+        reader.path,
+        reader,
         WriteWeights(None if bos is None else bos.to(model.device), extra["new_memory_positional_emb"].flatten()),
         {n: tuple(extra[f"write.{n}.{part}"].to(model.device, model.dtype) for part in ("down", "up")) for n in names},
-        section.get("default", "main"), section.get("chunk", CHUNK),
-    )  # fmt: skip
+        section.get("default", "main"),
+        section.get("chunk", CHUNK),
+    )
     setattr(model, POOLS, kept)
     return model
 
@@ -161,9 +163,11 @@ def _check_model(model: PreTrainedModel, pools: Pools) -> None:
     made = Fingerprint(**pools.about["model"])
     config, shape = model.config, pools.shape
     here = {
-        "num_layers": config.num_hidden_layers, "hidden_size": config.hidden_size,
-        "query_heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads,
-    }  # fmt: skip
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "query_heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+    }
     differences = [
         f"{name}: the pools have {getattr(made, name)}, the model {value}"
         for name, value in here.items()
@@ -195,9 +199,12 @@ def _run_layer(decoder: nn.Module, layer: nn.Module, given: Tensor) -> Tensor:
     positions = torch.arange(count, device=given.device)[None]
     mask = torch.full((count, count), torch.finfo(given.dtype).min, dtype=given.dtype, device=given.device).triu(1)
     output = layer(
-        hidden, attention_mask=mask[None, None], position_ids=positions, use_cache=False,
+        hidden,
+        attention_mask=mask[None, None],
+        position_ids=positions,
+        use_cache=False,
         position_embeddings=decoder.rotary_emb(hidden, positions),
-    )  # fmt: skip
+    )
     return (output[0] if isinstance(output, tuple) else output)[0]
 
 

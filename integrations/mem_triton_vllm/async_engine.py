@@ -78,9 +78,14 @@ class AsyncLLMWithMemory(AsyncLLM):
         return stream
 
     async def _generate(
-        self, prompt: Any, params: SamplingParams, request_id: str, kwargs: dict[str, Any], opened: Opened,
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str,
+        kwargs: dict[str, Any],
+        opened: Opened,
         begun: list[bool],
-    ) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
+    ) -> AsyncGenerator[RequestOutput, None]:
         begun.append(True)
         self.memory.begin(request_id)
 

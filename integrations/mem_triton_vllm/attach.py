@@ -34,9 +34,13 @@ TOKENS_PER_STATE = 16
 
 
 def attach(
-    vllm_config: VllmConfig, model: nn.Module, adapter: DeltaMemAdapter, tokens_per_state: int | None, lose: Lose,
+    vllm_config: VllmConfig,
+    model: nn.Module,
+    adapter: DeltaMemAdapter,
+    tokens_per_state: int | None,
+    lose: Lose,
     batch_invariant: bool = False,
-) -> StateSlots:  # fmt: skip
+) -> StateSlots:
     """Attach an adapter to this worker's layers; returns the worker's state tables.
 
     tokens_per_state: as configured. lose: told of an exception in a layer's step, whose requests lose their memory

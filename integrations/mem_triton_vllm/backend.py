@@ -82,9 +82,17 @@ class AttentionWithMemory(AttentionImpl):
     mem_layout: CacheLayout | None = None
 
     def forward(
-        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Any,
-        output: Tensor, *args: Any, **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """query, output: [tokens, Hq, D]; kv_cache: [blocks, Hkv, N, 2D] as the stock backend keeps it."""
         stock = functools.partial(
             super().forward, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
@@ -118,18 +126,29 @@ class AttentionWithMemory(AttentionImpl):
         return self._sinks is None and flash_lse.gives_log_sums(self)
 
     def mem_attend(
-        self, query: Tensor, kv_cache: Tensor, step: Step, output: Tensor, only_readers: bool = False,
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        step: Step,
+        output: Tensor,
+        only_readers: bool = False,
         read: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Memory and context of a step's rows in one softmax. read: None for what the layer reads."""
         if read is None:
             read = self.mem_segments.read(len(step.seq_lens))
         heads = (step.tokens, self.num_heads, self.head_size)
         memory_attention(
-            query[: step.tokens].view(heads), self.mem_context(kv_cache, step), output[: step.tokens].view(heads),
-            scale=self.scale, soft_cap=_soft_cap(self), sinks=self._sinks, only_readers=only_readers,
-            policy=self.mem_policy, **read,
-        )  # fmt: skip
+            query[: step.tokens].view(heads),
+            self.mem_context(kv_cache, step),
+            output[: step.tokens].view(heads),
+            scale=self.scale,
+            soft_cap=_soft_cap(self),
+            sinks=self._sinks,
+            only_readers=only_readers,
+            policy=self.mem_policy,
+            **read,
+        )
 
     def mem_add(self, layer: Any, query: Tensor, step: Step, output: Tensor, log_sums: list[Tensor]) -> None:
         """Merge memory into what the stock backend has left. log_sums: [Hq, tokens], natural logarithms, one."""
@@ -137,18 +156,29 @@ class AttentionWithMemory(AttentionImpl):
         if query.dtype != output.dtype:  # quantised for an 8-bit KV cache
             query = query.to(output.dtype) * layer._q_scale.to(output.dtype)
         add_memory(
-            query[: step.tokens].view(heads), step.query_start_loc, step.seq_lens, step.max_query_len,
-            output[: step.tokens].view(heads), log_sum.t(), scale=self.scale, soft_cap=_soft_cap(self),
+            query[: step.tokens].view(heads),
+            step.query_start_loc,
+            step.seq_lens,
+            step.max_query_len,
+            output[: step.tokens].view(heads),
+            log_sum.t(),
+            scale=self.scale,
+            soft_cap=_soft_cap(self),
             **self.mem_segments.read(len(step.seq_lens)),
-        )  # fmt: skip
+        )
 
     def mem_context(self, kv_cache: Tensor, step: Step) -> PagedContext:
         """The rows' context, as memory attention reads it."""
         keys, values = self.mem_layout.split(kv_cache)
         return PagedContext(
-            keys, values, step.block_table, step.query_start_loc, step.seq_lens, step.max_query_len,
+            keys,
+            values,
+            step.block_table,
+            step.query_start_loc,
+            step.seq_lens,
+            step.max_query_len,
             self.mem_layout.packing,
-        )  # fmt: skip
+        )
 
     @property
     def _sinks(self) -> Tensor | None:

@@ -47,9 +47,12 @@ class VLLMFrontEnd(MemoryFrontEnd):
     """
 
     def __init__(
-        self, parts: Mapping[str, FrontendPart], tenants: Tenants | None = None,
-        tokenizer: Callable[[], Any] | None = None, fixed_all: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        parts: Mapping[str, FrontendPart],
+        tenants: Tenants | None = None,
+        tokenizer: Callable[[], Any] | None = None,
+        fixed_all: str | None = None,
+    ) -> None:
         super().__init__(parts, tenants, Incidents(make_file(), _external_id))
         self.tokenizer, self._fixed = tokenizer, fixed_all
 

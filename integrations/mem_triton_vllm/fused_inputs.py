@@ -24,8 +24,10 @@ from mem_triton.systems.delta_mem.layer_memory import DeltaMemory, has_launches
 from mem_triton.systems.delta_mem.section import Scope
 from mem_triton_vllm.layers import StandIn
 
-MODELS = {f"vllm.model_executor.models.{name}" for name in
-          ("llama.LlamaAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention")}  # fmt: skip
+MODELS = {
+    f"vllm.model_executor.models.{name}"
+    for name in ("llama.LlamaAttention", "qwen2.Qwen2Attention", "qwen3.Qwen3Attention")
+}
 
 
 def obstacle(module: nn.Module, device: torch.device, scope: Scope = "all") -> str | None:
@@ -52,11 +54,15 @@ def head_inputs(module: nn.Module, memory: DeltaMemory) -> HeadInputs:
     """What the kernel does to the heads of a module that has no ``obstacle``."""
     norms, rotary = _norms(module), module.rotary_emb
     return memory.head_inputs(
-        module.attn.num_heads, module.attn.num_kv_heads, module.attn.head_size,
-        q_norm=norms[0].weight.data if norms else None, k_norm=norms[1].weight.data if norms else None,
+        module.attn.num_heads,
+        module.attn.num_kv_heads,
+        module.attn.head_size,
+        q_norm=norms[0].weight.data if norms else None,
+        k_norm=norms[1].weight.data if norms else None,
         eps=norms[0].variance_epsilon if norms else 0.0,
-        cos_sin=rotary.cos_sin_cache, interleaved=not rotary.is_neox_style,
-    )  # fmt: skip
+        cos_sin=rotary.cos_sin_cache,
+        interleaved=not rotary.is_neox_style,
+    )
 
 
 def _norms(module: nn.Module) -> tuple[nn.Module, ...]:

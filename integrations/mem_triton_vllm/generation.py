@@ -25,9 +25,15 @@ Run = Callable[[Any, Any, str], AsyncGenerator[RequestOutput, None]]
 
 
 async def generate(
-    memory: VLLMFrontEnd, run: Run, prompt: Any, prompt_ids: list[int], params: SamplingParams, request_id: str,
-    opened: Opened, prepared: Callable[[], None] = lambda: None,
-) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
+    memory: VLLMFrontEnd,
+    run: Run,
+    prompt: Any,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    request_id: str,
+    opened: Opened,
+    prepared: Callable[[], None] = lambda: None,
+) -> AsyncGenerator[RequestOutput, None]:
     """Outputs of the whole answer; the last one comes after the commit, so that the next request finds all free.
 
     prompt_ids: the prompt's tokens, needed of requests that wait. prepared: called when nothing that the request says
@@ -60,9 +66,15 @@ async def generate(
 
 
 async def _pieces(
-    memory: VLLMFrontEnd, run: Run, prompt: Any, prompt_ids: list[int], params: SamplingParams, request_id: str,
-    opened: Opened, prepared: Callable[[], None],
-) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
+    memory: VLLMFrontEnd,
+    run: Run,
+    prompt: Any,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    request_id: str,
+    opened: Opened,
+    prepared: Callable[[], None],
+) -> AsyncGenerator[RequestOutput, None]:
     """Serve a request in as many engine requests as what it reads changes."""
     await memory.prepare(opened, prompt_ids)
     prompt_ids = prompt_ids[opened.dropped :]
@@ -85,9 +97,7 @@ async def _read(memory: VLLMFrontEnd, run: Run, prompt: Any, ids: list[int], ope
     """Run the engine request that reads text which is kept, in the prefix cache of the one that said it."""
     salt = prompt.get("cache_salt") if isinstance(prompt, dict) else getattr(prompt, "cache_salt", None)
     prompt = {"type": "token", "prompt_token_ids": ids, **({"cache_salt": salt} if salt else {})}
-    params = SamplingParams(
-        max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
-    )  # fmt: skip
+    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
     request_id = f"mem_triton-capture-{uuid.uuid4().hex}"
     async with contextlib.aclosing(run(*memory.carry(prompt, params, opened), request_id)) as outputs:
         async for output in outputs:

@@ -24,15 +24,22 @@ def _beam_search(body: Mapping[str, Any]) -> str | None:
 XARGS = "vllm_xargs"
 PLACES = WordPlaces(
     {
-        "/v1/completions": XARGS, "/v1/chat/completions": XARGS, "/v1/chat/completions/batch": XARGS,
-        "/v1/responses": XARGS, "/v1/messages": XARGS, "/invocations": XARGS,
-        "/v1/audio/transcriptions": XARGS, "/v1/audio/translations": XARGS,
-        "/v1/completions/render": XARGS, "/v1/chat/completions/render": XARGS, "/v1/responses/render": XARGS,
+        "/v1/completions": XARGS,
+        "/v1/chat/completions": XARGS,
+        "/v1/chat/completions/batch": XARGS,
+        "/v1/responses": XARGS,
+        "/v1/messages": XARGS,
+        "/invocations": XARGS,
+        "/v1/audio/transcriptions": XARGS,
+        "/v1/audio/translations": XARGS,
+        "/v1/completions/render": XARGS,
+        "/v1/chat/completions/render": XARGS,
+        "/v1/responses/render": XARGS,
         "/v1/messages/render": XARGS,
         "/inference/v1/generate": "sampling_params.extra_args",
     },
     _beam_search,
-)  # fmt: skip
+)
 """Where vLLM's routes take what reaches ``SamplingParams.extra_args``."""
 
 

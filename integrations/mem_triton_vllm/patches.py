@@ -282,7 +282,7 @@ PATCHES: tuple[EnginePatch, ...] = (
         upstream="extra_args and cache_salt are public; kv_transfer_params is meant for KV connectors.",
         until="Outputs have a field for plugins.",
     ),
-)  # fmt: skip
+)
 
 PRIVATE: dict[str, str] = {
     "_LOAD_FORMAT_TO_MODEL_LOADER": "the table of load formats is looked at, so that registering twice is harmless",

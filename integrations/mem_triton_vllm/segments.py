@@ -16,14 +16,34 @@ from mem_triton_vllm.answer_text import CONTEXT, AnswerText
 
 CUTTABLE = frozenset(
     [
-        "temperature", "top_p", "top_k", "min_p", "seed", "logit_bias", "allowed_token_ids", "stop_token_ids",
-        "ignore_eos", "max_tokens", "logprobs", "logprob_token_ids", "detokenize", "skip_special_tokens",
-        "spaces_between_special_tokens", "include_stop_str_in_output", "output_kind", "stream_interval", "extra_args",
-        "skip_clone", "skip_reading_prefix_cache",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "logit_bias",
+        "allowed_token_ids",
+        "stop_token_ids",
+        "ignore_eos",
+        "max_tokens",
+        "logprobs",
+        "logprob_token_ids",
+        "detokenize",
+        "skip_special_tokens",
+        "spaces_between_special_tokens",
+        "include_stop_str_in_output",
+        "output_kind",
+        "stream_interval",
+        "extra_args",
+        "skip_clone",
+        "skip_reading_prefix_cache",
         "repetition_penalty",  # it counts the prompt, too
-        "_eos_token_id", "_all_stop_token_ids", "_watermarking_skipped", "output_text_buffer_length",  # vLLM's own
+        "_eos_token_id",
+        "_all_stop_token_ids",
+        "_watermarking_skipped",
+        "output_text_buffer_length",  # vLLM's own
     ]
-)  # fmt: skip
+)
 """Parameters that mean the same in a continuation: none of them looks back over the answer's own tokens."""
 
 

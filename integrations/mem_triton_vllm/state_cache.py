@@ -149,25 +149,44 @@ class DeltaStateCache(nn.Module, AttentionLayerBase):
     def step(self, projections: Tensor, gate_bias: Tensor, reads: Tensor, metadata: DeltaStateMetadata) -> None:
         """Read and update the states of all rows. projections: [tokens, P]; reads: fp32 [>= tokens, H*r], written."""
         delta_rule_paged(
-            projections, reads, self._batch(gate_bias, metadata), self.spec, **self._layout(),
-            max_query_len=metadata.max_query_len, batch_invariant=self.slots.batch_invariant,
-        )  # fmt: skip
+            projections,
+            reads,
+            self._batch(gate_bias, metadata),
+            self.spec,
+            **self._layout(),
+            max_query_len=metadata.max_query_len,
+            batch_invariant=self.slots.batch_invariant,
+        )
 
     def prepare(
         self, qkv: Tensor, projections: Tensor, gate_bias: Tensor, reads: Tensor, metadata: DeltaStateMetadata
     ) -> None:
         """``step``, and q | k | v of the tokens as attention takes them, in place."""
         attention_inputs(
-            qkv, projections, reads, self.inputs, self._batch(gate_bias, metadata), self.spec, **self._layout(),
-            max_query_len=metadata.max_query_len, batch_invariant=self.slots.batch_invariant,
-        )  # fmt: skip
+            qkv,
+            projections,
+            reads,
+            self.inputs,
+            self._batch(gate_bias, metadata),
+            self.spec,
+            **self._layout(),
+            max_query_len=metadata.max_query_len,
+            batch_invariant=self.slots.batch_invariant,
+        )
 
     def _batch(self, gate_bias: Tensor, m: DeltaStateMetadata) -> StateBatch:
         slots, rows = self.slots, m.seq_lens.shape[0]
         return StateBatch(
-            gate_bias, self.kv_cache.squeeze(1), m.block_table, m.query_start_loc, m.seq_lens,
-            slots.initial[self.index], slots.row_slot[:rows], slots.row_write[:rows], slots.last[self.index],
-        )  # fmt: skip
+            gate_bias,
+            self.kv_cache.squeeze(1),
+            m.block_table,
+            m.query_start_loc,
+            m.seq_lens,
+            slots.initial[self.index],
+            slots.row_slot[:rows],
+            slots.row_write[:rows],
+            slots.last[self.index],
+        )
 
     def _layout(self) -> dict[str, int]:
         cells = self.kv_cache.shape[2]

@@ -98,7 +98,7 @@ class LLMEngineWithMemory(LLMEngine):
             self.memory.begin(request_id)
             outputs = generate(
                 self.memory, run, running.prompt, running.prompt_ids, running.params, request_id, opened, begin
-            )  # fmt: skip
+            )
             async for output in outputs:
                 failed = output.finished and opened.failure is not None
                 self._ready.append(front_end.ended_by_error(output) if failed else output)

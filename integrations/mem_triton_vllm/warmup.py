@@ -79,9 +79,10 @@ class MemoryKernels:
         blocks = -(-self.config.model_config.max_model_len // self.config.cache_config.block_size)
         ints = {"dtype": torch.int32, "device": device}
         return (
-            torch.zeros(batch.rows + 1, **ints), torch.zeros(batch.rows, **ints),
+            torch.zeros(batch.rows + 1, **ints),
+            torch.zeros(batch.rows, **ints),
             torch.zeros(batch.rows, blocks, **ints),
-        )  # fmt: skip
+        )
 
 
 def register(vllm_config: VllmConfig) -> None:

@@ -12,10 +12,16 @@ from vllm.exceptions import VLLMValidationError
 
 CHANGES = frozenset(
     {
-        "finish_weight_update", "init_weight_transfer_engine", "load_model", "reload_weights", "reset_weights",
-        "start_draft_weight_update", "start_weight_update", "update_weights",
+        "finish_weight_update",
+        "init_weight_transfer_engine",
+        "load_model",
+        "reload_weights",
+        "reset_weights",
+        "start_draft_weight_update",
+        "start_weight_update",
+        "update_weights",
     }
-)  # fmt: skip
+)
 """Worker methods that change weights, or prepare for it."""
 
 

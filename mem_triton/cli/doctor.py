@@ -16,8 +16,12 @@ from mem_triton import __version__, compat
 from mem_triton.cli import output
 from mem_triton.cli.doctor_kernels import examine_kernels, examine_plugins
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
-           "gfx942": ("hip", "gfx942", 64)}  # fmt: skip
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 EXTRAS = ("usearch", "faiss-cpu", "sentence-transformers", "openai", "safetensors")
 
 
@@ -76,15 +80,22 @@ def examine(architecture: str | None = None) -> dict[str, Any]:
         version = compat.installed_version(name)
         versions.append({"name": name, "version": version and str(version), "tested": None, "ok": True})
     return {
-        "versions": versions, "triton": _triton(problems), "gpu": _gpu(problems),
-        "kernels": examine_kernels(architecture), "plugins": examine_plugins(problems), "problems": problems,
-    }  # fmt: skip
+        "versions": versions,
+        "triton": _triton(problems),
+        "gpu": _gpu(problems),
+        "kernels": examine_kernels(architecture),
+        "plugins": examine_plugins(problems),
+        "problems": problems,
+    }
 
 
 def _row(version: dict[str, Any]) -> list[str]:
     return [
-        version["name"], version["version"] or "not installed", version["tested"] or "", "" if version["ok"] else "!",
-    ]  # fmt: skip
+        version["name"],
+        version["version"] or "not installed",
+        version["tested"] or "",
+        "" if version["ok"] else "!",
+    ]
 
 
 def _triton(problems: list[str]) -> dict[str, str]:

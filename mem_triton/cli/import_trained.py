@@ -69,9 +69,11 @@ def import_trained(
         notes.append(artifacts.check_base(trained, names, force))
         read.append(trained if trained.embeddings is None else _encoded(trained, folder))
     template = _template(folder) if chat_template is not None else None
-    entries = [(id or "", sources[0], read)] if compose else [
-        (id or id_from(_stem(source)), source, [trained]) for source, trained in zip(sources, read, strict=True)
-    ]  # fmt: skip
+    entries = (
+        [(id or "", sources[0], read)]
+        if compose
+        else [(id or id_from(_stem(source)), source, [trained]) for source, trained in zip(sources, read, strict=True)]
+    )
     spec = _spec(path, fingerprint)
     notes.append(artifacts.check_bank(spec))
     new = [artifacts.entry_of(parts, name, spec, config, source, revision) for name, source, parts in entries]

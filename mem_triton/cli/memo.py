@@ -50,9 +50,13 @@ def ask(
 
     budget = {"seconds": seconds, "memory_calls": memory_calls, "executive_calls": executive_calls}
     settings = _settings(
-        dialect=dialect, executive_schema=schema, rules=rules, seed=seed, greedy=greedy,
+        dialect=dialect,
+        executive_schema=schema,
+        rules=rules,
+        seed=seed,
+        greedy=greedy,
         budget={name: value for name, value in budget.items() if value is not None},
-    )  # fmt: skip
+    )
     if trace is not None and not trace.parent.is_dir():
         raise ValueError(f"--trace: there is no folder {trace.parent}")
     made = asyncio.run(_ask(question, settings, executive, memory, quiet or json))

@@ -54,10 +54,20 @@ def build(
 
     *sources, out = paths
     settings = _settings(
-        price, requests=requests, tokens=tokens, cost=cost, skip=tuple(skip or ()), paraphrases=paraphrases,
-        unknowns=unknowns, chunk_words=chunk_words, overlap_words=overlap_words, max_tokens=max_tokens,
-        temperature=temperature, at_once=at_once, call_seconds=call_seconds,
-    )  # fmt: skip
+        price,
+        requests=requests,
+        tokens=tokens,
+        cost=cost,
+        skip=tuple(skip or ()),
+        paraphrases=paraphrases,
+        unknowns=unknowns,
+        chunk_words=chunk_words,
+        overlap_words=overlap_words,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        at_once=at_once,
+        call_seconds=call_seconds,
+    )
     if sources and generator is None:
         raise ValueError("--generator: name the model that writes, as URL#MODEL")
     if not sources and not remove and generator is None:
@@ -92,9 +102,16 @@ def _settings(price: str, *, requests: Any, tokens: Any, cost: Any, **told: Any)
 
 
 def _build(
-    sources: list[Path], out: Path, generator: str | None, settings: BuildSettings, retry: bool, remove: list[str],
-    fields: tuple[str, str | None], quiet: bool, json: bool,
-) -> None:  # fmt: skip
+    sources: list[Path],
+    out: Path,
+    generator: str | None,
+    settings: BuildSettings,
+    retry: bool,
+    remove: list[str],
+    fields: tuple[str, str | None],
+    quiet: bool,
+    json: bool,
+) -> None:
     import asyncio
 
     from mem_triton.systems.memo.reflections.ledger import Ledger
@@ -171,10 +188,15 @@ class Bar:
 
         self.quiet, self.terminal, self.step = quiet, sys.stderr.isatty(), ""
         self.bar = Bars(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[speed]} tokens/s"), TimeRemainingColumn(),
-            console=output.console(stderr=True), disable=quiet or not self.terminal, transient=True,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.fields[speed]} tokens/s"),
+            TimeRemainingColumn(),
+            console=output.console(stderr=True),
+            disable=quiet or not self.terminal,
+            transient=True,
+        )
         self.task = self.bar.add_task("", total=None, speed="-")
 
     def __enter__(self) -> Bar:

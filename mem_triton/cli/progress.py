@@ -30,10 +30,15 @@ class Progress:
         self._text: Any = None
         self._characters = 0  # done when the present text began
         self.bar = Bar(
-            TextColumn("{task.fields[file]}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[entries]} entries, {task.fields[speed]} tokens/s"), TimeRemainingColumn(),
-            console=output.console(stderr=True), disable=quiet or not self.terminal, transient=True,
-        )  # fmt: skip
+            TextColumn("{task.fields[file]}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[entries]} entries, {task.fields[speed]} tokens/s"),
+            TimeRemainingColumn(),
+            console=output.console(stderr=True),
+            disable=quiet or not self.terminal,
+            transient=True,
+        )
         self.task = self.bar.add_task("write", total=total or None, file="", entries=0, speed="-")
 
     def __enter__(self) -> Progress:

@@ -93,9 +93,15 @@ class Reader:
     """
 
     def __init__(
-        self, sources: Sequence[Source], *, format: str | None, field: str, id_field: str | None, id: str | None,
+        self,
+        sources: Sequence[Source],
+        *,
+        format: str | None,
+        field: str,
+        id_field: str | None,
+        id: str | None,
         single: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.sources, self.format, self.field, self.id_field, self.id = sources, format, field, id_field, id
         self.single = single
         self.problems: list[str] = []
@@ -129,9 +135,13 @@ class Reader:
         # a whole text is a whole file: Markdown is not cut into its sections
         whole = self.single and self.format is None and source.path.suffix.lower() in (".md", ".markdown")
         documents = read_documents(
-            source.path, field=self.field, id_field=self.id_field, format="text" if whole else self.format,
-            name=source.name, problems=self.problems,
-        )  # fmt: skip
+            source.path,
+            field=self.field,
+            id_field=self.id_field,
+            format="text" if whole else self.format,
+            name=source.name,
+            problems=self.problems,
+        )
         for document in documents:
             yield document if self.id is None else Document(**{**vars(document), "name": self.id, "named": True})
 

@@ -69,11 +69,30 @@ def delta(
     from mem_triton.systems.delta_mem.training.recipe import recipe_of
 
     recipe = recipe_of(
-        preset, steps=steps, epochs=epochs, batch=batch, rows=rows, rate=rate, rank=rank, state_heads=state_heads,
-        delta_heads=delta_heads, layers=layers, beta_bias=beta_bias, start=start, state_only=state_only,
-        plain_share=plain_share, keep=keep, asked_tokens=asked_tokens, told_tokens=told_tokens,
-        reply_tokens=reply_tokens, weights=weights, chunk_tokens=chunk_tokens, scope=scope, seed=seed, dtype=dtype,
-    )  # fmt: skip
+        preset,
+        steps=steps,
+        epochs=epochs,
+        batch=batch,
+        rows=rows,
+        rate=rate,
+        rank=rank,
+        state_heads=state_heads,
+        delta_heads=delta_heads,
+        layers=layers,
+        beta_bias=beta_bias,
+        start=start,
+        state_only=state_only,
+        plain_share=plain_share,
+        keep=keep,
+        asked_tokens=asked_tokens,
+        told_tokens=told_tokens,
+        reply_tokens=reply_tokens,
+        weights=weights,
+        chunk_tokens=chunk_tokens,
+        scope=scope,
+        seed=seed,
+        dtype=dtype,
+    )
     check_encoding(recipe.dtype, device)
     folder = model_folder(model)
     try:  # by name: the engine-neutral package does not depend on the integrations
@@ -87,9 +106,20 @@ def delta(
     command = shlex.join(["mem-triton", *sys.argv[1:]])
     with stopping:
         report = training.train(
-            folder, data, out, recipe, held_out=held_out, name=model, device=device, save_every=save_every,
-            evaluate_every=evaluate_every, command=command, stop=stopping, tell=progress, say=progress.say,
-        )  # fmt: skip
+            folder,
+            data,
+            out,
+            recipe,
+            held_out=held_out,
+            name=model,
+            device=device,
+            save_every=save_every,
+            evaluate_every=evaluate_every,
+            command=command,
+            stop=stopping,
+            tell=progress,
+            say=progress.say,
+        )
     if report is None:
         print(f"mem-triton: stopped; {out} holds a checkpoint, the same command goes on from there", file=sys.stderr)
         raise typer.Exit(130)

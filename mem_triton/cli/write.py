@@ -84,7 +84,7 @@ def write(
         kind_of,
         model_folder,
         write_config,
-    )  # fmt: skip
+    )
     from mem_triton.cli.sources import SUFFIXES, Reader, sources_of
     from mem_triton.ids import ID_RULE, NAME_RULE, is_id, is_name
     from mem_triton.store.bank import Bank
@@ -100,17 +100,26 @@ def write(
     sources = sources_of(files or [])
     folders = [path for path in files or [] if path.is_dir()]
     if not sources and (files or cold) and not (prune and folders):
-        raise OptionError(f"FILES: no {', '.join(SUFFIXES)} among {', '.join(map(str, files or []))}" if files else
-                          "FILES: --cold needs texts")  # fmt: skip
+        raise OptionError(
+            f"FILES: no {', '.join(SUFFIXES)} among {', '.join(map(str, files or []))}"
+            if files
+            else "FILES: --cold needs texts"
+        )
     if prune and not folders:
         raise OptionError("--prune: FILES names no folder that files could be gone from")
     folder = model_folder(model)
     fingerprint = model_fingerprint(folder)
     given: dict[str, Any] = {
-        "kind": kind, "layers": layers, "keep": keep, "reference_tokens": reference_tokens,
-        "prefix_text": prefix_text, "selection": selection, "context": context, "overlap_tokens": overlap_tokens,
+        "kind": kind,
+        "layers": layers,
+        "keep": keep,
+        "reference_tokens": reference_tokens,
+        "prefix_text": prefix_text,
+        "selection": selection,
+        "context": context,
+        "overlap_tokens": overlap_tokens,
         "temperature": temperature,
-    }  # fmt: skip
+    }
     encoder = None
 
     def reader_of(config: WriteConfig) -> Reader:
@@ -145,9 +154,15 @@ def write(
             dtype = target.spec.dtype
         encoder = encoder or _encoder(str(folder), dtype, device)
         writer = Writer(
-            target, encoder, encoder.tokenizer, config, batch_size=batch_size, commit=commit,
-            commit_tokens=commit_tokens, commit_seconds=commit_seconds,
-        )  # fmt: skip
+            target,
+            encoder,
+            encoder.tokenizer,
+            config,
+            batch_size=batch_size,
+            commit=commit,
+            commit_tokens=commit_tokens,
+            commit_seconds=commit_seconds,
+        )
         try:
             with Progress(reader, sum(source.size for source in sources), quiet or json) as progress:
                 if files:

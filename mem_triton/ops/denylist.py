@@ -56,21 +56,32 @@ class Entry:
 
 ENTRIES = (
     Entry(
-        "wgmma of two warp groups", ">=3.6,<3.9", ("sm90",), ATTENTION,
+        "wgmma of two warp groups",
+        ">=3.6,<3.9",
+        ("sm90",),
+        ATTENTION,
         "waiting for wgmma does not wait for the other warp group, whose operands may then be overwritten",
-        TRITON + "issues/11047", warps=8,
+        TRITON + "issues/11047",
+        warps=8,
     ),
     Entry(
-        "tcgen05 in loops", ">=3.6,<3.7", ("sm100", "sm103"), ATTENTION,
+        "tcgen05 in loops",
+        ">=3.6,<3.7",
+        ("sm100", "sm103"),
+        ATTENTION,
         "products in a loop whose length is not known are not deterministic, for want of barriers",
         TRITON + "issues/9871",
     ),
     Entry(
-        "two products into one tcgen05 accumulator", ">=3.6,<3.9", ("sm100", "sm103"), ATTENTION,
+        "two products into one tcgen05 accumulator",
+        ">=3.6,<3.9",
+        ("sm100", "sm103"),
+        ATTENTION,
         "a loop that adds two products to one accumulator gives wrong results; heads of two parts do",
-        TRITON + "issues/10821", rest=True,
+        TRITON + "issues/10821",
+        rest=True,
     ),
-)  # fmt: skip
+)
 
 WATCHED = {
     TRITON + "pull/11781": "ptxas before 13.3 may reuse the registers of a wgmma operand too early (sm90, Triton < "
@@ -82,7 +93,7 @@ WATCHED = {
     "wrong result of it, and tests/gpu repeats such steps a thousand times, with blocks of 32 rows beside them",
     TRITON + "issues/9728": "tl.range(warp_specialize=True) over pointer loads crashes the compiler on sm90, in all "
     "versions; no kernel asks for it",
-}  # fmt: skip
+}
 """Issues that were looked at and deny nothing, and why not."""
 
 
@@ -124,9 +135,18 @@ def allowed(
             APPLIED[entry.name] += 1
             logger.warning(
                 "mem_triton: %s kernel, heads of %d on %s: %d rows and %d warps a program instead of %d and %d, "
-                "because of Triton %s: %s (%s)", kernel, size, architecture, config.block_m, config.warps,
-                wanted.block_m, wanted.warps, triton, entry.what, entry.issue,
-            )  # fmt: skip
+                "because of Triton %s: %s (%s)",
+                kernel,
+                size,
+                architecture,
+                config.block_m,
+                config.warps,
+                wanted.block_m,
+                wanted.warps,
+                triton,
+                entry.what,
+                entry.issue,
+            )
         return config
     if denied:
         raise ValueError(

@@ -20,8 +20,10 @@ from mem_triton.systems.request import CARRIER, TENANT, MemoryRequest, RequestEr
 
 GROUP = "mem_triton.systems"
 BUILT_IN = (
-    "mem_triton.systems.delta_mem.system", "mem_triton.systems.explicit.system", "mem_triton.systems.memo.system",
-)  # fmt: skip
+    "mem_triton.systems.delta_mem.system",
+    "mem_triton.systems.explicit.system",
+    "mem_triton.systems.memo.system",
+)
 """Modules with a ``SYSTEM``, in the order in which their parts are asked."""
 GENERAL = {TENANT: "sees this tenant's entries and sessions besides the public entries"}
 """Request fields that belong to no system."""

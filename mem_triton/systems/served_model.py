@@ -20,12 +20,30 @@ from mem_triton.store.bank.fingerprint import model_fingerprint, model_folder, r
 from mem_triton.systems.engine import EngineShape
 
 FIELDS = (
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-    "moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob", "rms_norm_eps", "layer_norm_eps",
-    "layer_norm_epsilon", "norm_epsilon", "norm_eps", "hidden_act", "hidden_activation", "attention_bias", "mlp_bias",
-    "query_pre_attn_scalar", "attn_logit_softcapping", "attention_multiplier", "residual_multiplier",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+    "norm_topk_prob",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "norm_epsilon",
+    "norm_eps",
+    "hidden_act",
+    "hidden_activation",
+    "attention_bias",
+    "mlp_bias",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "attention_multiplier",
+    "residual_multiplier",
     "embedding_multiplier",
-)  # fmt: skip
+)
 """What keys and values depend on in a config besides RoPE. Windows and types of layers are not among them: engines
 rewrite them, and have options of their own for them."""
 

@@ -136,9 +136,14 @@ def _longest(
 
 
 def read_documents(
-    path: Path, *, field: str = "text", id_field: str | None = None, format: str | None = None,
-    name: str | None = None, problems: list[str] | None = None,
-) -> Iterator[Document]:  # fmt: skip
+    path: Path,
+    *,
+    field: str = "text",
+    id_field: str | None = None,
+    format: str | None = None,
+    name: str | None = None,
+    problems: list[str] | None = None,
+) -> Iterator[Document]:
     """The documents of a file: a text file is one, a line of JSONL is one, a section of Markdown is one.
 
     field: JSONL field of the text; id_field: the one of its name; other fields of simple types become metadata.

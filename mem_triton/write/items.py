@@ -49,7 +49,7 @@ def whole_item(document: Document, tokenizer: Tokenizer, tenant: str) -> Item | 
         return None
     entry = NewEntry(
         document.name, document.text, source=document.source, metadata=document.metadata, tenant=tenant, token_ids=ids
-    )  # fmt: skip
+    )
     return Item(entry, ids, len(document.text))
 
 
@@ -139,9 +139,10 @@ def _overlap_start(text: str, start: int, tokenizer: Tokenizer, most: int) -> in
     for pattern in (SENTENCE_END, _BLANKS):
         places = [match.end() for match in pattern.finditer(text, left, start)] + ([0] if left == 0 else [])
         fitting = [
-            place for place in sorted(places)
+            place
+            for place in sorted(places)
             if text[place:start].strip() and len(tokenizer.encode(text[place:start], add_special_tokens=False)) <= most
-        ]  # fmt: skip
+        ]
         if fitting:
             return fitting[0]
     return start

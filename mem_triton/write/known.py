@@ -42,8 +42,9 @@ def look_up(bank: Bank, entry: NewEntry, digest: str, *, named: bool, replace: b
     """
     rows = bank.catalogue.read(
         f"SELECT {INFO} FROM entries WHERE state = 0 AND content_hash = ? AND tenant IN ('', ?) ORDER BY seq",
-        bytes.fromhex(digest), entry.tenant,
-    )  # fmt: skip
+        bytes.fromhex(digest),
+        entry.tenant,
+    )
     infos = [entry_info(row) for row in rows]
     exact = EXACT_CODECS.get(bank.spec.dtype) == bank.spec.codec
     copy = next((info for info in infos if info.has_block and exact), None)
@@ -83,6 +84,7 @@ def gone_files(bank: Bank, folders: Iterable[Path], tenant: str) -> list[str]:
     """Sources of a tenant's entries that were files under ``folders`` and are there no more."""
     roots = [folder.resolve() for folder in folders]
     return [
-        source for source in sources(bank, tenant)
+        source
+        for source in sources(bank, tenant)
         if not (path := Path(source)).exists() and any(path.resolve().is_relative_to(root) for root in roots)
-    ]  # fmt: skip
+    ]

@@ -32,9 +32,14 @@ def bank_spec(
 def config_of(spec: BankSpec) -> WriteConfig:
     """The choices that a bank's specification records; the others are the defaults."""
     return WriteConfig(
-        kind=spec.kind, layers=spec.layers, keep_tokens=spec.keep_tokens, reference_tokens=spec.reference_tokens,
-        prefix_text=spec.prefix_text, overlap_tokens=spec.overlap_tokens, temperature=spec.temperature,
-    )  # fmt: skip
+        kind=spec.kind,
+        layers=spec.layers,
+        keep_tokens=spec.keep_tokens,
+        reference_tokens=spec.reference_tokens,
+        prefix_text=spec.prefix_text,
+        overlap_tokens=spec.overlap_tokens,
+        temperature=spec.temperature,
+    )
 
 
 def check_same(config: WriteConfig, spec: BankSpec) -> None:

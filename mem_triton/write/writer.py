@@ -42,9 +42,17 @@ class Writer:
     """
 
     def __init__(
-        self, bank: Bank, encoder: Encoder | None, tokenizer: Tokenizer, config: WriteConfig | None = None,
-        *, batch_size: int = 1, commit: int = 64, commit_tokens: int = 16384, commit_seconds: float = 10.0,
-    ) -> None:  # fmt: skip
+        self,
+        bank: Bank,
+        encoder: Encoder | None,
+        tokenizer: Tokenizer,
+        config: WriteConfig | None = None,
+        *,
+        batch_size: int = 1,
+        commit: int = 64,
+        commit_tokens: int = 16384,
+        commit_seconds: float = 10.0,
+    ) -> None:
         spec = bank.spec
         self.bank, self.encoder, self.tokenizer = bank, encoder, tokenizer
         self.config = config or config_of(spec)
@@ -65,9 +73,14 @@ class Writer:
             raise BankError(f"the bank's model has {spec.fingerprint.num_layers} layers, this one {encoder.num_layers}")
 
     def write(
-        self, documents: Iterable[Document], *, tenant: str = "", cold: bool = False, replace: bool = False,
+        self,
+        documents: Iterable[Document],
+        *,
+        tenant: str = "",
+        cold: bool = False,
+        replace: bool = False,
         progress: Callable[[WriteReport], None] | None = None,
-    ) -> WriteReport:  # fmt: skip
+    ) -> WriteReport:
         """Write every document. cold: store the texts alone; their keys and values follow when they are first needed.
 
         replace: an id that was made of a file's name may take the place of another file's entry. progress: called after

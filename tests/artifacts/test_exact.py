@@ -56,9 +56,11 @@ def peft_config(kind: str, **options: Any) -> Any:
     import peft
 
     kinds = {
-        "PREFIX_TUNING": peft.PrefixTuningConfig, "CARTRIDGE": peft.CartridgeConfig,
-        "PROMPT_TUNING": peft.PromptTuningConfig, "P_TUNING": peft.PromptEncoderConfig,
-    }  # fmt: skip
+        "PREFIX_TUNING": peft.PrefixTuningConfig,
+        "CARTRIDGE": peft.CartridgeConfig,
+        "PROMPT_TUNING": peft.PromptTuningConfig,
+        "P_TUNING": peft.PromptEncoderConfig,
+    }
     return kinds[kind](task_type="CAUSAL_LM", num_virtual_tokens=9, **options)
 
 

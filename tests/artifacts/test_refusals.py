@@ -72,7 +72,7 @@ def no_import(base: Path, source: Path, *options: object) -> str:
         ({"peft_type": "LORA"}, ["peft_type: 'LORA' holds no keys and values", "LoRA"]),
         ({"base_model_name_or_path": "meta-llama/Llama-3.2-1B"}, ["meta-llama/Llama-3.2-1B", "--force"]),
     ],
-)  # fmt: skip
+)
 def test_an_adapter_that_does_not_fit_names_the_field(base, saved, tmp_path, fields, messages):
     line = no_import(base, edited(saved / "adapter", tmp_path / "bad", **fields))
     assert str(tmp_path / "bad" / "adapter_") in line and all(message in line for message in messages), line
@@ -101,7 +101,7 @@ def test_force_imports_what_was_trained_with_a_model_of_another_name(base, saved
         (lambda t: t.update(x=t.pop("prompt_embeddings")), ["has no tensor prompt_embeddings"]),
         (lambda t: t.update(prompt_embeddings=t["prompt_embeddings"].int()), ["torch.int32, expected floats"]),
     ],
-)  # fmt: skip
+)
 def test_tensors_of_an_adapter_that_cannot_be_are_named(base, saved, tmp_path, spoil, messages):
     folder = edited(saved / "adapter", tmp_path / "bad")
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -200,7 +200,7 @@ def hostile(held: dict[str, Any]) -> None:
         (lambda h: h.update(more=[torch.zeros(1)]), ["holds more", "upgrade"]),
         (hostile, ["trainable_keys[0] is larger than what is stored"]),
     ],
-)  # fmt: skip
+)
 def test_a_cartridge_that_does_not_fit_names_the_tensor(base, saved, tmp_path, change, messages):
     line = no_import(base, cartridge(saved, tmp_path / "bad.pt", change))
     assert "bad.pt" in line and all(message in line for message in messages)
@@ -284,7 +284,7 @@ def test_options_that_mean_nothing(base, saved, tmp_path):
         ([one, bank, "--revision", "main"], "--revision"),
         ([tmp_path / "nowhere", bank], "there is no file or folder"),
         ([tmp_path, bank], "has no adapter_config.json, cartridge.pt"),
-    ):  # fmt: skip
+    ):
         assert message in refused("import", *arguments, "--model", base), arguments
         assert not bank.exists()
 
@@ -323,8 +323,11 @@ def test_a_config_with_python_tags_gives_its_models_name_and_runs_nothing(base, 
     for name, text, stale in (
         ("a", f"{tags}model: !!python/object:cartridges.HF\n  pretrained_model_name_or_path: x/{base.name}\n", False),
         ("b", f"{tags}model:\n  value:\n    pretrained_model_name_or_path: meta/Other-1B\n", True),
-        ("c", "model: [", False), ("d", "a: &a [*a]\nmodel: *a", False), ("e", "[" * 50_000, False), ("f", "\0", False),
-    ):  # fmt: skip
+        ("c", "model: [", False),
+        ("d", "a: &a [*a]\nmodel: *a", False),
+        ("e", "[" * 50_000, False),
+        ("f", "\0", False),
+    ):
         (folder / "config.yaml").write_text(text)
         said = run("import", folder, tmp_path / f"{name}.bank", "--model", base, both=True)
         assert "run@1 imported" in said and ("config.yaml names meta/Other-1B" in said) == stale, name

@@ -77,8 +77,9 @@ def test_the_tools_are_asked_for_the_cell():
 
 def test_what_is_compared():
     assert memories.comparisons(["delta", "text"], "latency") == [
-        Comparison("delta", "delta"), Comparison("memory instead of text", "explicit", more=640)
-    ]  # fmt: skip
+        Comparison("delta", "delta"),
+        Comparison("memory instead of text", "explicit", more=640),
+    ]
     assert memories.comparisons(["delta"], "pool") == [Comparison("shared pool", "pool", "pool per request")]
     with pytest.raises(ValueError, match="--memory deltas: choose from delta"):
         memories.comparisons(["deltas"], "latency")
@@ -86,9 +87,13 @@ def test_what_is_compared():
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["latencies"], "is no part on vllm"), (["latency", "--engine", "sglang"], "is no part on sglang"),
-     (["--memory", "x"], "--memory x"), (["--output", "1"], "--output")],
-)  # fmt: skip
+    [
+        (["latencies"], "is no part on vllm"),
+        (["latency", "--engine", "sglang"], "is no part on sglang"),
+        (["--memory", "x"], "--memory x"),
+        (["--output", "1"], "--output"),
+    ],
+)
 def test_bad_words_are_refused(words, said, capsys):
     with pytest.raises(SystemExit) as end:
         app.parse(words)
@@ -254,9 +259,15 @@ class FakeSide(Side):
         log = folder / "log"
         log.write_text("GPU KV cache size: 1,000 tokens")
         server = SimpleNamespace(
-            name=name, log=log, process=nothing, shown_command=name, start=lambda: None, wait=lambda show: None,
-            stop=lambda: None, ask_to_stop=lambda: None,
-        )  # fmt: skip
+            name=name,
+            log=log,
+            process=nothing,
+            shown_command=name,
+            start=lambda: None,
+            wait=lambda show: None,
+            stop=lambda: None,
+            ask_to_stop=lambda: None,
+        )
         super().__init__(server, None, folder)
         self.made, self.memory = made, memory
 
@@ -284,8 +295,9 @@ def on_fakes(monkeypatch, tmp_path):
         monkeypatch.setattr(app, "measure_machine", lambda dtype, threads: Machine(1e10, 1e11, threads))
         monkeypatch.setattr(app, "RESULTS", tmp_path)
         with pytest.raises(SystemExit) as end:
-            app.main(["--model", "qwen3-tiny", "--output", "8", "--repeats", "3", "--pool-tokens", "64", "--save",
-                      *words])  # fmt: skip
+            app.main(
+                ["--model", "qwen3-tiny", "--output", "8", "--repeats", "3", "--pool-tokens", "64", "--save", *words]
+            )
         files = sorted(tmp_path.glob("engines-*.json"))
         kept = json.loads(files[0].read_text()) if files else None
         lines = list(csv.DictReader(files[0].with_suffix(".csv").open())) if files else []
@@ -359,8 +371,24 @@ def test_vllm_bench_latency_on_a_real_engine(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(app, "RESULTS", tmp_path)
     with pytest.raises(SystemExit) as end:
-        app.main(["latency", "throughput", "--model", "qwen3-tiny", "--batches", "2", "--contexts", "32", "--output",
-                  "8", "--repeats", "2", "--eager", "--save"])  # fmt: skip
+        app.main(
+            [
+                "latency",
+                "throughput",
+                "--model",
+                "qwen3-tiny",
+                "--batches",
+                "2",
+                "--contexts",
+                "32",
+                "--output",
+                "8",
+                "--repeats",
+                "2",
+                "--eager",
+                "--save",
+            ]
+        )
     (path,) = tmp_path.glob("engines-vllm-*.json")
     kept = json.loads(path.read_text())
     assert end.value.code == 0, kept["gates"]

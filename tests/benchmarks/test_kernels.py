@@ -237,11 +237,16 @@ def test_every_case_of_every_model_can_be_built(dtype):
 
 
 def test_the_figures_have_their_points():
-    series = {name: [case for _, case in all_cases("bf16") if case.series == name] for name in
-              ("decode_batch", "pool_batch", "scan_length")}  # fmt: skip
+    series = {
+        name: [case for _, case in all_cases("bf16") if case.series == name]
+        for name in ("decode_batch", "pool_batch", "scan_length")
+    }
     powers = [1 << n for n in range(9)]
-    for op, name in (("delta_rule", "decode_batch"), ("memory_attention", "decode_batch"),
-                     ("memory_attention", "pool_batch")):  # fmt: skip
+    for op, name in (
+        ("delta_rule", "decode_batch"),
+        ("memory_attention", "decode_batch"),
+        ("memory_attention", "pool_batch"),
+    ):
         assert sorted({case.sizes["batch"] for case in series[name] if case.op == op}) == powers
     assert all(case.sizes["shared"] == 12800 for case in series["pool_batch"])
     assert sorted(case.sizes["queries"] for case in series["scan_length"]) == [1 << n for n in range(7, 16)]

@@ -46,17 +46,35 @@ def refused(*arguments: object) -> str:
 
 def head(date: str = "2026-11-21T10:00:00+00:00", gpu: str | None = None) -> dict[str, Any]:
     machine = {"cpu": "Test CPU", "cores": 2, "gpu": gpu, "system": "Linux"}
-    return {"what": "-", "date": date, "commit": "0123456789abcdef", "changed_files": [], "command": "-",
-            "machine": machine, "versions": {"vllm": "0.32.0", "torch": "2.13.0"}}  # fmt: skip
+    return {
+        "what": "-",
+        "date": date,
+        "commit": "0123456789abcdef",
+        "changed_files": [],
+        "command": "-",
+        "machine": machine,
+        "versions": {"vllm": "0.32.0", "torch": "2.13.0"},
+    }
 
 
 def row(memory: str, batch: int, slower: float = 1.25, metric: str = "decode_ms", **fields: Any) -> dict[str, Any]:
     baseline = [10.0 + batch, 11.0 + batch, 12.0 + batch]
     speed = {"median": 1 / slower, "low": 0.95 / slower, "high": 1.05 / slower, "min": 0.9, "max": 1.1, "pairs": 3}
     values = {"baseline": baseline, "memory": [slower * x for x in baseline], "speed": speed}
-    return {"part": "latency", "comparison": memory, "memory": memory, "baseline": "stock",
-            "more_tokens_of_baseline": 0, "batch": batch, "context": 128, "output": 32, "gate": "green",
-            "floor_ms": 5.0, "metrics": {metric: values}, **fields}  # fmt: skip
+    return {
+        "part": "latency",
+        "comparison": memory,
+        "memory": memory,
+        "baseline": "stock",
+        "more_tokens_of_baseline": 0,
+        "batch": batch,
+        "context": 128,
+        "output": 32,
+        "gate": "green",
+        "floor_ms": 5.0,
+        "metrics": {metric: values},
+        **fields,
+    }
 
 
 def engines(rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
@@ -66,10 +84,21 @@ def engines(rows: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
 def kernels() -> dict[str, Any]:
     def kernel(op: str, series: str, variant: str, us: float, note: str = "", **sizes: int) -> dict[str, Any]:
         return {
-            "op": op, "case": f"{series} {sizes}", "series": series, "variant": variant,
-            "baseline": variant not in ("ours", "fused"), "models": "qwen3-8b llama3-8b", "dtype": "bf16",
-            "note": note, "status": "ok", "us": us, "us_p10": 0.9 * us, "us_p90": 1.2 * us, "floor_us": us / 3, **sizes,
-        }  # fmt: skip
+            "op": op,
+            "case": f"{series} {sizes}",
+            "series": series,
+            "variant": variant,
+            "baseline": variant not in ("ours", "fused"),
+            "models": "qwen3-8b llama3-8b",
+            "dtype": "bf16",
+            "note": note,
+            "status": "ok",
+            "us": us,
+            "us_p10": 0.9 * us,
+            "us_p90": 1.2 * us,
+            "floor_us": us / 3,
+            **sizes,
+        }
 
     rows = []
     for batch in BATCHES:
@@ -89,8 +118,13 @@ def kernels() -> dict[str, Any]:
 
 def rag() -> dict[str, Any]:
     def side(right: int, tokens: float, ttft: float) -> dict[str, Any]:
-        return {"right": right, "asked": 33, "prompt_tokens": tokens, "ttft": [ttft, 1.1 * ttft],
-                "ttft_alone": [ttft / 4, ttft / 3]}  # fmt: skip
+        return {
+            "right": right,
+            "asked": 33,
+            "prompt_tokens": tokens,
+            "ttft": [ttft, 1.1 * ttft],
+            "ttft_alone": [ttft / 4, ttft / 3],
+        }
 
     sides = {"text RAG": side(32, 494, 0.4), "explicit memory": side(31, 22, 0.2), "no evidence": side(0, 22, 0.2)}
     return {**head(), "requests_at_once": 8, "sides": sides}
@@ -145,9 +179,13 @@ LABELS = {
     "pool-speedup": ("than vllm triton, pool read per request", "than a pool that each request reads"),
     "scan-time": ("mem_triton", "official scan", "floor: bytes and flops"),
     "step-overhead": ("δ-mem", "explicit memory, 5 references"),
-    "recall-ttft": ("text RAG: 494 prompt tokens, 32 of 33 right", "explicit memory: 22 prompt tokens, 31 of 33 right",
-                    "640 tokens of text in the prompt", "the same as memory"),
-}  # fmt: skip
+    "recall-ttft": (
+        "text RAG: 494 prompt tokens, 32 of 33 right",
+        "explicit memory: 22 prompt tokens, 31 of 33 right",
+        "640 tokens of text in the prompt",
+        "the same as memory",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", LABELS)
@@ -212,7 +250,7 @@ def test_newer_files_win_and_machines_do_not_mix(tmp_path):
         engines_a=engines([row("delta", 1, 9.0), row("delta", 64)], date=day(20)),
         engines_b=engines([row("delta", 1), row("delta", 16)], date=day(21)),
         engines_gpu=engines([row("delta", 4)], date=day(19), gpu="A GPU"),
-    )  # fmt: skip
+    )
     run(folder, "--out", tmp_path / "cpu", "--machine", "cpu")
     figure = Drawn(tmp_path / "cpu" / "step-overhead.svg")
     assert figure.points == {"panel-0-line-0": 3} and figure.has("engines-a.json") and figure.has("engines-b.json")

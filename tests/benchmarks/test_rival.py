@@ -35,10 +35,15 @@ def test_both_servers_are_asked_the_same_questions_about_the_same_documents():
         assert no_words is None and prompt == [*(t for i in numbers for t in rival.document(i, 40)), *question]
 
 
-@pytest.mark.parametrize(("part", "count", "kinds"), [
-    ("one document", 16, 1), ("combinations", 16, 16), ("after a restart", rival.FEW, rival.FEW),
-    ("many documents", rival.MANY, rival.MANY),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("part", "count", "kinds"),
+    [
+        ("one document", 16, 1),
+        ("combinations", 16, 16),
+        ("after a restart", rival.FEW, rival.FEW),
+        ("many documents", rival.MANY, rival.MANY),
+    ],
+)
 def test_each_part_asks_for_what_it_is_called(part, count, kinds):
     asked = rival.requests(part, ARGS, 0)
     assert len(asked) == count and len(set(asked)) == kinds and asked == rival.requests(part, ARGS, 0)

@@ -61,8 +61,12 @@ def test_the_bank_has_more_entries_than_the_pool_holds(tmp_path):
         last = f"entry-{waiting.ENTRIES - 1}@1"
         assert bank.load(last).tokens == waiting.ENTRY_TOKENS
     pages = PagePool.pages_for_bytes(
-        round(gib * 2**30), num_layers=len(spec.layers), kv_heads=spec.kv_heads, head_dim=spec.head_dim, page_tokens=16,
+        round(gib * 2**30),
+        num_layers=len(spec.layers),
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        page_tokens=16,
         dtype=waiting.torch.float32,
-    )  # fmt: skip
+    )
     needed = waiting.REFERENCES * waiting.ENTRY_TOKENS // 16
     assert 2 * needed <= pages < waiting.ENTRIES * waiting.ENTRY_TOKENS // 16, "cold references push others out"

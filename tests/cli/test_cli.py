@@ -143,9 +143,10 @@ def test_a_bank_is_exported_thinned_and_restored(written, tmp_path):
     left = json.loads(run("bank", "list", second, "--json"))
     assert [entry["ref"] for entry in left] == refs[2:]
     assert "unknown" in refused("bank", "show", second, refs[0])
-    assert "unknown" in refused("bank", "delete", second, refs[2], "nobody") and len(
-        json.loads(run("bank", "list", second, "--json"))
-    ) == 2, "nothing is deleted if one id is wrong"  # fmt: skip
+    assert (
+        "unknown" in refused("bank", "delete", second, refs[2], "nobody")
+        and len(json.loads(run("bank", "list", second, "--json"))) == 2
+    ), "nothing is deleted if one id is wrong"
 
 
 def test_a_killed_write_is_resumed(tmp_path):
@@ -268,9 +269,12 @@ def test_the_doctor_tells_of_an_architecture(monkeypatch):
 
     hopper = examine_kernels("sm90")
     assert {t["op"]: t["entry"] for t in hopper["tables"]} == {
-        "delta_rule": "own", "memory_attention": "own", "memory_attention routes": "own",
-        "memory_selection": "the same everywhere", "reposition": "the same everywhere",
-    }  # fmt: skip
+        "delta_rule": "own",
+        "memory_attention": "own",
+        "memory_attention routes": "own",
+        "memory_selection": "the same everywhere",
+        "reposition": "the same everywhere",
+    }
     assert {t["measured"] for t in hopper["tables"]} == {None}
     assert {t["entry"] for t in examine_kernels("sm75")["tables"]} == {"generic", "the same everywhere"}
     monkeypatch.setattr("mem_triton.compat.installed_version", lambda name: Version("3.7.1"))

@@ -50,17 +50,27 @@ def test_fault22_a_tokenizer_without_a_longest_text_is_one_line(tmp_path):
 
 
 def test_fault21_bad_files_are_left_out_listed_and_counted(tmp_path):
-    docs = tree(tmp_path / "docs", {
-        "a.txt": "The badge of Mara is amber.", "b.txt": b"caf\xe9", "blank.txt": " \n",
-        "c.jsonl": '{"text": "The desk of Hugo is cedar."}\n{"text": 7}\nnope\n{"text": "half \\ud83d"}\n{"text": ""}',
-        "long.txt": "The badge of Mara is amber. " * 4000, "z.txt": "The team of Nina is comet.",
-    })  # fmt: skip
+    lines = ['{"text": "The desk of Hugo is teak."}', '{"text": 7}', "nope", '{"text": "half \\ud83d"}', '{"text": ""}']
+    docs = tree(
+        tmp_path / "docs",
+        {
+            "a.txt": "The badge of Mara is amber.",
+            "b.txt": b"caf\xe9",
+            "blank.txt": " \n",
+            "c.jsonl": "\n".join(lines),
+            "long.txt": "The badge of Mara is amber. " * 4000,
+            "z.txt": "The team of Nina is comet.",
+        },
+    )
     report = write(tmp_path / "bank", docs, *PREFIX, code=1)
     assert sorted(report["added"]) == ["a@1", "c.1@1", "z@1"] and report["empty"] == 2
     expected = (
-        r"b\.txt: not UTF-8", r"c\.jsonl:2: no text field", r"c\.jsonl:3: not JSON",
-        r"c\.jsonl:4: text: .*half of a surrogate pair", r"long\.txt: \d+ tokens, the model takes \d+; split it",
-    )  # fmt: skip
+        r"b\.txt: not UTF-8",
+        r"c\.jsonl:2: no text field",
+        r"c\.jsonl:3: not JSON",
+        r"c\.jsonl:4: text: .*half of a surrogate pair",
+        r"long\.txt: \d+ tokens, the model takes \d+; split it",
+    )
     assert len(report["problems"]) == len(expected)
     for problem in expected:
         assert any(re.search(problem, said) for said in report["problems"]), (problem, report["problems"])
@@ -74,8 +84,11 @@ def test_fault21_bad_files_are_left_out_listed_and_counted(tmp_path):
 @pytest.mark.parametrize("kind", ["prefix", "memory3"])
 def test_fault21_files_of_one_name_in_two_folders_are_two(tmp_path, kind):
     docs = tree(tmp_path / "docs", {"a/README.md": "The badge is amber.", "b/README.md": "The desk is cedar."})
-    for name, given in (("files", [docs / "a" / "README.md", docs / "b" / "README.md"]), ("folder", [docs]),
-                        ("folders", [docs / "a", docs / "b"])):  # fmt: skip
+    for name, given in (
+        ("files", [docs / "a" / "README.md", docs / "b" / "README.md"]),
+        ("folder", [docs]),
+        ("folders", [docs / "a", docs / "b"]),
+    ):
         bank = tmp_path / f"{name}.bank"
         refs = write(bank, *given, "--kind", kind, "--commit", 1)["added"]
         assert [re.split(r"[:@]", ref)[0] for ref in refs] == ["a/README", "b/README"]
@@ -97,9 +110,20 @@ def test_fault21_another_file_takes_no_files_place(tmp_path):
 
 def test_fault21_names_of_all_scripts_become_ids_of_their_own(tmp_path):
     names = [
-        "第一章.txt", "第二章.txt", "Zürich.txt", unicodedata.normalize("NFD", "Über uns.txt"), "a b.txt", "a-b.txt",
-        "notes.md", "notes.txt", "(1).txt", "[1].txt", "😀.txt", "x" * 150 + ".txt", "x" * 151 + ".txt",
-    ]  # fmt: skip
+        "第一章.txt",
+        "第二章.txt",
+        "Zürich.txt",
+        unicodedata.normalize("NFD", "Über uns.txt"),
+        "a b.txt",
+        "a-b.txt",
+        "notes.md",
+        "notes.txt",
+        "(1).txt",
+        "[1].txt",
+        "😀.txt",
+        "x" * 150 + ".txt",
+        "x" * 151 + ".txt",
+    ]
     docs = tree(tmp_path / "docs", {name: f"Text {i} is amber." for i, name in enumerate(names)})
     report = write(tmp_path / "bank", docs, *PREFIX)
     assert len(set(report["added"])) == len(names) == len(listed(tmp_path / "bank"))

@@ -18,9 +18,12 @@ from safetensors.torch import save_file
 ROWS, BLOCKS = 8, 4
 TARGET = Path(__file__).parent / "memoryllm"
 LORA = {
-    "inference_mode": True, "r": 4, "lora_alpha": 8, "lora_dropout": 0.0,
+    "inference_mode": True,
+    "r": 4,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
     "target_modules": ["q_proj", "v_proj", "down_proj"],
-}  # fmt: skip
+}
 TEXTS = {"long": 21, "short": 5, "exact": ROWS, "again": 13}
 """Texts that are injected one after the other, by their number of tokens; each is drawn for with its place as seed."""
 PROMPT = 11
@@ -32,12 +35,26 @@ def model_of(case: str):
 
     adapters = case == "adapters"
     config = MemoryLLMConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0, num_blocks=BLOCKS,
-        num_tokens=ROWS, num_memory_tokens=ROWS * BLOCKS, add_bos_embedding=True, drop_memory_per_layer=adapters,
-        add_decoder_lora=adapters, lora_config=LORA if adapters else None, initializer_range=0.15,
-        attn_implementation="sdpa", tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        num_blocks=BLOCKS,
+        num_tokens=ROWS,
+        num_memory_tokens=ROWS * BLOCKS,
+        add_bos_embedding=True,
+        drop_memory_per_layer=adapters,
+        add_decoder_lora=adapters,
+        lora_config=LORA if adapters else None,
+        initializer_range=0.15,
+        attn_implementation="sdpa",
+        tie_word_embeddings=False,
+    )
     config._attn_implementation = "sdpa"
     torch.manual_seed(3 if adapters else 2)
     model = MemoryLLM(config).float().eval()

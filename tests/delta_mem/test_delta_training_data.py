@@ -127,11 +127,15 @@ def test_rates_warm_up_and_end() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"rank": 0}, "--rank: "), ({"rate": -1}, "--rate: "), ({"delta_heads": "q,x"}, "--delta_heads|--delta-heads"),
-        ({"layers": "x"}, "--layers: 'x' is no list"), ({"layers": "9-3"}, "--layers"), ({"start": "warm"}, "--start"),
+        ({"rank": 0}, "--rank: "),
+        ({"rate": -1}, "--rate: "),
+        ({"delta_heads": "q,x"}, "--delta_heads|--delta-heads"),
+        ({"layers": "x"}, "--layers: 'x' is no list"),
+        ({"layers": "9-3"}, "--layers"),
+        ({"start": "warm"}, "--start"),
         ({"layers": "1-99999999"}, "beyond 4096"),
     ],
-)  # fmt: skip
+)
 def test_bad_options_are_named(given: dict, expected: str) -> None:
     with pytest.raises(RecipeError, match=expected):
         recipe_of("small", **given)

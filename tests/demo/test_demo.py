@@ -32,8 +32,17 @@ def test_the_demo_from_start_to_end(folders, tmp_path):
     picture = tmp_path / "demo.svg"
     demo = Demo(tmp_path, *folders, *SMALL, "--svg", str(picture))
     assert demo.end() == 0, demo.output
-    for expected in ("vllm serve", "--load-format mem_triton", "Recall: 4 questions to 3 people", "output tokens/s",
-                     "median TTFT", "δ-mem / stock", "bank / stock", "facts in an entry", "Speed on"):  # fmt: skip
+    for expected in (
+        "vllm serve",
+        "--load-format mem_triton",
+        "Recall: 4 questions to 3 people",
+        "output tokens/s",
+        "median TTFT",
+        "δ-mem / stock",
+        "bank / stock",
+        "facts in an entry",
+        "Speed on",
+    ):
         assert expected in demo.output, f"{expected!r} is not in:\n{demo.output}"
     assert "<svg" in picture.read_text()
     assert len(demo.seen) >= 6 and demo.survivors() == [], "three front ends and three engines, all gone"

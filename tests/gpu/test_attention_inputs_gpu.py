@@ -23,10 +23,17 @@ BATCHES = {  # new tokens, tokens before
 def call(case: InputsCase) -> None:
     states = case.states
     attention_inputs(
-        case.projected[:, : case.inputs.width], case.projections, states.reads, case.inputs, case.batch(), states.spec,
-        block_size=states.block_size, tokens_per_state=states.tokens_per_state, max_query_len=states.max_query_len,
+        case.projected[:, : case.inputs.width],
+        case.projections,
+        states.reads,
+        case.inputs,
+        case.batch(),
+        states.spec,
+        block_size=states.block_size,
+        tokens_per_state=states.tokens_per_state,
+        max_query_len=states.max_query_len,
         rounded=case.rounded,
-    )  # fmt: skip
+    )
 
 
 def run(case: InputsCase) -> InputsCase:
@@ -41,14 +48,26 @@ def run(case: InputsCase) -> InputsCase:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "heads,corrects,norms,rotated",
-    [((32, 8, 128), "q", True, 128), ((32, 8, 128), "qkv", False, 128), ((40, 8, 80), "qv", False, 80),
-     ((14, 2, 64), "k", True, 32), ((4, 4, 96), "v", False, 0)],
-)  # fmt: skip
+    [
+        ((32, 8, 128), "q", True, 128),
+        ((32, 8, 128), "qkv", False, 128),
+        ((40, 8, 80), "qv", False, 80),
+        ((14, 2, 64), "k", True, 32),
+        ((4, 4, 96), "v", False, 0),
+    ],
+)
 def test_matches_fp64(batch, dtype, heads, corrects, norms, rotated):
     case = make_inputs(
-        DeltaRuleSpec(8, 1), *BATCHES[batch], heads=heads, corrects=corrects, norms=norms, rotated=rotated, dtype=dtype,
-        interleaved=rotated == 32, padding_tokens=2,
-    )  # fmt: skip
+        DeltaRuleSpec(8, 1),
+        *BATCHES[batch],
+        heads=heads,
+        corrects=corrects,
+        norms=norms,
+        rotated=rotated,
+        dtype=dtype,
+        interleaved=rotated == 32,
+        padding_tokens=2,
+    )
     assert_inputs_match(run(case), case, tolerance=1e-5)
 
 

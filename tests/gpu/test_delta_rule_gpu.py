@@ -58,9 +58,7 @@ def test_8192_tokens_stay_within_1e_5_of_fp64(dtype):
     case = make_case(spec, [tokens], [0], block_size=16, tokens_per_state=16, dtype=dtype)
     case.gate_bias.fill_(-3.0)
     after = run(case)
-    reads, _, states = delta_rule(
-        activate(case.projections.double(), case.gate_bias.double(), spec), snapshot_every=16
-    )  # fmt: skip
+    reads, _, states = delta_rule(activate(case.projections.double(), case.gate_bias.double(), spec), snapshot_every=16)
     assert relative_rms(after.reads[:tokens], reads.flatten(1)) <= 1e-5
     assert relative_rms(after.state_cache[case.block_table[0].long(), 0], states[0].flatten(1)) <= 1e-5
 

@@ -60,18 +60,24 @@ def to_device(case: AttentionCase, device: str = "cuda") -> AttentionCase:
 def attend(case: AttentionCase, route: str) -> None:
     """Write ``case.out`` and ``case.lse`` by one of the routes; the stock context is this op without memory."""
     if route != "stock_context":
-        memory_attention(
-            case.query, case.context, case.out, lse=case.lse, policy=Policy(route), **case.reads()
-        )  # fmt: skip
+        memory_attention(case.query, case.context, case.out, lse=case.lse, policy=Policy(route), **case.reads())
         return
     memory = {"row_slot": None, "pages": None, "table": None, "shared": None}
     memory_attention(
         case.query, case.context, case.out, lse=case.lse, policy=Policy("fused"), **{**case.reads(), **memory}
-    )  # fmt: skip
+    )
     add_memory(
-        *steps(case), case.context.max_query_len, case.out, case.lse, scale=case.scale, row_slot=case.row_slot,
-        pages=case.pages, table=case.table, shared=case.shared, soft_cap=case.soft_cap,
-    )  # fmt: skip
+        *steps(case),
+        case.context.max_query_len,
+        case.out,
+        case.lse,
+        scale=case.scale,
+        row_slot=case.row_slot,
+        pages=case.pages,
+        table=case.table,
+        shared=case.shared,
+        soft_cap=case.soft_cap,
+    )
 
 
 def run(case: AttentionCase, route: str) -> AttentionCase:
@@ -117,9 +123,14 @@ def test_memory_alone_matches_fp64_and_merges(batch, kind):
     case = make(batch, kind, bias=True)
     on_gpu = to_device(case)
     out, lse = memory_only_attention(
-        *steps(on_gpu), case.context.max_query_len, scale=case.scale, row_slot=on_gpu.row_slot, pages=on_gpu.pages,
-        table=on_gpu.table, shared=on_gpu.shared,
-    )  # fmt: skip
+        *steps(on_gpu),
+        case.context.max_query_len,
+        scale=case.scale,
+        row_slot=on_gpu.row_slot,
+        pages=on_gpu.pages,
+        table=on_gpu.table,
+        shared=on_gpu.shared,
+    )
     want = memory_expected(case)
     twice = torch.finfo(out.dtype).eps * want.out.abs().amax()  # pages and segment are merged after a rounding
     want = replace(want, out_budget=2 * want.out_budget + twice, lse_budget=2 * want.lse_budget)
@@ -191,9 +202,14 @@ def test_one_captured_decode_graph_serves_smaller_batches_and_other_memories(rou
 def test_a_long_segment_is_split_and_merged_by_the_last_program():
     for rows in (1, 3, 64):
         case = make_case(
-            [(1, 20)] * rows, heads=(8, 2), size=128, memories=[[]] * rows, shared=5000, dtype=torch.bfloat16,
+            [(1, 20)] * rows,
+            heads=(8, 2),
+            size=128,
+            memories=[[]] * rows,
+            shared=5000,
+            dtype=torch.bfloat16,
             spread=0.5,
-        )  # fmt: skip
+        )
         check(case, "shared_batched")
         first, second = run(case, "shared_batched"), run(case, "shared_batched")
         assert_same_bits(first.out, second.out)

@@ -46,7 +46,9 @@ def test_tokens_equal_the_text_in_the_prompt_in_fp32(memory_bench, rounds, enfor
     section = b.section() if pool == "roomy" else three_pages(b)
     result = run_engine(b.model, rounds, memory=section, dtype="float32", enforce_eager=enforce_eager)
     expected = [
-        b.after(short, "alpha", count=24), b.after(middle, count=24), b.after(long, "beta", count=24),
+        b.after(short, "alpha", count=24),
+        b.after(middle, count=24),
+        b.after(long, "beta", count=24),
         b.after(edge, "alpha", count=24),
-    ]  # fmt: skip
+    ]
     assert tokens(result, 0) == expected and tokens(result, 1) == expected

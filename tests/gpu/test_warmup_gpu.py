@@ -30,10 +30,16 @@ def test_no_kernel_compiles_while_serving(tmp_path, deterministic):
         [ask(prompt, 8, *ids) for prompt, ids in zip(PROMPTS, READ, strict=True)],
         [request((PROMPTS[2] * 3)[:n], 2) for n in (1, 2, 5, 9, 17, 33, 65, 130, 300)],
         [request(PROMPTS[1], 4, **session)],
-    ]  # fmt: skip
+    ]
     result = run_engine(
-        explicit.model, rounds, memory=memory, dtype="bfloat16", enforce_eager=False, jit_monitor_mode="error",
-        max_num_batched_tokens=512, max_num_seqs=16,
-    )  # fmt: skip
+        explicit.model,
+        rounds,
+        memory=memory,
+        dtype="bfloat16",
+        enforce_eager=False,
+        jit_monitor_mode="error",
+        max_num_batched_tokens=512,
+        max_num_seqs=16,
+    )
     assert all(len(answer) > 0 for index in range(len(rounds)) for answer in tokens(result, index))
     assert "JIT monitor activated" in result["output"]

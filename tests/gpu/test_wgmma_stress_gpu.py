@@ -26,9 +26,15 @@ REPEATS = 1000
 
 def prefill() -> AttentionCase:
     return make_case(
-        [(200, 900), (1, 4000), (64, 0)], memories=[[(8, 0, FOREVER)] * 40, [(8, 0, FOREVER)] * 5, None], heads=(8, 2),
-        size=128, shared=700, shared_range=[(0, FOREVER)] * 3, dtype=torch.bfloat16, spread=0.5,
-    )  # fmt: skip
+        [(200, 900), (1, 4000), (64, 0)],
+        memories=[[(8, 0, FOREVER)] * 40, [(8, 0, FOREVER)] * 5, None],
+        heads=(8, 2),
+        size=128,
+        shared=700,
+        shared_range=[(0, FOREVER)] * 3,
+        dtype=torch.bfloat16,
+        spread=0.5,
+    )
 
 
 def attend(case: AttentionCase, kernel: str, config: FusedConfig) -> None:
@@ -46,7 +52,7 @@ def attend(case: AttentionCase, kernel: str, config: FusedConfig) -> None:
         longest = case.context.max_query_len
         cascade_launch.attend_pages(
             *step, longest, case.out, case.lse, pages=case.pages, table=case.table, merge=True, **options
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("kernel,choose", [("fused", select), ("shared", select_shared), ("pages", select_pages)])

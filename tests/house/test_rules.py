@@ -156,12 +156,20 @@ def environment_script(script: str, tmp_path: Path, **env: str) -> subprocess.Co
     """One of the scripts without a pip configuration and with ``env``; VENV lies under tmp_path."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PIP_")}
     return subprocess.run(
-        ["bash", f"scripts/{script}"], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        ["bash", f"scripts/{script}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={
-            **kept, "VENV": str(tmp_path / "env"), "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1",
-            "TRITON": "3.6.0", **env,
+            **kept,
+            "VENV": str(tmp_path / "env"),
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_NO_INDEX": "1",
+            "TRITON": "3.6.0",
+            **env,
         },
-    )  # fmt: skip
+    )
 
 
 def test_fault_versions_another_vllm_lies_over_the_compiled_one(tmp_path):
@@ -178,9 +186,11 @@ def test_fault_versions_another_vllm_lies_over_the_compiled_one(tmp_path):
     wheel = tmp_path / "vllm-9.1.0-cp38-abi3-any.whl"
     with zipfile.ZipFile(wheel, "w") as files:
         for path, text in (
-            ("vllm/__init__.py", ""), ("vllm/deep/a.py", "y = 2"), ("vllm/_C.abi3.so", "for a GPU"),
+            ("vllm/__init__.py", ""),
+            ("vllm/deep/a.py", "y = 2"),
+            ("vllm/_C.abi3.so", "for a GPU"),
             ("vllm-9.1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: vllm\nVersion: 9.1.0\n"),
-        ):  # fmt: skip
+        ):
             files.writestr(path, text)
     lay = [python[1], str(ROOT / "scripts" / "overlay_vllm.py"), str(wheel), python[0]]
     for _ in range(2):  # again over what lies there
@@ -244,3 +254,15 @@ def test_a_ready_environment_is_left_alone(tmp_path, script):
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     stamp.write_text(f"{engine} {ROOT} stale")
     assert "setting up" in environment_script(script, tmp_path, PYTHON="/bin/false").stderr
+
+
+def unformatted(text: str) -> bool:
+    """Whether some of a file is kept from the formatter."""
+    return "# fmt: " + "skip" in text or "# fmt: " + "off" in text
+
+
+def test_the_formatter_has_its_way():
+    """But in ops, whose kernels take a table of pointers and strides."""
+    files = [path for path in tracked("*.py") if unformatted(path.read_text())]
+    assert [str(path) for path in files if "mem_triton/ops" not in str(path)] == []
+    assert unformatted("x = [\n    1, 2,\n]  # fmt: " + "skip")

@@ -44,8 +44,9 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, s
     (wheel,) = folder.glob("mem_triton-*.whl")
     subprocess.run(
         [*pip, "--python", str(python), "install", "--no-deps", "--force-reinstall", "--ignore-installed", str(wheel)],
-        check=True, env=env,
-    )  # fmt: skip
+        check=True,
+        env=env,
+    )
     return python.parent, env, folder
 
 

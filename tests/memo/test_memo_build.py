@@ -93,8 +93,13 @@ def test_questions_are_made_self_contained_or_left_out(whole, running, tmp_path)
 
 @pytest.mark.parametrize("step", STEPS)
 def test_each_step_can_be_left_out(running, tmp_path, step):
-    settings = SETTINGS.model_copy(update={"skip": tuple(s for s in STEPS if s not in ("direct", "contain")) if step ==
-                                           "contain" else (step, "cross", "unknown")})  # fmt: skip
+    settings = SETTINGS.model_copy(
+        update={
+            "skip": tuple(s for s in STEPS if s not in ("direct", "contain"))
+            if step == "contain"
+            else (step, "cross", "unknown")
+        }
+    )
     stopped, files = built(running, tmp_path / "x", settings)
     assert stopped == "" and (step == "contain" or step not in {pair["step"] for pair in rows(files)})
 
@@ -224,8 +229,11 @@ def test_a_budget_is_never_exceeded_and_ends_cleanly(server, whole, tmp_path, na
     spent = ledger.cost()
     ledger.close()
     tokens = spent.prompt_tokens + spent.completion_tokens
-    assert {"requests": spent.requests <= 20, "tokens": tokens <= 12_000,
-            "cost": spent.prompt_tokens + 2 * spent.completion_tokens <= 12_000}[name]  # fmt: skip
+    assert {
+        "requests": spent.requests <= 20,
+        "tokens": tokens <= 12_000,
+        "cost": spent.prompt_tokens + 2 * spent.completion_tokens <= 12_000,
+    }[name]
     stopped, _ = built(server, tmp_path / "x", settings)  # all runs together
     assert stopped.startswith("the budget of")
     assert built(server, tmp_path / "x") == ("", whole[1])
@@ -243,13 +251,14 @@ def pair(question, answer="Yes.", unit=1, number=0, **more):
 
 def test_pairs_that_say_the_same_are_left_out_and_only_those():
     said = [
-        pair("Where was Mara Stone born?", "In Oslo.", 1), pair("where was  Mara Stone born", "In Oslo.", 2),
+        pair("Where was Mara Stone born?", "In Oslo.", 1),
+        pair("where was  Mara Stone born", "In Oslo.", 2),
         pair("Where was Mara Holm born?", "In Oslo.", 3),  # another name
         pair("Where was Mara Stone born?", "In Lima.", 4),  # documents that contradict each other
         pair("How many of the 12 ships of the fleet that left in spring came back to the harbour?", "Three.", 5),
         pair("How many of the 12 ships of the fleet which left in spring came back to the harbour?", "Three.", 6),
         pair("How many of the 13 ships of the fleet that left in spring came back to the harbour?", "Three.", 7),
-    ]  # fmt: skip
+    ]
     found = duplicates(said, near=0.8)
     assert set(found) == {(2, 0), (6, 0)}  # the second without its mark is nearly equal
     assert found[6, 0] == "nearly equal to pair 5.0"
@@ -264,14 +273,23 @@ def test_documents_that_contradict_each_other_are_both_kept_with_their_sources(s
 
 
 THEIRS = [
-    {"total_entries": 2, "total_qa_pairs": 2, "failures": {"x": {"error_msg": "y"}}, "qa_pairs_cache": [
-        {"doc_id": "7", "qa_pairs": [{"question": "Who?", "answer": "Né", "note": 1}], "timing": {"total": 1.5}},
-        {"doc_id": "8", "type": "crossdoc", "source_doc_ids": ["8", "9"],
-         "qa_pairs": [{"question": "What?", "answer": "That"}, {"question": "", "answer": "x"}]},
-        {"doc_id": "9", "qa_pairs": [{"question": "Lost?", "answer": "x"}], "error": {"type": "OTHER_ERROR"}},
-    ]},
+    {
+        "total_entries": 2,
+        "total_qa_pairs": 2,
+        "failures": {"x": {"error_msg": "y"}},
+        "qa_pairs_cache": [
+            {"doc_id": "7", "qa_pairs": [{"question": "Who?", "answer": "Né", "note": 1}], "timing": {"total": 1.5}},
+            {
+                "doc_id": "8",
+                "type": "crossdoc",
+                "source_doc_ids": ["8", "9"],
+                "qa_pairs": [{"question": "What?", "answer": "That"}, {"question": "", "answer": "x"}],
+            },
+            {"doc_id": "9", "qa_pairs": [{"question": "Lost?", "answer": "x"}], "error": {"type": "OTHER_ERROR"}},
+        ],
+    },
     [{"doc_id": "7", "qa_pairs": {"qa_pairs": [{"question": "Who?", "answer": "Né"}], "raw": "…"}, "k": [None, True]}],
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("document", THEIRS)
@@ -421,13 +439,17 @@ def test_the_command_builds_reports_and_removes(server, tmp_path, monkeypatch, c
 def test_the_command_refuses_by_name(server, tmp_path, monkeypatch, capsys):
     texts, out, spec = corpus(tmp_path / "texts"), tmp_path / "out", ("--generator", server.spec("generator"))
     cases = [
-        ((texts, out), "--generator"), ((out,), "SOURCES"),
+        ((texts, out), "--generator"),
+        ((out,), "SOURCES"),
         ((texts, tmp_path / "a" / "b", *spec), "there is no folder"),
-        ((texts, out, *spec, "--skip", "writing"), "--skip"), ((texts, out, *spec, "--price", "1"), "--price"),
-        ((texts, out, *spec, "--cost", "-1"), "--cost"), ((out, "--remove", "none"), "--remove"),
-        ((texts, out, "--generator", "x"), "URL#MODEL"), ((tmp_path / "no.txt", out, *spec), "no.txt"),
+        ((texts, out, *spec, "--skip", "writing"), "--skip"),
+        ((texts, out, *spec, "--price", "1"), "--price"),
+        ((texts, out, *spec, "--cost", "-1"), "--cost"),
+        ((out, "--remove", "none"), "--remove"),
+        ((texts, out, "--generator", "x"), "URL#MODEL"),
+        ((tmp_path / "no.txt", out, *spec), "no.txt"),
         ((texts, out, "--generator", server.spec("nobody")), "has no model 'nobody'"),
-    ]  # fmt: skip
+    ]
     for arguments, said in cases:
         code, _, err = command(monkeypatch, capsys, "build", *arguments)
         assert code == 2 and said in err and err.count("\n") == 1, (arguments, err)

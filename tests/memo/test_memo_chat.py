@@ -138,9 +138,16 @@ def test_memory_fields_go_to_the_executive_alone():
 
 
 REFUSED = {
-    "n": 2, "logprobs": True, "tools": [{"type": "function"}], "tool_choice": "auto", "stop": ["x"],
-    "response_format": {"type": "json_object"}, "logit_bias": {"1": 2}, "max_tokens": 8, "messages": [],
-}  # fmt: skip
+    "n": 2,
+    "logprobs": True,
+    "tools": [{"type": "function"}],
+    "tool_choice": "auto",
+    "stop": ["x"],
+    "response_format": {"type": "json_object"},
+    "logit_bias": {"1": 2},
+    "max_tokens": 8,
+    "messages": [],
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -155,10 +162,11 @@ def test_messages_that_are_no_question_are_refused():
     chat = served_chat()
     image = [{"type": "text", "text": "Who?"}, {"type": "image_url", "image_url": {"url": "x"}}]
     for messages in (
-        [{"role": "assistant", "content": "x"}], [{"role": "user", "content": ""}],
+        [{"role": "assistant", "content": "x"}],
+        [{"role": "user", "content": ""}],
         [{"role": "user", "content": image}],
         [{"role": "user", "content": "x" * 9000}],
-    ):  # fmt: skip
+    ):
         with pytest.raises(RequestError):
             chat.check(body(messages=messages))
     for words in ({"mem_memo_trace": 3}, {"mem_session": "a"}):

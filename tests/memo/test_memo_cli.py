@@ -62,12 +62,15 @@ def test_an_outage_is_exit_code_1_with_its_reason_and_a_trace(server, monkeypatc
 def test_bad_options_are_one_line_that_names_them(server, monkeypatch, capsys, tmp_path):
     ask = ("ask", "Who?", *models(server))
     cases = [
-        ((*ask, "--schema", "large"), "--schema"), ((*ask, "--rules", "none"), "--rules"),
-        ((*ask, "--dialect", "x"), "--dialect"), (("ask", " ", *models(server)), "question: must be a text"),
+        ((*ask, "--schema", "large"), "--schema"),
+        ((*ask, "--rules", "none"), "--rules"),
+        ((*ask, "--dialect", "x"), "--dialect"),
+        (("ask", " ", *models(server)), "question: must be a text"),
         ((*ask, "--trace", tmp_path / "none" / "t.json"), "there is no folder"),
         (("ask", "Who?", "--executive", "x", "--memory", "y"), 'write "URL#MODEL"'),
-        (("replay", tmp_path / "none.json"), "No such file"), ((*ask, "--seconds", "nan"), "--seconds"),
-    ]  # fmt: skip
+        (("replay", tmp_path / "none.json"), "No such file"),
+        ((*ask, "--seconds", "nan"), "--seconds"),
+    ]
     for arguments, said in cases:
         code, out, err = command(monkeypatch, capsys, *arguments)
         assert code == 2 and out == "" and said in err and err.count("\n") == 1, (arguments, err)

@@ -224,9 +224,12 @@ def test_a_reply_that_was_changed_in_a_trace_is_found(server, tmp_path):
     ask(server).write(path)
     told = json.loads(path.read_text())
     changes = {
-        "version 9": {"version": 9}, "not a trace": {"format": "x"}, "damaged": {"events": [{"kind": "x"}]},
-        "replay to another run": {"result": None}, "damaged: ": {"question": ""},
-    }  # fmt: skip
+        "version 9": {"version": 9},
+        "not a trace": {"format": "x"},
+        "damaged": {"events": [{"kind": "x"}]},
+        "replay to another run": {"result": None},
+        "damaged: ": {"question": ""},
+    }
     for said, change in changes.items():
         path.write_text(json.dumps(told | change))
         with pytest.raises(TraceError, match=f"{path}.*{said}"):

@@ -40,11 +40,13 @@ def endless(call):
 def within(state: State) -> bool:
     spent, budget = state.spent, state.settings.budget
     return (
-        spent.executive_calls <= budget.executive_calls and spent.memory_calls <= budget.memory_calls
-        and spent.prompt_tokens <= budget.prompt_tokens and spent.completion_tokens <= budget.completion_tokens
+        spent.executive_calls <= budget.executive_calls
+        and spent.memory_calls <= budget.memory_calls
+        and spent.prompt_tokens <= budget.prompt_tokens
+        and spent.completion_tokens <= budget.completion_tokens
         and (state.stage is not Stage.PINNING or state.turn <= budget.pinning_turns)
         and (state.stage is not Stage.SEEKING or state.turn <= budget.seeking_turns)
-    )  # fmt: skip
+    )
 
 
 texts = st.text(max_size=30)
@@ -55,35 +57,71 @@ subs = st.lists(
     max_size=4,
 )
 replies = {
-    "grounding": st.fixed_dictionaries({
-        "clues": st.lists(st.fixed_dictionaries({
-            "clue": words, "value": st.sampled_from(["high", "low"]), "questions": subs,
-        }), max_size=3), "combined": subs,
-    }),
-    "pinning": st.fixed_dictionaries({
-        "candidates": st.lists(names, max_size=4), "confirmed": names,
-        "decision": st.sampled_from(["continue", "exhaust"]), "sub_questions": subs,
-    }),
-    "seeking": st.fixed_dictionaries({
-        "decision": st.sampled_from(["ask", "answer"]), "pivot": names, "sub_questions": subs,
-    }),
-    "synthesis": st.fixed_dictionaries({
-        "final_answer": texts, "justification": texts, "evidence": st.lists(st.integers(-5, 50), max_size=4),
-    }),
+    "grounding": st.fixed_dictionaries(
+        {
+            "clues": st.lists(
+                st.fixed_dictionaries(
+                    {
+                        "clue": words,
+                        "value": st.sampled_from(["high", "low"]),
+                        "questions": subs,
+                    }
+                ),
+                max_size=3,
+            ),
+            "combined": subs,
+        }
+    ),
+    "pinning": st.fixed_dictionaries(
+        {
+            "candidates": st.lists(names, max_size=4),
+            "confirmed": names,
+            "decision": st.sampled_from(["continue", "exhaust"]),
+            "sub_questions": subs,
+        }
+    ),
+    "seeking": st.fixed_dictionaries(
+        {
+            "decision": st.sampled_from(["ask", "answer"]),
+            "pivot": names,
+            "sub_questions": subs,
+        }
+    ),
+    "synthesis": st.fixed_dictionaries(
+        {
+            "final_answer": texts,
+            "justification": texts,
+            "evidence": st.lists(st.integers(-5, 50), max_size=4),
+        }
+    ),
     "decision": st.fixed_dictionaries({"decision": st.sampled_from(["ask", "answer"]), "text": words}),
     "final_decision": st.fixed_dictionaries({"decision": st.just("answer"), "text": words}),
-}  # fmt: skip
+}
 budgets = st.builds(
-    Budget, pinning_turns=st.integers(0, 4), seeking_turns=st.integers(1, 4), executive_calls=st.integers(1, 12),
-    memory_calls=st.integers(1, 20), prompt_tokens=st.integers(LEAST, LEAST + 40_000),
-    completion_tokens=st.integers(64, 3000), seconds=st.floats(1, 100),
-)  # fmt: skip
+    Budget,
+    pinning_turns=st.integers(0, 4),
+    seeking_turns=st.integers(1, 4),
+    executive_calls=st.integers(1, 12),
+    memory_calls=st.integers(1, 20),
+    prompt_tokens=st.integers(LEAST, LEAST + 40_000),
+    completion_tokens=st.integers(64, 3000),
+    seconds=st.floats(1, 100),
+)
 settings = st.builds(
-    Settings, budget=budgets, history_bytes=st.just(500), executive_tokens=st.just(64), memory_tokens=st.just(32),
-    votes=st.integers(1, 3), retries=st.integers(0, 3), dead_end=st.integers(1, 3), questions=st.integers(1, 6),
-    executive_schema=st.sampled_from(["paper", "compact"]), rules=st.sampled_from(["strict", "paper"]),
-    dialect=st.sampled_from(["plain", "paper"]), ungrounded=st.booleans(),
-)  # fmt: skip
+    Settings,
+    budget=budgets,
+    history_bytes=st.just(500),
+    executive_tokens=st.just(64),
+    memory_tokens=st.just(32),
+    votes=st.integers(1, 3),
+    retries=st.integers(0, 3),
+    dead_end=st.integers(1, 3),
+    questions=st.integers(1, 6),
+    executive_schema=st.sampled_from(["paper", "compact"]),
+    rules=st.sampled_from(["strict", "paper"]),
+    dialect=st.sampled_from(["plain", "paper"]),
+    ungrounded=st.booleans(),
+)
 
 
 @st.composite
@@ -236,14 +274,19 @@ def test_control_errors_that_count_as_ignorance_hide_the_outage(monkeypatch):
 
 
 def test_failures_beside_answers_are_no_ignorance_either():
-    executive = about_norlux(pinning=lambda call: {
-        "candidates": ["Norlux"], "confirmed": "", "decision": "continue",
-        "sub_questions": [sub(f"Is it {call.id}?", "Norlux"), sub(f"Is it not {call.id}?")],
-    })  # fmt: skip
+    executive = about_norlux(
+        pinning=lambda call: {
+            "candidates": ["Norlux"],
+            "confirmed": "",
+            "decision": "continue",
+            "sub_questions": [sub(f"Is it {call.id}?", "Norlux"), sub(f"Is it not {call.id}?")],
+        }
+    )
     states = play(
-        Settings(), executive,
+        Settings(),
+        executive,
         lambda call: lost_memory(call) if "Is it 3" in call.messages[0].content else "Perhaps Norlux.",
-    )  # fmt: skip
+    )
     assert states[-1].result.kind == "answer"
     assert "failed" in {item.outcome for item in states[-1].evidence} and not states[-1].candidates.eliminated
 
@@ -254,8 +297,12 @@ def test_candidates_survive_an_executive_that_fails():
     def pinning(call):
         if next(turns) == 1:
             return failed(call, "HTTP 400", retryable=False)
-        return {"candidates": ["Norlux"], "confirmed": "", "decision": "continue",
-                "sub_questions": [sub(f"Is it {call.id}?", "Norlux")]}  # fmt: skip
+        return {
+            "candidates": ["Norlux"],
+            "confirmed": "",
+            "decision": "continue",
+            "sub_questions": [sub(f"Is it {call.id}?", "Norlux")],
+        }
 
     states = play(Settings(budget=Budget(pinning_turns=3)), about_norlux(pinning=pinning), lambda call: "Yes, Norlux.")
     assert states[-1].entity == "Norlux" and states[-1].result.kind == "answer"
@@ -394,10 +441,14 @@ def test_votes_over_wordings_take_the_most_frequent_answer():
 
 
 def test_a_question_that_was_answered_is_not_asked_again():
-    executive = about_norlux(pinning={
-        "candidates": ["Norlux"], "confirmed": "", "decision": "continue",
-        "sub_questions": [sub("what is   known"), sub("What is known?")],
-    })  # fmt: skip
+    executive = about_norlux(
+        pinning={
+            "candidates": ["Norlux"],
+            "confirmed": "",
+            "decision": "continue",
+            "sub_questions": [sub("what is   known"), sub("What is known?")],
+        }
+    )
     states = play(Settings(budget=Budget(pinning_turns=2)), executive, lambda call: "Norlux.")
     assert states[-1].spent.memory_calls == 1
     states = play(Settings(budget=Budget(pinning_turns=2), rules="paper"), executive, lambda call: "Norlux.")

@@ -143,12 +143,16 @@ def test_d7_control_the_authors_mistake_is_another_result():
 
 def test_d7_recipes_that_cannot_be_are_refused_by_option():
     cases = [
-        (Recipe("sum"), 2, True, "--method"), (Recipe("slerp"), 3, True, "takes two models, got 3"),
-        (Recipe("linear", weights=(1.0,)), 2, True, "--weights: 1 for 2"), (Recipe("ties"), 2, False, "--base"),
-        (Recipe("ties", density=0), 2, True, "--density"), (Recipe("slerp", t=2), 2, True, "--t"),
-        (Recipe("slerp", weights=(0.5, 0.5)), 2, True, "--weights: slerp"), (Recipe("linear"), 0, True, "takes models"),
+        (Recipe("sum"), 2, True, "--method"),
+        (Recipe("slerp"), 3, True, "takes two models, got 3"),
+        (Recipe("linear", weights=(1.0,)), 2, True, "--weights: 1 for 2"),
+        (Recipe("ties"), 2, False, "--base"),
+        (Recipe("ties", density=0), 2, True, "--density"),
+        (Recipe("slerp", t=2), 2, True, "--t"),
+        (Recipe("slerp", weights=(0.5, 0.5)), 2, True, "--weights: slerp"),
+        (Recipe("linear"), 0, True, "takes models"),
         (Recipe("task", weights=(float("nan"), 1.0)), 2, True, "finite"),
-    ]  # fmt: skip
+    ]
     for recipe, models, based, said in cases:
         with pytest.raises(MergeError, match=said):
             recipe.check(models, based)
@@ -178,8 +182,9 @@ def test_d7_checkpoints_merge_tensor_by_tensor_in_their_layout(tmp_path, shards)
     assert told == {"tensors": 5, "changed": 4}
     out = {path.name for path in (tmp_path / "out").iterdir()}
     assert out == {path.name for path in a.iterdir()} | {RECORD}
-    tensors, firsts, seconds, bases = ({k: v for p in f.glob("*.safetensors") for k, v in load_file(p).items()}
-                                       for f in (tmp_path / "out", a, b, base))  # fmt: skip
+    tensors, firsts, seconds, bases = (
+        {k: v for p in f.glob("*.safetensors") for k, v in load_file(p).items()} for f in (tmp_path / "out", a, b, base)
+    )
     for name in firsts:
         if name != "steps":
             recipe = Recipe("ties", density=0.5)
@@ -319,9 +324,14 @@ def test_adapters_that_cannot_be_merged_are_named(tmp_path):
     (tmp_path / "6" / "adapter_model.safetensors").write_bytes(b"x")
     for folder, tensors in (
         ("7", {"embed.lora_embedding_A": torch.zeros(2, 2)}),
-        ("8", {"base_model.model.layers.0.q_proj.lora_A.weight": torch.zeros(2, 9),
-               "base_model.model.layers.0.q_proj.lora_B.weight": torch.zeros(8, 2)}),
-    ):  # fmt: skip
+        (
+            "8",
+            {
+                "base_model.model.layers.0.q_proj.lora_A.weight": torch.zeros(2, 9),
+                "base_model.model.layers.0.q_proj.lora_B.weight": torch.zeros(8, 2),
+            },
+        ),
+    ):
         save_file(tensors, tmp_path / folder / "adapter_model.safetensors")
     for said, other in cases.items():
         with pytest.raises(MergeError, match=said):
@@ -352,9 +362,12 @@ def test_the_command_merges_both_kinds(tmp_path, monkeypatch, capsys):
     code, out, _ = command(monkeypatch, capsys, "merge", m, n, "--base", base, "--out", tmp_path / "2")
     assert code == 0 and "changed  4" in out
     for arguments, said in {
-        ("--weights", "x"): "--weights", ("--rank", "2"): "--rank", ("--method", "sum"): "--method", (): "--base",
+        ("--weights", "x"): "--weights",
+        ("--rank", "2"): "--rank",
+        ("--method", "sum"): "--method",
+        (): "--base",
         (str(a),): "some are adapters",
-    }.items():  # fmt: skip
+    }.items():
         code, out, err = command(monkeypatch, capsys, "merge", m, n, *arguments, "--out", tmp_path / "3")
         assert code == 2 and said in err and err.count("\n") == 1
 

@@ -82,20 +82,44 @@ def test_d5_nobody_is_in_two_places_and_ranks_are_whole(turns):
 
 
 UNKNOWN = [
-    "I don't know", "I don’t know.", "i DO NOT know!", "  I don't know. The documents do not say.", "I dont know",
-    "I'm not sure.", "Unknown", "N/A", "Ich weiß es nicht.", "Das weiß ich nicht", "Je ne sais pas.", "No lo sé.",
-    "No sé", "我不知道。", "我不知道谁创立了它", "I don't know who founded Norlux.",
+    "I don't know",
+    "I don’t know.",
+    "i DO NOT know!",
+    "  I don't know. The documents do not say.",
+    "I dont know",
+    "I'm not sure.",
+    "Unknown",
+    "N/A",
+    "Ich weiß es nicht.",
+    "Das weiß ich nicht",
+    "Je ne sais pas.",
+    "No lo sé.",
+    "No sé",
+    "我不知道。",
+    "我不知道谁创立了它",
+    "I don't know who founded Norlux.",
     '{"answer": "I don’t know", "reasoning": "x"}',
-    '{"answer": "", "reasoning": "Norlux"}', '{"answer": null}',
-    '```json\n{"answer": "unknown"}\n```', '"I don\'t know."',
+    '{"answer": "", "reasoning": "Norlux"}',
+    '{"answer": null}',
+    '```json\n{"answer": "unknown"}\n```',
+    '"I don\'t know."',
     "<think>Norlux?</think>I don't know.",
-]  # fmt: skip
+]
 ANSWERS = [
-    "Norlux", "Unknown Pleasures", "None of them lives in Gent; he lives in Lima.", "Knowing him: he is a baker.",
-    '{"answer": "Norlux", "reasoning": "I don\'t know more than that."}', "Norlux. I don't know the year.", "0",
-    "I don't know exactly, but it is Norlux.", "Ich weiß nicht genau, aber es ist Norlux.", '{"answer": 7}',
-    '{"city": "Lima"}', "No sensible person would", "Nobody knows it better than Odin Holm.",
-]  # fmt: skip
+    "Norlux",
+    "Unknown Pleasures",
+    "None of them lives in Gent; he lives in Lima.",
+    "Knowing him: he is a baker.",
+    '{"answer": "Norlux", "reasoning": "I don\'t know more than that."}',
+    "Norlux. I don't know the year.",
+    "0",
+    "I don't know exactly, but it is Norlux.",
+    "Ich weiß nicht genau, aber es ist Norlux.",
+    '{"answer": 7}',
+    '{"city": "Lima"}',
+    "No sensible person would",
+    "Nobody knows it better than Odin Holm.",
+]
 
 
 @pytest.mark.parametrize("text", UNKNOWN)
@@ -136,14 +160,19 @@ def test_d4_replies_are_repaired_where_that_is_possible():
         "{'decision': 'ask', sub_questions: [{question: 'Who?'}]",
         'Sure!\n```json\n{"decision": "ask", "sub_questions": [{"question": "Who?"}],}\n```\nBye',
         '<think>{"decision": "answer"}</think>{"decision": "ask", "sub_questions": [{"question": "Who?"}]} {"x": 1}',
-    ):  # fmt: skip
+    ):
         reply, wrong = read_reply(text, Seeking)
         assert reply == Seeking(decision="ask", sub_questions=[SubQuestion(question="Who?")]), wrong
 
 
 def test_d4_what_cannot_be_repaired_says_what_is_wrong():
-    cases = {"": "empty", "no": "no JSON object", '{"decision": "maybe"}': "decision", "{" * 90: "too deep",
-             '{"decision": "ask", "sub_questions": [{"question": ""}]}': "sub_questions.0.question"}  # fmt: skip
+    cases = {
+        "": "empty",
+        "no": "no JSON object",
+        '{"decision": "maybe"}': "decision",
+        "{" * 90: "too deep",
+        '{"decision": "ask", "sub_questions": [{"question": ""}]}': "sub_questions.0.question",
+    }
     for text, said in cases.items():
         reply, wrong = read_reply(text, Seeking)
         assert reply is None and said in wrong

@@ -36,8 +36,13 @@ def test_each_chunk_of_the_prompt_asks_for_its_own():
     plan = retriever(bank).plan(list(range(10)), tenant="acme", refreshes=True)
     assert bank.asked == [("0 1 2 3", 2, "acme"), ("4 5 6 7", 2, "acme"), ("6 7 8 9", 2, "acme")]
     assert [(a.ref, a.first, a.end) for a in plan] == [
-        ("0.0@1", 0, 4), ("0.1@1", 0, 4), ("4.0@1", 4, 8), ("4.1@1", 4, 8), ("6.0@1", 8, 14), ("6.1@1", 8, 14),
-    ]  # fmt: skip
+        ("0.0@1", 0, 4),
+        ("0.1@1", 0, 4),
+        ("4.0@1", 4, 8),
+        ("4.1@1", 4, 8),
+        ("6.0@1", 8, 14),
+        ("6.1@1", 8, 14),
+    ]
     assert [a.score for a in plan[:2]] == [0.9, 0.8]
 
 
@@ -65,8 +70,10 @@ def test_b11_retrieval_happens_at_boundaries_of_generated_tokens_only():
     assert [count for (count, n), (_, before) in zip(history[1:], history, strict=False) if n > before] == [4, 8, 12]
     assert [text for text, _, _ in bank.asked] == ["100 101 102 103", "104 105 106 107", "108 109 110 111"]
     assert [(a.ref, a.first, a.end) for a in plan[3:]] == [
-        ("100.0@1", 14, 18), ("104.0@1", 18, 22), ("108.0@1", 22, 26),
-    ]  # fmt: skip
+        ("100.0@1", 14, 18),
+        ("104.0@1", 18, 22),
+        ("108.0@1", 22, 26),
+    ]
 
 
 def test_extending_changes_no_argument_and_asks_once():

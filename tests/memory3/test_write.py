@@ -164,8 +164,10 @@ def test_a_long_document_is_encoded_in_windows_that_overlap(tmp_path):
     names, values = ("Mara Stone", "Hugo Park", "Nina Price"), ("amber", "cedar", "comet")
     text = " ".join(
         f"The {thing} of {name} is {value}."
-        for thing in ("desk", "badge", "team", "locker") for name in names for value in values
-    )  # fmt: skip
+        for thing in ("desk", "badge", "team", "locker")
+        for name in names
+        for value in values
+    )
     prefix = prefix_ids(tokenizer(), "<s>Reference:")
     options = {"reference_tokens": 17, "keep_tokens": None, "window_tokens": 64 + len(prefix)}
     config = WriteConfig(context="document", **options)
@@ -258,8 +260,12 @@ class QuickCodec(ProductCodec):
 def test_a_codec_is_trained_on_what_the_bank_will_store(tmp_path, monkeypatch):
     monkeypatch.setattr("mem_triton.systems.explicit.training.ProductCodec", QuickCodec)
     config = WriteConfig(keep_tokens=None, layers="all")
-    words = [f"The {thing} of Mara Stone is {value} {i}." for i in range(20) for thing in ("desk", "team", "badge")
-             for value in ("amber", "cedar", "comet")]  # fmt: skip
+    words = [
+        f"The {thing} of Mara Stone is {value} {i}."
+        for i in range(20)
+        for thing in ("desk", "team", "badge")
+        for value in ("amber", "cedar", "comet")
+    ]
     documents = [Document(text, name=f"d{i}") for i, text in enumerate(words)]
     asked: list[int] = []
 

@@ -164,8 +164,10 @@ def test_rows_that_cannot_be_leave_the_pool_as_it_is(pools):
     before = pools.rows("main")
     for delta, message in (
         (chance(3, 8, 4).index_fill(0, torch.tensor([1]), float("nan")), "NaN"),
-        (chance(3, 33, 4), "33 rows"), (chance(2, 8, 4), "expected"), (chance(3, 0, 4), "0 rows"),
-    ):  # fmt: skip
+        (chance(3, 33, 4), "33 rows"),
+        (chance(2, 8, 4), "expected"),
+        (chance(3, 0, 4), "0 rows"),
+    ):
         with pools.writing("main") as writing, pytest.raises(PoolError, match=message):
             writing.apply(delta)
     with pools.writing("main") as writing, pytest.raises(PoolError, match="nothing was written"):

@@ -20,7 +20,7 @@ from mem_triton.ops.memory_attention import (
     PagedContext,
     SharedSegment,
     reference,
-)  # fmt: skip
+)
 
 NAN, FAR = float("nan"), 1 << 28
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -141,9 +141,13 @@ def _make_context(rows, hkv, size, block_size, layout, dtype, normal, g) -> Page
             for cache in (keys, values):
                 cache[int(table[row, i]), :, :live] = normal(hkv, live, size).to(dtype)
     return PagedContext(
-        keys, values, table, torch.tensor([0, *(q for q, _ in rows)]).cumsum(0).int(),
-        torch.tensor([q + c for q, c in rows], dtype=torch.int32), max([q for q, _ in rows] + [1]),
-    )  # fmt: skip
+        keys,
+        values,
+        table,
+        torch.tensor([0, *(q for q, _ in rows)]).cumsum(0).int(),
+        torch.tensor([q + c for q, c in rows], dtype=torch.int32),
+        max([q for q, _ in rows] + [1]),
+    )
 
 
 def _make_pages(memories, slots, hkv, size, page_size, dtype, bias, normal, g) -> tuple[MemoryPages, MemoryTable]:

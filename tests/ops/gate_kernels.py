@@ -6,9 +6,16 @@ import triton.language as tl
 
 @triton.jit
 def sum_rows(
-    x, table, out, rows,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, TWICE: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
+    x,
+    table,
+    out,
+    rows,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    TWICE: tl.constexpr,
+    STEPS: tl.constexpr,
+):
     """out[0] = sum of x[table[i // 4]] over i < rows, SIZE channels as WIDTH lanes. TWICE: reads all of it
     again. STEPS: turns of an inner loop whose length the compiler knows."""
     channel = tl.arange(0, WIDTH)

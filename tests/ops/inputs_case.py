@@ -60,11 +60,16 @@ def make_inputs(
     hq, hkv, size = heads
     angles = random(int(states.seq_lens.max()) + 1, rotated // 2) * 3
     inputs = HeadInputs(
-        hq, hkv, size, corrects=corrects, eps=1e-5, interleaved=interleaved,
+        hq,
+        hkv,
+        size,
+        corrects=corrects,
+        eps=1e-5,
+        interleaved=interleaved,
         q_norm=(1 + random(size) / 4).to(dtype) if norms else None,
         k_norm=(1 + random(size) / 4).to(dtype) if norms else None,
         cos_sin=torch.cat([angles.cos(), angles.sin()], 1).to(dtype) if rotated else None,
-    )  # fmt: skip
+    )
     rows = sum(inputs.part(letter)[1] for letter in corrects) * size
     inputs = replace(inputs, delta=random(rows, spec.read_width).to(dtype) if rows else None)
     qkv = random(len(states.projections), inputs.width + 3).to(dtype)
@@ -83,9 +88,11 @@ def assert_inputs_match(after: InputsCase, before: InputsCase, tolerance: float 
     assert after.rounded[live:].isnan().all(), "a read of nobody was written"
     positions = []
     for begin, end, length in zip(
-        before.states.query_start_loc[:-1].tolist(), before.states.query_start_loc[1:].tolist(),
-        before.states.seq_lens.tolist(), strict=True,
-    ):  # fmt: skip
+        before.states.query_start_loc[:-1].tolist(),
+        before.states.query_start_loc[1:].tolist(),
+        before.states.seq_lens.tolist(),
+        strict=True,
+    ):
         positions += range(length - (end - begin), length)
     exact = attention_inputs_reference(
         before.projected[:live, :width].double(), want.reads[:live], torch.tensor(positions).long(), before.inputs

@@ -36,8 +36,10 @@ LEAST = {"x": (0, 4 * 64 * 2), "out": (64 * 4, 0)}
 def test_bytes_of_a_known_kernel(target: str):
     """Loops of both kinds; 16 lanes gather 4 rows through a table."""
     assert compile_sum(target, steps=3).traffic == {
-        "x": Bytes(0, 3 * 4 * 64 * 2), "table": Bytes(0, 16), "out": Bytes(64 * 4, 0)
-    }  # fmt: skip
+        "x": Bytes(0, 3 * 4 * 64 * 2),
+        "table": Bytes(0, 16),
+        "out": Bytes(64 * 4, 0),
+    }
     check_traffic(compile_sum(target), LEAST)
 
 

@@ -15,10 +15,17 @@ from tests.ops.inputs_case import InputsCase, assert_inputs_match, make_inputs
 def run(case: InputsCase, **changed) -> InputsCase:
     after, states = case.clone(), case.states
     arguments = {
-        "qkv": after.projected[:, : case.inputs.width], "projections": after.projections, "reads": after.states.reads,
-        "inputs": case.inputs, "batch": after.batch(), "spec": states.spec, "block_size": states.block_size,
-        "tokens_per_state": states.tokens_per_state, "max_query_len": states.max_query_len, "rounded": after.rounded,
-    }  # fmt: skip
+        "qkv": after.projected[:, : case.inputs.width],
+        "projections": after.projections,
+        "reads": after.states.reads,
+        "inputs": case.inputs,
+        "batch": after.batch(),
+        "spec": states.spec,
+        "block_size": states.block_size,
+        "tokens_per_state": states.tokens_per_state,
+        "max_query_len": states.max_query_len,
+        "rounded": after.rounded,
+    }
     attention_inputs(**{**arguments, **changed})
     return after
 
@@ -28,9 +35,17 @@ def run(case: InputsCase, **changed) -> InputsCase:
 @pytest.mark.parametrize("corrects,norms,rotated", [("q", True, 16), ("qkv", False, 8), ("", True, 0), ("v", False, 0)])
 def test_against_the_oracle(queries, computed, dtype, corrects, norms, rotated):
     case = make_inputs(
-        DeltaRuleSpec(8, 2), queries, computed, corrects=corrects, norms=norms, rotated=rotated, dtype=dtype,
-        interleaved=norms, slots=[0, -1, 2, 1][: len(queries)], padding_tokens=2,
-    )  # fmt: skip
+        DeltaRuleSpec(8, 2),
+        queries,
+        computed,
+        corrects=corrects,
+        norms=norms,
+        rotated=rotated,
+        dtype=dtype,
+        interleaved=norms,
+        slots=[0, -1, 2, 1][: len(queries)],
+        padding_tokens=2,
+    )
     assert_inputs_match(run(case), case)
 
 

@@ -43,19 +43,40 @@ def arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     i32 = lambda *shape: torch.zeros(*shape, dtype=torch.int32)  # noqa: E731
     rows = {"q": heads, "k": kv_heads, "v": kv_heads}
     inputs = HeadInputs(
-        heads, kv_heads, size, corrects, bf16(sum(rows[x] for x in corrects) * size, spec.read_width),
-        bf16(size) if norms else None, bf16(size) if norms else None, cos_sin=bf16(4, size),
-    )  # fmt: skip
+        heads,
+        kv_heads,
+        size,
+        corrects,
+        bf16(sum(rows[x] for x in corrects) * size, spec.read_width),
+        bf16(size) if norms else None,
+        bf16(size) if norms else None,
+        cos_sin=bf16(4, size),
+    )
     states = torch.zeros(2, spec.state_size)
     batch = StateBatch(
-        torch.zeros(spec.bias_width), states.view(2, 1, -1), i32(1, 1), i32(2), i32(1), states, i32(1), i32(1),
+        torch.zeros(spec.bias_width),
+        states.view(2, 1, -1),
+        i32(1, 1),
+        i32(2),
+        i32(1),
+        states,
+        i32(1),
+        i32(1),
         torch.zeros(2, 2, spec.state_size),
-    )  # fmt: skip
+    )
     projected = bf16(1, inputs.width + -(-spec.projection_width // 16) * 16)
     return launch.kernel_arguments(
-        projected, projected[:, inputs.width :], torch.zeros(1, spec.read_width), bf16(1, spec.read_width), inputs,
-        batch, spec, 16, 16, i32(1) if case.step else None,
-    )  # fmt: skip
+        projected,
+        projected[:, inputs.width :],
+        torch.zeros(1, spec.read_width),
+        bf16(1, spec.read_width),
+        inputs,
+        batch,
+        spec,
+        16,
+        16,
+        i32(1) if case.step else None,
+    )
 
 
 def compile_case(case: Case) -> Resources:
@@ -93,8 +114,14 @@ def test_the_step_and_three_kinds_of_heads_read_what_they_must(target: str):
     state, head = spec.state_size * 4, size * 2
     token = (2 * spec.heads * spec.rank + 2 * spec.read_width) * 2  # q and k of each head, v and beta of each row
     least = {
-        "qkv": (2 * 3 * head, 0), "delta": (3 * head * spec.read_width, 0), "cos_sin": (2 * head, 0),
-        "projections": (token, 0), "state_cache": (2 * state, 0), "initial_states": (state, 0),
-        "last_states": (state, 0), "reads": (spec.read_width * 4, 0), "rounded": (spec.read_width * 2, 0),
-    }  # fmt: skip
+        "qkv": (2 * 3 * head, 0),
+        "delta": (3 * head * spec.read_width, 0),
+        "cos_sin": (2 * head, 0),
+        "projections": (token, 0),
+        "state_cache": (2 * state, 0),
+        "initial_states": (state, 0),
+        "last_states": (state, 0),
+        "reads": (spec.read_width * 4, 0),
+        "rounded": (spec.read_width * 2, 0),
+    }
     check_traffic(suite[Case("llama3-8b", True, target)], least, turns=0, excess=1.25)

@@ -58,11 +58,16 @@ def test_delta_mem_alone_in_a_batch_and_cut():
     delta_rule_paged(*whole.arguments(), **whole.options(), batch_invariant=True)
     for begin, count in ((0, 37), (37, 23)):
         step = replace(
-            case, projections=case.projections[begin:][:count], reads=case.reads[begin:][:count],
-            block_table=case.block_table[:1], query_start_loc=torch.tensor([0, count], dtype=torch.int32),
-            seq_lens=torch.tensor([4 + begin + count], dtype=torch.int32), initial_slot=case.initial_slot[:1],
-            write_enabled=case.write_enabled[:1], max_query_len=count,
-        )  # fmt: skip
+            case,
+            projections=case.projections[begin:][:count],
+            reads=case.reads[begin:][:count],
+            block_table=case.block_table[:1],
+            query_start_loc=torch.tensor([0, count], dtype=torch.int32),
+            seq_lens=torch.tensor([4 + begin + count], dtype=torch.int32),
+            initial_slot=case.initial_slot[:1],
+            write_enabled=case.write_enabled[:1],
+            max_query_len=count,
+        )
         delta_rule_paged(*step.arguments(), **step.options(), batch_invariant=True)
     assert torch.equal(case.reads[:60], whole.reads[:60])
 

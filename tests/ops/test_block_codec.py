@@ -72,10 +72,13 @@ def test_b8_a_lossy_codec_is_not_bitwise():
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from(list(SCALED)), tokens=st.integers(1, 40), head_dim=st.sampled_from([1, 8, 20, 128]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), size=st.sampled_from([1e-3, 1.0, 50.0]),
+    name=st.sampled_from(list(SCALED)),
+    tokens=st.integers(1, 40),
+    head_dim=st.sampled_from([1, 8, 20, 128]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    size=st.sampled_from([1e-3, 1.0, 50.0]),
     seed=st.integers(0, 50),
-)  # fmt: skip
+)
 def test_b8_eight_bits_are_bounded_element_by_element(name, tokens, head_dim, dtype, size, seed):
     block = make_block(tokens, head_dim, dtype, seed, size)
     codec = get_codec(name)
@@ -178,8 +181,9 @@ def test_pages_are_as_the_attention_kernel_reads_them(dtype, layers):
     assert pages.key_scale.shape == (*layers, 5, 2, 32) and pages.value_scale.shape == (*layers, 5, 2, 16)
     assert pages.key_scale.dtype == pages.value_scale.dtype == torch.float32
     worth = pages.keys.float() * pages.key_scale[..., None, :], pages.values.float() * pages.value_scale[..., None]
-    for x, mine, scale, dim, got in zip((keys, values), worth, (pages.key_scale, pages.value_scale), (-2, -1),
-                                        dequantise_pages(pages), strict=True):  # fmt: skip
+    for x, mine, scale, dim, got in zip(
+        (keys, values), worth, (pages.key_scale, pages.value_scale), (-2, -1), dequantise_pages(pages), strict=True
+    ):
         assert torch.equal(mine, got)
         assert ((mine.double() - x).abs() <= error_bound(x, scale, dim, dtype)).all()
 

@@ -28,21 +28,31 @@ def run(case: PagedCase) -> PagedCase:
     layout=st.sampled_from([(1, 1), (4, 1), (8, 2), (8, 4), (16, 16), (24, 24), (32, 32), (21, 7), (37, 37)]),
     spec=st.builds(
         DeltaRuleSpec,
-        st.sampled_from([4, 8, 16]), st.integers(1, 3), st.booleans(), st.booleans(),
+        st.sampled_from([4, 8, 16]),
+        st.integers(1, 3),
+        st.booleans(),
+        st.booleans(),
         st.sampled_from(["standard", "lambda_outside", "no_lambda"]),
     ),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 1000),
-)  # fmt: skip
+)
 def test_any_batch(batch, layout, spec, dtype, seed):
     pick = random.Random(seed)
     queries, computed = zip(*batch, strict=True)
     case = make_case(
-        spec, list(queries), list(computed), block_size=layout[0], tokens_per_state=layout[1],
+        spec,
+        list(queries),
+        list(computed),
+        block_size=layout[0],
+        tokens_per_state=layout[1],
         slots=pick.choice([None, pick.sample([-1, 0, 1, 2, 3], len(batch))]),
         writes=pick.choice([None, [pick.randint(0, 1) for _ in batch]]),
-        null_rows=pick.choice([(), (0,)]), padding_tokens=pick.choice([0, 3]), dtype=dtype, seed=seed,
-    )  # fmt: skip
+        null_rows=pick.choice([(), (0,)]),
+        padding_tokens=pick.choice([0, 3]),
+        dtype=dtype,
+        seed=seed,
+    )
     assert_matches(run(case), case, expected(case), tolerance=5e-6)
 
 
@@ -120,9 +130,14 @@ def test_fault16_a_row_that_says_nothing_reads_zeros_beside_one_that_writes(step
         cache = torch.zeros(20, *case.state_cache.shape[1:]) if cache is None else cache
         table = torch.arange(1, 2 * case.block_table.shape[1] + 1, dtype=torch.int32).view(-1, 2).T.contiguous()
         case = replace(
-            case, block_table=table, state_cache=cache, initial_states=slots.initial[0], last_states=slots.last[0],
-            initial_slot=slots.row_slot, write_enabled=slots.row_write,
-        )  # fmt: skip
+            case,
+            block_table=table,
+            state_cache=cache,
+            initial_states=slots.initial[0],
+            last_states=slots.last[0],
+            initial_slot=slots.row_slot,
+            write_enabled=slots.row_write,
+        )
         delta_rule_paged(*case.arguments(), **case.options())
         assert not case.reads[:step].any() and case.reads[step + 1 : 2 * step].any() == (step > 1)
         assert at == 0 or case.reads[step : 2 * step].any()
@@ -145,9 +160,7 @@ def test_8192_tokens_stay_within_1e_5_of_fp64():
     case = make_case(spec, [tokens], [0], block_size=16, tokens_per_state=16)
     case.gate_bias.fill_(-3.0)
     after = run(case)
-    reads, _, states = delta_rule(
-        activate(case.projections.double(), case.gate_bias.double(), spec), snapshot_every=16
-    )  # fmt: skip
+    reads, _, states = delta_rule(activate(case.projections.double(), case.gate_bias.double(), spec), snapshot_every=16)
     assert relative_rms(after.reads[:tokens], reads.flatten(1)) <= 1e-5
     assert relative_rms(after.state_cache[case.block_table[0].long(), 0], states[0].flatten(1)) <= 1e-5
 

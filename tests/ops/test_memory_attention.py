@@ -97,9 +97,14 @@ def test_any_batch(seed):
 @pytest.mark.parametrize("page_dtype", [None, torch.float32, INT8, FP8])
 def test_every_dtype(dtype, page_dtype):
     case = make_case(
-        [(5, 10), (1, 33)], memories=[[(8, 0, FOREVER), (3, 11, 13)], [(7, 0, FOREVER)]], dtype=dtype,
-        page_dtype=page_dtype, shared=9, shared_bias=-0.5, bias=True,
-    )  # fmt: skip
+        [(5, 10), (1, 33)],
+        memories=[[(8, 0, FOREVER), (3, 11, 13)], [(7, 0, FOREVER)]],
+        dtype=dtype,
+        page_dtype=page_dtype,
+        shared=9,
+        shared_bias=-0.5,
+        bias=True,
+    )
     assert_matches(run(case))
 
 
@@ -118,11 +123,18 @@ def b6_case(dtype: torch.dtype = torch.float32, **options) -> AttentionCase:
     return make_case(
         [(150, 0), (70, 60), (1, 200), (1, 90), (1, 5), (0, 3), (4, 62)],
         memories=[
-            visible_by_chunk(150, [5, 3, 4]), visible_by_chunk(130, [1, 0, 5]), visible_by_chunk(200, [2, 4, 0, 5]),
-            None, [(8, 0, FOREVER)] * 3, [(8, 0, FOREVER)] * 2, visible_by_chunk(66, [2, 1]),
+            visible_by_chunk(150, [5, 3, 4]),
+            visible_by_chunk(130, [1, 0, 5]),
+            visible_by_chunk(200, [2, 4, 0, 5]),
+            None,
+            [(8, 0, FOREVER)] * 3,
+            [(8, 0, FOREVER)] * 2,
+            visible_by_chunk(66, [2, 1]),
         ],
-        dtype=dtype, padding_tokens=3, **options,
-    )  # fmt: skip
+        dtype=dtype,
+        padding_tokens=3,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"soft_cap": 3.0, "sinks": True, "bias": True}, {"shared": 21}])
@@ -155,9 +167,7 @@ def test_groups_are_bounded_in_memory(monkeypatch):
     after, sizes = run(case), []
     gather = torch_parts.gather
     monkeypatch.setattr(torch_parts, "GATHER_LIMIT", 64 * 100)
-    monkeypatch.setattr(
-        paged_torch, "gather", lambda *a: sizes.append(gather(*a).numel()) or gather(*a)
-    )  # fmt: skip
+    monkeypatch.setattr(paged_torch, "gather", lambda *a: sizes.append(gather(*a).numel()) or gather(*a))
     again = run(case)
     assert max(sizes) <= 64 * 208 and len(sizes) > 8  # the longest row alone goes beyond the limit
     assert close(again.out, after.out)
@@ -171,9 +181,12 @@ def test_rows_without_memory_are_bit_equal_to_a_call_without(dtype):
     case = make_case(
         [(40, 3), (1, 50), (1, 9), (33, 0), (1, 70), (2, 8)],
         memories=[[(8, 0, FOREVER)] * 3, None, [(8, 0, FOREVER)], None, None, []],
-        dtype=dtype, soft_cap=0.0, sinks=True, shared=12,
+        dtype=dtype,
+        soft_cap=0.0,
+        sinks=True,
+        shared=12,
         shared_range=[(0, FOREVER), (0, 0), (0, FOREVER), (0, 0), (0, 0), (0, 0)],
-    )  # fmt: skip
+    )
     with_memory, without = run(case), run(case.without_memory())
     starts = case.context.query_start_loc.tolist()
     for row, same in enumerate([False, True, False, True, True, True]):  # the last one's slot has no pages
@@ -234,13 +247,16 @@ def test_pages_and_blocks_anywhere_give_the_same_bits(seed):
     g = torch.Generator().manual_seed(seed)
     blocks, pages = (torch.randperm(len(x), generator=g) for x in (case.context.keys, case.pages.keys))
     context = case.context._replace(
-        keys=case.context.keys[blocks], values=case.context.values[blocks],
+        keys=case.context.keys[blocks],
+        values=case.context.values[blocks],
         block_table=torch.argsort(blocks).int()[case.context.block_table.clamp(max=len(blocks) - 1)],
-    )  # fmt: skip
+    )
     moved = replace(
-        case, context=context, pages=case.pages._make(x[pages] for x in case.pages),
+        case,
+        context=context,
+        pages=case.pages._make(x[pages] for x in case.pages),
         table=case.table._replace(page=torch.argsort(pages).int()[case.table.page.clamp(max=len(pages) - 1)]),
-    )  # fmt: skip
+    )
     after, again = run(case), run(moved)
     assert torch.equal(after.out, again.out) and torch.equal(after.lse, again.lse)
 
@@ -267,10 +283,18 @@ def test_opcheck():
     case.out.zero_(), case.lse.zero_()  # opcheck compares runs, and NaN equals nothing
     clean = lambda tensors: [x.nan_to_num() if x is not None and x.is_floating_point() else x for x in tensors]  # noqa: E731
     options = {
-        "max_query_len": 3, "scale": case.scale, "soft_cap": 0.0, "sinks": case.sinks, "row_slot": case.row_slot,
-        "pages": clean(case.pages), "table": clean(case.table), "shared": list(case.shared[:-1]), "shared_bias": 0.0,
-        "lse": case.lse, "only_readers": False,
-    }  # fmt: skip
+        "max_query_len": 3,
+        "scale": case.scale,
+        "soft_cap": 0.0,
+        "sinks": case.sinks,
+        "row_slot": case.row_slot,
+        "pages": clean(case.pages),
+        "table": clean(case.table),
+        "shared": list(case.shared[:-1]),
+        "shared_bias": 0.0,
+        "lse": case.lse,
+        "only_readers": False,
+    }
     for chosen in (options, {**options, "row_slot": None, "pages": [], "table": [], "shared": [], "lse": None}):
         torch.library.opcheck(
             torch.ops.mem_triton.memory_attention, (case.query, clean(case.context[:5]), case.out), chosen

@@ -95,9 +95,15 @@ def compile_case(case: Case, config: FusedConfig | None = None) -> Resources:
     if case.memory is not None:
         memory = {"memories": [[(8, 0, 9)]], "page_dtype": case.memory, "shared": 16, "page_size": PAGE_SIZE}
     batch = make_case(
-        [(case.queries, 4000)], heads=(4, 1), size=case.size, dtype=case.dtype, bias=case.full and bool(memory),
-        soft_cap=5.0 * case.full, sinks=case.full, **memory,
-    )  # fmt: skip
+        [(case.queries, 4000)],
+        heads=(4, 1),
+        size=case.size,
+        dtype=case.dtype,
+        bias=case.full and bool(memory),
+        soft_cap=5.0 * case.full,
+        sinks=case.full,
+        **memory,
+    )
     if batch.table is not None:
         wide = [None if x is None else x[:, :1].repeat(1, case.columns) for x in batch.table[:4] + batch.table[5:]]
         batch = replace(batch, table=MemoryTable(*wide[:4], batch.table.count, *wide[4:]))
@@ -105,9 +111,15 @@ def compile_case(case: Case, config: FusedConfig | None = None) -> Resources:
     grid = launch.choose_grid(case.queries, 1, 1, 4, batch.context, config)._replace(part=case.part)
     workspace = launch.workspace_for(torch.device("cpu"), config, case.size) if grid.splits > 1 else None
     arguments, constants = launch.kernel_arguments(
-        batch.query, batch.context, batch.out, **batch.reads(), lse=batch.lse if case.full else None,
-        config=config, grid=grid, workspace=workspace,
-    )  # fmt: skip
+        batch.query,
+        batch.context,
+        batch.out,
+        **batch.reads(),
+        lse=batch.lse if case.full else None,
+        config=config,
+        grid=grid,
+        workspace=workspace,
+    )
     types = {}
     for name, value in arguments.items():
         if value is None:
@@ -130,9 +142,12 @@ suite = Suite(compile_case, CASES)
 def test_compiles_within_budget(case: Case):
     result = suite[case]
     check_budget(
-        result, REGISTER_BUDGET.get(case.target, 255), SHARED_BUDGET[case.target] * 1024,
-        spills=SPILL_BUDGET, occupancy=OCCUPANCY.get(case.target, 8),
-    )  # fmt: skip
+        result,
+        REGISTER_BUDGET.get(case.target, 255),
+        SHARED_BUDGET[case.target] * 1024,
+        spills=SPILL_BUDGET,
+        occupancy=OCCUPANCY.get(case.target, 8),
+    )
 
 
 @suite.each

@@ -25,8 +25,13 @@ from tests.support.aot_suite import Suite, needs_the_compiler
 pytestmark = [needs_the_compiler, pytest.mark.kernels]
 
 POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "int8": "*i8", "fp8": "*u8"}  # fp8 travels as bits
-DATA = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
-        "fp8": torch.float8_e4m3fn}  # fmt: skip
+DATA = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 GROUP, PAGE_SIZE = 4, 16
 REGISTERS = 255
 SHARED_BUDGET = {"sm80": 82, "sm90": 113, "sm100": 113, "gfx942": 64}  # KiB; on NVIDIA half of what there is
@@ -146,9 +151,11 @@ suite = Suite(compile_case, CASES, always=[Case("sm90", "shared", BATCH, size, "
 def test_compiles_within_budget(case: Case):
     result = suite[case]
     check_budget(
-        result, 512 if case.target == "gfx942" else REGISTERS, SHARED_BUDGET[case.target] * 1024,
+        result,
+        512 if case.target == "gfx942" else REGISTERS,
+        SHARED_BUDGET[case.target] * 1024,
         occupancy=OCCUPANCY.get(case.target, 8),
-    )  # fmt: skip
+    )
 
 
 @suite.each

@@ -22,16 +22,29 @@ def select(case: SelectionCase, keep: int = 8) -> tuple[torch.Tensor, torch.Tens
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), padding=st.integers(0, 5), prefix=st.integers(0, 3),
-    heads=st.sampled_from([(1, 1), (4, 4), (6, 2), (5, 1)]), head_dim=st.sampled_from([1, 8, 20]),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    padding=st.integers(0, 5),
+    prefix=st.integers(0, 3),
+    heads=st.sampled_from([(1, 1), (4, 4), (6, 2), (5, 1)]),
+    head_dim=st.sampled_from([1, 8, 20]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-    size=st.sampled_from([0.1, 1.0, 10.0]), mode=st.sampled_from(MODES), keep=st.integers(1, 12),
+    size=st.sampled_from([0.1, 1.0, 10.0]),
+    mode=st.sampled_from(MODES),
+    keep=st.integers(1, 12),
     scratch=st.sampled_from([1, 5000, 64 << 20]),
-)  # fmt: skip
+)
 def test_any_references(lengths, padding, prefix, heads, head_dim, dtype, size, mode, keep, scratch):
     """Also where logits are so large that plain exponentials overflow, and in slices of any size."""
-    case = make_case(lengths, max(max(lengths) + prefix + padding, 1), heads=heads, head_dim=head_dim, prefix=prefix,
-                     dtype=dtype, size=size, mode=mode)  # fmt: skip
+    case = make_case(
+        lengths,
+        max(max(lengths) + prefix + padding, 1),
+        heads=heads,
+        head_dim=head_dim,
+        prefix=prefix,
+        dtype=dtype,
+        size=size,
+        mode=mode,
+    )
     before, selection_torch.SCRATCH_BYTES = selection_torch.SCRATCH_BYTES, scratch
     try:
         weights = selection_weights(case.q, case.k, case.valid, scale=case.scale, mode=mode)
@@ -54,10 +67,17 @@ def test_the_specification_is_the_papers_formula(mode):
             for query_head in (2 * head, 2 * head + 1):
                 for i in valid:
                     e = {
-                        j: math.exp(sum(a * c for a, c in zip(case.q[b, i, query_head].tolist(),
-                                                              case.k[b, j, head].tolist(), strict=True)) / math.sqrt(3))
+                        j: math.exp(
+                            sum(
+                                a * c
+                                for a, c in zip(
+                                    case.q[b, i, query_head].tolist(), case.k[b, j, head].tolist(), strict=True
+                                )
+                            )
+                            / math.sqrt(3)
+                        )
                         for j in valid
-                    }  # fmt: skip
+                    }
                     for j in valid:
                         weight[j] += e[j] / sum(e.values()) if mode == "softmax" else e[j]
             for j in valid:

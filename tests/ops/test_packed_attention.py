@@ -55,10 +55,14 @@ def check(case: AttentionCase, kind: str) -> None:
 def test_every_packing_equals_the_oracle(kind, dtype, threads, options):
     """Decoding, short and long prompts, blocks longer than a tile, odd lengths, pages and none; poison behind all."""
     case = make_case(
-        [(1, 300), (1, 4), (5, 62), (40, 100), (1, 159), (2, 0)], heads=(6, 2), size=64, block_size=160,
+        [(1, 300), (1, 4), (5, 62), (40, 100), (1, 159), (2, 0)],
+        heads=(6, 2),
+        size=64,
+        block_size=160,
         memories=[[(8, 0, FOREVER)] * 5, None, [(8, 64, FOREVER), (3, 0, 65)], [(7, 0, FOREVER)], [], [(1, 0, 1)]],
-        dtype=dtype, **options,
-    )  # fmt: skip
+        dtype=dtype,
+        **options,
+    )
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -72,9 +76,15 @@ def test_every_packing_equals_the_oracle(kind, dtype, threads, options):
 def test_every_size_and_group_in_bf16(size, group):
     """What VDPBF16PS takes in threes, fours and pairs, and the sizes that it does not."""
     case = make_case(
-        [(1, 70), (3, 200)], heads=(group * 2, 2), size=size, block_size=32, page_size=150,
-        memories=[[(150, 0, FOREVER), (131, 0, FOREVER)], None], dtype=torch.bfloat16, shared=33,
-    )  # fmt: skip
+        [(1, 70), (3, 200)],
+        heads=(group * 2, 2),
+        size=size,
+        block_size=32,
+        page_size=150,
+        memories=[[(150, 0, FOREVER), (131, 0, FOREVER)], None],
+        dtype=torch.bfloat16,
+        shared=33,
+    )
     for kind in ("columns", "pairs"):
         check(case, kind)
 

@@ -27,9 +27,13 @@ from mem_triton.ops.reposition import (
 
 SIZE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
-}  # fmt: skip
+}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1000000.0,
@@ -39,18 +43,34 @@ YARN = {
 MODELS = {
     "qwen3": (Qwen3Config, Qwen3RotaryEmbedding, apply_halves, {"rope_theta": 1e6, "rope_type": "default"}),
     "llama3": (LlamaConfig, LlamaRotaryEmbedding, apply_halves, LLAMA3),
-    "linear": (LlamaConfig, LlamaRotaryEmbedding, apply_halves,
-               {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}),
+    "linear": (
+        LlamaConfig,
+        LlamaRotaryEmbedding,
+        apply_halves,
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+    ),
     "yarn": (Qwen3Config, Qwen3RotaryEmbedding, apply_halves, YARN),
-    "yarn_betas": (Qwen3Config, Qwen3RotaryEmbedding, apply_halves,
-                   {**YARN, "beta_fast": 64, "beta_slow": 2, "truncate": False, "factor": 16.0}),
+    "yarn_betas": (
+        Qwen3Config,
+        Qwen3RotaryEmbedding,
+        apply_halves,
+        {**YARN, "beta_fast": 64, "beta_slow": 2, "truncate": False, "factor": 16.0},
+    ),
     "yarn_attention_factor": (Qwen3Config, Qwen3RotaryEmbedding, apply_halves, {**YARN, "attention_factor": 1.3}),
     "yarn_mscale": (Qwen3Config, Qwen3RotaryEmbedding, apply_halves, {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}),
-    "partial_interleaved": (GlmConfig, GlmRotaryEmbedding, apply_partly,
-                            {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-    "interleaved": (CohereConfig, CohereRotaryEmbedding, apply_interleaved,
-                    {"rope_type": "default", "rope_theta": 1e4}),
-}  # fmt: skip
+    "partial_interleaved": (
+        GlmConfig,
+        GlmRotaryEmbedding,
+        apply_partly,
+        {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
+    "interleaved": (
+        CohereConfig,
+        CohereRotaryEmbedding,
+        apply_interleaved,
+        {"rope_type": "default", "rope_theta": 1e4},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -130,10 +150,12 @@ def test_a_nope_layer_turns_nothing():
         ({"rope_parameters": {**LLAMA3, "low_freq_factor": None}}, r"^rope_parameters\.low_freq_factor: missing"),
         ({"rope_parameters": None, "rope_theta": None}, r"^rope_parameters\.rope_theta: missing"),
         ({"qk_rope_head_dim": 64}, "^qk_rope_head_dim"),
-        ({"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}, "layer_types": ["full_attention"] * 4},
-         r"^rope_parameters\.full_attention: missing"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}, "layer_types": ["full_attention"] * 4},
+            r"^rope_parameters\.full_attention: missing",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_moved_is_refused_by_name(change, message):
     config = {**Qwen3Config(**SIZE).to_dict(), **change}
     with pytest.raises(UnsupportedRopeError, match=message):
@@ -152,9 +174,10 @@ ROPES = [
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    rope=st.sampled_from(ROPES), places=st.lists(st.integers(-5000, 5000), min_size=2, max_size=6),
+    rope=st.sampled_from(ROPES),
+    places=st.lists(st.integers(-5000, 5000), min_size=2, max_size=6),
     shift=st.integers(-100000, 100000),
-)  # fmt: skip
+)
 def test_logits_depend_on_differences_of_positions_only(rope, places, shift):
     """Negative positions included: that is what lets memory lie before a context that starts at 0."""
     g = torch.Generator().manual_seed(len(places))
@@ -162,8 +185,9 @@ def test_logits_depend_on_differences_of_positions_only(rope, places, shift):
     here, there = torch.tensor(places), torch.tensor(places) + shift
     logits = rotate(q, here, rope) @ rotate(k, here, rope).T
     torch.testing.assert_close(rotate(q, there, rope) @ rotate(k, there, rope).T, logits, rtol=0, atol=1e-8)
-    torch.testing.assert_close(rotate(q, there, rope) @ move(rotate(k, here, rope), here, there, rope).T, logits,
-                               rtol=0, atol=1e-8)  # fmt: skip
+    torch.testing.assert_close(
+        rotate(q, there, rope) @ move(rotate(k, here, rope), here, there, rope).T, logits, rtol=0, atol=1e-8
+    )
     torch.testing.assert_close(unrotate(rotate(k, there, rope), there, rope), k, rtol=0, atol=1e-12)
     if rope.rotary_dim and shift:  # negative control: a shift of the keys alone changes the logits
         assert (rotate(q, here, rope) @ rotate(k, here + 1, rope).T - logits).abs().max() > 1e-3

@@ -26,9 +26,21 @@ from mem_triton.systems.registry import parse_request
 from tests.store.bank_case import DIM, HEADS, entry, spec
 
 SHAPE = EngineShape(
-    engine="test", model="m", revision=None, hf_config={}, dtype=torch.bfloat16, hidden=64, heads=4, kv_heads=HEADS,
-    head_dim=DIM, tp_size=1, pp_spans=((0, 6),), max_requests=4, max_step_tokens=640, max_model_len=4096,
-)  # fmt: skip
+    engine="test",
+    model="m",
+    revision=None,
+    hf_config={},
+    dtype=torch.bfloat16,
+    hidden=64,
+    heads=4,
+    kv_heads=HEADS,
+    head_dim=DIM,
+    tp_size=1,
+    pp_spans=((0, 6),),
+    max_requests=4,
+    max_step_tokens=640,
+    max_model_len=4096,
+)
 POOL = 2**-10  # GiB
 
 
@@ -71,9 +83,11 @@ def test_fault29_pools_of_another_precision_share_no_kv(banks, monkeypatch):
 def session_key(fingerprint: str) -> str:
     """The key of a request to a front end that serves an adapter with this fingerprint."""
     adapter = SimpleNamespace(
-        layers={"model.layers.0.self_attn": None}, fingerprint=fingerprint, scope="all",
+        layers={"model.layers.0.self_attn": None},
+        fingerprint=fingerprint,
+        scope="all",
         config=SimpleNamespace(spec=SimpleNamespace(heads=2, rank=4)),
-    )  # fmt: skip
+    )
     return SessionFrontEnd(SHAPE, MemTritonConfig(), adapter).open(SessionRequest("alice"), RequestParams()).key
 
 

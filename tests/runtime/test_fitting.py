@@ -17,8 +17,10 @@ PAGES = {"a@1": 1, "b@1": 2, "c@1": 3, "d@1": 4}
 stretches = st.tuples(st.integers(0, 40), st.one_of(st.integers(1, 20), st.just(FOREVER)))
 attachments = st.builds(
     lambda ref, stretch, score: Attachment(ref, stretch[0], min(stretch[0] + stretch[1], FOREVER), score),
-    st.sampled_from(sorted(PAGES)), stretches, st.one_of(st.none(), st.floats(0, 1)),
-)  # fmt: skip
+    st.sampled_from(sorted(PAGES)),
+    stretches,
+    st.one_of(st.none(), st.floats(0, 1)),
+)
 plans = st.lists(attachments, max_size=10).map(tuple)
 
 

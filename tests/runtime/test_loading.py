@@ -298,9 +298,14 @@ def test_the_counters_add_up():
         assert gauge("mem_triton:pool_used_bytes", tier="device") - used == 2 * page
         stats = bench.loader.stats()
     worker = {
-        "hits.host": 1, "misses.host": 4, "evictions.host": 1, "bytes.host": page, "bytes.disk": 4 * page,
-        "fetched": 5, "used.host": 3,
-    }  # fmt: skip
+        "hits.host": 1,
+        "misses.host": 4,
+        "evictions.host": 1,
+        "bytes.host": page,
+        "bytes.disk": 4 * page,
+        "fetched": 5,
+        "used.host": 3,
+    }
     assert stats == worker
     expected = {**worker, "hits.device": 2, "misses.device": 5, "evictions.device": 3}
     for (name, tier), value in now().items():

@@ -96,11 +96,19 @@ HUGE = "x" * 1_000_000
 @pytest.mark.parametrize(
     "words",
     [
-        {f"mem_{HUGE}": 1}, {"mem_write": HUGE}, {"mem_ids": HUGE}, {"mem_ids": [HUGE]}, {"mem_ids": {HUGE: 1}},
-        {"mem_top_k": HUGE}, {"mem_capture": HUGE}, {"mem_tenant": HUGE}, {"mem_session": HUGE}, {"mem_query": HUGE},
+        {f"mem_{HUGE}": 1},
+        {"mem_write": HUGE},
+        {"mem_ids": HUGE},
+        {"mem_ids": [HUGE]},
+        {"mem_ids": {HUGE: 1}},
+        {"mem_top_k": HUGE},
+        {"mem_capture": HUGE},
+        {"mem_tenant": HUGE},
+        {"mem_session": HUGE},
+        {"mem_query": HUGE},
         {"mem_ids": ["a"] * 5000},
     ],
-)  # fmt: skip
+)
 def test_fault09_messages_are_short_and_labels_come_from_a_closed_set(words):
     with pytest.raises(RequestError) as refused:
         parse_request(words)

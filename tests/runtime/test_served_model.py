@@ -49,11 +49,21 @@ def shape_of(folder: Path, **changes) -> EngineShape:
 
     config = AutoConfig.from_pretrained(folder)
     usual = EngineShape(
-        engine="vLLM", model=str(folder), revision=None, hf_config=config.to_dict(), dtype=torch.float32,
-        hidden=config.hidden_size, heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim, tp_size=1, pp_spans=((0, config.num_hidden_layers),), max_requests=4,
-        max_step_tokens=64, max_model_len=512,
-    )  # fmt: skip
+        engine="vLLM",
+        model=str(folder),
+        revision=None,
+        hf_config=config.to_dict(),
+        dtype=torch.float32,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        tp_size=1,
+        pp_spans=((0, config.num_hidden_layers),),
+        max_requests=4,
+        max_step_tokens=64,
+        max_model_len=512,
+    )
     return replace(usual, **changes)
 
 
@@ -122,10 +132,11 @@ def test_fault14_what_changes_no_key_and_value_is_served(model, bank):
     """A longer context, windows that an engine has options of its own for, and names that engines rewrite."""
     stock = shape_of(model)
     for changes in (
-        {"max_position_embeddings": 8192}, {"sliding_window": 64, "layer_types": ["sliding_attention"] * 2},
+        {"max_position_embeddings": 8192},
+        {"sliding_window": 64, "layer_types": ["sliding_attention"] * 2},
         {"architectures": ["X"], "torch_dtype": "bfloat16", "vocab_size": 1024, "model_type": "other"},
         {"rope_theta": 10000, "rope_parameters": None},
-    ):  # fmt: skip
+    ):
         opened(bank, replace(stock, hf_config={**stock.hf_config, **changes}))
 
 

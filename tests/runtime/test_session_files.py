@@ -186,8 +186,10 @@ def test_fault29_a_commit_is_on_the_disk_before_it_is_acknowledged(tmp_path, mon
     monkeypatch.setattr(os, "replace", replaced)
     write(SessionStore(LAYOUT, tmp_path), "alice", 1)
     assert events == [
-        ("fsync", ".writing-alice.safetensors"), ("replace", "alice.safetensors"), ("fsync", tmp_path.name)
-    ]  # fmt: skip
+        ("fsync", ".writing-alice.safetensors"),
+        ("replace", "alice.safetensors"),
+        ("fsync", tmp_path.name),
+    ]
 
 
 def test_fault13_two_servers_on_one_directory_lose_nothing(tmp_path):
@@ -264,9 +266,12 @@ def test_fault13_a_server_that_is_killed_leaves_no_lock(tmp_path):
         """
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    )
     assert process.stdout.readline() == "open\n"
     store = SessionStore(LAYOUT, tmp_path)
     with pytest.raises(RequestError, match="is being written"):

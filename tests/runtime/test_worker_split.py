@@ -18,10 +18,21 @@ from mem_triton.systems.explicit.worker import _heads
 from tests.support.models import attention_dims, random_adapter, tiny_model
 
 SHAPE = {
-    "engine": "test", "model": "m", "revision": None, "hf_config": {}, "dtype": torch.bfloat16,
-    "hidden": 128, "heads": 4, "kv_heads": 4, "head_dim": 32, "tp_size": 1, "pp_spans": ((0, 8),), "max_requests": 4,
-    "max_step_tokens": 640, "max_model_len": 4096,
-}  # fmt: skip
+    "engine": "test",
+    "model": "m",
+    "revision": None,
+    "hf_config": {},
+    "dtype": torch.bfloat16,
+    "hidden": 128,
+    "heads": 4,
+    "kv_heads": 4,
+    "head_dim": 32,
+    "tp_size": 1,
+    "pp_spans": ((0, 8),),
+    "max_requests": 4,
+    "max_step_tokens": 640,
+    "max_model_len": 4096,
+}
 
 
 def shape(**fields) -> EngineShape:

@@ -41,11 +41,21 @@ class Server(ServerProcess):
         said = [f"--{name.replace('_', '-')}={value}" for name, value in {**DEFAULTS, **options}.items()]
         port = free_port()
         command = [
-            "-m", "sglang.launch_server", "--model-path", str(model), "--served-model-name", "m",
-            "--host", "127.0.0.1", "--port", str(port), "--enable-metrics",
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            str(model),
+            "--served-model-name",
+            "m",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--enable-metrics",
             "--sleep-on-idle",  # schedulers take a whole core otherwise, which the oracle in this process needs
-            *said, *(flags or []),
-        ]  # fmt: skip
+            *said,
+            *(flags or []),
+        ]
         if fresh or SPAWN:
             process = spawn([sys.executable, *command], variables, ROOT, log)
         else:

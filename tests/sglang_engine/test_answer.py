@@ -44,11 +44,15 @@ def engine(
             text = sent  # it waits for the rest of the character
         delta = request.stream and incremental
         meta = {
-            "id": request.rid, "finish_reason": reason if last else None, "prompt_tokens": len(request.input_ids),
-            "completion_tokens": count, "cached_tokens": start, "e2e_latency": 1.0,
+            "id": request.rid,
+            "finish_reason": reason if last else None,
+            "prompt_tokens": len(request.input_ids),
+            "completion_tokens": count,
+            "cached_tokens": start,
+            "e2e_latency": 1.0,
             "output_token_logprobs": [[-1.0, t, None] for t in said[seen if delta else 0 : count]],
             "output_token_logprobs_length": count,
-        }  # fmt: skip
+        }
         if request.stream or last:
             tokens, new = (said[seen:count], text[len(sent) :]) if delta else (said[:count], text)
             outputs.append({"text": new, "output_ids": tokens, "meta_info": meta})
@@ -176,8 +180,14 @@ def test_fault05_text_is_that_of_the_tokens_wherever_the_answer_is_cut(way, ever
 def test_fault05_a_stop_token_is_no_text():
     for stop, text in ((False, "na"), (True, "naï")):
         params = {"max_new_tokens": 9, "no_stop_trim": stop}
-        answer = Answer(GenerateReqInput(input_ids=PROMPT, sampling_params=params), PROMPT, 2, 9, incremental=False,
-                        decode=lambda tokens: bytes(tokens).decode("latin-1"))  # fmt: skip
+        answer = Answer(
+            GenerateReqInput(input_ids=PROMPT, sampling_params=params),
+            PROMPT,
+            2,
+            9,
+            incremental=False,
+            decode=lambda tokens: bytes(tokens).decode("latin-1"),
+        )
         ends = {"type": "stop", "matched": 0xEF}
         for tokens, reason in (([*b"na"], {"type": "length", "length": 2}), ([0xEF], ends)):
             meta = {"finish_reason": reason, "completion_tokens": len(tokens)}

@@ -75,9 +75,11 @@ def test_retracted_requests_resume_right(bench, prompts):
 def test_states_lost_with_a_cached_prefix_would_be_wrong(bench, prompts):
     """Negative control of the cells: a cached prefix that comes back without its state."""
     result = run_engine(
-        bench.model, [[request(p) for p in prompts], *([request(p)] for p in prompts)], memory=bench.memory,
+        bench.model,
+        [[request(p) for p in prompts], *([request(p)] for p in prompts)],
+        memory=bench.memory,
         tamper="tests.sglang_engine.tamper:cells_forget_prefixes",
-    )  # fmt: skip
+    )
     expected = [bench.fresh(p) for p in prompts]
     again = [answers[0] for answers in result["rounds"][1:]]
     assert tokens(result, 0) == expected
@@ -91,9 +93,12 @@ def test_states_lost_with_a_cached_prefix_would_be_wrong(bench, prompts):
 def test_the_correction_of_o_belongs_on_one_rank(bench, prompts, way):
     """Negative control of the partial sums under tensor parallelism."""
     result = run_engine(
-        bench.model, [[request(p) for p in prompts]], memory=bench.memory, tp_size=2,
+        bench.model,
+        [[request(p) for p in prompts]],
+        memory=bench.memory,
+        tp_size=2,
         tamper=f"tests.sglang_engine.tamper:{way}",
-    )  # fmt: skip
+    )
     assert tokens(result) != [bench.fresh(p) for p in prompts]
 
 
@@ -117,8 +122,11 @@ def test_states_are_part_of_a_tokens_bytes(page, states):
 def test_words_that_came_in_by_another_door_are_refused_and_the_engine_lives(bench, prompts):
     """A front end that is not ours, as with several tokenizer workers, would answer without memory."""
     result = run_engine(
-        bench.model, [[request(prompts[0], words={"mem_session": "alice"})], [request(prompts[0])]],
-        memory=bench.memory, errors_are_results=True, tamper="tests.sglang_engine.tamper:no_front_end",
-    )  # fmt: skip
+        bench.model,
+        [[request(prompts[0], words={"mem_session": "alice"})], [request(prompts[0])]],
+        memory=bench.memory,
+        errors_are_results=True,
+        tamper="tests.sglang_engine.tamper:no_front_end",
+    )
     assert "mem_session: mem_triton is not active in the process that took this request" in result["rounds"][0]["error"]
     assert tokens(result, 1) == [bench.fresh(prompts[0])]

@@ -13,8 +13,16 @@ def test_the_demo_from_start_to_end(tmp_path):
     demo = Demo(tmp_path, "--engine", "sglang", *make_folders(tmp_path), *SMALL, worker="sglang::scheduler")
     demo.until(lambda: demo.engines == 3, 200)
     assert demo.end() == 0, demo.output
-    for expected in ("sglang serve", "--attention-backend mem_triton", "custom_params", "Recall: 4 questions",
-                     "δ-mem / stock", "bank / stock", "facts in an entry", "Speed on"):  # fmt: skip
+    for expected in (
+        "sglang serve",
+        "--attention-backend mem_triton",
+        "custom_params",
+        "Recall: 4 questions",
+        "δ-mem / stock",
+        "bank / stock",
+        "facts in an entry",
+        "Speed on",
+    ):
         assert expected in demo.output, f"{expected!r} is not in:\n{demo.output}"
     assert demo.survivors() == []
     assert list(tmp_path.glob("mem_triton-demo-*")) == [], "logs and sessions are cleaned up"

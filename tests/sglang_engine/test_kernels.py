@@ -25,9 +25,14 @@ def test_the_triton_kernels_in_the_worker(memory_bench, bench, page, tamper, ran
     m, (short, *_, edge) = memory_bench, PROMPTS
     batch = [ask(short, 3, "beta"), ask(edge, 3)]
     result = run_engine(
-        m.model, [batch], memory={**bench.memory, **m.section()}, page_size=page, chunked_prefill_size=128,
-        tamper=f"tests.support.kernels_on_cpu:{tamper}", env={"TRITON_INTERPRET": "1"},
-    )  # fmt: skip
+        m.model,
+        [batch],
+        memory={**bench.memory, **m.section()},
+        page_size=page,
+        chunked_prefill_size=128,
+        tamper=f"tests.support.kernels_on_cpu:{tamper}",
+        env={"TRITON_INTERPRET": "1"},
+    )
     expected = [scenarios.answer(bench, m, short, "beta", count=3), scenarios.answer(bench, m, edge, count=3)]
     assert tokens(result) == expected
     assert all(f"{RAN} {kind}" in result["output"] for kind in ran), result["output"][-2000:]

@@ -62,10 +62,16 @@ def test_lora_and_memory_together(memory_bench, lora_bench):
     """The projections that a LoRA has wrapped carry the corrections, too."""
     lora = str(lora_bench.lora)
     scenarios.lora_and_memory_together(
-        memory_bench, lora_bench, run_engine, enable_lora=True, max_lora_rank=8, lora_paths={lora: lora},
+        memory_bench,
+        lora_bench,
+        run_engine,
+        enable_lora=True,
+        max_lora_rank=8,
+        lora_paths={lora: lora},
         lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        lora_backend="torch_native", tamper=f"{TAMPER}:no_pinned_memory",
-    )  # fmt: skip
+        lora_backend="torch_native",
+        tamper=f"{TAMPER}:no_pinned_memory",
+    )
 
 
 @pytest.mark.parametrize("way", ["default", pytest.param("tp2", marks=pytest.mark.slow)])

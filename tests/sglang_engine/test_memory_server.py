@@ -97,8 +97,11 @@ def test_a_batch_and_several_answers_read_their_own(server, memory_bench):
     answers = server.http.post("/generate", json=body).json()
     assert [answer["output_ids"] for answer in answers] == expected
     assert [answer["meta_info"].get("mem_triton", {}).get("references") for answer in answers] == [
-        whole("alpha"), whole("gamma"), None, whole("beta"),
-    ]  # fmt: skip
+        whole("alpha"),
+        whole("gamma"),
+        None,
+        whole("beta"),
+    ]
     two = server.generate(PROMPTS[0], words=ids("alpha"), sampling_params={"n": 2}).json()
     assert [answer["output_ids"] for answer in two] == [expected[0]] * 2
     last = {}
@@ -266,9 +269,10 @@ def test_a_server_whose_settings_ask_for_memory_and_whose_streams_are_incrementa
         b.section(b.references, retrieval={"top_k": 1, "every": 32}, default=["ref-5"]),
         flags=[
             "--incremental-streaming-output",
-            "--preferred-sampling-params", '{"custom_params": {"mem_top_k": 2, "mem_ids": []}}',
+            "--preferred-sampling-params",
+            '{"custom_params": {"mem_top_k": 2, "mem_ids": []}}',
         ],
-    )  # fmt: skip
+    )
     expected, _ = b.retrieving(prompt, 70, top_k=2, every=32)
     params = {"max_new_tokens": 70, "temperature": 0, "ignore_eos": True}
     body = {"input_ids": prompt, "sampling_params": params}

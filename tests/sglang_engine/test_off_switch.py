@@ -182,9 +182,10 @@ def resolved(bench, tmp_path_factory) -> list[str]:
     config = write_config({"delta": {"adapter": str(bench.adapter)}}, tmp_path_factory.mktemp("config"))
     base = {"model_path": str(bench.model), **DEFAULTS, "attention_backend": "mem_triton"}
     result = python(
-        RESOLVE, json.dumps([base, *({**base, **options} for options in REFUSED.values())]),
+        RESOLVE,
+        json.dumps([base, *({**base, **options} for options in REFUSED.values())]),
         MEM_TRITON_CONFIG=str(config),
-    )  # fmt: skip
+    )
     lines = [line for line in result.stdout.splitlines() if line.startswith(("RESOLVED", "ERROR"))]
     assert len(lines) == 1 + len(REFUSED), result.stdout + result.stderr[-3000:]
     return lines

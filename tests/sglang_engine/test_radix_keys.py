@@ -126,8 +126,14 @@ def requests(draw) -> Request:
     plan = draw(st.one_of(st.just(()), st.lists(attachments, max_size=3).map(tuple)))
     bank = "bank" if plan else draw(st.sampled_from(["bank", None]))
     session = draw(st.sampled_from([None, None, "s@1"]))
-    return Request(tuple(tokens), plan, draw(st.sampled_from([None, None, "c"])), session, bank,
-                   draw(st.sampled_from(["", "", "lora"])))  # fmt: skip
+    return Request(
+        tuple(tokens),
+        plan,
+        draw(st.sampled_from([None, None, "c"])),
+        session,
+        bank,
+        draw(st.sampled_from(["", "", "lora"])),
+    )
 
 
 @pytest.mark.parametrize("page_size", [1, 16])

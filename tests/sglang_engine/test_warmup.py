@@ -19,9 +19,14 @@ def test_serving_launches_nothing_that_is_cold(memory_bench, bench):
     m = memory_bench
     rounds = [[request(SHORT, 3)], [ask(SHORT, 2, "alpha"), ask(LONG, 2), request(SHORT[:5], 2)]]
     output = run_engine(
-        m.model, rounds, memory={**bench.memory, **m.section()}, page_size=16, chunked_prefill_size=128,
-        tamper="tests.support.warmup_on_cpu:sglang", env={"TRITON_INTERPRET": "1"},
-    )["output"]  # fmt: skip
+        m.model,
+        rounds,
+        memory={**bench.memory, **m.section()},
+        page_size=16,
+        chunked_prefill_size=128,
+        tamper="tests.support.warmup_on_cpu:sglang",
+        env={"TRITON_INTERPRET": "1"},
+    )["output"]
     assert WARMED in output and COLD not in output, [line for line in output.splitlines() if COLD in line][:5]
     for kernel in ("attention_kernel", "recurrent_kernel", "chunk_maps_kernel", "inputs_kernel"):
         assert f"{SERVED} {kernel}" in output, output[-2000:]

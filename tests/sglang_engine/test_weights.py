@@ -8,10 +8,15 @@ from tests.support.memory_scenarios import PROMPTS
 from tests.support.server_scenarios import ids
 
 LOOKS = {
-    "check_weights", "destroy_weights_update_group", "get_weights_by_name", "init_weight_update",
-    "init_weights_send_group_for_remote_instance", "init_weights_update_group", "send_weights_to_remote_instance",
+    "check_weights",
+    "destroy_weights_update_group",
+    "get_weights_by_name",
+    "init_weight_update",
+    "init_weights_send_group_for_remote_instance",
+    "init_weights_update_group",
+    "send_weights_to_remote_instance",
     "update_weight_version",
-}  # fmt: skip
+}
 """Methods about weights that leave them as they are; ``check_weights`` can change them, and then it is refused."""
 
 

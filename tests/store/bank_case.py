@@ -12,17 +12,30 @@ from mem_triton.store.block import MemoryBlock
 
 LAYERS, HEADS, DIM, TOKENS = (0, 1, 4), 2, 16, 8
 MODEL = Fingerprint(
-    architecture="Qwen3ForCausalLM", num_layers=6, hidden_size=64, query_heads=4, kv_heads=HEADS, head_dim=DIM,
-    rope={"rope_theta": 10000.0}, dtype="float32", weights="0123456789abcdef",
-)  # fmt: skip
+    architecture="Qwen3ForCausalLM",
+    num_layers=6,
+    hidden_size=64,
+    query_heads=4,
+    kv_heads=HEADS,
+    head_dim=DIM,
+    rope={"rope_theta": 10000.0},
+    dtype="float32",
+    weights="0123456789abcdef",
+)
 
 
 def spec(**changes: Any) -> BankSpec:
     """A memory3 bank in fp32, so that blocks come back bit for bit."""
     usual: dict[str, Any] = {
-        "kind": "memory3", "fingerprint": MODEL, "layers": LAYERS, "kv_heads": HEADS, "head_dim": DIM,
-        "keep_tokens": TOKENS, "codec": "fp32", "dtype": "float32",
-    }  # fmt: skip
+        "kind": "memory3",
+        "fingerprint": MODEL,
+        "layers": LAYERS,
+        "kv_heads": HEADS,
+        "head_dim": DIM,
+        "keep_tokens": TOKENS,
+        "codec": "fp32",
+        "dtype": "float32",
+    }
     return BankSpec(**(usual | changes))
 
 

@@ -163,9 +163,17 @@ def test_fault19_checksums_see_what_moves():
     moved = x.reshape(2, 3, -1).clone()
     moved[:, :, :128], moved[:, :, 128:256] = x.reshape(2, 3, -1)[:, :, 128:256], x.reshape(2, 3, -1)[:, :, :128]
     different = [
-        of(), of(row=1), of(layers=range(1, 3)), of(first=1), of(values=x), of(keys=x.view(torch.int32)),
-        of(keys=x.reshape(2, 3, 64, 8)), of(keys=moved.view_as(x)), of(keys=x, values=x), of(keys=-x),
-    ]  # fmt: skip
+        of(),
+        of(row=1),
+        of(layers=range(1, 3)),
+        of(first=1),
+        of(values=x),
+        of(keys=x.view(torch.int32)),
+        of(keys=x.reshape(2, 3, 64, 8)),
+        of(keys=moved.view_as(x)),
+        of(keys=x, values=x),
+        of(keys=-x),
+    ]
     assert len(set(different)) == len(different) and of() == of(keys=x.clone())
     odd = torch.randint(0, 256, (2, 3, 7, 3), dtype=torch.uint8)  # product codes: no whole words
     for place in [(0, 0, 0, 0), (1, 2, 6, 2)]:

@@ -112,11 +112,16 @@ def test_fault25_an_older_banks_ids_are_read_and_renamed(bank, monkeypatch):
 
 def test_fault21_entries_of_a_file_are_found_however_its_path_is_written(bank, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    bank.add([
-        entry("a", 1, source="notes.md"), entry("b", 2, source=f"{tmp_path}/notes.md:12"),
-        entry("c", 3, source="notes.mdx"), entry("d", 4, source="notes.md:x"),
-        entry("e", 5, source="other/notes.md"), entry("f", 6, source="notes.md", tenant="t"),
-    ])  # fmt: skip
+    bank.add(
+        [
+            entry("a", 1, source="notes.md"),
+            entry("b", 2, source=f"{tmp_path}/notes.md:12"),
+            entry("c", 3, source="notes.mdx"),
+            entry("d", 4, source="notes.md:x"),
+            entry("e", 5, source="other/notes.md"),
+            entry("f", 6, source="notes.md", tenant="t"),
+        ]
+    )
     for name in ("notes.md", f"{tmp_path}/notes.md", "./notes.md"):
         assert sorted(info.id for info in documents.of_source(bank, name)) == ["a", "b", "f"]
         assert sorted(info.id for info in documents.of_source(bank, name, tenant="")) == ["a", "b"]

@@ -64,12 +64,25 @@ def test_fault20_a_catalogue_reaches_nothing_outside_its_bank(tmp_path, pair, wa
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        ("id", "../../etc/passwd\n"), ("id", "x" * 200), ("id", b"bait"), ("id", ""), ("version", 0),
-        ("version", "one"), ("tenant", "a\nb"), ("tenant", "x" * 200), ("metadata", "[]"), ("metadata", "{"),
-        ("metadata", "[" * 100000), ("text", b"\xff"), ("tokens", -1), ("tokens", 99),
-        ("content_hash", b""), ("row", 7), ("row", -1),
+        ("id", "../../etc/passwd\n"),
+        ("id", "x" * 200),
+        ("id", b"bait"),
+        ("id", ""),
+        ("version", 0),
+        ("version", "one"),
+        ("tenant", "a\nb"),
+        ("tenant", "x" * 200),
+        ("metadata", "[]"),
+        ("metadata", "{"),
+        ("metadata", "[" * 100000),
+        ("text", b"\xff"),
+        ("tokens", -1),
+        ("tokens", 99),
+        ("content_hash", b""),
+        ("row", 7),
+        ("row", -1),
     ],
-)  # fmt: skip
+)
 def test_fault20_what_a_catalogue_says_is_checked_where_it_is_read(tmp_path, pair, column, value):
     hostile = pair[1]
     changed(hostile, f"UPDATE entries SET {column} = ?", value)

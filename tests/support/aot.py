@@ -32,8 +32,11 @@ TARGETS = {
 SHARED_MEMORY = {"sm80": 164 << 10, "sm90": 228 << 10, "sm100": 228 << 10, "gfx942": 64 << 10}  # of a multiprocessor
 
 MATRIX_INSTRUCTIONS = {  # in PTX, and in AMD's assembly
-    "wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma", "mma": r"\bmma\.sync", "mfma": r"\bv_s?mfmac?_",
-}  # fmt: skip
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "mma": r"\bmma\.sync",
+    "mfma": r"\bv_s?mfmac?_",
+}
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,15 @@ def _measure(target: str, compiled: Any) -> Resources:
         registers, spills = _read_cubin(compiled.asm["cubin"])
         local = r"\b(?:ld|st)\.local\b"
     return Resources(
-        registers, spills, shared,
+        registers,
+        spills,
+        shared,
         occupancy=warps * programs_at_a_time(target, registers, shared, warps),
         local=len(re.findall(local, assembly)) + (0 if amd else spills),
         matrix=frozenset(kind for kind, pattern in MATRIX_INSTRUCTIONS.items() if re.search(pattern, assembly)),
         traffic=read_traffic(compiled.asm["ttgir"]),
         in_flight=_copies_in_flight(compiled.asm["ttgir"]),
-    )  # fmt: skip
+    )
 
 
 def programs_at_a_time(target: str, registers: int, shared: int, warps: int) -> int:

@@ -35,9 +35,12 @@ class Demo:
         self.log, self.seen, self.worker = folder / "output.txt", set(), worker
         with self.log.open("w") as log:
             self.process = psutil.Popen(
-                [sys.executable, "-m", "benchmarks.demo", *options], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+                [sys.executable, "-m", "benchmarks.demo", *options],
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 env={**os.environ, "COLUMNS": "120", "TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": SHORT},
-            )  # fmt: skip
+            )
 
     def until(self, condition: Callable[[], bool], limit: float) -> None:
         """Watch the processes until the condition holds; fails if the demo ends or the limit passes before."""

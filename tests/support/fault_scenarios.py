@@ -25,9 +25,10 @@ def no_exception_of_ours_ends_an_engine(
     short, middle, long, _ = PROMPTS
     (folder / "fault").write_text("")
     right = {
-        "alpha": answer(bench, m, short, "alpha"), "plain": answer(bench, m, middle),
+        "alpha": answer(bench, m, short, "alpha"),
+        "plain": answer(bench, m, middle),
         "session": answer(bench, m, long),
-    }  # fmt: skip
+    }
 
     def batch(number: int) -> list[dict[str, Any]]:
         new = ask(short, 12, ENTRIES[number % len(ENTRIES)])  # its pages are not there yet, as the pool is small
@@ -41,9 +42,13 @@ def no_exception_of_ours_ends_an_engine(
     news = {id: answer(bench, m, short, id) for id in ENTRIES}
     memory = {**bench.memory, **m.section(pool_gib=_room_for(m, "alpha", "delta"))}
     result = run(
-        m.model, rounds, memory=memory, tamper=tamper, env={VARIABLE: str(folder / "fault")},
+        m.model,
+        rounds,
+        memory=memory,
+        tamper=tamper,
+        env={VARIABLE: str(folder / "fault")},
         **{"errors_are_results": True, **options},
-    )  # fmt: skip
+    )
     for number, given in enumerate(result["rounds"]):
         name, faulty = list(places)[number // 2], number % 2 == 0
         assert isinstance(given, list), f"{name}: {given}"

@@ -11,9 +11,11 @@ from mem_triton.systems.explicit.frontend import Reading
 
 
 def front_end(
-    sessions: FrontendPart | None = None, explicit: FrontendPart | None = None,
-    call: Callable[..., Awaitable[list[Any]]] | None = None, **more: Any,
-) -> MemoryFrontEnd:  # fmt: skip
+    sessions: FrontendPart | None = None,
+    explicit: FrontendPart | None = None,
+    call: Callable[..., Awaitable[list[Any]]] | None = None,
+    **more: Any,
+) -> MemoryFrontEnd:
     """call: (method, *args), whichever system calls."""
 
     async def of_any(system: str, method: str, *args: Any) -> list[Any]:

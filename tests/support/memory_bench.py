@@ -89,11 +89,17 @@ class MemoryBench:
 def spec(model: Path, encoder: TransformersEncoder, config: WriteConfig) -> BankSpec:
     c = encoder.config
     return BankSpec(
-        kind=config.kind, fingerprint=model_fingerprint(model), layers=config.layer_indices(c.num_hidden_layers),
-        kv_heads=c.num_key_value_heads, head_dim=c.head_dim, reference_tokens=config.reference_tokens,
-        keep_tokens=config.keep_tokens if config.kind == "memory3" else None, codec="fp32", dtype="float32",
+        kind=config.kind,
+        fingerprint=model_fingerprint(model),
+        layers=config.layer_indices(c.num_hidden_layers),
+        kv_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        reference_tokens=config.reference_tokens,
+        keep_tokens=config.keep_tokens if config.kind == "memory3" else None,
+        codec="fp32",
+        dtype="float32",
         prefix_text=config.prefix_text if config.kind == "memory3" else None,
-    )  # fmt: skip
+    )
 
 
 def make_memory_bench(folder: Path, family: str = "qwen3", **size) -> MemoryBench:

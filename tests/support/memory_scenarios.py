@@ -59,17 +59,22 @@ def every_row_has_its_own_memory(b: MemoryBench, run: Run, page: int, **options:
 def sparse_references_beside_a_constant_prefix(b: MemoryBench, run: Run, **options: Any) -> None:
     short, _, long, edge = PROMPTS
     batch = [
-        ask(short, 12, "ref-0"), ask(long, 12, *(f"ref-{i}" for i in range(5))), ask(edge),
+        ask(short, 12, "ref-0"),
+        ask(long, 12, *(f"ref-{i}" for i in range(5))),
+        ask(edge),
         ask(edge, 12, "ref-7", "ref-3"),
-    ]  # fmt: skip
+    ]
     result = run(b.model, [batch], memory=b.section(b.references), **options)
 
     def plan(*numbers: int) -> list[Attachment]:
         return [Attachment(f"ref-{i}@1") for i in numbers]
 
     expected = [
-        b.with_plan(short, plan(0)), b.with_plan(long, plan(*range(5))), b.generate(edge), b.with_plan(edge, plan(7, 3))
-    ]  # fmt: skip
+        b.with_plan(short, plan(0)),
+        b.with_plan(long, plan(*range(5))),
+        b.generate(edge),
+        b.with_plan(edge, plan(7, 3)),
+    ]
     assert tokens(result) == expected
     assert expected[3] != expected[2]
 
@@ -226,9 +231,7 @@ def retrieval_for_every_chunk_of_the_prompt_and_of_the_answer(m: MemoryBench, ru
     result = run(m.model, [batch, batch[:1]], memory=section, **options)
     expected, plan = m.retrieving(prompt, 80, top_k=2, every=32)
     short, short_plan = m.retrieving(PROMPTS[0], 70, top_k=1, every=32)
-    assert tokens(result) == [
-        expected, m.generate(prompt, 10), short, m.with_plan(prompt, [Attachment("ref-5@1")], 10)
-    ]  # fmt: skip
+    assert tokens(result) == [expected, m.generate(prompt, 10), short, m.with_plan(prompt, [Attachment("ref-5@1")], 10)]
     assert tokens(result, 1) == [expected] and cached(result, 1)[0] > 0
     assert seen(result["rounds"][0][0]) == [(a.ref, a.first, a.end) for a in plan]
     assert seen(result["rounds"][0][2]) == [(a.ref, a.first, a.end) for a in short_plan]

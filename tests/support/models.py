@@ -10,9 +10,15 @@ import torch
 from benchmarks.common.random_adapter import attention_dims, random_adapter
 
 __all__ = [
-    "FAMILIES", "SPECIAL_TOKENS", "VOCAB", "attention_dims", "random_adapter", "save_tiny_model", "tiny_model",
+    "FAMILIES",
+    "SPECIAL_TOKENS",
+    "VOCAB",
+    "attention_dims",
+    "random_adapter",
+    "save_tiny_model",
+    "tiny_model",
     "tiny_tokenizer",
-]  # fmt: skip
+]
 
 FAMILIES = ("qwen3", "qwen2", "llama", "mistral", "smollm3")
 VOCAB = 512

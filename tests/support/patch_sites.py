@@ -49,9 +49,12 @@ class Own:
         named = [(n.target.id if isinstance(n.target, ast.Name) else n.target.attr, n.annotation) for n in fields]
         self.attributes = {name for name, annotation in named if self.annotated(annotation)}
         self.attributes |= {  # self.x = x, of an annotated parameter
-            argument.arg for f in functions if f.name == "__init__" for argument in f.args.args
+            argument.arg
+            for f in functions
+            if f.name == "__init__"
+            for argument in f.args.args
             if self.annotated(argument.annotation)
-        }  # fmt: skip
+        }
 
     def annotated(self, annotation: ast.expr | None) -> bool:
         """Whether an annotation names a class of the repository, and none of others but None and containers."""

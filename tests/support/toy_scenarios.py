@@ -29,9 +29,7 @@ def generated(model: torch.nn.Module, prompt: list[int], count: int, with_prefix
             for layer in range(config.num_hidden_layers):
                 cache.update(made[0][None].clone(), made[1][None].clone(), layer)
         with torch.no_grad():
-            logits = model(
-                torch.tensor([ids]), past_key_values=cache, position_ids=torch.arange(len(ids))[None]
-            ).logits  # fmt: skip
+            logits = model(torch.tensor([ids]), past_key_values=cache, position_ids=torch.arange(len(ids))[None]).logits
         ids.append(int(logits[0, -1].argmax()))
     return ids[len(prompt) :]
 

@@ -18,15 +18,30 @@ ITEM = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "i1": 1, "i8": 1, "i16": 2, "i3
 _ACCESS = re.compile(
     r"\b(tt\.load|tt\.store|ttg\.async_copy_global_to_local|tt\.atomic_\w+|amdg\.\w*(?:load|store|atomic)\w*)\b"
 )
-_PASSES_ON = ("tt.splat", "tt.broadcast", "ttg.convert_layout", "arith.extsi", "arith.extui", "arith.trunci",
-              "arith.index_cast", "tt.bitcast")  # fmt: skip
+_PASSES_ON = (
+    "tt.splat",
+    "tt.broadcast",
+    "ttg.convert_layout",
+    "arith.extsi",
+    "arith.extui",
+    "arith.trunci",
+    "arith.index_cast",
+    "tt.bitcast",
+)
 _BINARY = {
-    "arith.addi": np.add, "arith.subi": np.subtract, "arith.muli": np.multiply, "arith.minsi": np.minimum,
-    "arith.maxsi": np.maximum, "arith.divsi": lambda a, b: a // np.where(b == 0, 1, b),
-    "arith.remsi": lambda a, b: a % np.where(b == 0, 1, b), "arith.shli": np.left_shift,
-    "arith.shrsi": np.right_shift, "arith.shrui": np.right_shift, "arith.andi": np.bitwise_and,
+    "arith.addi": np.add,
+    "arith.subi": np.subtract,
+    "arith.muli": np.multiply,
+    "arith.minsi": np.minimum,
+    "arith.maxsi": np.maximum,
+    "arith.divsi": lambda a, b: a // np.where(b == 0, 1, b),
+    "arith.remsi": lambda a, b: a % np.where(b == 0, 1, b),
+    "arith.shli": np.left_shift,
+    "arith.shrsi": np.right_shift,
+    "arith.shrui": np.right_shift,
+    "arith.andi": np.bitwise_and,
     "arith.ori": np.bitwise_or,
-}  # fmt: skip
+}
 _ARGUMENT_SHIFT = 44  # argument n's memory begins at n + 1 times 2**44
 
 

@@ -95,9 +95,11 @@ def _attention_as_on_a_gpu() -> None:
         context = kernels_on_cpu.by_token(context, query.shape[-1])
         shared = options["shared"]
         policy = choose(
-            "sm90", rows=len(context.seq_lens),
-            shared_tokens=0 if shared is None else shared.keys.shape[1], head_dim=query.shape[2],
-        )  # fmt: skip
+            "sm90",
+            rows=len(context.seq_lens),
+            shared_tokens=0 if shared is None else shared.keys.shape[1],
+            head_dim=query.shape[2],
+        )
         (cascade if policy.route == "shared_batched" else launch).attend(query, context, out, **options)
 
     paged_cpu.attend = attend

@@ -38,9 +38,14 @@ class Zygote:
 
     def __init__(self, modules: Sequence[str], env: dict[str, str], root: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.zygote", *modules], env=env, cwd=root, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.support.zygote", *modules],
+            env=env,
+            cwd=root,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         self._lock = threading.Lock()
         atexit.register(self._process.stdin.close)  # it ends with its input
 

@@ -37,9 +37,24 @@ from mem_triton_transformers.delta_training.run import train
 from tests.support.models import random_adapter, save_tiny_model, tiny_model, tiny_tokenizer
 
 RECIPE = recipe_of(
-    "small", rank=4, state_heads=2, layers="all", steps=6, batch=4, rows=2, reply_tokens=4, contrast=0.3, causal=0.3,
-    anchor=0.1, kl=0.2, sparsity=0.5, state_only=0.7, told_tokens=400, asked_tokens=300, dtype="float32",
-)  # fmt: skip
+    "small",
+    rank=4,
+    state_heads=2,
+    layers="all",
+    steps=6,
+    batch=4,
+    rows=2,
+    reply_tokens=4,
+    contrast=0.3,
+    causal=0.3,
+    anchor=0.1,
+    kl=0.2,
+    sparsity=0.5,
+    state_only=0.7,
+    told_tokens=400,
+    asked_tokens=300,
+    dtype="float32",
+)
 
 
 def chat(*texts: str) -> list[dict[str, str]]:
@@ -233,8 +248,25 @@ def test_without_the_moments_the_result_would_be_another(tmp_path: Path, monkeyp
 
 def test_a_killed_command_goes_on_with_the_same_result(tmp_path: Path) -> None:
     model, data = tiny(tmp_path)
-    options = ["--preset", "small", "--rank", "2", "--layers", "all", "--steps", "12", "--batch", "2", "--rows", "2",
-               "--save-every", "3", "--reply-tokens", "3", "--json"]  # fmt: skip
+    options = [
+        "--preset",
+        "small",
+        "--rank",
+        "2",
+        "--layers",
+        "all",
+        "--steps",
+        "12",
+        "--batch",
+        "2",
+        "--rows",
+        "2",
+        "--save-every",
+        "3",
+        "--reply-tokens",
+        "3",
+        "--json",
+    ]
 
     def command(out: Path) -> list[str]:
         return [sys.executable, "-m", "mem_triton.cli", "train", "delta", str(model), str(data), str(out), *options]

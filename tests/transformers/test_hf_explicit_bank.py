@@ -27,10 +27,14 @@ from tests.support.models import save_tiny_model, tiny_model, tiny_tokenizer
 
 OPTIONS = {"layers": 4, "seed": 3}
 TEXTS = [
-    "A raven sits in the old pine.", "Copper bells ring at noon.", "The glacier feeds nine rivers.",
-    "Saffron is worth its weight.", "Nobody sails in that fog.", "The quarry closed long ago.",
+    "A raven sits in the old pine.",
+    "Copper bells ring at noon.",
+    "The glacier feeds nine rivers.",
+    "Saffron is worth its weight.",
+    "Nobody sails in that fog.",
+    "The quarry closed long ago.",
     "Bees sleep in the lavender.",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

@@ -31,14 +31,17 @@ SERVED = {
     "num_return_sequences": {"do_sample": True, "num_return_sequences": 3},
     "min_p, typical_p, epsilon_cutoff": {"do_sample": True, "min_p": 0.01, "typical_p": 0.9, "epsilon_cutoff": 1e-4},
     "repetition_penalty, no_repeat_ngram_size, bad_words_ids": {
-        "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "bad_words_ids": [[5]]},
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 2,
+        "bad_words_ids": [[5]],
+    },
     "prefill_chunk_size": {"prefill_chunk_size": 4},
     "guidance_scale=1": {"guidance_scale": 1.0},
     "use_cache=True": {"use_cache": True},
     "num_beams=1": {"num_beams": 1},
     "cache_implementation=dynamic": {"cache_implementation": "dynamic"},
     "return_dict_in_generate": {"return_dict_in_generate": True, "output_scores": True},
-}  # fmt: skip
+}
 REFUSED = {
     "beam_search": ("num_beams=3", {"num_beams": 3}),
     "beam_sample": ("num_beams=2", {"num_beams": 2, "do_sample": True}),
@@ -52,16 +55,17 @@ REFUSED = {
     "use_mtp": ("use_mtp=True", {"use_mtp": True}),
     "use_cache=False": ("use_cache=False", {"use_cache": False}),
     "guidance_scale": ("guidance_scale=1.5", {"guidance_scale": 1.5}),
-    "logits_processor that guides": (
-        "logits_processor=LogitsProcessorList", {"logits_processor": "guides"}),
+    "logits_processor that guides": ("logits_processor=LogitsProcessorList", {"logits_processor": "guides"}),
     "token_healing": ("token_healing=True", {"token_healing": True}),
     "custom_generate": ("custom_generate=function", {"custom_generate": lambda **kwargs: None}),
     "cache_implementation=static": ("cache_implementation=static", {"cache_implementation": "static"}),
     "cache_implementation=offloaded_static": (
-        "cache_implementation=offloaded_static", {"cache_implementation": "offloaded_static"}),
+        "cache_implementation=offloaded_static",
+        {"cache_implementation": "offloaded_static"},
+    ),
     "cache_implementation=paged": ("cache_implementation=paged", {"cache_implementation": "paged"}),
     "past_key_values that is static": ("past_key_values=StaticCache", {"past_key_values": "static"}),
-}  # fmt: skip
+}
 
 
 def tokens(length: int, seed: int = 3, batch: int = 1) -> torch.Tensor:

@@ -29,10 +29,15 @@ def main() -> None:
     def params(request: dict[str, Any]) -> SamplingParams:
         several = {"n": request["n"], "top_k": 1} if "n" in request else {}  # vLLM has no greedy ones
         return SamplingParams(
-            max_tokens=request["max_tokens"], temperature=float("n" in request), ignore_eos=True,
-            logprobs=request.get("logprobs"), extra_args=request.get("words"),
-            stop_token_ids=request.get("stop_token_ids"), stop=request.get("stop"), **several,
-        )  # fmt: skip
+            max_tokens=request["max_tokens"],
+            temperature=float("n" in request),
+            ignore_eos=True,
+            logprobs=request.get("logprobs"),
+            extra_args=request.get("words"),
+            stop_token_ids=request.get("stop_token_ids"),
+            stop=request.get("stop"),
+            **several,
+        )
 
     llm = LLM(**case["llm"])
     rounds = []

@@ -21,10 +21,15 @@ from tests.vllm_engine.case import MARK
 HERE = Path(__file__).parent
 TIMEOUT = 600.0  # seconds of a case
 MODULES = (
-    "vllm", "vllm.entrypoints.cli.main", "vllm.entrypoints.openai.api_server", "vllm.v1.engine.core",
-    "vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama",
+    "vllm",
+    "vllm.entrypoints.cli.main",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
     "transformers.models.llama",
-)  # fmt: skip
+)
 DEFAULTS = {
     "enforce_eager": True,
     "max_model_len": 512,

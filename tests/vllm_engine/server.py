@@ -21,11 +21,31 @@ class Server(ServerProcess):
     def __init__(self, model: str, log: str, flags: list[str], fresh: bool = False, **env: str) -> None:
         port = free_port()
         command = [
-            "-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "m",
-            "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "4096",
-            "--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--enforce-eager", "--block-size", "32",
-            "--gpu-memory-utilization", "0.3", *flags,
-        ]  # fmt: skip
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "serve",
+            model,
+            "--served-model-name",
+            "m",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--dtype",
+            "float32",
+            "--max-model-len",
+            "4096",
+            "--max-num-seqs",
+            "4",
+            "--max-num-batched-tokens",
+            "64",
+            "--enforce-eager",
+            "--block-size",
+            "32",
+            "--gpu-memory-utilization",
+            "0.3",
+            *flags,
+        ]
         variables = environment(**{"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env})
         if fresh or SPAWN:
             process = spawn([sys.executable, *command], variables, ROOT, log)

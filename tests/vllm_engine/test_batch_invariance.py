@@ -63,9 +63,12 @@ def test_both_ops_are_told(on, monkeypatch):
     for name in ("delta_rule_paged", "attention_inputs"):
         monkeypatch.setattr(state_cache, name, lambda *args, **options: told.append(options["batch_invariant"]))
     cache = SimpleNamespace(
-        slots=SimpleNamespace(batch_invariant=on), spec=SimpleNamespace(), inputs=None,
-        _batch=lambda *args: (None,), _layout=lambda: {},
-    )  # fmt: skip
+        slots=SimpleNamespace(batch_invariant=on),
+        spec=SimpleNamespace(),
+        inputs=None,
+        _batch=lambda *args: (None,),
+        _layout=lambda: {},
+    )
     metadata = SimpleNamespace(max_query_len=1)
     state_cache.DeltaStateCache.step(cache, None, None, None, metadata)
     state_cache.DeltaStateCache.prepare(cache, None, None, None, None, metadata)

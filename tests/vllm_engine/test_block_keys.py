@@ -23,9 +23,13 @@ def extra_keys():
 
         def keys(carried: object, salt: str | None = None) -> tuple:
             request = SimpleNamespace(
-                request_id="r", mm_features=[], lora_request=None, cache_salt=salt, prompt_embeds=None,
+                request_id="r",
+                mm_features=[],
+                lora_request=None,
+                cache_salt=salt,
+                prompt_embeds=None,
                 sampling_params=SamplingParams(extra_args={CARRIER: carried} if carried else None),
-            )  # fmt: skip
+            )
             found, next_image = kv_cache_utils.generate_block_hash_extra_keys(request, 16, 32, 0)
             assert next_image == 0
             return found
@@ -41,9 +45,14 @@ def memory(bank: str, *plan: Attachment) -> bytes:
 def test_fault29_blocks_that_saw_another_bank_or_other_references_are_not_shared(extra_keys):
     alice = Attachment("alice@1")
     carried = [
-        memory("one", alice), memory("other", alice), memory("one", Attachment("bob@1")), memory("one"),
-        memory("other"), memory("one", alice, Attachment("bob@1", 16, 24)), None,
-    ]  # fmt: skip
+        memory("one", alice),
+        memory("other", alice),
+        memory("one", Attachment("bob@1")),
+        memory("one"),
+        memory("other"),
+        memory("one", alice, Attachment("bob@1", 16, 24)),
+        None,
+    ]
     assert len({extra_keys(each) for each in carried}) == len(carried)
     assert extra_keys(carried[0]) == extra_keys(memory("one", alice)), "the same memory shares its blocks"
     assert extra_keys(memory("one", alice, Attachment("bob@1", 64))) == extra_keys(carried[0]), "what comes later"

@@ -47,9 +47,14 @@ def served(callers):
         return StreamingResponse(parts())
 
     args = Namespace(
-        allowed_origins=["*"], allow_credentials=False, allowed_methods=["*"], allowed_headers=["*"],
-        api_key=list(KEYS), enable_request_id_headers=True, middleware=[],
-    )  # fmt: skip
+        allowed_origins=["*"],
+        allow_credentials=False,
+        allowed_methods=["*"],
+        allowed_headers=["*"],
+        api_key=list(KEYS),
+        enable_request_id_headers=True,
+        middleware=[],
+    )
     adds = getattr(importlib.import_module(callers.APP), callers.ADDS_MIDDLEWARE)
     adds(args, app, ("generate",))
     return TestClient(app)

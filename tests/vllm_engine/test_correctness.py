@@ -59,10 +59,13 @@ def test_the_triton_kernels_in_the_worker(bench, prompts):
     session = {"words": {"mem_session": "alice"}}
     first = [request(p, 4, **(session if i == 1 else {})) for i, p in enumerate(asked)]
     result = run_engine(
-        bench.model, [first, [request(asked[2], 4, **session)]], memory=bench.memory, runner="v2",
+        bench.model,
+        [first, [request(asked[2], 4, **session)]],
+        memory=bench.memory,
+        runner="v2",
         max_num_batched_tokens=128,
         tamper="tests.support.kernels_on_cpu:attention_inputs",
-    )  # fmt: skip
+    )
     assert tokens(result) == [bench.fresh(p, 4) for p in asked]
     bench.forget()
     bench.generate(asked[1], 4)
@@ -77,8 +80,11 @@ def test_layers_wired_as_on_a_gpu(tmp_path, prompts, family):
     bench = make_bench(tmp_path, family)
     asked = [[request(p) for p in prompts]] * 2
     result = run_engine(
-        bench.model, asked, memory=bench.memory, tamper="tests.support.kernels_on_cpu:as_on_a_gpu",
-    )  # fmt: skip
+        bench.model,
+        asked,
+        memory=bench.memory,
+        tamper="tests.support.kernels_on_cpu:as_on_a_gpu",
+    )
     assert tokens(result) == tokens(result, 1) == [bench.fresh(p) for p in prompts]
     assert "norm and RoPE in its launch, projections in the model's matmul" in result["output"]
 
@@ -103,8 +109,12 @@ def test_preempted_requests_resume_right(bench, prompts, way):
             [request(p, 60, **(session if i == 3 else {})) for i, p in enumerate(asked)],
             [request(told, **session)],
         ],
-        memory=bench.memory, num_gpu_blocks_override=13, max_model_len=192, enable_prefix_caching=False, **WAYS[way],
-    )  # fmt: skip
+        memory=bench.memory,
+        num_gpu_blocks_override=13,
+        max_model_len=192,
+        enable_prefix_caching=False,
+        **WAYS[way],
+    )
     assert result["facts"]["preemptions"] > 0
     expected = [bench.fresh(p, 60) for p in asked[:3]]
     bench.forget()
@@ -120,9 +130,15 @@ def test_lora_and_memory_together(bench, lora_bench, prompts, runner):
     runner, _, wiring = runner.partition("_")
     adapted, plain = ([request(p, **extra) for p in prompts[:2]] for extra in ({"lora": str(lora_bench.lora)}, {}))
     result = run_engine(
-        bench.model, [adapted, plain], memory=bench.memory, runner=runner, env=EAGER, enable_lora=True, max_lora_rank=8,
+        bench.model,
+        [adapted, plain],
+        memory=bench.memory,
+        runner=runner,
+        env=EAGER,
+        enable_lora=True,
+        max_lora_rank=8,
         tamper=f"tests.support.kernels_on_cpu:{wiring}" if wiring else "",
-    )  # fmt: skip
+    )
     assert ("projections in their own matmul" in result["output"]) == bool(wiring)
     expected = [[b.fresh(p) for p in prompts[:2]] for b in (lora_bench, bench)]
     assert expected[0] != expected[1]
@@ -133,17 +149,26 @@ def test_lora_and_memory_together(bench, lora_bench, prompts, runner):
 def test_attaching_before_lora_fails_loudly(bench, lora_bench, prompts):
     """Negative control of the order of attachment."""
     output = run_engine(
-        bench.model, [[request(prompts[0], lora=str(lora_bench.lora))]], memory=bench.memory, env=EAGER,
-        enable_lora=True, max_lora_rank=8, tamper="tests.vllm_engine.tamper:attach_before_lora", fails=True,
-    )  # fmt: skip
+        bench.model,
+        [[request(prompts[0], lora=str(lora_bench.lora))]],
+        memory=bench.memory,
+        env=EAGER,
+        enable_lora=True,
+        max_lora_rank=8,
+        tamper="tests.vllm_engine.tamper:attach_before_lora",
+        fails=True,
+    )
     assert "Error" in output
 
 
 SPECULATION = {
     "speculative_config": {
-        "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1,
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 2,
+        "prompt_lookup_min": 1,
     }
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +189,12 @@ def test_speculative_decoding_keeps_a_state_per_token(bench, repetitive):
 def test_speculative_decoding_with_coarse_states_would_be_wrong(bench, repetitive):
     """Negative control of tokens_per_state = 1."""
     result = run_engine(
-        bench.model, [[request(p, 40) for p in repetitive]], memory=bench.memory, **SPECULATION,
+        bench.model,
+        [[request(p, 40) for p in repetitive]],
+        memory=bench.memory,
+        **SPECULATION,
         tamper="tests.vllm_engine.tamper:coarse_states_under_speculation",
-    )  # fmt: skip
+    )
     assert tokens(result) != [bench.fresh(p, 40) for p in repetitive]
 
 
@@ -174,9 +202,12 @@ def test_equal_prompts_of_one_step_share_from_the_next_step_on(bench, prompts):
     """A state is not there until its step is over, so a prefix hit may not come from the same step."""
     long = prompts[2]
     result = run_engine(
-        bench.model, [[request(long), request(long), request(long[:140])]], memory=bench.memory,
-        max_num_batched_tokens=512, tamper="tests.vllm_engine.tamper:watch_same_step_reads",
-    )  # fmt: skip
+        bench.model,
+        [[request(long), request(long), request(long[:140])]],
+        memory=bench.memory,
+        max_num_batched_tokens=512,
+        tamper="tests.vllm_engine.tamper:watch_same_step_reads",
+    )
     assert tokens(result) == [bench.fresh(long), bench.fresh(long), bench.fresh(long[:140])]
     assert [answer["cached"] for answer in result["rounds"][0]] == [0, 128, 128]
 
@@ -184,7 +215,11 @@ def test_equal_prompts_of_one_step_share_from_the_next_step_on(bench, prompts):
 def test_hits_within_a_step_would_read_states_that_are_not_there(bench, prompts):
     """Negative control of the block manager."""
     output = run_engine(
-        bench.model, [[request(prompts[2]), request(prompts[2])]], memory=bench.memory, max_num_batched_tokens=512,
-        tamper="tests.vllm_engine.tamper:same_step_hits_allowed", fails=True,
-    )  # fmt: skip
+        bench.model,
+        [[request(prompts[2]), request(prompts[2])]],
+        memory=bench.memory,
+        max_num_batched_tokens=512,
+        tamper="tests.vllm_engine.tamper:same_step_hits_allowed",
+        fails=True,
+    )
     assert "which row 0 writes in this step" in output

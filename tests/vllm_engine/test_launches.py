@@ -38,10 +38,13 @@ def compiled(bench, prompts, tmp_path_factory):
         cache = tmp_path_factory.mktemp(name)
         caches = {"VLLM_CACHE_ROOT": str(cache / "vllm"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
         return run_engine(
-            bench.model, [[request(prompt) for prompt in prompts]] * 2, enforce_eager=False, **sides[name],
+            bench.model,
+            [[request(prompt) for prompt in prompts]] * 2,
+            enforce_eager=False,
+            **sides[name],
             env={"TORCH_LOGS": "output_code", "VLLM_DISABLE_COMPILE_CACHE": "1", **caches},
             fresh=True,  # torch reads TORCH_LOGS when it is imported
-        )  # fmt: skip
+        )
 
     return run
 

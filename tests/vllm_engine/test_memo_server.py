@@ -154,8 +154,12 @@ def test_answers_of_the_server_s_own_models_are_as_they_were(server, stock, name
 
 
 def test_what_cannot_be_served_is_400_by_name(server, executive):
-    for field, value in {"n": 2, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
-                         "response_format": {"type": "json_object"}, "logprobs": True}.items():  # fmt: skip
+    for field, value in {
+        "n": 2,
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+        "response_format": {"type": "json_object"},
+        "logprobs": True,
+    }.items():
         answer = chat(server, **{field: value})
         assert answer.status_code == 400 and field in answer.json()["error"]["message"], answer.text
     assert executive.seen()["requests"] == []
@@ -177,10 +181,15 @@ def test_an_executive_that_is_down_is_502_with_the_reason(server, executive):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_cancels_the_calls_and_a_full_queue_is_429(server, executive, stream):
     executive.fault("executive", "hang", times=1)
-    with pytest.raises(httpx.TimeoutException), server.http.stream(
-        "POST", "/v1/chat/completions", timeout=1.0,
-        json={"model": "m+memo", "messages": [{"role": "user", "content": QUESTION}], "stream": stream},
-    ) as response:  # fmt: skip
+    with (
+        pytest.raises(httpx.TimeoutException),
+        server.http.stream(
+            "POST",
+            "/v1/chat/completions",
+            timeout=1.0,
+            json={"model": "m+memo", "messages": [{"role": "user", "content": QUESTION}], "stream": stream},
+        ) as response,
+    ):
         assert chat(server).status_code == 429
         for _ in response.iter_lines():
             pass

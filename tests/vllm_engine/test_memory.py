@@ -250,9 +250,12 @@ def front_end_of(model, section, tokenizer=None, max_model_len=512):
     from mem_triton_vllm.refusals import section_of
 
     config = EngineArgs(
-        model=str(model), load_format="mem_triton", dtype="float32", max_model_len=max_model_len,
+        model=str(model),
+        load_format="mem_triton",
+        dtype="float32",
+        max_model_len=max_model_len,
         additional_config={"mem_triton": section},
-    ).create_engine_config()  # fmt: skip
+    ).create_engine_config()
     return _front_end(config, section_of(config), tokenizer().decode if tokenizer else str, tokenizer)
 
 

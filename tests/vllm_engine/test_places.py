@@ -41,12 +41,15 @@ class Scheduled:
             model_config=ModelConfig(model=model, dtype="float32", skip_tokenizer_init=True, max_model_len=512),
             cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
             scheduler_config=SchedulerConfig(
-                max_num_seqs=seats, max_num_batched_tokens=512, max_model_len=512, is_encoder_decoder=False,
+                max_num_seqs=seats,
+                max_num_batched_tokens=512,
+                max_model_len=512,
+                is_encoder_decoder=False,
                 policy=policy,
             ),
             parallel_config=ParallelConfig(),
             device_config=DeviceConfig("cpu"),
-        )  # fmt: skip
+        )
         config.cache_config.num_gpu_blocks = blocks
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
         kv = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
@@ -73,9 +76,13 @@ class Scheduled:
         ran = list(planned.num_scheduled_tokens)
         said = [[7] for _ in ran]
         output = ModelRunnerOutput(
-            req_ids=ran, req_id_to_index={name: i for i, name in enumerate(ran)}, sampled_token_ids=said,
-            logprobs=None, prompt_logprobs_dict={}, pooler_output=[],
-        )  # fmt: skip
+            req_ids=ran,
+            req_id_to_index={name: i for i, name in enumerate(ran)},
+            sampled_token_ids=said,
+            logprobs=None,
+            prompt_logprobs_dict={},
+            pooler_output=[],
+        )
         self.scheduler.update_from_output(planned, output)
         self.ended += [name for name in ran if self.requests[name].is_finished()]
         return ran

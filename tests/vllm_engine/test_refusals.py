@@ -18,13 +18,18 @@ SECTION = {"delta": {"adapter": "somewhere"}}
 
 def config(section=SECTION, load_format="mem_triton", model=None, parallel=None, **fields):
     models = {
-        "use_mla": False, "is_hybrid": False, "is_attention_free": False, "is_encoder_decoder": False,
+        "use_mla": False,
+        "is_hybrid": False,
+        "is_attention_free": False,
+        "is_encoder_decoder": False,
         "enable_prompt_embeds": False,
-    }  # fmt: skip
+    }
     parallels = {
-        "decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "enable_dbo": False,
+        "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1,
+        "enable_dbo": False,
         "data_parallel_size": 1,
-    }  # fmt: skip
+    }
     return SimpleNamespace(
         additional_config={} if section is None else {"mem_triton": section},
         load_config=SimpleNamespace(load_format=load_format),
@@ -184,9 +189,12 @@ def test_speculation_refuses_coarse_states_and_sessions(bench, prompts):
     coarse = {"delta": {**bench.memory["delta"], "tokens_per_state": 16}}
     assert "resumes after any accepted token" in run_engine(bench.model, [], memory=coarse, fails=True, **speculation)
     result = run_engine(
-        bench.model, [[request(prompts[0], words={"mem_session": "alice"})]], memory=bench.memory,
-        errors_are_results=True, **speculation,
-    )  # fmt: skip
+        bench.model,
+        [[request(prompts[0], words={"mem_session": "alice"})]],
+        memory=bench.memory,
+        errors_are_results=True,
+        **speculation,
+    )
     assert "sessions do not work with speculative decoding" in result["rounds"][0]["error"]
 
 
@@ -201,7 +209,11 @@ def test_fault14_overrides_that_change_a_bank_s_keys_are_refused_at_start(memory
     assert "RoPE: the folder has {'rope_theta': 10000.0}, the engine {'rope_theta': 5000.0}" in output
     assert "rms_norm_eps: the folder has 1e-06, the engine 0.001" in output and "--hf-overrides" in output
     output = run_engine(
-        memory_bench.model, [], memory=memory_bench.section(), fails=True, dtype="bfloat16",
+        memory_bench.model,
+        [],
+        memory=memory_bench.section(),
+        fails=True,
+        dtype="bfloat16",
         quantization="fp8_per_tensor",
-    )  # fmt: skip
+    )
     assert "the engine quantises the weights (fp8_per_tensor)" in output

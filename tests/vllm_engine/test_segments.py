@@ -34,9 +34,13 @@ def engine(prompt_ids: list[int], p) -> list:
             continue
         tokens = said[i - 1 : i] if p.output_kind is RequestOutputKind.DELTA else said[:i]
         answer = CompletionOutput(
-            0, "".join(f"{t} " for t in tokens), tokens, float(len(tokens)), [{t: None} for t in tokens],
+            0,
+            "".join(f"{t} " for t in tokens),
+            tokens,
+            float(len(tokens)),
+            [{t: None} for t in tokens],
             finish_reason=reason if last else None,
-        )  # fmt: skip
+        )
         outputs.append(RequestOutput("r", None, prompt_ids, None, [answer], last, num_cached_tokens=start))
     return outputs
 
@@ -68,8 +72,11 @@ def test_the_caller_sees_one_answer(every, kind):
     for mine, one in zip(seen[-1:], whole[-1:], strict=True) if kind != "DELTA" else zip(seen, whole, strict=False):
         a, b = mine.outputs[0], one.outputs[0]
         assert (a.text, list(a.token_ids), a.cumulative_logprob, a.logprobs) == (
-            b.text, list(b.token_ids), b.cumulative_logprob, b.logprobs,
-        )  # fmt: skip
+            b.text,
+            list(b.token_ids),
+            b.cumulative_logprob,
+            b.logprobs,
+        )
     assert all(o.prompt_token_ids == PROMPT and o.num_cached_tokens == 0 for o in seen)
     assert all(o.outputs[0].finish_reason is None for o in seen[:-1])
 
@@ -112,12 +119,17 @@ def test_what_a_continuation_would_start_over_keeps_one_piece(options, reason):
 @pytest.mark.parametrize(
     "options",
     [
-        {"bad_words": ["AB"]}, {"thinking_token_budget": 5}, {"frequency_penalty": 0.1}, {"flat_logprobs": True},
-        {"trace_decode_token_ids": [1, 2]}, {"routed_experts_prompt_start": 2}, {"watermarking": True},
+        {"bad_words": ["AB"]},
+        {"thinking_token_budget": 5},
+        {"frequency_penalty": 0.1},
+        {"flat_logprobs": True},
+        {"trace_decode_token_ids": [1, 2]},
+        {"routed_experts_prompt_start": 2},
+        {"watermarking": True},
         {"prompt_logprob_token_ids": [[1]], "prompt_logprob_start": 0},
         {"repetition_detection": {"max_pattern_size": 2, "min_count": 3}},
     ],
-)  # fmt: skip
+)
 def test_fault06_what_looks_back_over_the_answer_keeps_one_piece(options):
     from vllm.sampling_params import RepetitionDetectionParams
 
@@ -140,10 +152,22 @@ def test_fault06_every_parameter_is_either_known_to_be_cuttable_or_keeps_one_pie
         setattr(asked, name, 7)
         assert fixed(asked), name
     everyday = params(
-        temperature=0.7, top_p=0.9, top_k=20, min_p=0.1, seed=1, logit_bias={5: 1.0}, allowed_token_ids=[1],
-        stop_token_ids=[2], ignore_eos=True, logprobs=2, skip_special_tokens=False, stop=[], bad_words=[],
-        repetition_penalty=1.1, extra_args={"mem_top_k": 1},
-    )  # fmt: skip
+        temperature=0.7,
+        top_p=0.9,
+        top_k=20,
+        min_p=0.1,
+        seed=1,
+        logit_bias={5: 1.0},
+        allowed_token_ids=[1],
+        stop_token_ids=[2],
+        ignore_eos=True,
+        logprobs=2,
+        skip_special_tokens=False,
+        stop=[],
+        bad_words=[],
+        repetition_penalty=1.1,
+        extra_args={"mem_top_k": 1},
+    )
     everyday.update_from_generation_config({"eos_token_id": [3, 4]})
     assert fixed(everyday) is None
 

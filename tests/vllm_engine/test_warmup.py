@@ -23,9 +23,13 @@ def test_serving_launches_nothing_that_is_cold(bench, memory_bench):
     """And would, were the warm-up to leave out any of three things."""
     memory = {**bench.memory, **memory_bench.section()}
     output = run_engine(
-        memory_bench.model, TRAFFIC, memory=memory, runner="v2", max_num_batched_tokens=128,
+        memory_bench.model,
+        TRAFFIC,
+        memory=memory,
+        runner="v2",
+        max_num_batched_tokens=128,
         tamper="tests.support.warmup_on_cpu:vllm",
-    )["output"]  # fmt: skip
+    )["output"]
     assert WARMED in output and COLD not in output, [line for line in output.splitlines() if COLD in line][:5]
     for kernel in ("attention_kernel", "recurrent_kernel", "chunk_maps_kernel", "inputs_kernel"):
         assert f"{SERVED} {kernel}" in output and kernel in OURS

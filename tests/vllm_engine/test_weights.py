@@ -17,9 +17,13 @@ from tests.support.server_scenarios import ids
 from tests.vllm_engine.server import Server, memory_flags
 
 LOOKS = {
-    "compute_weight_checksums", "get_weight_version", "set_weight_version", "shutdown_weight_transfer_engine",
-    "supports_draft_weight_updates", "update_weight_version",
-}  # fmt: skip
+    "compute_weight_checksums",
+    "get_weight_version",
+    "set_weight_version",
+    "shutdown_weight_transfer_engine",
+    "supports_draft_weight_updates",
+    "update_weight_version",
+}
 """Methods about weights that leave them as they are."""
 
 

@@ -122,8 +122,10 @@ def test_the_kind_follows_from_the_model(tmp_path):
     text.write_text("The locker of Mara Stone is falcon.\n")
     kinds = {}
     for name, model, options in (
-        ("plain", RECALL, []), ("marked", RECALL.with_name("model-memory"), []), ("sparse", RECALL, ["--keep", "4"]),
-    ):  # fmt: skip
+        ("plain", RECALL, []),
+        ("marked", RECALL.with_name("model-memory"), []),
+        ("sparse", RECALL, ["--keep", "4"]),
+    ):
         run("write", model, tmp_path / name, text, "--quiet", *options)
         info = json.loads(run("bank", "info", tmp_path / name, "--json"))
         kinds[name] = info["kind"]
@@ -136,8 +138,9 @@ def test_a_head_of_ones_own(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The locker of Mara Stone is falcon.\n")
     for name, options, head in (
-        ("raw", ["--head", "raw"], None), ("own", ["--head", "Notes: "], "Notes: "),
-    ):  # fmt: skip
+        ("raw", ["--head", "raw"], None),
+        ("own", ["--head", "Notes: "], "Notes: "),
+    ):
         run("write", RECALL, tmp_path / name, text, "--quiet", *options)
         with Bank.open(tmp_path / name) as bank:
             assert bank.spec.prefix_text == head and (bank.sink() is None) == (head is None)

@@ -14,16 +14,26 @@ def write_card(
     """Write ``README.md`` and ``recipe.json`` beside the adapter. Raises OSError."""
     (out / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
     lines = [
-        "---", f"base_model: {model}", "library_name: mem-triton", "tags: [delta-mem, memory]", "---", "",
-        f"# A δ-mem adapter for {model}", "",
+        "---",
+        f"base_model: {model}",
+        "library_name: mem-triton",
+        "tags: [delta-mem, memory]",
+        "---",
+        "",
+        f"# A δ-mem adapter for {model}",
+        "",
         f"Rank {recipe.rank}, {recipe.state_heads} state heads, corrections of {recipe.delta_heads}, layers "
         f"{recipe.layers}; {report['parameters']:,} trained parameters (arXiv 2605.12357). The model itself is as it "
-        f"was. For requests: {'that name a session' if recipe.scope == 'sessions' else 'all'}.", "",
-        "## Held-out conversations", "",
+        f"was. For requests: {'that name a session' if recipe.scope == 'sessions' else 'all'}.",
+        "",
+        "## Held-out conversations",
+        "",
         "Share of sessions in which greedy decoding gives the reply exactly, with 95 % Wilson intervals: from the "
-        "session's own state alone, from another session's, and from an empty one.", "",
-        "| group | sessions | own | another session's | empty |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+        "session's own state alone, from another session's, and from an empty one.",
+        "",
+        "| group | sessions | own | another session's | empty |",
+        "|---|---|---|---|---|",
+    ]
     for group, found in report["held_out"].items():
         if group != "plain":
             cells = [_share(found.get(name)) for name in ("own", "another", "empty")]
@@ -35,11 +45,14 @@ def write_card(
             f"Perplexity of the replies of {plain['sessions']} chats that have nothing to do with it: {shown}.",
         ]
     lines += [
-        "", "## Training", "",
+        "",
+        "## Training",
+        "",
         f"{report['steps']} steps of {recipe.batch} conversations out of {conversations} of `{Path(data).name}`, "
         f"preset {recipe.preset}, {report['seconds']:.0f} s; every step in `training.jsonl`, the loss curve in "
-        "`loss.csv`, all settings in `recipe.json`.", "",
-    ]  # fmt: skip
+        "`loss.csv`, all settings in `recipe.json`.",
+        "",
+    ]
     if command:
         lines += ["```bash", command, "```", ""]
     path = out / "README.md"

@@ -44,9 +44,13 @@ class Progress:
 
 
 def save(
-    out: Path, adapter: DeltaMemAdapter, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-    progress: Progress, identity: Mapping[str, Any],
-) -> Path:  # fmt: skip
+    out: Path,
+    adapter: DeltaMemAdapter,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    identity: Mapping[str, Any],
+) -> Path:
     """Write a checkpoint and remove old ones. identity: what must be the same when the run goes on. Raises OSError."""
     folder = out / "trainer" / f"checkpoint-{progress.step}"
     partial = folder.with_name(folder.name + ".partial")

@@ -60,9 +60,12 @@ def _summary(total: Counts) -> Counts:
     low, high = wilson(total["exact"], total["sessions"])
     loss = total["loss"] / total["tokens"] if total["tokens"] else None
     return {
-        "sessions": total["sessions"], "exact": total["exact"], "share": total["exact"] / total["sessions"],
-        "interval": [low, high], "recalled_loss": loss,
-    }  # fmt: skip
+        "sessions": total["sessions"],
+        "exact": total["exact"],
+        "share": total["exact"] / total["sessions"],
+        "interval": [low, high],
+        "recalled_loss": loss,
+    }
 
 
 def _plain(
@@ -86,9 +89,11 @@ def _plain(
             sums[f"kl_{name}"] += divergence(frozen.logits, answers.logits).item() * len(frozen.labels)
     shown = {name: math.exp(min(50.0, sums[name] / tokens)) for name in ("frozen", *memories)}
     return {
-        "sessions": len(plain), "tokens": tokens, "perplexity": shown,
+        "sessions": len(plain),
+        "tokens": tokens,
+        "perplexity": shown,
         "divergence": {name: sums[f"kl_{name}"] / tokens for name in memories},
-    }  # fmt: skip
+    }
 
 
 def _batches(sessions: Sequence[Session], rows: int) -> list[Sequence[Session]]:

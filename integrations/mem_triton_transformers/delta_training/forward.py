@@ -118,9 +118,16 @@ class SessionRunner:
         for begin in cuts:
             end = begin + self.chunk_tokens
             call = partial(
-                self._call, ids[:, begin:end], mask[:, :end], write, layers, target, len(cuts) > 1, len(past),
+                self._call,
+                ids[:, begin:end],
+                mask[:, :end],
+                write,
+                layers,
+                target,
+                len(cuts) > 1,
+                len(past),
                 states is None,
-            )  # fmt: skip
+            )
             given = (*(states or ()), *(tensor for chunk in past for tensor in chunk))
             if self.recompute and torch.is_grad_enabled():
                 with set_checkpoint_early_stop(False):  # a call is left by its end, so that its hooks do not lose track
@@ -136,9 +143,17 @@ class SessionRunner:
         return torch.cat(hidden, 1), states if states is not None else self.zeros(len(rows))
 
     def _call(
-        self, ids: Tensor, mask: Tensor, write: bool, layers: int | None, target: float | None, keep: bool,
-        chunks: int, empty: bool, *given: Tensor,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        write: bool,
+        layers: int | None,
+        target: float | None,
+        keep: bool,
+        chunks: int,
+        empty: bool,
+        *given: Tensor,
+    ) -> tuple[Tensor, ...]:
         """One call of the model: hidden states, the gates' excess, the states after it, keys and values if ``keep``."""
         count = 0 if empty else len(self.names)
         states, past = given[:count], given[count:]

@@ -22,9 +22,13 @@ BATCH = 64
 
 
 def with_replies(
-    model: PreTrainedModel, tokenizer: Any, conversations: Sequence[Conversation], most: int, path: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    most: int,
+    path: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Conversation]:  # fmt: skip
+) -> list[Conversation]:
     """The conversations with every open request answered by the model, in at most ``most`` tokens.
 
     path: a JSONL file of replies that were made before, which grows; lines that a kill has cut short are made again.

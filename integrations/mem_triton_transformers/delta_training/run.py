@@ -31,11 +31,21 @@ HELD_OUT = 20
 
 
 def train(
-    folder: Path, data: Path, out: Path, recipe: Recipe, *, held_out: Path | None = None, name: str = "",
-    device: str | None = None, save_every: int = 50, evaluate_every: int = 25, command: str = "",
-    stop: Callable[[], bool] = lambda: False, tell: Callable[[dict[str, Any]], None] = lambda line: None,
+    folder: Path,
+    data: Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    held_out: Path | None = None,
+    name: str = "",
+    device: str | None = None,
+    save_every: int = 50,
+    evaluate_every: int = 25,
+    command: str = "",
+    stop: Callable[[], bool] = lambda: False,
+    tell: Callable[[dict[str, Any]], None] = lambda line: None,
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any] | None:  # fmt: skip
+) -> dict[str, Any] | None:
     """Train an adapter for the model of ``folder`` and write it to ``out``, or go on with the run that lies there.
 
     name: what the card calls the model. stop: asked after each step. tell: gets the log's lines, say: sentences.
@@ -81,10 +91,16 @@ def train(
     log = read(out / LOG)
     final = next((line["held_out"] for line in reversed(log) if "held_out" in line), {})
     report = {
-        "adapter": str(out), "fingerprint": adapter.fingerprint, "steps": steps, "parameters": count,
-        "seconds": round(trainer.progress.seconds, 1), "stage": chosen.stages[trainer.progress.stage],
-        "held_out": final, "log": str(out / LOG), "curve": str(out / CURVE),
-    }  # fmt: skip
+        "adapter": str(out),
+        "fingerprint": adapter.fingerprint,
+        "steps": steps,
+        "parameters": count,
+        "seconds": round(trainer.progress.seconds, 1),
+        "stage": chosen.stages[trainer.progress.stage],
+        "held_out": final,
+        "log": str(out / LOG),
+        "curve": str(out / CURVE),
+    }
     write_card(out, recipe, report, name or folder.name, str(data), len(rows), command)
     return report
 

@@ -40,9 +40,12 @@ class Pairs:
 
 @torch.no_grad()
 def closed_form(
-    model: PreTrainedModel, config: DeltaMemConfig, sessions: Sequence[Session], seed: int,
+    model: PreTrainedModel,
+    config: DeltaMemConfig,
+    sessions: Sequence[Session],
+    seed: int,
     parameters: Mapping[str, nn.Parameter],
-) -> None:  # fmt: skip
+) -> None:
     """Set an adapter's fresh parameters, by their official names. Raises RecipeError if nothing can be recalled."""
     names = list(dict.fromkeys(name.rpartition(".")[0] for name in parameters))
     useful = [s for s in sessions if any(s.recalled)][:SESSIONS]

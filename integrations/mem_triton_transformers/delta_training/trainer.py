@@ -57,9 +57,16 @@ class Trainer:
     """
 
     def __init__(
-        self, model: PreTrainedModel, recipe: Recipe, data: Data, out: Path, identity: dict[str, Any], steps: int,
-        start: Callable[[dict[str, torch.nn.Parameter]], None] | None = None, pad: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        data: Data,
+        out: Path,
+        identity: dict[str, Any],
+        steps: int,
+        start: Callable[[dict[str, torch.nn.Parameter]], None] | None = None,
+        pad: int = 0,
+    ) -> None:
         self.model, self.recipe, self.data, self.out = model, recipe, data, out
         self.identity, self.steps = identity, steps
         before = checkpoint.latest(out, identity)
@@ -67,9 +74,11 @@ class Trainer:
         found = trainable_adapter(model, before[0] if before else config, recipe.seed)
         self.parameters = dict(sorted(found.items()))  # one order, fresh or loaded: sums over them round alike
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=recipe.rate, betas=(recipe.beta1, recipe.beta2),
+            self.parameters.values(),
+            lr=recipe.rate,
+            betas=(recipe.beta1, recipe.beta2),
             weight_decay=recipe.weight_decay,
-        )  # fmt: skip
+        )
         self.progress = before[2] if before else Progress()
         if before:
             checkpoint.restore(self.optimizer, self.parameters, before[1])
@@ -89,9 +98,12 @@ class Trainer:
         return DeltaMemAdapter(found.config, found.layers, self.recipe.scope)
 
     def run(
-        self, save_every: int, evaluate_every: int, stop: Callable[[], bool] = lambda: False,
+        self,
+        save_every: int,
+        evaluate_every: int,
+        stop: Callable[[], bool] = lambda: False,
         tell: Callable[[dict[str, Any]], None] = lambda line: None,
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         """Train to the last step, or until ``stop``; True if done. tell: gets each line of the log.
 
         A checkpoint lies behind every ``save_every`` steps and behind the last one. Raises OSError where the disk ends.
@@ -162,11 +174,17 @@ class Trainer:
         if exact and all(kind == "current" for kind in kinds):
             progress.right = SMOOTHING * progress.right + (1 - SMOOTHING) * sum(exact) / len(exact)
         line = {
-            "step": progress.step, "stage": self.data.stages[progress.stage], "kind": kinds[0], "loss": total,
+            "step": progress.step,
+            "stage": self.data.stages[progress.stage],
+            "kind": kinds[0],
+            "loss": total,
             "recalled_loss": sum(recalled) / len(recalled) if recalled else None,
-            "exact": sum(exact) / len(exact) if exact else None, "right": progress.right, "rate": rate,
-            "norm": norm.item(), "tokens": tokens,
-        }  # fmt: skip
+            "exact": sum(exact) / len(exact) if exact else None,
+            "right": progress.right,
+            "rate": rate,
+            "norm": norm.item(),
+            "tokens": tokens,
+        }
         if progress.right > recipe.advance and progress.stage < len(self.data.stages) - 1:
             progress.stage, progress.right = progress.stage + 1, 0.0
         return line

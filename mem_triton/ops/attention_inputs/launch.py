@@ -76,28 +76,56 @@ def counter_for(device: torch.device, rows: int) -> Tensor:
 
 
 def kernel_arguments(
-    qkv: Tensor, projections: Tensor, reads: Tensor, rounded: Tensor | None, inputs: HeadInputs, batch: StateBatch,
-    spec: DeltaRuleSpec, block_size: int, tokens_per_state: int, counter: Tensor | None,
-) -> tuple[dict, dict]:  # fmt: skip
+    qkv: Tensor,
+    projections: Tensor,
+    reads: Tensor,
+    rounded: Tensor | None,
+    inputs: HeadInputs,
+    batch: StateBatch,
+    spec: DeltaRuleSpec,
+    block_size: int,
+    tokens_per_state: int,
+    counter: Tensor | None,
+) -> tuple[dict, dict]:
     """The kernel's runtime and compile-time arguments by name; with a counter the kernel advances the states itself."""
     first, heads = inputs.touched()
     pairs = (inputs.rotated or inputs.head_dim // 2 * 2) // 2
     rest = inputs.head_dim - 2 * pairs
     power = lambda n: 1 << (n - 1).bit_length()  # noqa: E731
     arguments = {
-        "qkv": qkv, "projections": projections, "reads": reads, "rounded": rounded, "delta": inputs.delta,
-        "q_norm": inputs.q_norm, "k_norm": inputs.k_norm, "cos_sin": inputs.cos_sin, **batch._asdict(),
-        "counter": counter, "num_rows": batch.seq_lens.shape[0], "eps": inputs.eps,
-        "stride_qkv": qkv.stride(0), "stride_token": projections.stride(0), "stride_read": reads.stride(0),
+        "qkv": qkv,
+        "projections": projections,
+        "reads": reads,
+        "rounded": rounded,
+        "delta": inputs.delta,
+        "q_norm": inputs.q_norm,
+        "k_norm": inputs.k_norm,
+        "cos_sin": inputs.cos_sin,
+        **batch._asdict(),
+        "counter": counter,
+        "num_rows": batch.seq_lens.shape[0],
+        "eps": inputs.eps,
+        "stride_qkv": qkv.stride(0),
+        "stride_token": projections.stride(0),
+        "stride_read": reads.stride(0),
         "stride_cos_sin": inputs.cos_sin.stride(0) if inputs.cos_sin is not None else 0,
-        "stride_block": batch.state_cache.stride(0), "stride_cell": batch.state_cache.stride(1),
+        "stride_block": batch.state_cache.stride(0),
+        "stride_cell": batch.state_cache.stride(1),
         "stride_table": batch.block_table.stride(0),
-    }  # fmt: skip
+    }
     constants = {
-        "Q_HEADS": inputs.heads, "KV_HEADS": inputs.kv_heads, "HEAD_DIM": inputs.head_dim,
-        "FIRST": first, "PROGRAMS": heads, **{f"CORRECT_{x.upper()}": x in inputs.corrects for x in "qkv"},
-        "STEP": counter is not None, "PAIRS": pairs, "PAIR_BLOCK": power(pairs),
-        "REST_BLOCK": power(rest) if rest else 0, "INTERLEAVED": inputs.interleaved, "ROWS": power(spec.read_width),
+        "Q_HEADS": inputs.heads,
+        "KV_HEADS": inputs.kv_heads,
+        "HEAD_DIM": inputs.head_dim,
+        "FIRST": first,
+        "PROGRAMS": heads,
+        **{f"CORRECT_{x.upper()}": x in inputs.corrects for x in "qkv"},
+        "STEP": counter is not None,
+        "PAIRS": pairs,
+        "PAIR_BLOCK": power(pairs),
+        "REST_BLOCK": power(rest) if rest else 0,
+        "INTERLEAVED": inputs.interleaved,
+        "ROWS": power(spec.read_width),
         **delta_rule_launch.constants(spec, block_size, tokens_per_state),
-    }  # fmt: skip
+    }
     return arguments, constants

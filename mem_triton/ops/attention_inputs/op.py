@@ -54,14 +54,29 @@ def attention_inputs(
         from mem_triton.ops.attention_inputs import launch  # Triton is there on Linux only
 
         launch.prepare(
-            qkv, projections, reads, inputs, batch, spec, block_size, tokens_per_state, max_query_len,
-            rounded=rounded, batch_invariant=batch_invariant,
-        )  # fmt: skip
+            qkv,
+            projections,
+            reads,
+            inputs,
+            batch,
+            spec,
+            block_size,
+            tokens_per_state,
+            max_query_len,
+            rounded=rounded,
+            batch_invariant=batch_invariant,
+        )
         return
     delta_rule_paged(
-        projections, reads, batch, spec, block_size=block_size, tokens_per_state=tokens_per_state,
-        max_query_len=max_query_len, batch_invariant=batch_invariant,
-    )  # fmt: skip
+        projections,
+        reads,
+        batch,
+        spec,
+        block_size=block_size,
+        tokens_per_state=tokens_per_state,
+        max_query_len=max_query_len,
+        batch_invariant=batch_invariant,
+    )
     starts, tokens = batch.query_start_loc.long(), int(batch.query_start_loc[-1])
     lengths = starts.diff()
     offset = torch.repeat_interleave(batch.seq_lens.long() - lengths - starts[:-1], lengths)
@@ -72,9 +87,16 @@ def attention_inputs(
 
 
 def check(
-    qkv: Tensor, projections: Tensor, reads: Tensor, rounded: Tensor | None, inputs: HeadInputs, batch: StateBatch,
-    spec: DeltaRuleSpec, block_size: int, tokens_per_state: int,
-) -> None:  # fmt: skip
+    qkv: Tensor,
+    projections: Tensor,
+    reads: Tensor,
+    rounded: Tensor | None,
+    inputs: HeadInputs,
+    batch: StateBatch,
+    spec: DeltaRuleSpec,
+    block_size: int,
+    tokens_per_state: int,
+) -> None:
     """Raise a ValueError that names the first argument that the op cannot take."""
     check_states(projections, reads, batch, spec, block_size, tokens_per_state)
     if qkv.dim() != 2 or qkv.shape[0] != projections.shape[0] or qkv.shape[1] < inputs.width:
@@ -108,7 +130,10 @@ def check(
             found = "None" if tensor is None else f"shape {tuple(tensor.shape)}, strides {tensor.stride()}"
             raise ValueError(f"inputs.{name}: {found}, expected a contiguous {shape}")
     for name, tensor in (
-        ("qkv", qkv), ("rounded", rounded), ("inputs.delta", inputs.delta), ("inputs.cos_sin", inputs.cos_sin),
-    ):  # fmt: skip
+        ("qkv", qkv),
+        ("rounded", rounded),
+        ("inputs.delta", inputs.delta),
+        ("inputs.cos_sin", inputs.cos_sin),
+    ):
         if tensor is not None and tensor.device != projections.device:
             raise ValueError(f"{name}: on {tensor.device}, projections on {projections.device}")

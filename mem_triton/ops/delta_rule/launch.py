@@ -66,11 +66,28 @@ def step_rows(
     options = {"num_warps": warps, **OPTIONS}
     if chunk:
         chunk_maps_kernel[grid](
-            projections, *states, maps, num_rows, projections.stride(0), *strides,
-            **fixed, ROWS=rows, CHUNK=chunk, **options,
-        )  # fmt: skip
+            projections,
+            *states,
+            maps,
+            num_rows,
+            projections.stride(0),
+            *strides,
+            **fixed,
+            ROWS=rows,
+            CHUNK=chunk,
+            **options,
+        )
     recurrent_kernel[grid](
-        projections, reads, *batch, maps, num_rows,
-        projections.stride(0), reads.stride(0), *strides,
-        **fixed, ROWS=rows, CHUNK=chunk, **options,
-    )  # fmt: skip
+        projections,
+        reads,
+        *batch,
+        maps,
+        num_rows,
+        projections.stride(0),
+        reads.stride(0),
+        *strides,
+        **fixed,
+        ROWS=rows,
+        CHUNK=chunk,
+        **options,
+    )

@@ -49,17 +49,37 @@ def delta_rule_paged(
     if not torch.compiler.is_compiling() and type(projections) is Tensor:
         return _run(projections, reads, batch, spec, block_size, tokens_per_state, max_query_len, batch_invariant)
     return torch.ops.mem_triton.delta_rule_paged(
-        projections, reads, *batch, rank=spec.rank, heads=spec.heads, rankwise_gates=spec.rankwise_gates,
-        couple_lambda=spec.couple_lambda, update_mode=spec.update_mode, normalize_qk=spec.normalize_qk,
-        block_size=block_size, tokens_per_state=tokens_per_state, max_query_len=max_query_len,
+        projections,
+        reads,
+        *batch,
+        rank=spec.rank,
+        heads=spec.heads,
+        rankwise_gates=spec.rankwise_gates,
+        couple_lambda=spec.couple_lambda,
+        update_mode=spec.update_mode,
+        normalize_qk=spec.normalize_qk,
+        block_size=block_size,
+        tokens_per_state=tokens_per_state,
+        max_query_len=max_query_len,
         batch_invariant=batch_invariant,
-    )  # fmt: skip
+    )
 
 
 def _traced(
-    projections, reads, *batch, rank, heads, rankwise_gates, couple_lambda, update_mode, normalize_qk,
-    block_size, tokens_per_state, max_query_len, batch_invariant=False,
-):  # fmt: skip
+    projections,
+    reads,
+    *batch,
+    rank,
+    heads,
+    rankwise_gates,
+    couple_lambda,
+    update_mode,
+    normalize_qk,
+    block_size,
+    tokens_per_state,
+    max_query_len,
+    batch_invariant=False,
+):
     spec = DeltaRuleSpec(rank, heads, rankwise_gates, couple_lambda, update_mode, normalize_qk)
     layout = (block_size, tokens_per_state, max_query_len, batch_invariant)
     _run(projections, reads, StateBatch(*batch), spec, *layout)

@@ -37,12 +37,22 @@ def step_rows(
         return absent if tensor is None else tensor.numpy()
 
     _advance(
-        projections.float().numpy(), reads.numpy(), *(tensor.numpy() for tensor in batch[:5]),
-        array(batch.initial_states, _NO_STATES), array(batch.initial_slot, _NO_SLOTS),
-        array(batch.write_enabled, _NO_SLOTS), array(batch.last_states, _NO_RING),
-        spec.rank, spec.heads, spec.rankwise_gates, spec.couple_lambda, MODES[spec.update_mode], spec.normalize_qk,
-        block_size, tokens_per_state,
-    )  # fmt: skip
+        projections.float().numpy(),
+        reads.numpy(),
+        *(tensor.numpy() for tensor in batch[:5]),
+        array(batch.initial_states, _NO_STATES),
+        array(batch.initial_slot, _NO_SLOTS),
+        array(batch.write_enabled, _NO_SLOTS),
+        array(batch.last_states, _NO_RING),
+        spec.rank,
+        spec.heads,
+        spec.rankwise_gates,
+        spec.couple_lambda,
+        MODES[spec.update_mode],
+        spec.normalize_qk,
+        block_size,
+        tokens_per_state,
+    )
 
 
 @njit(inline="always")
@@ -70,9 +80,26 @@ def _sigmoid(x):
     **OPTIONS,
 )
 def _advance(
-    projections, reads, gate_bias, cache, block_table, starts, lengths, initial, slots, writes, ring,
-    rank, heads, rankwise, coupled, mode, normalize, block_size, span,
-):  # fmt: skip
+    projections,
+    reads,
+    gate_bias,
+    cache,
+    block_table,
+    starts,
+    lengths,
+    initial,
+    slots,
+    writes,
+    ring,
+    rank,
+    heads,
+    rankwise,
+    coupled,
+    mode,
+    normalize,
+    block_size,
+    span,
+):
     """Arrays as the op's tensors; those that are not given are empty. The state is [H*r, r]: rows never mix."""
     one = np.float32(1)
     width = heads * rank

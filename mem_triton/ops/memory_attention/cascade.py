@@ -34,10 +34,26 @@ def attend(
     if lse is None:
         lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
     launch.attend(
-        query, context, out, scale=scale, row_slot=row_slot, pages=pages, table=table, soft_cap=soft_cap, sinks=sinks,
-        lse=lse, only_readers=only_readers,
-    )  # fmt: skip
+        query,
+        context,
+        out,
+        scale=scale,
+        row_slot=row_slot,
+        pages=pages,
+        table=table,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        lse=lse,
+        only_readers=only_readers,
+    )
     cascade_launch.attend_shared(
-        query, context.query_start_loc, context.seq_lens, out, lse,
-        scale=scale, row_slot=row_slot, shared=shared, soft_cap=soft_cap,
-    )  # fmt: skip
+        query,
+        context.query_start_loc,
+        context.seq_lens,
+        out,
+        lse,
+        scale=scale,
+        row_slot=row_slot,
+        shared=shared,
+        soft_cap=soft_cap,
+    )

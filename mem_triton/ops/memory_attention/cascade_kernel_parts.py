@@ -38,9 +38,20 @@ def store_part(base, row, live, x, BEGIN: tl.constexpr, WIDTH: tl.constexpr, SIZ
 
 @triton.jit
 def store_merged(
-    out, lse, out_row, lse_row, real, top, total, acc0, acc1,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, MERGE: tl.constexpr,
-):  # fmt: skip
+    out,
+    lse,
+    out_row,
+    lse_row,
+    real,
+    top,
+    total,
+    acc0,
+    acc1,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST: tl.constexpr,
+    MERGE: tl.constexpr,
+):
     """Store the running softmax of the rows that are ``real``; top and total are in base 2.
 
     MERGE: into the softmax that is there. Then a row that saw no key keeps its bits, and is not even read.

@@ -51,9 +51,13 @@ def _attend_rows(
             block_table=context.block_table[one], query_start_loc=starts, seq_lens=context.seq_lens[one]
         )
         paged_cpu.attend(
-            query[begin:end].clone(memory_format=torch.contiguous_format), alone, out[begin:end], **options,
-            row_slot=None if row_slot is None else row_slot[one], lse=None if lse is None else lse[begin:end],
-        )  # fmt: skip
+            query[begin:end].clone(memory_format=torch.contiguous_format),
+            alone,
+            out[begin:end],
+            **options,
+            row_slot=None if row_slot is None else row_slot[one],
+            lse=None if lse is None else lse[begin:end],
+        )
 
 
 def launch_parts(
@@ -83,9 +87,10 @@ def launch_parts(
             few = slice(first, min(first + ROWS, rows))
             count, slots = few.stop - first, None if row_slot is None else row_slot[few]
             some = context._replace(
-                block_table=context.block_table[few], seq_lens=context.seq_lens[few],
+                block_table=context.block_table[few],
+                seq_lens=context.seq_lens[few],
                 query_start_loc=context.query_start_loc[first : few.stop + 1],
-            )  # fmt: skip
+            )
             cells = 1 << (count * heads * SPLITS - 1).bit_length()  # few sizes, as they are kept
             workspace = launch.workspace_for(query.device, replace(config, programs=cells), size)
             grid = launch.Grid(count, heads, SPLITS, one_block=True, part=part)

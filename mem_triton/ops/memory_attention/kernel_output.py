@@ -70,9 +70,21 @@ def merge_splits(
 
 @triton.jit
 def store_outputs(
-    out, lse, sinks, top, total, acc0, acc1, out_row, lse_row, query_head, real,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
+    out,
+    lse,
+    sinks,
+    top,
+    total,
+    acc0,
+    acc1,
+    out_row,
+    lse_row,
+    query_head,
+    real,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST: tl.constexpr,
+):
     """Divide by the sum, which the sinks join, and store output and LSE of the rows that are ``real``."""
     if sinks is not None:
         sink = tl.load(sinks + query_head, mask=real, other=0.0) * LOG2E

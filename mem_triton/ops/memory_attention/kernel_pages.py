@@ -25,9 +25,18 @@ def seen_columns(first, end, used, first_position, last_position, COLUMNS: tl.co
 
 @triton.jit
 def find_page_tokens(
-    tile, entries, pages, page, tokens, first, end, first_position, last_position,
-    PAGE_SIZE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    tile,
+    entries,
+    pages,
+    page,
+    tokens,
+    first,
+    end,
+    first_position,
+    last_position,
+    PAGE_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Where tile ``tile`` of ``pages`` table entries lies: page number, seen_from, seen_to and whether it counts.
 
     All [TILE]. A token counts if its page holds it and some position of the block sees the page.
@@ -44,12 +53,42 @@ def find_page_tokens(
 
 @triton.jit
 def attend_pages(
-    q0, q1, top, total, acc0, acc1, low, high, entries, pages, position, first_position, last_position, head,
-    keys, values, key_scale, value_scale, page, tokens, first, end, bias,
-    stride_page, stride_head, stride_token, scale, soft_cap,
-    SIZE: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, PAGE_SIZE: tl.constexpr, FORMAT: tl.constexpr,
-    SOFT_CAP: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    q0,
+    q1,
+    top,
+    total,
+    acc0,
+    acc1,
+    low,
+    high,
+    entries,
+    pages,
+    position,
+    first_position,
+    last_position,
+    head,
+    keys,
+    values,
+    key_scale,
+    value_scale,
+    page,
+    tokens,
+    first,
+    end,
+    bias,
+    stride_page,
+    stride_head,
+    stride_token,
+    scale,
+    soft_cap,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Fold tiles ``low`` to ``high`` of a slot's pages into the running softmax; returns top, total, acc0, acc1.
 
     entries: of the first page in the table's columns page, tokens, first, end, bias. Each turn looks the next tile up,
@@ -58,18 +97,18 @@ def attend_pages(
     if not FORMAT:
         next_place, next_from, next_to, next_live = find_page_tokens(
             low, entries, pages, page, tokens, first, end, first_position, last_position, PAGE_SIZE, TILE
-        )  # fmt: skip
+        )
     STAGES: tl.constexpr = 1 if FORMAT else None
     for tile in tl.range(low, high, num_stages=STAGES):
         if FORMAT:
             place, seen_from, seen_to, live = find_page_tokens(
                 tile, entries, pages, page, tokens, first, end, first_position, last_position, PAGE_SIZE, TILE
-            )  # fmt: skip
+            )
         else:
             place, seen_from, seen_to, live = next_place, next_from, next_to, next_live
             next_place, next_from, next_to, next_live = find_page_tokens(
                 tile + 1, entries, pages, page, tokens, first, end, first_position, last_position, PAGE_SIZE, TILE
-            )  # fmt: skip
+            )
         place = place.to(tl.int64)
         j = tile * TILE + tl.arange(0, TILE)
         page_head = place * tl.num_programs(1) + head  # row of the scales
@@ -80,8 +119,27 @@ def attend_pages(
             token_bias = (tl.load(bias + entries + j // PAGE_SIZE, mask=live, other=0.0) * LOG2E)[None, :]
         visible = (position[:, None] >= seen_from[None, :]) & (position[:, None] < seen_to[None, :])
         top, total, acc0, acc1 = attend_tile(
-            q0, q1, top, total, acc0, acc1, keys + head * stride_head, values + head * stride_head,
-            place * stride_page + j % PAGE_SIZE * stride_token, live, visible & live[None, :],
-            key_scale, page_head * SIZE, token_scale, token_bias, scale, soft_cap, SIZE, WIDTH, REST, FORMAT, SOFT_CAP,
-        )  # fmt: skip
+            q0,
+            q1,
+            top,
+            total,
+            acc0,
+            acc1,
+            keys + head * stride_head,
+            values + head * stride_head,
+            place * stride_page + j % PAGE_SIZE * stride_token,
+            live,
+            visible & live[None, :],
+            key_scale,
+            page_head * SIZE,
+            token_scale,
+            token_bias,
+            scale,
+            soft_cap,
+            SIZE,
+            WIDTH,
+            REST,
+            FORMAT,
+            SOFT_CAP,
+        )
     return top, total, acc0, acc1

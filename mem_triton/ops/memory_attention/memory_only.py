@@ -106,10 +106,20 @@ def add_memory(
 
 
 def _check(
-    query: Tensor, query_start_loc: Tensor, seq_lens: Tensor, max_query_len: int, out: Tensor, lse: Tensor,
-    pages: MemoryPages | None, table: MemoryTable | None, shared: SharedSegment | None, *, scale: float,
-    row_slot: Tensor, soft_cap: float,
-) -> None:  # fmt: skip
+    query: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    max_query_len: int,
+    out: Tensor,
+    lse: Tensor,
+    pages: MemoryPages | None,
+    table: MemoryTable | None,
+    shared: SharedSegment | None,
+    *,
+    scale: float,
+    row_slot: Tensor,
+    soft_cap: float,
+) -> None:
     """The checks of ``memory_attention``, with an empty KV cache."""
     if pages is None and shared is None:
         raise ValueError("pages: neither they nor a shared segment were given; there is no memory to attend to")
@@ -120,18 +130,35 @@ def _check(
     blocks = seq_lens.new_empty(seq_lens.shape[0], 0)
     context = PagedContext(empty, empty, blocks, query_start_loc, seq_lens, max_query_len)
     check(
-        query, context, out, scale=scale, row_slot=row_slot, pages=pages, table=table, shared=shared,
-        soft_cap=soft_cap, sinks=None, lse=None,
-    )  # fmt: skip
+        query,
+        context,
+        out,
+        scale=scale,
+        row_slot=row_slot,
+        pages=pages,
+        table=table,
+        shared=shared,
+        soft_cap=soft_cap,
+        sinks=None,
+        lse=None,
+    )
 
 
 NOTHING = torch.finfo(torch.float32).min  # the log-sum-exp before any key: as good as -inf, but can be subtracted
 
 
 def _attend_in_torch(
-    query: Tensor, query_start_loc: Tensor, seq_lens: Tensor, pages: MemoryPages | None, table: MemoryTable | None,
-    shared: SharedSegment | None, *, scale: float, row_slot: Tensor, soft_cap: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    pages: MemoryPages | None,
+    table: MemoryTable | None,
+    shared: SharedSegment | None,
+    *,
+    scale: float,
+    row_slot: Tensor,
+    soft_cap: float,
+) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] and log-sum-exp [T, Hq] in fp32, vectorised as in ``paged_torch``."""
     _, query_heads, size = query.shape
     heads = (shared if pages is None else pages).keys.shape[-3]

@@ -18,16 +18,41 @@ def mix(x, y, share_x, share_y, live_x, live_y):
 
 @triton.jit(
     do_not_specialize=[
-        "num_rows", "stride_lse_a", "stride_lse_a_head", "stride_lse_b", "stride_lse_b_head", "stride_lse",
+        "num_rows",
+        "stride_lse_a",
+        "stride_lse_a_head",
+        "stride_lse_b",
+        "stride_lse_b_head",
+        "stride_lse",
         "stride_lse_head",
     ]
-)  # fmt: skip
+)
 def merge_kernel(
-    out_a, lse_a, out_b, lse_b, out, lse, num_rows,
-    stride_a, stride_a_head, stride_lse_a, stride_lse_a_head, stride_b, stride_b_head, stride_lse_b,
-    stride_lse_b_head, stride_out, stride_out_head, stride_lse, stride_lse_head,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    out_a,
+    lse_a,
+    out_b,
+    lse_b,
+    out,
+    lse,
+    num_rows,
+    stride_a,
+    stride_a_head,
+    stride_lse_a,
+    stride_lse_a_head,
+    stride_b,
+    stride_b_head,
+    stride_lse_b,
+    stride_lse_b_head,
+    stride_out,
+    stride_out_head,
+    stride_lse,
+    stride_lse_head,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    REST: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Grid (groups of ROWS rows). ``out`` may be ``out_a`` or ``out_b``, ``lse`` likewise."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     real = row < num_rows

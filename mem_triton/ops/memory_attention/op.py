@@ -66,9 +66,16 @@ def memory_attention(
             raise ValueError("policy, context.packing: a traced call takes the default; pass None")
         keys_bias = (list(shared[:-1]), float(shared.bias)) if shared is not None else ([], 0.0)
         torch.ops.mem_triton.memory_attention(
-            query, list(context[:5]), out, max_query_len=context.max_query_len, **options,
-            pages=list(pages or ()), table=list(table or ()), shared=keys_bias[0], shared_bias=keys_bias[1],
-        )  # fmt: skip
+            query,
+            list(context[:5]),
+            out,
+            max_query_len=context.max_query_len,
+            **options,
+            pages=list(pages or ()),
+            table=list(table or ()),
+            shared=keys_bias[0],
+            shared_bias=keys_bias[1],
+        )
     else:
         _run(query, context, out, pages=pages, table=table, shared=shared, policy=policy, **options)
 
@@ -102,9 +109,11 @@ def _run(
     from mem_triton.ops.memory_attention import cascade, launch  # Triton is there on Linux only
 
     policy = policy or choose(
-        launch.architecture(query.device), rows=len(context.seq_lens),
-        shared_tokens=0 if shared is None else shared.keys.shape[1], head_dim=query.shape[2],
-    )  # fmt: skip
+        launch.architecture(query.device),
+        rows=len(context.seq_lens),
+        shared_tokens=0 if shared is None else shared.keys.shape[1],
+        head_dim=query.shape[2],
+    )
     batched = policy.route == "shared_batched" and shared is not None
     (cascade if batched else launch).attend(query, context, out, only_readers=only_readers, **memory, **options)
 
@@ -112,10 +121,15 @@ def _run(
 def _run_flat(query, context, out, *, max_query_len, pages, table, shared, shared_bias, **options) -> None:
     """``_run`` behind the op's schema, which has lists of tensors for the named tuples."""
     _run(
-        query, PagedContext(*context, max_query_len), out, policy=None,
-        pages=MemoryPages(*pages) if pages else None, table=MemoryTable(*table) if table else None,
-        shared=SharedSegment(*shared, shared_bias) if shared else None, **options,
-    )  # fmt: skip
+        query,
+        PagedContext(*context, max_query_len),
+        out,
+        policy=None,
+        pages=MemoryPages(*pages) if pages else None,
+        table=MemoryTable(*table) if table else None,
+        shared=SharedSegment(*shared, shared_bias) if shared else None,
+        **options,
+    )
 
 
 _LIBRARY = torch.library.Library("mem_triton", "FRAGMENT")

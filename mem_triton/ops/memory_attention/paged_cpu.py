@@ -12,9 +12,14 @@ from mem_triton.ops.memory_attention.types import PagedContext
 
 
 def attend(
-    query: Tensor, context: PagedContext, out: Tensor, *, row_slot: Tensor | None, only_readers: bool = False,
+    query: Tensor,
+    context: PagedContext,
+    out: Tensor,
+    *,
+    row_slot: Tensor | None,
+    only_readers: bool = False,
     **options: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Arguments as in ``op.memory_attention``, already checked. Who attends a row follows from the row alone."""
     from mem_triton.ops.memory_attention import paged_numba  # vLLM's start looks at all modules, and trips over numba's
 

@@ -28,9 +28,11 @@ def takes(context: PagedContext, query: Tensor, pages: MemoryPages | None, share
     kind = "rows" if context.packing is None else context.packing.kind
     known = kind in KINDS and (kind != "pairs" or query.dtype == torch.bfloat16)
     return (
-        known and query.dtype in (torch.float32, torch.bfloat16) and query.shape[2] % 8 == 0
+        known
+        and query.dtype in (torch.float32, torch.bfloat16)
+        and query.shape[2] % 8 == 0
         and all(dtype == query.dtype for dtype in [context.keys.dtype, *segments])
-    )  # fmt: skip
+    )
 
 
 def attend(
@@ -69,17 +71,42 @@ def attend(
         shared_range, worth = (shared.first.numpy(), shared.end.numpy()), shared.bias
     slots = np.full(len(context.seq_lens), -1, np.int32) if row_slot is None else row_slot.numpy()
     shape = (
-        context.keys.shape[1], *query.shape[1:], *query.stride()[:2], *out.stride()[:2],
-        0 if lse is None else lse.stride(0), context.block_table.stride(0), width,
-    )  # fmt: skip
+        context.keys.shape[1],
+        *query.shape[1:],
+        *query.stride()[:2],
+        *out.stride()[:2],
+        0 if lse is None else lse.stride(0),
+        context.block_table.stride(0),
+        width,
+    )
     run = parallel if torch.get_num_threads() > 1 and len(rows) * context.keys.shape[1] > 1 else serial
     run(
-        _flat(query), _flat(out), _NO_FLOATS if lse is None else _flat(lse), rows, shape, _flat(context.block_table),
-        context.query_start_loc.numpy(), context.seq_lens.numpy(), slots, cache, words, of_context, page_data,
-        of_pages, entries, counts, bias, shared_data, of_shared, shared_range, np.float32(worth), np.float32(scale),
-        np.float32(soft_cap), _NO_FLOATS if sinks is None else sinks.numpy(),
+        _flat(query),
+        _flat(out),
+        _NO_FLOATS if lse is None else _flat(lse),
+        rows,
+        shape,
+        _flat(context.block_table),
+        context.query_start_loc.numpy(),
+        context.seq_lens.numpy(),
+        slots,
+        cache,
+        words,
+        of_context,
+        page_data,
+        of_pages,
+        entries,
+        counts,
+        bias,
+        shared_data,
+        of_shared,
+        shared_range,
+        np.float32(worth),
+        np.float32(scale),
+        np.float32(soft_cap),
+        _NO_FLOATS if sinks is None else sinks.numpy(),
         query.dtype == torch.bfloat16 and query.shape[2] % 32 == 0 and _HAS_DOT,
-    )  # fmt: skip
+    )
 
 
 def warm_up(dtype: torch.dtype) -> None:
@@ -92,9 +119,19 @@ def warm_up(dtype: torch.dtype) -> None:
     context = PagedContext(*cache.split(32, -1), zeros(1, 1), starts, lengths, 1)
     rows = np.zeros(1 if torch.get_num_threads() == 1 else 2, np.int64)
     attend(
-        query, context, query.clone(), rows, scale=1.0, row_slot=None, pages=None, table=None, shared=None,
-        soft_cap=0.0, sinks=None, lse=None,
-    )  # fmt: skip
+        query,
+        context,
+        query.clone(),
+        rows,
+        scale=1.0,
+        row_slot=None,
+        pages=None,
+        table=None,
+        shared=None,
+        soft_cap=0.0,
+        sinks=None,
+        lse=None,
+    )
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -6,11 +6,26 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["tokens"])  # no new variant for a new length while encoding
 def selection_weights_kernel(
-    q, k, valid, out, scale, tokens,
-    stride_q_batch, stride_q_token, stride_q_head, stride_k_batch, stride_k_token, stride_k_head, stride_valid,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, NORMALIZE: tl.constexpr,
-    TOKENS: tl.constexpr, QUERIES: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    valid,
+    out,
+    scale,
+    tokens,
+    stride_q_batch,
+    stride_q_token,
+    stride_q_head,
+    stride_k_batch,
+    stride_k_token,
+    stride_k_head,
+    stride_valid,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Grid (references, KV heads). TOKENS: a power of two that holds all tokens. out: fp32 [B, Hkv, tokens].
 
     A program walks its head's queries QUERIES at a time and folds them into the running log-sum-exp of every token.
@@ -39,12 +54,14 @@ def selection_weights_kernel(
             inside = channel < HEAD_DIM
             x = tl.load(
                 queries + query[:, None] * stride_q_token + channel[None, :],
-                mask=looks[:, None] & inside[None, :], other=0.0,
-            )  # fmt: skip
+                mask=looks[:, None] & inside[None, :],
+                other=0.0,
+            )
             y = tl.load(
                 keys + token[None, :] * stride_k_token + channel[:, None],
-                mask=real[None, :] & inside[:, None], other=0.0,
-            )  # fmt: skip
+                mask=real[None, :] & inside[:, None],
+                other=0.0,
+            )
             logits = tl.dot(x, y, logits, input_precision="ieee")
         logits = tl.where(real[None, :], logits * scale, -float("inf"))
         if NORMALIZE:

@@ -40,7 +40,17 @@ def log_weights(q: Tensor, k: Tensor, valid: Tensor | None, scale: float, normal
     flags = None if valid is None else valid.contiguous().view(torch.int8)
     fixed = constants(tokens, heads // kv_heads, head_dim, normalize, q.element_size())
     selection_weights_kernel[(batch, kv_heads)](
-        q, k, flags, out, scale, tokens, *q.stride()[:3], *k.stride()[:3], tokens,
-        **fixed, num_warps=warps(tokens), **OPTIONS,
-    )  # fmt: skip
+        q,
+        k,
+        flags,
+        out,
+        scale,
+        tokens,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        tokens,
+        **fixed,
+        num_warps=warps(tokens),
+        **OPTIONS,
+    )
     return out

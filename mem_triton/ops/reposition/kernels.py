@@ -8,12 +8,30 @@ from mem_triton.ops.reposition.kernel_parts import cos_and_sin
 
 @triton.jit
 def reposition_kernel(
-    pool, positions, page, source, source_page, old_positions, quarter_turns, factor,
-    stride_pool_page, stride_pool_head, stride_pool_token,
-    stride_source_page, stride_source_head, stride_source_token, stride_position_page, stride_position_head,
-    PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
+    pool,
+    positions,
+    page,
+    source,
+    source_page,
+    old_positions,
+    quarter_turns,
+    factor,
+    stride_pool_page,
+    stride_pool_head,
+    stride_pool_token,
+    stride_source_page,
+    stride_source_head,
+    stride_source_token,
+    stride_position_page,
+    stride_position_head,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+):
     """Grid (listed pages, KV heads, groups of TOKENS tokens); a program reads and writes its own tokens only.
 
     quarter_turns: fp64 [HALF], inv_freq / (pi / 2). PAIRS, REST: powers of two that hold the HALF turning pairs and the

@@ -52,7 +52,17 @@ def move_pages(
     fixed = constants(page_size, pool.shape[3], rope.rotary_dim, rope.interleaved)
     grid = (listed, heads, -(-page_size // fixed["TOKENS"]))
     reposition_kernel[grid](
-        pool, positions, page, source, source_page, old_positions, quarter_turns(rope.inv_freq, pool.device),
+        pool,
+        positions,
+        page,
+        source,
+        source_page,
+        old_positions,
+        quarter_turns(rope.inv_freq, pool.device),
         rope.attention_factor if old_positions is None else 1.0,
-        *pool.stride()[:3], *source.stride()[:3], *positions.stride()[:2], **fixed, **OPTIONS,
-    )  # fmt: skip
+        *pool.stride()[:3],
+        *source.stride()[:3],
+        *positions.stride()[:2],
+        **fixed,
+        **OPTIONS,
+    )

@@ -42,9 +42,11 @@ def reposition_pages(
         reposition_pages(pool, new, rope, page=pages, old_positions=old)              # move them
     """
     fields = {
-        "rotary_dim": rope.rotary_dim, "inv_freq": rope.inv_freq,
-        "attention_factor": rope.attention_factor, "interleaved": rope.interleaved,
-    }  # fmt: skip
+        "rotary_dim": rope.rotary_dim,
+        "inv_freq": rope.inv_freq,
+        "attention_factor": rope.attention_factor,
+        "interleaved": rope.interleaved,
+    }
     tensors = (pool, positions, page, source, source_page, old_positions)
     # The op boundary is for tracers (torch.compile, fake tensors) only.
     if torch.compiler.is_compiling() or type(pool) is not Tensor:

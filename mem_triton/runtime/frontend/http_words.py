@@ -17,10 +17,22 @@ from mem_triton.systems.request import RequestError
 
 MARK = "mem_"
 CONTAINERS = (
-    "", "vllm_xargs", "custom_params", "extra_body", "extra_args", "sampling_params", "sampling_params.extra_args",
-    "sampling_params.custom_params", "extra_body.vllm_xargs", "extra_body.custom_params", "options", "parameters",
-    "parameters.sampling_params", "parameters.sampling_params.custom_params", "kv_transfer_params",
-)  # fmt: skip
+    "",
+    "vllm_xargs",
+    "custom_params",
+    "extra_body",
+    "extra_args",
+    "sampling_params",
+    "sampling_params.extra_args",
+    "sampling_params.custom_params",
+    "extra_body.vllm_xargs",
+    "extra_body.custom_params",
+    "options",
+    "parameters",
+    "parameters.sampling_params",
+    "parameters.sampling_params.custom_params",
+    "kv_transfer_params",
+)
 """Where people put words, as paths of names; "": the top of the body."""
 LONGEST = 64
 """Characters of a word that are repeated to who said it."""
@@ -90,9 +102,11 @@ class RefuseMisplacedWords:
     """
 
     def __init__(
-        self, app: Callable[..., Awaitable[None]], places: WordPlaces,
+        self,
+        app: Callable[..., Awaitable[None]],
+        places: WordPlaces,
         heard: Callable[[dict[str, Any], Mapping[str, Any]], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._app, self._places, self._heard = app, places, heard
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:

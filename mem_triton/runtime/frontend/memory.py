@@ -113,9 +113,12 @@ class MemoryFrontEnd:
     """
 
     def __init__(
-        self, parts: Mapping[str, FrontendPart], tenants: Tenants | None = None, incidents: Incidents | None = None,
+        self,
+        parts: Mapping[str, FrontendPart],
+        tenants: Tenants | None = None,
+        incidents: Incidents | None = None,
         call: Call | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.parts, self.tenants, self.incidents = dict(parts), tenants or Tenants(None), incidents
         self.call = call
         self.barrier: Callable[[], Awaitable[Any]] | None = None

@@ -171,8 +171,10 @@ class Bank(OpenedBank):
         rows = self.catalogue.read(
             "SELECT id || '@' || version FROM entries WHERE state = 0 AND content_hash = ? AND tenant IN ('', ?) "
             "ORDER BY tenant = ? DESC, seq DESC LIMIT 1",
-            digest, tenant, tenant,
-        )  # fmt: skip
+            digest,
+            tenant,
+            tenant,
+        )
         return rows[0][0] if rows else None
 
     # Keeping it in order.

@@ -128,8 +128,9 @@ class Catalogue:
         """A fact about the bank, None if it is not known."""
         rows = self.read(
             "SELECT m.value, coalesce((SELECT value FROM meta WHERE key = 'digest:' || m.key) = row_digest(m.value), 1)"
-            " FROM meta m WHERE key = ?", key,
-        )  # fmt: skip
+            " FROM meta m WHERE key = ?",
+            key,
+        )
         if rows and not rows[0][1]:
             raise signing.damaged(self.path, f"{key} has")
         return rows[0][0] if rows else None
@@ -189,8 +190,9 @@ class Catalogue:
             rows += self.read(
                 f"SELECT e.id || '@' || e.version, {signing.VECTOR} FROM entries e JOIN vectors v USING (seq) "
                 f"WHERE e.seq IN ({','.join(map(str, part))}) AND e.state = 0 AND e.tenant IN ({marks}) {filters}",
-                *tenants, *extra,
-            )  # fmt: skip
+                *tenants,
+                *extra,
+            )
         return [(ref, vector) for ref, _, vector, _ in self._checked(rows)]
 
     def matching(
@@ -206,8 +208,11 @@ class Catalogue:
                 rows = self.read(
                     f"SELECT e.id || '@' || e.version, {signing.VECTOR} FROM entries e JOIN vectors v USING (seq) "
                     f"WHERE e.state = 0 AND e.tenant = ? {by_source} {filled} AND e.seq > ? ORDER BY e.seq LIMIT ?",
-                    tenant, *extra, last, size,
-                )  # fmt: skip
+                    tenant,
+                    *extra,
+                    last,
+                    size,
+                )
                 if not rows:
                     break
                 last = rows[-1][1]
@@ -219,8 +224,10 @@ class Catalogue:
             rows = self.read(
                 f"SELECT {signing.VECTOR} FROM entries e JOIN vectors v USING (seq) "
                 "WHERE e.state = 0 AND e.tenant = ? AND e.seq > ? ORDER BY e.seq LIMIT ?",
-                tenant, behind, size,
-            )  # fmt: skip
+                tenant,
+                behind,
+                size,
+            )
             if not rows:
                 return
             behind = rows[-1][0]
@@ -260,6 +267,4 @@ def entry_info(row: Sequence[Any]) -> EntryInfo:
         raise BankError(
             f'catalogue.sqlite: the row of "{ref}" is none that a bank writes; restore it from a backup', ref
         )
-    return EntryInfo(
-        ref, id, version, tokens, bool(has_block), text, source, fields, tenant, created, digest.hex()
-    )  # fmt: skip
+    return EntryInfo(ref, id, version, tokens, bool(has_block), text, source, fields, tenant, created, digest.hex())

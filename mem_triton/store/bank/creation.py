@@ -13,9 +13,13 @@ from mem_triton.store.files import RESERVE, WRITING, is_signature
 
 CATALOGUE = "catalogue.sqlite"
 _UNFINISHED = {
-    "shards", "index", "writer.lock", RESERVE, f"{WRITING}bank.json",
+    "shards",
+    "index",
+    "writer.lock",
+    RESERVE,
+    f"{WRITING}bank.json",
     *(CATALOGUE + end for end in ("", "-wal", "-shm", "-journal")),
-}  # fmt: skip
+}
 """What a creation that did not get as far as ``bank.json`` may have left."""
 
 

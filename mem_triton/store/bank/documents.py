@@ -41,9 +41,10 @@ def references(bank: OpenedBank, name: str, tenant: str | None = None) -> list[E
     )
     found = [entry_info(row) for row in rows]
     found = [
-        info for info in found
+        info
+        for info in found
         if _DIGEST.fullmatch(info.id, len(start)) and (tenant is None or info.tenant in ("", tenant))
-    ]  # fmt: skip
+    ]
     return in_order(found)
 
 
@@ -92,8 +93,11 @@ def of_source(bank: OpenedBank, source: str | Path, tenant: str | None = None) -
     for name in spellings(source):
         rows = bank.catalogue.read(
             f"SELECT {INFO} FROM entries WHERE state = 0 AND (source = ? OR source >= ? AND source < ?) {whose}",
-            name, f"{name}:", f"{name};", *([] if tenant is None else [tenant]),
-        )  # fmt: skip
+            name,
+            f"{name}:",
+            f"{name};",
+            *([] if tenant is None else [tenant]),
+        )
         infos = [entry_info(row) for row in rows]
         found |= {info.ref: info for info in infos if name in (info.source, file_of(info.source))}
     return list(found.values())

@@ -23,9 +23,7 @@ MODEL_FILES = ("*.json", "*.safetensors")
 TOKENIZER_FILES = ("*.jinja", "*.model", "*.txt")
 
 
-def model_folder(
-    model: str, revision: str | None = None, tokenizer: bool = False, download: bool = True
-) -> Path:  # fmt: skip
+def model_folder(model: str, revision: str | None = None, tokenizer: bool = False, download: bool = True) -> Path:
     """The model's own files: a local folder, or the Hugging Face cache's, downloaded if need be.
 
     tokenizer: with its tokenizer's. download: False takes what is in the cache. Raises what

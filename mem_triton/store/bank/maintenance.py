@@ -81,7 +81,7 @@ def _check_catalogue(bank: OpenedBank) -> Iterator[str]:
         ("is not what its id names", "state = 0 AND seq NOT IN (SELECT current FROM ids WHERE ids.id = entries.id)"),
         ("is newer than its id's last version", "version > (SELECT last_version FROM ids WHERE ids.id = entries.id)"),
         ("has another tenant than its id", "tenant != (SELECT tenant FROM ids WHERE ids.id = entries.id)"),
-    ):  # fmt: skip
+    ):
         for (ref,) in read(f"SELECT id || '@' || version FROM entries WHERE {sql} LIMIT 100"):
             yield f'{bank.catalogue.path}: "{ref}" {what}'
     for (ref,) in read(f"SELECT id || '@' || version FROM entries WHERE NOT {INTACT} LIMIT 100"):

@@ -113,9 +113,11 @@ class Shards:
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         checksums = b"".join(_checksums(i, row).astype("<u4").tobytes() for i, row in enumerate(rows))
         header = {
-            "format": "mem_triton.shard", "rows": str(len(rows)), "codec": self.spec.codec,
+            "format": "mem_triton.shard",
+            "rows": str(len(rows)),
+            "codec": self.spec.codec,
             "checksums": base64.b64encode(checksums).decode(),
-        }  # fmt: skip
+        }
         try:
             write_durably(path, lambda temporary: save_file(tensors, temporary, metadata=header))
             return Shard(path.name, path.stat().st_size, file_sha256(path), len(rows))

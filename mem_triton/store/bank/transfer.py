@@ -156,8 +156,9 @@ def _copy(
         for seq in [*seqs, *fills]:
             name, row, tokens, ref = source.catalogue.read(
                 "SELECT (SELECT name FROM shards s WHERE s.shard = e.shard), row, tokens, id || '@' || version "
-                "FROM entries e WHERE seq = ?", seq,
-            )[0]  # fmt: skip
+                "FROM entries e WHERE seq = ?",
+                seq,
+            )[0]
             if name is not None:
                 filled.append(seq)
                 try:

@@ -137,9 +137,13 @@ class VectorIndex:
             tails = [*([scope.tail] if scope.tail is not None else []), *(part[1] for part in parts)]
             # A new object: searches that are under way keep theirs.
             scope = _Scope(
-                revision, scope.file, scope.graph, int(seqs[-1]) if parts else scope.through, seqs,
+                revision,
+                scope.file,
+                scope.graph,
+                int(seqs[-1]) if parts else scope.through,
+                seqs,
                 np.concatenate(tails) if tails else None,
-            )  # fmt: skip
+            )
             self._scopes[tenant] = scope
             return scope
 
@@ -240,9 +244,13 @@ class VectorIndex:
         for seqs, vectors in self._catalogue.vectors(tenant, through):
             if graph is None:
                 graph = Index(
-                    ndim=vectors.shape[1], metric="cos", dtype="i8", connectivity=CONNECTIVITY,
-                    expansion_add=EXPANSION_ADD, expansion_search=EXPANSION_SEARCH,
-                )  # fmt: skip
+                    ndim=vectors.shape[1],
+                    metric="cos",
+                    dtype="i8",
+                    connectivity=CONNECTIVITY,
+                    expansion_add=EXPANSION_ADD,
+                    expansion_search=EXPANSION_SEARCH,
+                )
             graph.add(seqs, vectors, threads=ADDING_THREADS)
             through = int(seqs[-1])
         path = self.folder / f"{uuid.uuid4().hex}.usearch"

@@ -64,13 +64,23 @@ def add(bank: OpenedBank, entries: Sequence[NewEntry], update: bool) -> list[str
             f"INSERT INTO entries (seq, {COLUMNS}) VALUES ({','.join('?' * 14)})",
             (
                 (
-                    first + i, e.id, versions[i], e.tenant, CURRENT, e.block.tokens if e.block is not None else 0,
-                    *places.get(i, (None, None)), now, bytes.fromhex(e.content_hash), e.source, metadata[i], e.text,
+                    first + i,
+                    e.id,
+                    versions[i],
+                    e.tenant,
+                    CURRENT,
+                    e.block.tokens if e.block is not None else 0,
+                    *places.get(i, (None, None)),
+                    now,
+                    bytes.fromhex(e.content_hash),
+                    e.source,
+                    metadata[i],
+                    e.text,
                     pack_ids(e.token_ids),
                 )
                 for i, e in enumerate(entries)
             ),
-        )  # fmt: skip
+        )
         db.executemany("INSERT INTO vectors VALUES (?, ?)", ((first + i, v) for i, v in enumerate(vectors)))
         db.executemany(
             "INSERT INTO ids VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "

@@ -87,9 +87,12 @@ class MemoryTables:
         ]
 
     def set_rows(
-        self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int],
+        self,
+        request_ids: Sequence[str],
+        first: Sequence[int],
+        last: Sequence[int],
         faults: dict[str, Exception] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Write the batch's order, and the pages that its tokens at positions first..last see, into the tables.
 
         faults: takes the requests whose pages cannot be written, with the reasons; their rows have no memory then.

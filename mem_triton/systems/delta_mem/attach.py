@@ -34,9 +34,14 @@ class DeltaLayers:
     """
 
     def __init__(
-        self, adapter: DeltaMemAdapter, names: Collection[str], shape: EngineShape, rank: int, device: torch.device,
+        self,
+        adapter: DeltaMemAdapter,
+        names: Collection[str],
+        shape: EngineShape,
+        rank: int,
+        device: torch.device,
         batch_invariant: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.spec = adapter.config.spec
         self._adapter, self._names, self._shape, self._rank, self._device = adapter, names, shape, rank, device
         heads, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

@@ -54,9 +54,13 @@ class SessionFrontEnd(FrontendPart):
     ) -> None:
         names = sorted(adapter.layers, key=layer_order)
         layout = StateLayout(
-            tuple(names), adapter.config.spec.heads, adapter.config.spec.rank, adapter.fingerprint,
-            shape.architecture_fingerprint, served(shape) if config.session_dir is not None else {},
-        )  # fmt: skip
+            tuple(names),
+            adapter.config.spec.heads,
+            adapter.config.spec.rank,
+            adapter.fingerprint,
+            shape.architecture_fingerprint,
+            served(shape) if config.session_dir is not None else {},
+        )
         self.store = SessionStore(layout, config.session_dir, config.max_sessions)
         self.obstacle, self.scope = obstacle, adapter.scope
         self._aborted: deque[str] = deque(maxlen=4096)  # workers forget old states by themselves, too

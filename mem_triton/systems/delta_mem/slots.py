@@ -39,9 +39,14 @@ class StateSlots:
     """
 
     def __init__(
-        self, layer_indices: Sequence[int], state_size: int, slots: int, device: torch.device, writes: bool = True,
+        self,
+        layer_indices: Sequence[int],
+        state_size: int,
+        slots: int,
+        device: torch.device,
+        writes: bool = True,
         batch_invariant: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.batch_invariant = batch_invariant
         self.layer_indices = list(layer_indices)  # this worker's layers among all of the adapter's
         self.state_size, self._plain_writes = state_size, int(writes)

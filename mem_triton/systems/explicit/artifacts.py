@@ -33,8 +33,14 @@ from mem_triton.store.block import MemoryBlock
 from mem_triton.store.errors import ArtifactError
 from mem_triton.systems.explicit.trained import TRAINED, is_trained
 
-INTERLEAVED = {"CohereForCausalLM": "cohere", "Cohere2ForCausalLM": "cohere2", "GlmForCausalLM": "glm",
-               "Glm4ForCausalLM": "glm4", "HeliumForCausalLM": "helium", "GPTJForCausalLM": "gptj"}  # fmt: skip
+INTERLEAVED = {
+    "CohereForCausalLM": "cohere",
+    "Cohere2ForCausalLM": "cohere2",
+    "GlmForCausalLM": "glm",
+    "Glm4ForCausalLM": "glm4",
+    "HeliumForCausalLM": "helium",
+    "GPTJForCausalLM": "gptj",
+}
 
 
 def read_trained(
@@ -73,9 +79,15 @@ def check_base(trained: Trained, models: Sequence[str], force: bool) -> str | No
 def import_bank_spec(model: Fingerprint, embedder: str = "lexical") -> BankSpec:
     """The specification of a bank that is made for imports: every layer, in fp32 on the disk and when loaded."""
     return BankSpec(
-        kind="prefix", fingerprint=model, layers=tuple(range(model.num_layers)), kv_heads=model.kv_heads,
-        head_dim=model.head_dim, codec="fp32", dtype="float32", embedder=embedder,
-    )  # fmt: skip
+        kind="prefix",
+        fingerprint=model,
+        layers=tuple(range(model.num_layers)),
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        codec="fp32",
+        dtype="float32",
+        embedder=embedder,
+    )
 
 
 def check_bank(spec: BankSpec) -> str | None:
@@ -105,9 +117,13 @@ def entry_of(
     block = block_of(trained, model_ropes(config, spec.fingerprint.num_layers))
     block = MemoryBlock(block.keys.to(spec.torch_dtype), block.values.to(spec.torch_dtype), block.positions)
     about = {
-        "form": trained.form, "rows": trained.rows, "frozen": trained.frozen, "base_model": trained.base_model,
-        "revision": revision, "sha256": trained.digest,
-    }  # fmt: skip
+        "form": trained.form,
+        "rows": trained.rows,
+        "frozen": trained.frozen,
+        "base_model": trained.base_model,
+        "revision": revision,
+        "sha256": trained.digest,
+    }
     text = f"{trained.form} of {trained.rows} rows"
     if trained.base_model:
         text += f", trained with {trained.base_model}"
@@ -156,8 +172,9 @@ def _bank_ropes(model: Fingerprint, config: Mapping[str, Any] | None) -> list[Ro
         config = {
             **{k: v for k, v in model.rope.items() if k == "no_rope_layers"},
             "rope_parameters": {k: v for k, v in model.rope.items() if k != "no_rope_layers"},
-            "head_dim": model.head_dim, "model_type": INTERLEAVED.get(model.architecture, ""),
-        }  # fmt: skip
+            "head_dim": model.head_dim,
+            "model_type": INTERLEAVED.get(model.architecture, ""),
+        }
         try:
             return model_ropes(config, model.num_layers)
         except ArtifactError as error:

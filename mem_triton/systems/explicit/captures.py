@@ -89,9 +89,15 @@ class Captures:
     """
 
     def __init__(
-        self, bank: Bank, layout: Layout, mode: Literal["off", "own", "tenant"], max_model_len: int,
-        decode: Callable[[list[int]], str] | None, frame: Callable[[], ChatFrame | None], logger: logging.Logger,
-    ) -> None:  # fmt: skip
+        self,
+        bank: Bank,
+        layout: Layout,
+        mode: Literal["off", "own", "tenant"],
+        max_model_len: int,
+        decode: Callable[[list[int]], str] | None,
+        frame: Callable[[], ChatFrame | None],
+        logger: logging.Logger,
+    ) -> None:
         self.bank, self.layout, self.mode, self.max_model_len = bank, layout, mode, max_model_len
         self.decode, self.frame, self._logger = decode, frame, logger
         self.folder = bank.path / INCOMING
@@ -183,9 +189,14 @@ class Captures:
         block = replace(block, keys=block.keys.to(dtype), values=block.values.to(dtype))  # the engine may have another
         text = self.decode(list(ids)) if self.decode else f"({len(ids)} tokens)"
         entry = NewEntry(
-            id=capture.id, text=text, block=block, source=SOURCE, tenant=owner_of(capture.request.tenant),
-            token_ids=list(ids), content_key=SOURCE,
-        )  # fmt: skip
+            id=capture.id,
+            text=text,
+            block=block,
+            source=SOURCE,
+            tenant=owner_of(capture.request.tenant),
+            token_ids=list(ids),
+            content_key=SOURCE,
+        )
         with self._writing, Bank.open(self.bank.path, writable=True, wait=WRITER_WAIT) as bank:
             known = self._may_write(capture, bank)
             capture.ref = bank.update(capture.id, entry) if known else bank.add([entry])[0]

@@ -96,11 +96,15 @@ def _chat_frame(tokenizer: Any) -> ChatFrame | None:
     bos = tokenizer.bos_token
     added = tokenizer.get_added_vocab()
     frame = ChatFrame(
-        ids(user.strip()), ids(begins.strip()), ids(begins), ids(closed.strip()), ids(closed),
+        ids(user.strip()),
+        ids(begins.strip()),
+        ids(begins),
+        ids(closed.strip()),
+        ids(closed),
         ids(bos) if bos and whole.startswith(bos) else (),
         ids(_THOUGHTS[1]) if _THOUGHTS[1] in added else (),
         frozenset(token for text in ("\n", "\n\n", " ", *(set(_THOUGHTS) & set(added))) for token in ids(text)),
-    )  # fmt: skip
+    )
     marks, special = (frame.user, frame.ends), {*tokenizer.all_special_ids, *added.values()}
     return frame if all(mark and mark[0] in special for mark in marks) else None
 

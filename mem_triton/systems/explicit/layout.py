@@ -72,8 +72,11 @@ def open_bank(shape: EngineShape, section: MemorySection) -> Bank:
         logging.getLogger(f"{shape.engine.lower()}.mem_triton").warning(
             "mem_triton.memory.bank: %s holds %s, the engine computes in %s: what is read and captured is converted, "
             "so answers differ by rounding from those of a server that was started with --dtype %s",
-            bank.path, bank.spec.dtype, engine, bank.spec.dtype,
-        )  # fmt: skip
+            bank.path,
+            bank.spec.dtype,
+            engine,
+            bank.spec.dtype,
+        )
     return bank
 
 

@@ -237,13 +237,19 @@ class ReadingPlans:
         if not self.sparse:
             asked = reading.request.query or self.last_user_message.of(prompt_ids, every)
             return self.retriever.whole(
-                asked or self.decode(list(prompt_ids[-every:])), top_k=reading.top_k, tenant=reading.request.tenant,
+                asked or self.decode(list(prompt_ids[-every:])),
+                top_k=reading.top_k,
+                tenant=reading.request.tenant,
                 attached=reading.plan,
-            )  # fmt: skip
+            )
         return self.retriever.plan(
-            list(prompt_ids), top_k=reading.top_k, tenant=reading.request.tenant, refreshes=reading.refreshes,
-            attached=reading.plan, question=reading.request.query or self.last_user_message.of(prompt_ids, every),
-        )  # fmt: skip
+            list(prompt_ids),
+            top_k=reading.top_k,
+            tenant=reading.request.tenant,
+            refreshes=reading.refreshes,
+            attached=reading.plan,
+            question=reading.request.query or self.last_user_message.of(prompt_ids, every),
+        )
 
     def attach(self, reading: Reading, prompt_ids: Sequence[int], found: Found) -> None:
         """Complete the plan with what was found, as far as it fits; a search that failed leaves it as it is.
@@ -268,10 +274,12 @@ class ReadingPlans:
         tokens = {a.ref: self._tokens_of(reading, a.ref) for a in (*reading.plan, *found)}
         kept = sum(self.residency.pages_for(n) for ref, n in self._default.items() if ref not in tokens)
         plan = fitting(
-            (*reading.plan, *found), lambda ref: self.residency.pages_for(tokens[ref]), window=self.longest_step,
+            (*reading.plan, *found),
+            lambda ref: self.residency.pages_for(tokens[ref]),
+            window=self.longest_step,
             table_pages=self.layout.max_pages - self._head_pages,
             pool_pages=self.layout.num_pages - kept - self._head_pages,
-        )  # fmt: skip
+        )
         read = context.within(plan, tokens, self.max_model_len - context_tokens - 1)
         for left_out, what in (
             (len(reading.plan) + len(found) - len(plan), "the memory pages of a request"),

@@ -44,9 +44,14 @@ class ReadingRequest:
 def parse(fields: Mapping[str, Any], tenant: str = "") -> ReadingRequest:
     """Check a request's fields. Raises RequestError naming the field and the fix."""
     request = ReadingRequest(
-        _ids(fields), _top_k(fields), _query(fields), _capture(fields), flag(fields, "mem_capture_answer", False),
-        flag(fields, "mem_replace", False), tenant,
-    )  # fmt: skip
+        _ids(fields),
+        _top_k(fields),
+        _query(fields),
+        _capture(fields),
+        flag(fields, "mem_capture_answer", False),
+        flag(fields, "mem_replace", False),
+        tenant,
+    )
     for name in ("mem_capture_answer", "mem_replace"):
         if name in fields and request.capture is None:
             raise RequestError(name, "needs mem_capture, the name to keep the prompt under")

@@ -26,9 +26,15 @@ class Retriever:
     """
 
     def __init__(
-        self, bank: Bank, *, decode: Callable[[list[int]], str], top_k: int = 5, every: int = 64,
-        min_score: float | None = None, fill: Callable[[Sequence[str]], None] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        bank: Bank,
+        *,
+        decode: Callable[[list[int]], str],
+        top_k: int = 5,
+        every: int = 64,
+        min_score: float | None = None,
+        fill: Callable[[Sequence[str]], None] | None = None,
+    ) -> None:
         for name, value in (("top_k", top_k), ("every", every)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -36,9 +42,15 @@ class Retriever:
         self.min_score, self.fill = min_score, fill
 
     def plan(
-        self, prompt_ids: Sequence[int], *, top_k: int | None = None, tenant: str = "", refreshes: bool = False,
-        attached: Sequence[Attachment] = (), question: str | None = None,
-    ) -> tuple[Attachment, ...]:  # fmt: skip
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        top_k: int | None = None,
+        tenant: str = "",
+        refreshes: bool = False,
+        attached: Sequence[Attachment] = (),
+        question: str | None = None,
+    ) -> tuple[Attachment, ...]:
         """The prompt's references. Chunk c's are seen by chunk c alone; the last one's also by what is generated.
 
         That is by the first ``every`` generated tokens if the references are refreshed then, else to the end. A last
@@ -69,9 +81,14 @@ class Retriever:
         return tuple(self._attachments(question, 0, FOREVER, top_k, tenant, attached))
 
     def extend(
-        self, plan: Sequence[Attachment], prompt_tokens: int, generated: Sequence[int], *, top_k: int | None = None,
+        self,
+        plan: Sequence[Attachment],
+        prompt_tokens: int,
+        generated: Sequence[int],
+        *,
+        top_k: int | None = None,
         tenant: str = "",
-    ) -> tuple[Attachment, ...]:  # fmt: skip
+    ) -> tuple[Attachment, ...]:
         """The plan with references for the last full chunk of ``generated``, all tokens of the answer so far.
 
         They are seen by the ``every`` tokens that follow that chunk. Between the boundaries, and when the plan has them

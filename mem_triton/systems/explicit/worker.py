@@ -51,8 +51,10 @@ class ExplicitMemory(WorkerPart):
     def __init__(self, shape: EngineShape, section: MemorySection, host: WorkerHost) -> None:
         self._host, layers, device = host, host.layers, host.device
         self.calls = {
-            "load_page": self.load_page, "captured": self.captured, "drop_captures": self.drop_captures,
-        }  # fmt: skip
+            "load_page": self.load_page,
+            "captured": self.captured,
+            "drop_captures": self.drop_captures,
+        }
         self.bank = Bank.open(section.bank)
         spec = self.bank.spec
         self.layout = layout_of(shape, section, spec)

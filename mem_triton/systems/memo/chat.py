@@ -28,11 +28,23 @@ XARGS = "vllm_xargs"
 LEAST_TOKENS = 64
 """Tokens that the executive needs at least for a reply of the protocol."""
 _PLAIN: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1), "logprobs": (None, False), "top_logprobs": (None, 0), "tools": (None, []), "functions": (None, []),
-    "tool_choice": (None, "none"), "stop": (None, []), "prompt_logprobs": (None,), "logit_bias": (None, {}),
-    "modalities": (None, ["text"]), "audio": (None,), "structured_outputs": (None,), "echo": (None, False),
-    "use_beam_search": (None, False), "continue_final_message": (None, False), "function_call": (None, "none"),
-}  # fmt: skip
+    "n": (None, 1),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "tools": (None, []),
+    "functions": (None, []),
+    "tool_choice": (None, "none"),
+    "stop": (None, []),
+    "prompt_logprobs": (None,),
+    "logit_bias": (None, {}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "structured_outputs": (None,),
+    "echo": (None, False),
+    "use_beam_search": (None, False),
+    "continue_final_message": (None, False),
+    "function_call": (None, "none"),
+}
 """Fields of a request that are understood with these values alone."""
 
 

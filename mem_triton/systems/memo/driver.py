@@ -33,9 +33,12 @@ Watch = Callable[[State, list[Call], Event | None], None]
 
 
 async def run(
-    question: str, settings: Settings, models: Mapping[Role, Chat], watch: Watch = lambda *step: None,
+    question: str,
+    settings: Settings,
+    models: Mapping[Role, Chat],
+    watch: Watch = lambda *step: None,
     clock: Callable[[], float] = time.monotonic,
-) -> Trace:  # fmt: skip
+) -> Trace:
     """Ask a question; the trace holds its result, which may be an error. Raises RequestError for a bad question.
 
     clock: seconds; what a test puts in its place makes times reproducible.
@@ -87,9 +90,13 @@ async def _ended(call: Call, model: Chat, now: Callable[[], float]) -> Event:
     try:
         answer = await model.chat(
             [{"role": message.role, "content": message.content} for message in call.messages],
-            max_tokens=call.max_tokens, temperature=call.temperature, seed=call.seed, schema=schema,
-            top_p=TOP_P if call.to == "executive" and call.temperature else None, seconds=call.seconds,
-        )  # fmt: skip
+            max_tokens=call.max_tokens,
+            temperature=call.temperature,
+            seed=call.seed,
+            schema=schema,
+            top_p=TOP_P if call.to == "executive" and call.temperature else None,
+            seconds=call.seconds,
+        )
     except CallError as error:
         return Failed(
             call.id, call.attempt, str(error), now(), error.retryable, error.fatal, error.too_long, error.wait

@@ -58,9 +58,15 @@ class CallError(Exception):
     """
 
     def __init__(
-        self, reason: str, *, retryable: bool = True, fatal: bool = False, too_long: bool = False, wait: float = 0.0,
+        self,
+        reason: str,
+        *,
+        retryable: bool = True,
+        fatal: bool = False,
+        too_long: bool = False,
+        wait: float = 0.0,
         refused: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(reason)
         self.retryable, self.fatal, self.too_long, self.wait = retryable, fatal, too_long, wait
         self.refused = refused
@@ -198,13 +204,22 @@ async def _body(response: httpx.Response) -> bytes:
 
 
 def chat_body(
-    model: str, messages: Sequence[Mapping[str, str]], *, max_tokens: int, temperature: float = 0.0,
-    top_p: float | None = None, seed: int | None = None, schema: tuple[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    model: str,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    seed: int | None = None,
+    schema: tuple[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """A chat request as OpenAI's API has it. schema: (name, JSON schema) of the reply."""
     body: dict[str, Any] = {
-        "model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": temperature,
-    }  # fmt: skip
+        "model": model,
+        "messages": list(messages),
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+    }
     body |= {name: value for name, value in (("top_p", top_p), ("seed", seed)) if value is not None}
     if schema is not None:
         shape = {"name": schema[0], "schema": schema[1], "strict": True}

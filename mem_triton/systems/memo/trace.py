@@ -77,15 +77,19 @@ class Trace:
         state = steps[-1][0]
         used = set(state.result.evidence) if state.result is not None else set()
         return {
-            "format": FORMAT, "version": VERSION, "question": self.question,
+            "format": FORMAT,
+            "version": VERSION,
+            "question": self.question,
             "settings": self.settings.model_dump(mode="json"),
             "events": [_event(event) for event in self.events],
             "calls": list(calls.values()),
             "replies": [asdict(item) | {"used": item.number in used} for item in state.evidence],
             "candidates": {"ranked": state.candidates.ranked(), "eliminated": list(state.candidates.eliminated)},
-            "entity": state.entity, "notes": list(state.notes), "spent": asdict(state.spent),
+            "entity": state.entity,
+            "notes": list(state.notes),
+            "spent": asdict(state.spent),
             "result": asdict(state.result) if state.result is not None else None,
-        }  # fmt: skip
+        }
 
     def to_bytes(self) -> bytes:
         """The file's bytes; the same for the same events."""
@@ -138,11 +142,20 @@ def _read(said: Mapping[str, Any]) -> Event:
 
 def _call(call: Call, at: float) -> dict[str, Any]:
     return {
-        "id": call.id, "attempt": call.attempt, "to": call.to, "stage": str(call.stage), "turn": call.turn,
-        "schema": call.schema, "messages": [asdict(message) for message in call.messages],
-        "prompt_sha256": call.prompt_sha256, "temperature": call.temperature, "seed": call.seed,
-        "max_tokens": call.max_tokens, "started_ms": round(1000 * (at + call.delay), 3), "outcome": "abandoned",
-    }  # fmt: skip
+        "id": call.id,
+        "attempt": call.attempt,
+        "to": call.to,
+        "stage": str(call.stage),
+        "turn": call.turn,
+        "schema": call.schema,
+        "messages": [asdict(message) for message in call.messages],
+        "prompt_sha256": call.prompt_sha256,
+        "temperature": call.temperature,
+        "seed": call.seed,
+        "max_tokens": call.max_tokens,
+        "started_ms": round(1000 * (at + call.delay), 3),
+        "outcome": "abandoned",
+    }
 
 
 def _end(event: Replied | Failed, started: float) -> dict[str, Any]:

@@ -21,8 +21,16 @@ from mem_triton.systems.memoryllm.records import PoolError
 from mem_triton.systems.memoryllm.shape import PoolShape
 
 MEMORY = ("memory", "bos_embedding", "new_memory_positional_emb", "initialized")
-OWN_KEYS = ("num_blocks", "num_tokens", "num_memory_tokens", "add_bos_embedding", "add_decoder_lora",
-            "drop_memory_per_layer", "lora_config", "auto_map")  # fmt: skip
+OWN_KEYS = (
+    "num_blocks",
+    "num_tokens",
+    "num_memory_tokens",
+    "add_bos_embedding",
+    "add_decoder_lora",
+    "drop_memory_per_layer",
+    "lora_config",
+    "auto_map",
+)
 """Keys of the configuration that no Llama has."""
 PEFT = "base_model.model."
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -106,10 +114,15 @@ class Checkpoint:
         if self.config.get("num_ltm_blocks"):
             raise PoolError(f"{where}: num_ltm_blocks: this is M+, which is not converted yet")
         return PoolShape(
-            layers=need("num_hidden_layers"), rows=tokens * blocks, hidden=need("hidden_size"), tokens=tokens,
-            dtype=dtype, per_layer=bool(self.config.get("drop_memory_per_layer")),
-            bos=bool(self.config.get("add_bos_embedding")), embedding_first="num_memory_tokens" in self.config,
-        )  # fmt: skip
+            layers=need("num_hidden_layers"),
+            rows=tokens * blocks,
+            hidden=need("hidden_size"),
+            tokens=tokens,
+            dtype=dtype,
+            per_layer=bool(self.config.get("drop_memory_per_layer")),
+            bos=bool(self.config.get("add_bos_embedding")),
+            embedding_first="num_memory_tokens" in self.config,
+        )
 
     def _check(self) -> None:
         shape, rope = self.shape, self.config.get("rope_scaling")
@@ -122,10 +135,11 @@ class Checkpoint:
         if rope is not None and not isinstance(rope, Mapping):
             raise PoolError(f"{self.folder}/config.json: rope_scaling is {rope!r}, expected an object")
         wanted = {
-            "memory": (shape.layers, shape.rows, shape.hidden), "new_memory_positional_emb": (1, 1, shape.hidden),
+            "memory": (shape.layers, shape.rows, shape.hidden),
+            "new_memory_positional_emb": (1, 1, shape.hidden),
             "model.embed_tokens.weight": (self.config.get("vocab_size"), shape.hidden),
             "model.norm.weight": (shape.hidden,),
-        }  # fmt: skip
+        }
         if shape.bos:
             wanted["bos_embedding"] = (shape.layers, 1, shape.hidden)
         for name, expected in wanted.items():
@@ -134,8 +148,9 @@ class Checkpoint:
             with safe_open(self.folder / self.files[self.names[name]], framework="pt") as file:
                 found = tuple(file.get_slice(self.names[name]).get_shape())
             if found != tuple(expected):
-                raise PoolError(f"{self.folder}: {name} is {list(found)}, config.json says {list(expected)}; "
-                                "fetch both again")  # fmt: skip
+                raise PoolError(
+                    f"{self.folder}: {name} is {list(found)}, config.json says {list(expected)}; fetch both again"
+                )
         if self.lora and not {"r", "lora_alpha"} <= self.lora.keys():
             raise PoolError(f"{self.folder}/config.json: lora_config has no r and lora_alpha; fetch it again")
         adapters = ("default", "decoder_adapter") if self.config.get("add_decoder_lora") else ("default",)

@@ -27,8 +27,15 @@ from mem_triton.systems.memoryllm.records import PoolError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("auto", "float32", "bfloat16")
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-             "added_tokens.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 DROPPED = (*OWN_KEYS, "torch_dtype", "transformers_version", "_name_or_path", "attn_implementation")
 MAIN = "main"
 
@@ -209,6 +216,8 @@ def describe(pools: Pools) -> dict[str, Any]:
     width = 2 * shape.layers * (shape.rows + shape.bos) * model.get("kv_heads", 0) * model.get("head_dim", 0)
     size = shape.torch_dtype.itemsize
     return {
-        **asdict(shape), "hidden_bytes": shape.layers * shape.rows * shape.hidden * size,
-        "keys_and_values_bytes": width * size, "model": model.get("weights"),
-    }  # fmt: skip
+        **asdict(shape),
+        "hidden_bytes": shape.layers * shape.rows * shape.hidden * size,
+        "keys_and_values_bytes": width * size,
+        "model": model.get("weights"),
+    }

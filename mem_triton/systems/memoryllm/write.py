@@ -26,9 +26,13 @@ class WriteWeights:
 
 
 def write_pass(
-    hidden: Tensor, layers: Sequence[Layer], weights: WriteWeights, tail: Tensor | None, rows: int,
+    hidden: Tensor,
+    layers: Sequence[Layer],
+    weights: WriteWeights,
+    tail: Tensor | None,
+    rows: int,
     embedding_first: bool = True,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The new rows [L, n, d] of a text. hidden: its input embeddings [T, d]; tail: [L, rows, d], None for no pool yet.
 
     rows: how many a write makes; a shorter text makes fewer for a pool that has none yet. embedding_first: whether such

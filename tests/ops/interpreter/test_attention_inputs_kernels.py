@@ -25,10 +25,19 @@ def run(case: InputsCase, order: str = "forward", counter: torch.Tensor | None =
     counter = torch.zeros(len(states.seq_lens), dtype=torch.int32) if counter is None else counter
     with sanitize(order) as findings:
         launch.prepare(
-            after.projected[:, : case.inputs.width], after.projections, after.states.reads, case.inputs, after.batch(),
-            states.spec, states.block_size, states.tokens_per_state, states.max_query_len, after.rounded, counter,
+            after.projected[:, : case.inputs.width],
+            after.projections,
+            after.states.reads,
+            case.inputs,
+            after.batch(),
+            states.spec,
+            states.block_size,
+            states.tokens_per_state,
+            states.max_query_len,
+            after.rounded,
+            counter,
             CONFIG,
-        )  # fmt: skip
+        )
     assert not findings, "\n".join(findings)
     assert not counter.any(), "a replayed graph would find a counter that is not zero"
     return after
@@ -46,18 +55,29 @@ MIXED = ([6, 1, 0, 9], [3, 8, 5, 0])
 def test_corrections_norms_and_rotations(batch, corrects, norms, rotated):
     slots = [-1, 2, 3, 1, 0][: len(batch[0])]
     case = make_inputs(
-        DeltaRuleSpec(8, 1), *batch, corrects=corrects, norms=norms, rotated=rotated, slots=slots,
+        DeltaRuleSpec(8, 1),
+        *batch,
+        corrects=corrects,
+        norms=norms,
+        rotated=rotated,
+        slots=slots,
         writes=[1, 0, 1, 1, 1][: len(batch[0])],
-    )  # fmt: skip
+    )
     assert_inputs_match(run(case, "reverse"), case)
 
 
 @pytest.mark.parametrize("batch", [([1, 1], [3, 8]), ([3, 1], [0, 8])], ids=["decode", "mixed"])
 @pytest.mark.parametrize(
     "heads,rotated,interleaved",
-    [((4, 2, 16), 8, False), ((4, 1, 16), 8, True), ((2, 2, 80), 80, False), ((2, 1, 96), 48, False),
-     ((3, 1, 64), 64, True), ((2, 1, 33), 32, False)],
-)  # fmt: skip
+    [
+        ((4, 2, 16), 8, False),
+        ((4, 1, 16), 8, True),
+        ((2, 2, 80), 80, False),
+        ((2, 1, 96), 48, False),
+        ((3, 1, 64), 64, True),
+        ((2, 1, 33), 32, False),
+    ],
+)
 def test_every_head(batch, heads, rotated, interleaved):
     """Partial rotations, heads that are no power of two, an odd one, and neighbours as pairs."""
     case = make_inputs(
@@ -94,11 +114,16 @@ def test_any_batch(batch, decode, mode, rankwise, seed):
     pick = random.Random(seed)
     queries, computed = zip(*batch, strict=True)
     case = make_inputs(
-        DeltaRuleSpec(8, 2, rankwise, update_mode=mode), [min(n, 1) for n in queries] if decode else list(queries),
-        list(computed), corrects=pick.choice(["", "q", "qkv"]), seed=seed, padding_tokens=pick.choice([0, 2]),
+        DeltaRuleSpec(8, 2, rankwise, update_mode=mode),
+        [min(n, 1) for n in queries] if decode else list(queries),
+        list(computed),
+        corrects=pick.choice(["", "q", "qkv"]),
+        seed=seed,
+        padding_tokens=pick.choice([0, 2]),
         slots=pick.choice([None, pick.sample([-1, 0, 1, 2, 3], len(batch))]),
-        writes=pick.choice([None, [pick.randint(0, 1) for _ in batch]]), null_rows=pick.choice([(), (0,)]),
-    )  # fmt: skip
+        writes=pick.choice([None, [pick.randint(0, 1) for _ in batch]]),
+        null_rows=pick.choice([(), (0,)]),
+    )
     assert_inputs_match(run(case, pick.choice(["forward", "reverse", "shuffle"])), case)
 
 

@@ -96,8 +96,9 @@ def test_a_prompt_in_two_steps(cut):
     for begin, count in ((0, cut), (cut, 100 - cut)):
         context = whole.context._replace(
             query_start_loc=torch.tensor([0, count], dtype=torch.int32),
-            seq_lens=torch.tensor([30 + begin + count], dtype=torch.int32), max_query_len=count,
-        )  # fmt: skip
+            seq_lens=torch.tensor([30 + begin + count], dtype=torch.int32),
+            max_query_len=count,
+        )
         tokens = slice(begin, begin + count)
         step = replace(whole, query=whole.query[tokens], out=whole.out[tokens], lse=whole.lse[tokens], context=context)
         assert torch.equal(run(step).out, after.out[tokens])
@@ -112,9 +113,7 @@ def delta(case, batch_invariant: bool):
     after = case.clone()
     config = replace(select("sm90", 8), max_recurrent=16, chunk=16)  # so that few tokens make a long prompt
     longest = 1 if batch_invariant else case.max_query_len  # as the op has it
-    launch.step_rows(
-        *after.arguments(), case.block_size, case.tokens_per_state, longest, config
-    )  # fmt: skip
+    launch.step_rows(*after.arguments(), case.block_size, case.tokens_per_state, longest, config)
     return after
 
 
@@ -122,10 +121,16 @@ def test_a_short_row_beside_a_long_one_in_delta_mem():
     case = make_states(DeltaRuleSpec(8, 2), [60, 3], [4, 9], slots=[0, 1], writes=[1, 1])
     tokens = slice(60, 63)
     short = replace(
-        case, block_table=case.block_table[1:], query_start_loc=torch.tensor([0, 3], dtype=torch.int32),
-        projections=case.projections[tokens], reads=case.reads[tokens], seq_lens=case.seq_lens[1:],
-        initial_slot=case.initial_slot[1:], write_enabled=case.write_enabled[1:], max_query_len=3,
-    )  # fmt: skip
+        case,
+        block_table=case.block_table[1:],
+        query_start_loc=torch.tensor([0, 3], dtype=torch.int32),
+        projections=case.projections[tokens],
+        reads=case.reads[tokens],
+        seq_lens=case.seq_lens[1:],
+        initial_slot=case.initial_slot[1:],
+        write_enabled=case.write_enabled[1:],
+        max_query_len=3,
+    )
     assert same_numbers(delta(case, True).reads[tokens], delta(short, True).reads)
 
 
@@ -136,10 +141,13 @@ def test_a_long_row_cut_in_delta_mem_and_the_control():
         for begin, count in ((0, 33), (33, 37)):
             tokens = slice(begin, begin + count)
             step = replace(
-                steps, projections=whole.projections[tokens], reads=whole.reads[tokens], max_query_len=count,
+                steps,
+                projections=whole.projections[tokens],
+                reads=whole.reads[tokens],
+                max_query_len=count,
                 query_start_loc=torch.tensor([0, count], dtype=torch.int32),
                 seq_lens=torch.tensor([begin + count], dtype=torch.int32),
-            )  # fmt: skip
+            )
             done = delta(step, invariantly)
             steps = replace(steps, state_cache=done.state_cache)
         equal = same_numbers(after.reads[33:70], done.reads[:37]) and same_numbers(after.state_cache, steps.state_cache)

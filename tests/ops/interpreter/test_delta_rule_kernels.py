@@ -126,9 +126,16 @@ def test_any_batch(batch, layout, spec, config, options):
     slots = pick.sample([-1, 0, 1, 2, 3], len(batch)) if with_slots else None
     writes = [pick.randint(0, 1) for _ in batch] if with_writes else None
     case = make_case(
-        spec, list(queries), list(computed), block_size=layout[0], tokens_per_state=layout[1],
-        slots=slots, writes=writes, padding_tokens=padding, seed=seed,
-    )  # fmt: skip
+        spec,
+        list(queries),
+        list(computed),
+        block_size=layout[0],
+        tokens_per_state=layout[1],
+        slots=slots,
+        writes=writes,
+        padding_tokens=padding,
+        seed=seed,
+    )
     check(case, config, pick.choice(["forward", "reverse", "shuffle"]))
 
 

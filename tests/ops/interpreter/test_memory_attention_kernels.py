@@ -73,9 +73,15 @@ def test_every_group(config, group):
 @pytest.mark.parametrize("page_dtype", [None, INT8, FP8])
 def test_every_dtype(dtype, page_dtype):
     case = make_case(
-        [(5, 10), (1, 33)], memories=[[(8, 0, FOREVER), (3, 11, 13)], [(7, 0, FOREVER)]], dtype=dtype,
-        page_dtype=page_dtype, shared=9, shared_bias=-0.5, bias=True, heads=(2, 1),
-    )  # fmt: skip
+        [(5, 10), (1, 33)],
+        memories=[[(8, 0, FOREVER), (3, 11, 13)], [(7, 0, FOREVER)]],
+        dtype=dtype,
+        page_dtype=page_dtype,
+        shared=9,
+        shared_bias=-0.5,
+        bias=True,
+        heads=(2, 1),
+    )
     assert_matches(run(case, SPLIT))
 
 
@@ -98,8 +104,11 @@ def test_b6_mixed_batches_with_changes_every_64_tokens_equal_the_oracle(config):
     case = make_case(
         [(70, 60), (1, 200), (1, 90), (1, 5), (0, 3)],
         memories=[[*pages[0], *pages[1], *pages[2]], [*pages[1], *pages[2]], None, [(8, 0, FOREVER)] * 2, []],
-        heads=(2, 1), padding_tokens=3, size=16, dtype=torch.float32,
-    )  # fmt: skip
+        heads=(2, 1),
+        padding_tokens=3,
+        size=16,
+        dtype=torch.float32,
+    )
     assert_matches(run(case, replace(config, tile=32, memory_tile=32), "shuffle"))
 
 
@@ -112,19 +121,28 @@ def test_pages_that_no_query_sees_are_not_read(config):
         case.pages.keys[int(case.table.page[slot, column])] = float("nan")
         case.pages.values[int(case.table.page[slot, column])] = float("nan")
         case.table.page[slot, column] = 1 << 28  # the memory checker would see a read
-    want = replace(case, table=case.table._replace(**{
-        name: getattr(case.table, name).roll(-4, 1) for name in ("page", "tokens", "first", "end")
-    }, count=case.table.count.clamp(max=1)))  # fmt: skip
+    want = replace(
+        case,
+        table=case.table._replace(
+            **{name: getattr(case.table, name).roll(-4, 1) for name in ("page", "tokens", "first", "end")},
+            count=case.table.count.clamp(max=1),
+        ),
+    )
     assert_matches(run(case, config), expected(want))
 
 
 @BOTH
 def test_rows_without_memory_are_bit_equal_to_a_call_without(config):
     case = make_case(
-        [(20, 3), (1, 50), (1, 9), (5, 30)], memories=[[(8, 0, FOREVER)] * 3, None, [(8, 0, FOREVER)], None],
-        heads=(2, 1), size=48, sinks=True, shared=12, shared_range=[(0, FOREVER), (0, 0), (0, FOREVER), (0, 0)],
+        [(20, 3), (1, 50), (1, 9), (5, 30)],
+        memories=[[(8, 0, FOREVER)] * 3, None, [(8, 0, FOREVER)], None],
+        heads=(2, 1),
+        size=48,
+        sinks=True,
+        shared=12,
+        shared_range=[(0, FOREVER), (0, 0), (0, FOREVER), (0, 0)],
         page_dtype=INT8,
-    )  # fmt: skip
+    )
     with_memory, without = run(case, config), run(case.without_memory(), config)
     starts = case.context.query_start_loc.tolist()
     for row, same in enumerate([False, True, False, True]):
@@ -149,9 +167,12 @@ def test_b4_the_order_of_memories_does_not_matter(order):
 @given(order=st.permutations([0, 1, 2, 3, None]), padding=st.integers(0, 3), config=st.sampled_from([WHOLE, SPLIT]))
 def test_a_row_is_bit_equal_whatever_stands_beside_it(order, padding, config):
     case = make_case(
-        [(1, 9), (20, 3), (1, 40), (5, 0)], memories=[[(8, 0, FOREVER)] * 2, [(4, 7, 12)], None, []], shared=7,
-        heads=(2, 1), size=16,
-    )  # fmt: skip
+        [(1, 9), (20, 3), (1, 40), (5, 0)],
+        memories=[[(8, 0, FOREVER)] * 2, [(4, 7, 12)], None, []],
+        shared=7,
+        heads=(2, 1),
+        size=16,
+    )
     after = run(case, config)
     other, places = in_order(case, order, padding)
     other = run(other, config, "shuffle")

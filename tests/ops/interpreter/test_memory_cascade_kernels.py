@@ -33,8 +33,13 @@ CONFIGS = {"whole": WHOLE, "split": SPLIT}
 ROWS = [(3, 5), (1, 9), (0, 3), (2, 0), (1, 30)]
 PAGES = [[(8, 0, FOREVER), (3, 0, 6)], None, None, [(5, 0, 1), (0, 0, FOREVER)], []]
 RANGES = [(0, 6), (0, 1), (0, 1), (1, FOREVER), (7, 9)]
-KINDS = {"fp32": (torch.float32, None), "bf16": (torch.bfloat16, None), "fp16-fp8": (torch.float16, FP8),
-         "bf16-int8": (torch.bfloat16, INT8), "bf16-fp8": (torch.bfloat16, FP8)}  # fmt: skip
+KINDS = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "fp16-fp8": (torch.float16, FP8),
+    "bf16-int8": (torch.bfloat16, INT8),
+    "bf16-fp8": (torch.bfloat16, FP8),
+}
 
 
 def mixed_case(kind: str = "fp32", **changes) -> AttentionCase:
@@ -75,9 +80,16 @@ def check_pages(
     out, lse = (x.clone() if merge else torch.full_like(x, NAN) for x in (before, before_lse))
     with sanitize(order) as findings:
         cascade_launch.attend_pages(
-            *steps(case), case.context.max_query_len, out, lse,
-            pages=case.pages, table=case.table, config=config, merge=merge, **options(case),
-        )  # fmt: skip
+            *steps(case),
+            case.context.max_query_len,
+            out,
+            lse,
+            pages=case.pages,
+            table=case.table,
+            config=config,
+            merge=merge,
+            **options(case),
+        )
     assert not findings, "\n".join(findings)
     assert_close(out, lse, merged(case, before, before_lse, want) if merge else want)
     if merge:
@@ -176,9 +188,14 @@ def test_a_counter_that_is_not_reset_would_be_seen():
     before, before_lse = some_state(case)
     out, lse = before.clone(), before_lse.clone()
     cascade_launch.attend_shared(
-        *steps(case), out, lse, shared=case.shared, config=replace(SPLIT, max_splits=2), workspace=workspace,
+        *steps(case),
+        out,
+        lse,
+        shared=case.shared,
+        config=replace(SPLIT, max_splits=2),
+        workspace=workspace,
         **options(case),
-    )  # fmt: skip
+    )
     with pytest.raises(AssertionError):
         assert_close(out, lse, merged(case, before, before_lse, memory_expected(case, pages=False)))
 
@@ -263,10 +280,19 @@ def test_any_batch(rows, kind, shape, seed, config):
         for _ in rows
     ]
     case = mixed_case(
-        kind, rows=rows, memories=memories, heads=heads, size=size, page_size=page_size, seed=seed,
-        shared=pick.randint(1, 40), shared_range=[window() for _ in rows], padding_tokens=pick.randint(0, 2),
-        soft_cap=pick.choice([0.0, 5.0]), bias=pick.random() < 0.5,
-    )  # fmt: skip
+        kind,
+        rows=rows,
+        memories=memories,
+        heads=heads,
+        size=size,
+        page_size=page_size,
+        seed=seed,
+        shared=pick.randint(1, 40),
+        shared_range=[window() for _ in rows],
+        padding_tokens=pick.randint(0, 2),
+        soft_cap=pick.choice([0.0, 5.0]),
+        bias=pick.random() < 0.5,
+    )
     if len(case.query) == 0:
         return
     order = pick.choice(["forward", "reverse", "shuffle"])

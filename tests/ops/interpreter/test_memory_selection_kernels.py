@@ -52,13 +52,26 @@ def test_without_flags_all_tokens_count():
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=3), padding=st.integers(0, 4), prefix=st.integers(0, 3),
-    heads=st.sampled_from([(1, 1), (6, 2)]), head_dim=st.sampled_from([1, 8, 20, 40]),
-    size=st.sampled_from([0.1, 1.0, 10.0]), mode=st.sampled_from(MODES),
-)  # fmt: skip
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=3),
+    padding=st.integers(0, 4),
+    prefix=st.integers(0, 3),
+    heads=st.sampled_from([(1, 1), (6, 2)]),
+    head_dim=st.sampled_from([1, 8, 20, 40]),
+    size=st.sampled_from([0.1, 1.0, 10.0]),
+    mode=st.sampled_from(MODES),
+)
 def test_any_references(lengths, padding, prefix, heads, head_dim, size, mode):
-    check(make_case(lengths, max(max(lengths) + prefix + padding, 1), heads=heads, head_dim=head_dim, prefix=prefix,
-                    size=size, mode=mode))  # fmt: skip
+    check(
+        make_case(
+            lengths,
+            max(max(lengths) + prefix + padding, 1),
+            heads=heads,
+            head_dim=head_dim,
+            prefix=prefix,
+            size=size,
+            mode=mode,
+        )
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)

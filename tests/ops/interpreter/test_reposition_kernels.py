@@ -53,17 +53,37 @@ def test_channels_that_do_not_turn_are_copied(rotary_dim):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    rotary=st.integers(0, 12), rest=st.integers(0, 5), page_size=st.integers(1, 20), heads=st.integers(1, 3),
-    dtypes=st.sampled_from([(torch.float32, torch.float32), (torch.bfloat16, torch.float32),
-                            (torch.float16, torch.bfloat16), (torch.float32, torch.float16)]),
-    in_place=st.booleans(), move=st.booleans(), listed=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+    rotary=st.integers(0, 12),
+    rest=st.integers(0, 5),
+    page_size=st.integers(1, 20),
+    heads=st.integers(1, 3),
+    dtypes=st.sampled_from(
+        [
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.float32),
+            (torch.float16, torch.bfloat16),
+            (torch.float32, torch.float16),
+        ]
+    ),
+    in_place=st.booleans(),
+    move=st.booleans(),
+    listed=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_any_pages(rotary, rest, page_size, heads, dtypes, in_place, move, listed, seed):
     rope = make_rope(2 * rotary, factor=1.5, interleaved=seed % 2 == 0) if rotary else make_rope(0)
     case = make_case(
-        rope, heads=heads, page_size=page_size, head_dim=max(2 * rotary + rest, 1), dtype=dtypes[0],
-        source_dtype=dtypes[1], in_place=in_place, move=move, listed=listed, seed=seed,
-    )  # fmt: skip
+        rope,
+        heads=heads,
+        page_size=page_size,
+        head_dim=max(2 * rotary + rest, 1),
+        dtype=dtypes[0],
+        source_dtype=dtypes[1],
+        in_place=in_place,
+        move=move,
+        listed=listed,
+        seed=seed,
+    )
     assert_moved(run(case), case)
 
 

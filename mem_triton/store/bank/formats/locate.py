@@ -68,8 +68,10 @@ def _fetched(source: str, form: Form, file: str | None, revision: str | None) ->
             _, name = choose(source, names, form, file)
         except (OfflineModeIsEnabled, ConnectionError):
             return Path(snapshot_download(source, revision=revision, local_files_only=True))
-        beside = [f"{Path(name).parent.as_posix()}/{other}".removeprefix("./") for other in
-                  (CONFIG, WEIGHTS, PICKLED, "config.yaml")]  # fmt: skip
+        beside = [
+            f"{Path(name).parent.as_posix()}/{other}".removeprefix("./")
+            for other in (CONFIG, WEIGHTS, PICKLED, "config.yaml")
+        ]
         return Path(snapshot_download(source, revision=revision, allow_patterns=[name, *beside]))
     except ArtifactError:
         raise

@@ -82,10 +82,18 @@ def write_peft(folder: Path, keys: Tensor, values: Tensor, *, frozen: int, base_
     """
     layers, heads, rows, dim = keys.shape
     config = {
-        "peft_type": "CARTRIDGE", "task_type": "CAUSAL_LM", "inference_mode": True, "revision": None,
-        "base_model_name_or_path": base_model, "num_virtual_tokens": rows, "num_frozen_tokens": frozen,
-        "num_layers": layers, "num_attention_heads": heads, "token_dim": heads * dim, "num_transformer_submodules": 1,
-    }  # fmt: skip
+        "peft_type": "CARTRIDGE",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "revision": None,
+        "base_model_name_or_path": base_model,
+        "num_virtual_tokens": rows,
+        "num_frozen_tokens": frozen,
+        "num_layers": layers,
+        "num_attention_heads": heads,
+        "token_dim": heads * dim,
+        "num_transformer_submodules": 1,
+    }
     flat = torch.stack((keys, values)).permute(3, 1, 0, 2, 4).reshape(rows, -1).float().contiguous()
     if is_occupied(folder):
         raise ArtifactError(f"{folder} is there already; choose another destination")
@@ -119,8 +127,9 @@ def _tensor(folder: Path, shape: tuple[int, int]) -> Tensor:
                 raise
             raise ArtifactError(f"{file}: {error}; it is missing or cut off: fetch it again") from None
     if found != shape:
-        raise ArtifactError(f"{file}: {TENSOR} is {_short(found)}, {CONFIG} and the model say {list(shape)}; "
-                            "fetch both files again")  # fmt: skip
+        raise ArtifactError(
+            f"{file}: {TENSOR} is {_short(found)}, {CONFIG} and the model say {list(shape)}; fetch both files again"
+        )
     return check_numbers(str(file), TENSOR, tensor)
 
 

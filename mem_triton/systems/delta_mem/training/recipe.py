@@ -107,10 +107,16 @@ class Recipe(BaseModel):
     def adapter_config(self, depth: int) -> DeltaMemConfig:
         """Configuration of the adapter for a model of ``depth`` layers."""
         return DeltaMemConfig(
-            rank=self.rank, alpha=self.alpha, num_state_heads=self.state_heads, delta_heads=self.delta_heads,
-            target_layers=self.layer_indices(depth), output_init=self.output_init, online_gain=self.online_gain,
-            beta_bias_init=self.beta_bias, memory_write_granularity=self.granularity,
-        )  # fmt: skip
+            rank=self.rank,
+            alpha=self.alpha,
+            num_state_heads=self.state_heads,
+            delta_heads=self.delta_heads,
+            target_layers=self.layer_indices(depth),
+            output_init=self.output_init,
+            online_gain=self.online_gain,
+            beta_bias_init=self.beta_bias,
+            memory_write_granularity=self.granularity,
+        )
 
     def rate_at(self, step: int, steps: int) -> float:
         """Learning rate of step 0, 1, ... of ``steps``."""
@@ -128,13 +134,33 @@ class Recipe(BaseModel):
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "small": {
-        "rank": 16, "alpha": 16.0, "state_heads": 4, "layers": "middle", "output_init": "random", "beta_bias": -4.0,
-        "rate": 2e-3, "beta2": 0.98, "warmup": 0.02, "schedule": "late", "steps": 600, "batch": 8, "rows": 8,
-        "state_only": 0.85, "plain_share": 0.15, "keep": 1.0, "keep_replies": 0.25, "recalled_weight": 1.0,
-        "contrast": 0.0, "causal": 0.0, "anchor": 0.0, "kl": 0.0, "sparsity": 0.0, "reply_tokens": 24,
+        "rank": 16,
+        "alpha": 16.0,
+        "state_heads": 4,
+        "layers": "middle",
+        "output_init": "random",
+        "beta_bias": -4.0,
+        "rate": 2e-3,
+        "beta2": 0.98,
+        "warmup": 0.02,
+        "schedule": "late",
+        "steps": 600,
+        "batch": 8,
+        "rows": 8,
+        "state_only": 0.85,
+        "plain_share": 0.15,
+        "keep": 1.0,
+        "keep_replies": 0.25,
+        "recalled_weight": 1.0,
+        "contrast": 0.0,
+        "causal": 0.0,
+        "anchor": 0.0,
+        "kl": 0.0,
+        "sparsity": 0.0,
+        "reply_tokens": 24,
         "scope": "sessions",
     },
-}  # fmt: skip
+}
 
 
 def recipe_of(preset: str, **given: Any) -> Recipe:

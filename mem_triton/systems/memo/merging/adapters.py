@@ -182,6 +182,10 @@ def _config(adapters: list[Adapter], made: dict[str, Factors], rank: int) -> dic
     """The first adapter's configuration with the rank, a scaling of 1, and every module that is changed."""
     modules = sorted({name.rpartition(".")[2] for name in made})
     return adapters[0].config | {
-        "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
         "target_modules": modules,
-    }  # fmt: skip
+    }

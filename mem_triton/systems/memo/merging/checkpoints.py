@@ -115,8 +115,11 @@ def _merged(recipe: Recipe, name: str, models: list[Checkpoint], base: Checkpoin
 def write_record(folder: Path, recipe: Recipe, folders: list[Path], base: Path | None, told: Mapping[str, Any]) -> None:
     """Say beside the weights how they were made."""
     said = {
-        "recipe": asdict(recipe), "models": [str(f) for f in folders], "base": str(base) if base else None, **told,
-    }  # fmt: skip
+        "recipe": asdict(recipe),
+        "models": [str(f) for f in folders],
+        "base": str(base) if base else None,
+        **told,
+    }
     (folder / RECORD).write_text(json.dumps(said, indent=1) + "\n")
 
 

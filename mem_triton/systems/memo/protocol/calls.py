@@ -44,11 +44,20 @@ def send(
     settings, memory = state.settings, to == "memory"
     name = f"memory_{state.stage}" if memory else str(state.stage)
     call = Call(
-        id=state.next_id, attempt=1, to=to, stage=state.stage, turn=state.turn, messages=messages,
-        temperature=getattr(settings.temperatures, name), seed=(settings.seed + state.next_id) % 2**31,
+        id=state.next_id,
+        attempt=1,
+        to=to,
+        stage=state.stage,
+        turn=state.turn,
+        messages=messages,
+        temperature=getattr(settings.temperatures, name),
+        seed=(settings.seed + state.next_id) % 2**31,
         max_tokens=settings.memory_tokens if memory else settings.executive_tokens,
-        prompt_tokens=prompt_bound(messages), seconds=settings.call_seconds, schema=schema, reasks=reasks,
-    )  # fmt: skip
+        prompt_tokens=prompt_bound(messages),
+        seconds=settings.call_seconds,
+        schema=schema,
+        reasks=reasks,
+    )
     if not _put(state, call):
         return None
     state.next_id += 1

@@ -55,8 +55,11 @@ class Candidates:
 
     def ranked(self) -> list[str]:
         """The likeliest first: a candidate that lost two ranks stands two places further down."""
-        placed = [(i + lost + (0.5 if lost else 0.0), name) for i, name in enumerate(self.order)
-                  for lost in (self.lost.get(normalised(name), 0),)]  # fmt: skip
+        placed = [
+            (i + lost + (0.5 if lost else 0.0), name)
+            for i, name in enumerate(self.order)
+            for lost in (self.lost.get(normalised(name), 0),)
+        ]
         return [name for _, name in sorted(placed, key=lambda item: item[0])]
 
     def find(self, name: str) -> str:

@@ -20,9 +20,13 @@ from mem_triton.systems.memo.protocol.state import Call, Result, Stage, State, k
 from mem_triton.systems.memo.protocol.unknown import kind_of
 
 SCHEMAS: dict[str, type[Reply]] = {
-    "grounding": Grounding, "pinning": Pinning, "seeking": Seeking, "synthesis": Synthesis, "decision": Decision,
+    "grounding": Grounding,
+    "pinning": Pinning,
+    "seeking": Seeking,
+    "synthesis": Synthesis,
+    "decision": Decision,
     "final_decision": FinalDecision,
-}  # fmt: skip
+}
 SILENT, LOST = 2, 2
 """Turns in a row in which no memory call succeeds, and executive calls in a row that fail, before the stage ends."""
 UNKNOWN = "I don't know."
@@ -56,8 +60,12 @@ def ask_executive(state: State) -> None:
 
 
 def _messages(state: State) -> tuple[prompts.Message, ...]:
-    task = {Stage.GROUNDING: prompts.GROUNDING, Stage.PINNING: prompts.PINNING, Stage.SEEKING: prompts.SEEKING,
-            Stage.SYNTHESIS: prompts.SYNTHESIS}[state.stage]  # fmt: skip
+    task = {
+        Stage.GROUNDING: prompts.GROUNDING,
+        Stage.PINNING: prompts.PINNING,
+        Stage.SEEKING: prompts.SEEKING,
+        Stage.SYNTHESIS: prompts.SYNTHESIS,
+    }[state.stage]
     limit = state.settings.budget
     turns = {Stage.PINNING: limit.pinning_turns, Stage.SEEKING: limit.seeking_turns}.get(state.stage, 0)
     sections: list[tuple[str, object]] = [("Entity", state.entity)]

@@ -210,5 +210,7 @@ def usage(spent: Spent) -> Mapping[str, Any]:
     """What was spent, as OpenAI's API says it."""
     total = spent.prompt_tokens + spent.completion_tokens
     return {
-        "prompt_tokens": spent.prompt_tokens, "completion_tokens": spent.completion_tokens, "total_tokens": total,
-    }  # fmt: skip
+        "prompt_tokens": spent.prompt_tokens,
+        "completion_tokens": spent.completion_tokens,
+        "total_tokens": total,
+    }

@@ -87,11 +87,16 @@ def training_row(pair: Pair) -> dict[str, Any]:
 def told(pair: Pair, sources: dict[str, str]) -> dict[str, Any]:
     """A pair with where it comes from."""
     return {
-        "question": pair.question, "answer": pair.answer, "step": pair.step, "documents": list(pair.docs),
-        "sources": sorted({sources[doc] for doc in pair.docs if doc in sources}), "held_out": pair.held_out,
-        "prompt_version": pair.prompt, "generator": pair.generator,
+        "question": pair.question,
+        "answer": pair.answer,
+        "step": pair.step,
+        "documents": list(pair.docs),
+        "sources": sorted({sources[doc] for doc in pair.docs if doc in sources}),
+        "held_out": pair.held_out,
+        "prompt_version": pair.prompt,
+        "generator": pair.generator,
         **({"written": pair.written} if pair.written != pair.question else {}),
-    }  # fmt: skip
+    }
 
 
 def write_all(folder: Path, pairs: list[Pair], sources: dict[str, str]) -> dict[str, int]:
@@ -99,10 +104,11 @@ def write_all(folder: Path, pairs: list[Pair], sources: dict[str, str]) -> dict[
     train = [training_row(pair) for pair in pairs if not pair.held_out]
     held_out = [training_row(pair) for pair in pairs if pair.held_out]
     files = {
-        "train.jsonl": _lines(train), "eval.jsonl": _lines(held_out),
+        "train.jsonl": _lines(train),
+        "eval.jsonl": _lines(held_out),
         "pairs.jsonl": _lines(told(pair, sources) for pair in pairs),
         "cache.json": Cache(cache_of(pair for pair in pairs if not pair.held_out)).to_bytes(),
-    }  # fmt: skip
+    }
     for name, data in files.items():
         write_durably(folder / name, lambda path, data=data: path.write_bytes(data) and None)
     return {"train.jsonl": len(train), "eval.jsonl": len(held_out), "pairs.jsonl": len(pairs)}

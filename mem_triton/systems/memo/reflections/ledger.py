@@ -221,8 +221,19 @@ class Ledger:
         """A unit is done: its pairs, and (question, why dropped) of pairs that it checked, in one transaction."""
         with self.writing():
             for p in pairs:
-                values = (unit.id, p.number, p.step, json.dumps(list(p.docs), ensure_ascii=False), p.question, p.answer,
-                          p.written, int(p.held_out), p.dropped, p.prompt, p.generator)  # fmt: skip
+                values = (
+                    unit.id,
+                    p.number,
+                    p.step,
+                    json.dumps(list(p.docs), ensure_ascii=False),
+                    p.question,
+                    p.answer,
+                    p.written,
+                    int(p.held_out),
+                    p.dropped,
+                    p.prompt,
+                    p.generator,
+                )
                 self._db.execute(f"INSERT INTO pairs VALUES ({', '.join('?' * 11)})", values)
             for (of, number), (question, dropped) in changes.items():
                 query = "UPDATE pairs SET question = ?, dropped = ? WHERE unit = ? AND number = ?"

@@ -25,8 +25,15 @@ from mem_triton.systems.memo.reflections.prompts import REPLIES, messages_of
 from mem_triton.systems.memo.reflections.settings import STEPS, BuildSettings
 
 SHAPING = (
-    "chunk_words", "overlap_words", "least_pairs", "group", "batch", "cross_batches", "paraphrases", "unknowns",
-)  # fmt: skip
+    "chunk_words",
+    "overlap_words",
+    "least_pairs",
+    "group",
+    "batch",
+    "cross_batches",
+    "paraphrases",
+    "unknowns",
+)
 """Settings that say what a unit is; they stay what they were when a build was begun."""
 
 
@@ -155,10 +162,13 @@ class Build:
         outcome, prompt, completion = "failed", None, None
         try:
             answer = await self.generator.chat(
-                messages, max_tokens=settings.max_tokens, seconds=settings.call_seconds,
-                temperature=0.0 if unit.step == "contain" else settings.temperature, seed=settings.seed + unit.id,
+                messages,
+                max_tokens=settings.max_tokens,
+                seconds=settings.call_seconds,
+                temperature=0.0 if unit.step == "contain" else settings.temperature,
+                seed=settings.seed + unit.id,
                 schema=(unit.step, json_schema(REPLIES[unit.step])),
-            )  # fmt: skip
+            )
             outcome, prompt, completion = "replied", answer.prompt_tokens, answer.completion_tokens
             return answer
         except CallError as error:
@@ -179,9 +189,11 @@ class Build:
     def _count(self, more: Cost) -> None:
         spent = self.spent
         self.spent = Cost(
-            spent.requests + more.requests, spent.prompt_tokens + more.prompt_tokens,
-            spent.completion_tokens + more.completion_tokens, spent.lost + more.lost,
-        )  # fmt: skip
+            spent.requests + more.requests,
+            spent.prompt_tokens + more.prompt_tokens,
+            spent.completion_tokens + more.completion_tokens,
+            spent.lost + more.lost,
+        )
 
     def _afford(self, prompt: int, completion: int) -> None:
         """Raise Stopped for a call that does not fit into a budget."""

@@ -64,9 +64,15 @@ class Unknowns(Reply):
 
 
 REPLIES: dict[str, type[Reply]] = {
-    "direct": Pairs, "indirect": Pairs, "consolidate": Pairs, "contain": Verdicts, "surface": Pairs, "cross": Pairs,
-    "paraphrase": Paraphrases, "unknown": Unknowns,
-}  # fmt: skip
+    "direct": Pairs,
+    "indirect": Pairs,
+    "consolidate": Pairs,
+    "contain": Verdicts,
+    "surface": Pairs,
+    "cross": Pairs,
+    "paraphrase": Paraphrases,
+    "unknown": Unknowns,
+}
 
 _WRITER = (
     "You write questions and answers from which a small model will learn the contents of a collection of documents."
