@@ -16,9 +16,9 @@ from benchmarks.kernels import memory_attention_baselines as baselines
 from benchmarks.kernels.memory_attention_case import BLOCK, Layer, build, gate, work
 from benchmarks.kernels.registry import Case, Operation, Setup, Variant
 from benchmarks.kernels.shapes import Model, by_attention
+from mem_triton.ops.common.architecture import architecture
 from mem_triton.ops.memory_attention import Policy, add_memory, memory_attention
 from mem_triton.ops.memory_attention.policy import choose
-from mem_triton.ops.tuning.architecture import architecture
 
 REFERENCES, POOL = 5, 12800
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

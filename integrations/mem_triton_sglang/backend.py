@@ -50,7 +50,7 @@ def create(runner: Any) -> AttentionBackend:
     backend.mem_steps = StepBuilder(runner.req_to_token_pool.req_to_token, pool.page_size)
     if torch.device(runner.device).type == "cpu":
         if memory.has_segments:
-            from mem_triton.ops.memory_attention import paged_numba
+            from mem_triton.ops.memory_attention.cpu import paged_numba
 
             paged_numba.warm_up(runner.dtype)
     else:

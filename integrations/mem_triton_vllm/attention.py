@@ -16,7 +16,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from mem_triton.config import ConfigError
 from mem_triton.ops.memory_attention import Policy
-from mem_triton.ops.memory_attention.packing import unpack_keys, unpack_values
+from mem_triton.ops.memory_attention.arguments.packing import unpack_keys, unpack_values
 from mem_triton.runtime.worker.memory import BatchMemory
 from mem_triton_vllm.backend import add_to
 from mem_triton_vllm.refusals import check_attention

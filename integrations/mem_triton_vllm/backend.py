@@ -45,7 +45,7 @@ class BuilderWithMemory(AttentionMetadataBuilder):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         layouts: dict[type, CacheLayout] = {}
         if torch.device(device).type == "cpu":
-            from mem_triton.ops.memory_attention import paged_numba  # not before vLLM has started
+            from mem_triton.ops.memory_attention.cpu import paged_numba  # not before vLLM has started
 
             paged_numba.warm_up(vllm_config.model_config.dtype)
         for name, layer in layers.items():

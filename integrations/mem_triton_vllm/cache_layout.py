@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mem_triton.config import ConfigError
-from mem_triton.ops.memory_attention.packing import Packing, learn
+from mem_triton.ops.memory_attention.arguments.packing import Packing, learn
 
 
 class CacheLayout(NamedTuple):

@@ -71,6 +71,6 @@ def examine_plugins(problems: list[str]) -> dict[str, str]:
 def _first_gpu() -> str | None:
     import torch
 
-    from mem_triton.ops.tuning.architecture import architecture
+    from mem_triton.ops.common.architecture import architecture
 
     return architecture(torch.device("cuda", 0)) if torch.cuda.is_available() else None

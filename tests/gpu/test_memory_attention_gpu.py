@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mem_triton.ops.memory_attention import FOREVER, Policy, add_memory, memory_attention, memory_only_attention
-from mem_triton.ops.memory_attention.merge import merge_states
+from mem_triton.ops.memory_attention.cascade.merge import merge_states
 from tests.ops.attention_case import FP8, INT8, AttentionCase, assert_matches, expected, make_case
 from tests.ops.cascade_case import assert_close, assert_same_bits, memory_expected, steps, untouched_tokens
 

@@ -11,7 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mem_triton.ops.memory_attention import FOREVER, cascade_launch, launch
+from mem_triton.ops.memory_attention import FOREVER
+from mem_triton.ops.memory_attention.cascade import launch as cascade_launch
+from mem_triton.ops.memory_attention.fused import launch
 from mem_triton.ops.tuning.memory_attention import select_pages, select_shared
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig, select
 from tests.gpu.test_memory_attention_gpu import to_device

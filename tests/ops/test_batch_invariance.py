@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mem_triton.ops.delta_rule import DeltaRuleSpec, delta_rule_paged
-from mem_triton.ops.memory_attention import FOREVER, Policy, memory_attention, paged_numba
+from mem_triton.ops.memory_attention import FOREVER, Policy, memory_attention
+from mem_triton.ops.memory_attention.cpu import paged_numba
 from tests.ops.attention_case import AttentionCase, assert_matches, in_order, make_case, random_case
 from tests.ops.paged_case import make_case as make_states
 

@@ -20,7 +20,7 @@ from mem_triton.ops.block_codec import (
     quantise_pages,
 )
 from mem_triton.ops.block_codec.reference import error_bound, quantise
-from mem_triton.ops.memory_attention.types import MemoryPages
+from mem_triton.ops.memory_attention.arguments.types import MemoryPages
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}

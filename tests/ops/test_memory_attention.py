@@ -11,15 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mem_triton.ops.memory_attention import (
-    FOREVER,
-    Policy,
-    memory_attention,
-    paged_numba,
-    paged_torch,
-    reference,
-    torch_parts,
-)
+from mem_triton.ops.memory_attention import FOREVER, Policy, memory_attention, reference
+from mem_triton.ops.memory_attention.cpu import paged_numba, paged_torch, torch_parts
 from tests.ops.attention_case import (
     FP8,
     INT8,
@@ -386,7 +379,7 @@ def test_an_unknown_route_is_refused():
 
 def test_b12_five_references_are_no_launch_more_and_few_keys_more(monkeypatch):
     """What can be counted of a decode step's overhead; its time is in ``benchmarks``."""
-    from mem_triton.ops.memory_attention import launch
+    from mem_triton.ops.memory_attention.fused import launch
 
     launches = []
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mem_triton.ops import denylist
-from mem_triton.ops.memory_attention.types import MemoryTable
+from mem_triton.ops.memory_attention.arguments.types import MemoryTable
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig, select
 from tests.ops.attention_case import FP8, INT8, make_case
 from tests.support.aot import (
@@ -89,7 +89,7 @@ def least_bytes(case: Case) -> dict[str, tuple[int, int]]:
 
 def compile_case(case: Case, config: FusedConfig | None = None) -> Resources:
     """Compile with the very arguments of a launch, whose tensors become pointers and whose numbers stay numbers."""
-    from mem_triton.ops.memory_attention import kernels, launch
+    from mem_triton.ops.memory_attention.fused import kernels, launch
 
     memory = {}
     if case.memory is not None:
@@ -184,7 +184,7 @@ def test_a_wide_table_costs_nothing():
 
 def test_another_batch_needs_no_new_kernel():
     """SGLang's block tables are as wide as the longest row of the step."""
-    from mem_triton.ops.memory_attention import kernels
+    from mem_triton.ops.memory_attention.fused import kernels
 
     varying = {p.name for p in kernels.attention_kernel.params if p.do_not_specialize}
     assert {"num_rows", "stride_block_table"} <= varying

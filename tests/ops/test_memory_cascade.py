@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mem_triton.ops.memory_attention import FOREVER, memory_attention
-from mem_triton.ops.memory_attention.memory_only import add_memory, memory_only_attention
-from mem_triton.ops.memory_attention.merge import merge_states
+from mem_triton.ops.memory_attention.cascade.memory_only import add_memory, memory_only_attention
+from mem_triton.ops.memory_attention.cascade.merge import merge_states
 from mem_triton.ops.memory_attention.policy import Policy, choose
 from mem_triton.ops.tuning.memory_attention import THRESHOLDS, thresholds
 from tests.ops.attention_case import FP8, INT8, NAN, AttentionCase, assert_matches, expected, make_case

@@ -95,7 +95,7 @@ def config_of(case: Case) -> FusedConfig:
 
 def least_bytes(case: Case) -> dict[str, tuple[int, int]]:
     """What a program cannot do without: (once, a turn of its loop over keys, or over splits)."""
-    from mem_triton.ops.memory_attention.merge_kernel import ROWS
+    from mem_triton.ops.memory_attention.cascade.merge_kernel import ROWS
 
     query, data, size = DATA[case.query].itemsize, DATA[case.data].itemsize, case.size
     if case.kernel == "merge":
@@ -120,7 +120,8 @@ def least_bytes(case: Case) -> dict[str, tuple[int, int]]:
 
 
 def compile_case(case: Case, **changes) -> Resources:
-    from mem_triton.ops.memory_attention import cascade_launch, launch
+    from mem_triton.ops.memory_attention.cascade import launch as cascade_launch
+    from mem_triton.ops.memory_attention.fused import launch
 
     config = config_of(case)
     options = {"num_warps": config.warps, "num_stages": config.stages, **launch.OPTIONS, **changes}
@@ -177,7 +178,7 @@ def test_a_spill_is_seen():
 
 def test_a_padded_head_is_seen(monkeypatch):
     """Negative control: 80 channels as one part of 128 move no more bytes, but keep 48 lanes of nothing."""
-    from mem_triton.ops.memory_attention import cascade_launch
+    from mem_triton.ops.memory_attention.cascade import launch as cascade_launch
 
     case = Case("sm90", "shared", BATCH, 80, "bf16", "bf16")
     monkeypatch.setattr(cascade_launch, "channel_parts", lambda size: (128, 0))
@@ -203,7 +204,7 @@ def test_a_head_of_80_is_not_padded():
 
 def test_no_batch_needs_a_new_kernel():
     """What changes from step to step is not specialised; nothing compiles while serving."""
-    from mem_triton.ops.memory_attention import cascade_launch
+    from mem_triton.ops.memory_attention.cascade import launch as cascade_launch
 
     varying = {
         cascade_launch.shared_kernel: {"num_rows", "search_steps", "length", "split_length", "stride_lse_head"},

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention import FOREVER, memory_attention, numba_bf16, paged_numba
-from mem_triton.ops.memory_attention.packing import Packing, learn, unpack_keys, unpack_values
+from mem_triton.ops.memory_attention import FOREVER, memory_attention
+from mem_triton.ops.memory_attention.arguments.packing import Packing, learn, unpack_keys, unpack_values
+from mem_triton.ops.memory_attention.cpu import numba_bf16, paged_numba
 from tests.ops.attention_case import AttentionCase, assert_matches, make_case, random_case
 
 KINDS = ("columns", "pairs", "other")

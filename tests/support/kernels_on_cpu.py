@@ -93,7 +93,8 @@ def as_on_a_gpu() -> None:
 def memory_attention() -> None:
     """The fused attention kernel."""
     interp.install()
-    from mem_triton.ops.memory_attention import launch, paged_cpu
+    from mem_triton.ops.memory_attention.cpu import dispatch
+    from mem_triton.ops.memory_attention.fused import launch
 
     launch.architecture = lambda device: "sm90"
 
@@ -101,7 +102,7 @@ def memory_attention() -> None:
         launch.attend(query, by_token(context, query.shape[-1]), out, **options)
         _say("attention")
 
-    paged_cpu.attend = attend
+    dispatch.attend = attend
 
 
 def by_token(context: Any, size: int) -> Any:
@@ -110,7 +111,7 @@ def by_token(context: Any, size: int) -> Any:
         return context
     import torch
 
-    from mem_triton.ops.memory_attention.packing import unpack_keys, unpack_values
+    from mem_triton.ops.memory_attention.arguments.packing import unpack_keys, unpack_values
 
     keys, values = unpack_keys(context.keys, context.packing), unpack_values(context.values, context.packing)
     keys, values = torch.cat([keys, values], -1).split(size, -1)

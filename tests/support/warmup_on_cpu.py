@@ -83,11 +83,13 @@ _KEPT: list[Any] = []  # what is recorded until the process ends
 
 def _attention_as_on_a_gpu() -> None:
     """The way that the op takes on an H200, which the batch chooses."""
-    from mem_triton.ops.memory_attention import cascade, launch, paged_cpu
+    from mem_triton.ops.memory_attention.cascade import batched
+    from mem_triton.ops.memory_attention.cpu import dispatch
+    from mem_triton.ops.memory_attention.fused import launch
     from mem_triton.ops.memory_attention.policy import choose
 
     launch.architecture = lambda device: "sm90"
-    from mem_triton.ops.memory_attention import cascade_launch
+    from mem_triton.ops.memory_attention.cascade import launch as cascade_launch
 
     cascade_launch.architecture = launch.architecture
 
@@ -100,6 +102,6 @@ def _attention_as_on_a_gpu() -> None:
             shared_tokens=0 if shared is None else shared.keys.shape[1],
             head_dim=query.shape[2],
         )
-        (cascade if policy.route == "shared_batched" else launch).attend(query, context, out, **options)
+        (batched if policy.route == "shared_batched" else launch).attend(query, context, out, **options)
 
-    paged_cpu.attend = attend
+    dispatch.attend = attend

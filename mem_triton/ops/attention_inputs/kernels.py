@@ -7,8 +7,8 @@ same few reads from it, which costs less than a launch; the last one to do so wr
 import triton
 import triton.language as tl
 
+from mem_triton.ops.common.kernel_parts import is_last
 from mem_triton.ops.delta_rule.kernel_parts import activate, cell_of, load_bias, load_start, load_token
-from mem_triton.ops.memory_attention.kernel_output import is_last
 
 
 @triton.jit

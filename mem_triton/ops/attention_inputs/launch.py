@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mem_triton.ops.attention_inputs.kernels import inputs_kernel
 from mem_triton.ops.attention_inputs.types import HeadInputs
+from mem_triton.ops.common.kept import kept
 from mem_triton.ops.delta_rule import launch as delta_rule_launch
 from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
 from mem_triton.ops.delta_rule.types import StateBatch
@@ -56,23 +57,11 @@ def prepare(
     inputs_kernel[(rows if step else tokens, heads)](**arguments, **constants, num_warps=warps, **OPTIONS)
 
 
-_KEPT: dict[tuple[torch.device, int], Tensor] = {}
-
-
 def counter_for(device: torch.device, rows: int) -> Tensor:
-    """Zeros that launches of the current stream count in and leave as zeros; kept, as captured graphs hold the address.
-
-    A capture on a stream on which nothing ran before gets its own, whose zeros are part of the graph.
-    """
+    """Zeros that launches of the current stream count in and leave as zeros."""
     if rows > MAX_ROWS:
         raise ValueError(f"seq_lens: {rows} rows, at most {MAX_ROWS}")
-    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if key in _KEPT:
-        return _KEPT[key]
-    counter = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        _KEPT[key] = counter
-    return counter
+    return kept(device, "attention_inputs", lambda: torch.zeros(MAX_ROWS, dtype=torch.int32, device=device))
 
 
 def kernel_arguments(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mem_triton.ops.attention_inputs.reference import attention_inputs_reference
 from mem_triton.ops.attention_inputs.types import HeadInputs
+from mem_triton.ops.common.checks import FLOATS
 from mem_triton.ops.delta_rule.op import check as check_states
 from mem_triton.ops.delta_rule.op import delta_rule_paged
 from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
@@ -105,7 +106,7 @@ def check(
         )
     if qkv.stride(1) != 1:
         raise ValueError(f"qkv: the columns must be contiguous, their stride is {qkv.stride(1)}")
-    if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if qkv.dtype not in FLOATS:
         raise ValueError(f"qkv: dtype {qkv.dtype}, expected float32, bfloat16 or float16")
     if rounded is not None and (
         len(rounded) < len(qkv) or rounded.shape[1:] != reads.shape[1:] or not rounded.is_contiguous()

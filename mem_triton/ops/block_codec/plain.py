@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mem_triton.ops.block_codec.reference import CodecError, Encoded, dequantise, quantise, to_codes
-from mem_triton.ops.memory_attention.types import MemoryPages
+from mem_triton.ops.memory_attention.arguments.types import MemoryPages
 
 
 class FloatCodec:

@@ -7,15 +7,7 @@ its head's q and k are loaded once per row, and every reduction runs along the r
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def tanh(x):
-    """tanh from exp, which both the interpreter and the GPU have; a polynomial where 1 - exp(-2x) would cancel."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - e) / (1.0 + e)
-    s = x * x
-    small = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835)))))
-    return tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))
+from mem_triton.ops.common.kernel_parts import tanh
 
 
 @triton.jit

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mem_triton.ops.common.architecture import architecture
 from mem_triton.ops.delta_rule.kernels import chunk_maps_kernel, recurrent_kernel
 from mem_triton.ops.delta_rule.reference import MODES, DeltaRuleSpec
 from mem_triton.ops.delta_rule.types import StateBatch
-from mem_triton.ops.tuning.architecture import architecture
 from mem_triton.ops.tuning.delta_rule import DeltaRuleConfig, select
 
 # enable_fp_fusion is pinned: Triton is about to change its default, which would change the last bits.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mem_triton.ops.common.checks import FLOATS, check_tensor
 from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
 from mem_triton.ops.delta_rule.types import StateBatch
 
@@ -97,13 +98,6 @@ def _run(projections, reads, batch, spec, block_size, tokens_per_state, max_quer
     path.step_rows(projections, reads, batch, spec, block_size, tokens_per_state, max_query_len)
 
 
-def _fits(shape: torch.Size, expected: tuple[int | None, ...]) -> bool:
-    for have, want in zip(shape, expected, strict=True):  # noqa: SIM110, half the time: it runs in every layer and step
-        if want is not None and have != want:
-            return False
-    return True
-
-
 def check(
     projections: Tensor, reads: Tensor, batch: StateBatch, spec: DeltaRuleSpec, block_size: int, tokens_per_state: int
 ) -> None:
@@ -111,34 +105,26 @@ def check(
     rows, size = batch.seq_lens.shape[0], spec.state_size
     if block_size % tokens_per_state:
         raise ValueError(f"block_size={block_size} must be a multiple of tokens_per_state={tokens_per_state}")
-    if projections.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if projections.dtype not in FLOATS:
         raise ValueError(f"projections: dtype {projections.dtype}, expected float32, bfloat16 or float16")
     if reads.shape[0] < projections.shape[0]:
         raise ValueError(f"reads: {reads.shape[0]} rows for {projections.shape[0]} tokens of projections")
-    device = projections.device
-    for name, tensor, shape, dtype in (
-        ("projections", projections, (None, spec.projection_width), projections.dtype),
-        ("gate_bias", batch.gate_bias, (spec.bias_width,), torch.float32),
-        ("reads", reads, (None, spec.read_width), torch.float32),
-        ("state_cache", batch.state_cache, (None, block_size // tokens_per_state, size), torch.float32),
-        ("block_table", batch.block_table, (rows, None), torch.int32),
-        ("query_start_loc", batch.query_start_loc, (rows + 1,), torch.int32),
-        ("seq_lens", batch.seq_lens, (rows,), torch.int32),
-        ("initial_states", batch.initial_states, (None, size), torch.float32),
-        ("initial_slot", batch.initial_slot, (rows,), torch.int32),
-        ("write_enabled", batch.write_enabled, (rows,), torch.int32),
-        ("last_states", batch.last_states, (None, 2, size), torch.float32),
+    int32, fp32 = (torch.int32,), (torch.float32,)
+    for name, tensor, shape, dtypes in (
+        ("projections", projections, (None, spec.projection_width), FLOATS),
+        ("gate_bias", batch.gate_bias, (spec.bias_width,), fp32),
+        ("reads", reads, (None, spec.read_width), fp32),
+        ("state_cache", batch.state_cache, (None, block_size // tokens_per_state, size), fp32),
+        ("block_table", batch.block_table, (rows, None), int32),
+        ("query_start_loc", batch.query_start_loc, (rows + 1,), int32),
+        ("seq_lens", batch.seq_lens, (rows,), int32),
+        ("initial_states", batch.initial_states, (None, size), fp32),
+        ("initial_slot", batch.initial_slot, (rows,), int32),
+        ("write_enabled", batch.write_enabled, (rows,), int32),
+        ("last_states", batch.last_states, (None, 2, size), fp32),
     ):
-        if tensor is None:
-            continue
-        if tensor.dim() != len(shape) or not _fits(tensor.shape, shape):
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape} (None = any)")
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name}: dtype {tensor.dtype}, expected {dtype}")
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"{name}: the last dimension must be contiguous, its stride is {tensor.stride(-1)}")
-        if tensor.device != device:
-            raise ValueError(f"{name}: on {tensor.device}, projections on {device}")
+        if tensor is not None:
+            check_tensor(name, tensor, shape, dtypes, ("projections", projections))
     for name, tensor in (("initial_states", batch.initial_states), ("last_states", batch.last_states)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name}: must be contiguous, its strides are {tensor.stride()}")

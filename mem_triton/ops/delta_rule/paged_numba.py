@@ -13,12 +13,11 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
+from mem_triton.ops.common.compiled import OPTIONS
 from mem_triton.ops.delta_rule.reference import L2_NORM_EPS, MODES, DeltaRuleSpec
 from mem_triton.ops.delta_rule.types import StateBatch
 
 NULL_BLOCK = 0  # the serving engine's placeholder block: never read as a state, never written
-# Sums may be reordered, for vector instructions: always in the same way. Infinities and NaN keep their meaning.
-OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 _NO_SLOTS, _NO_STATES, _NO_RING = np.empty(0, np.int32), np.empty((0, 0), np.float32), np.empty((0, 0, 0), np.float32)
 
 

@@ -1,10 +1,16 @@
 """One softmax over a shared segment, the request's own memory pages and its paged causal context."""
 
-from mem_triton.ops.memory_attention.memory_only import add_memory, memory_only_attention
-from mem_triton.ops.memory_attention.merge import merge_states
+from mem_triton.ops.memory_attention.arguments.types import (
+    FOREVER,
+    MemoryPages,
+    MemoryTable,
+    PagedContext,
+    SharedSegment,
+)
+from mem_triton.ops.memory_attention.cascade.memory_only import add_memory, memory_only_attention
+from mem_triton.ops.memory_attention.cascade.merge import merge_states
 from mem_triton.ops.memory_attention.op import memory_attention
 from mem_triton.ops.memory_attention.policy import Policy
-from mem_triton.ops.memory_attention.types import FOREVER, MemoryPages, MemoryTable, PagedContext, SharedSegment
 
 __all__ = [
     "FOREVER",

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention import paged_cpu
-from mem_triton.ops.memory_attention.types import PagedContext
+from mem_triton.ops.memory_attention.arguments.types import PagedContext
+from mem_triton.ops.memory_attention.cpu import dispatch
 
 SPLITS = 8
 """Parts of a decode row's keys. A constant, as more for small batches would change bits; fewer fill a GPU less well."""
@@ -50,7 +50,7 @@ def _attend_rows(
         alone = context._replace(
             block_table=context.block_table[one], query_start_loc=starts, seq_lens=context.seq_lens[one]
         )
-        paged_cpu.attend(
+        dispatch.attend(
             query[begin:end].clone(memory_format=torch.contiguous_format),
             alone,
             out[begin:end],
@@ -65,7 +65,7 @@ def launch_parts(
 ) -> None:
     """One launch for each ROWS single queries, and one for all longer rows. Works on whatever the tensors lie on."""
     from mem_triton.ops import denylist
-    from mem_triton.ops.memory_attention import launch
+    from mem_triton.ops.memory_attention.fused import launch
     from mem_triton.ops.tuning.memory_attention_fused import select
 
     tokens, query_heads, size = query.shape

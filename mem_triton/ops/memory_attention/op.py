@@ -1,7 +1,7 @@
 """``mem_triton::memory_attention``: one softmax over memory and paged context, as one torch.library op.
 
-The op checks its tensors, then runs ``paged_cpu`` on the CPU or, on a GPU, the Triton kernels that ``policy``
-names: the fused one (``launch``), or that and the batched shared segment (``cascade``).
+The op checks its tensors, then runs ``cpu.dispatch`` on the CPU or, on a GPU, the Triton kernels that ``policy``
+names: the fused one (``fused.launch``), or that and the batched shared segment (``cascade.batched``).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention import invariant, paged_cpu
-from mem_triton.ops.memory_attention.checks import check
+from mem_triton.ops.memory_attention import invariant
+from mem_triton.ops.memory_attention.arguments.checks import check
+from mem_triton.ops.memory_attention.arguments.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.cpu import dispatch
 from mem_triton.ops.memory_attention.policy import Policy, choose
-from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
 
 _SCHEMA = """memory_attention(
     Tensor query, Tensor[] context, Tensor(a!) out, *, int max_query_len, float scale, Tensor? row_slot,
@@ -104,9 +105,10 @@ def _run(
         invariant.attend(query, context, out, **memory, **options)
         return
     if query.device.type == "cpu":
-        paged_cpu.attend(query, context, out, only_readers=only_readers, **memory, **options)
+        dispatch.attend(query, context, out, only_readers=only_readers, **memory, **options)
         return
-    from mem_triton.ops.memory_attention import cascade, launch  # Triton is there on Linux only
+    from mem_triton.ops.memory_attention.cascade import batched  # Triton is there on Linux only
+    from mem_triton.ops.memory_attention.fused import launch
 
     policy = policy or choose(
         launch.architecture(query.device),
@@ -114,8 +116,8 @@ def _run(
         shared_tokens=0 if shared is None else shared.keys.shape[1],
         head_dim=query.shape[2],
     )
-    batched = policy.route == "shared_batched" and shared is not None
-    (cascade if batched else launch).attend(query, context, out, only_readers=only_readers, **memory, **options)
+    path = batched if policy.route == "shared_batched" and shared is not None else launch
+    path.attend(query, context, out, only_readers=only_readers, **memory, **options)
 
 
 def _run_flat(query, context, out, *, max_query_len, pages, table, shared, shared_bias, **options) -> None:

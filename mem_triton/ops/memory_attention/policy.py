@@ -8,8 +8,8 @@ Two routes give the same result:
   launches: worth it once the reading saved takes longer than a launch.
 
 Callers that hold a backend which does the context and returns its log-sum-exp (FlashAttention) take neither: they have
-``memory_only.add_memory`` merge the memories into its result. The batch-invariant way (``invariant.py``) is another:
-nothing of it is chosen by the batch.
+``cascade.memory_only.add_memory`` merge the memories into its result. The batch-invariant way (``invariant.py``) is
+another: nothing of it is chosen by the batch.
 """
 
 from __future__ import annotations

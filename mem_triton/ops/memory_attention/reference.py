@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.arguments.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
 
 
 def memory_attention(

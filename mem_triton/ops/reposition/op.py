@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mem_triton.ops.common.checks import FLOATS, check_tensor
 from mem_triton.ops.reposition.reference import move, rotate
 from mem_triton.ops.reposition.rope import RotaryEmbedding
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SCHEMA = """reposition_pages(
     Tensor(a!) pool, Tensor positions, Tensor? page, Tensor? source, Tensor? source_page, Tensor? old_positions, *,
     int rotary_dim, float[] inv_freq, float attention_factor, bool interleaved) -> ()"""
@@ -114,16 +114,8 @@ def check(
         ("source_page", source_page, (listed,), ints),
         ("page", page, (listed,), ints),
     ):
-        if tensor is None:
-            continue
-        if tensor.dim() != len(wanted) or any(n not in (None, m) for n, m in zip(wanted, tensor.shape, strict=True)):
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {wanted} (None = any)")
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{name}: dtype {tensor.dtype}, expected one of {dtypes}")
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name}: the last dimension must be contiguous, its stride is {tensor.stride(-1)}")
-        if tensor.device != pool.device:
-            raise ValueError(f"{name}: on {tensor.device}, the pool on {pool.device}")
+        if tensor is not None:
+            check_tensor(name, tensor, wanted, dtypes, ("pool", pool))
     if old_positions is not None and old_positions.stride() != positions.stride():
         raise ValueError(f"old_positions: strides {old_positions.stride()}, those of positions {positions.stride()}")
     if source is None and source_page is not None:

@@ -1,4 +1,4 @@
-"""Launch configurations of the fused attention kernel (``ops/memory_attention/kernels.py``).
+"""Launch configurations of the fused attention kernel (``ops/memory_attention/fused/kernels.py``).
 
 Chosen from registers, shared memory and occupancy (see the ahead-of-time tests); not measured on a GPU yet.
 """

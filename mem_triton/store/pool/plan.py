@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from mem_triton.ops.positions import FOREVER
+from mem_triton.ops.common.positions import FOREVER
 
 
 @dataclass(frozen=True)

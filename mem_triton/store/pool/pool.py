@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mem_triton.ops.memory_attention.types import MemoryPages
+from mem_triton.ops.memory_attention.arguments.types import MemoryPages
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.pool.pages import Packed, PageLayout
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention.types import MemoryTable
+from mem_triton.ops.memory_attention.arguments.types import MemoryTable
 from mem_triton.store.pool.plan import FOREVER, Attachment
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mem_triton.ops.delta_rule import DeltaRuleSpec, launch
 from mem_triton.ops.memory_attention import FOREVER, invariant
-from mem_triton.ops.memory_attention import launch as attention_launch
+from mem_triton.ops.memory_attention.fused import launch as attention_launch
 from mem_triton.ops.tuning.delta_rule import select
 from mem_triton.ops.tuning.memory_attention_fused import select as select_attention
 from tests.ops.attention_case import AttentionCase, assert_matches, in_order, make_case, random_case

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mem_triton.ops.memory_attention import FOREVER, launch
+from mem_triton.ops.memory_attention import FOREVER
+from mem_triton.ops.memory_attention.fused import launch
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig
 from tests.ops.attention_case import (
     FP8,

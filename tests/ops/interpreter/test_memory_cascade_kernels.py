@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mem_triton.ops.memory_attention import FOREVER, cascade, cascade_launch, launch
-from mem_triton.ops.memory_attention.merge import merge_states
+from mem_triton.ops.memory_attention import FOREVER
+from mem_triton.ops.memory_attention.cascade import batched
+from mem_triton.ops.memory_attention.cascade import launch as cascade_launch
+from mem_triton.ops.memory_attention.cascade.merge import merge_states
+from mem_triton.ops.memory_attention.fused import launch
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig
 from tests.ops.attention_case import FP8, INT8, NAN, AttentionCase, expected, make_case
 from tests.ops.cascade_case import (
@@ -222,13 +225,13 @@ def test_cascade_is_one_softmax(kind):
 
 @pytest.mark.parametrize("architecture", ["sm80", "sm90", "gfx942"])
 def test_cascade_with_the_tables_that_serve(architecture, monkeypatch):
-    """``cascade.attend`` as the op calls it, and the memory-only kernel, with the configurations of the tables."""
+    """``batched.attend`` as the op calls it, and the memory-only kernel, with the configurations of the tables."""
     for module in (launch, cascade_launch):
         monkeypatch.setattr(module, "architecture", lambda device: architecture)
     batch = {"rows": [(1, 9), (1, 30), (1, 4)], "memories": [PAGES[0], None, []]}
     case = mixed_case("bf16-fp8", shared=300, shared_range=[(0, FOREVER), (0, 1), (2, 9)], sinks=True, **batch)
     with sanitize("shuffle") as findings:
-        cascade.attend(case.query, case.context, case.out, lse=case.lse, **case.reads())
+        batched.attend(case.query, case.context, case.out, lse=case.lse, **case.reads())
     assert not findings, "\n".join(findings)
     want = expected(case)
     live = ~want.lse.isnan().any(1)

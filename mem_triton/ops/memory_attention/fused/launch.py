@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mem_triton.ops import denylist
-from mem_triton.ops.memory_attention.kernels import attention_kernel
-from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
-from mem_triton.ops.tuning.architecture import architecture
+from mem_triton.ops.common.architecture import architecture
+from mem_triton.ops.common.kept import kept
+from mem_triton.ops.memory_attention.arguments.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.fused.kernels import attention_kernel
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig, select
 
 COLUMNS = 256
@@ -56,25 +57,15 @@ def choose_grid(tokens: int, rows: int, heads: int, group: int, context: PagedCo
     return Grid(blocks, heads, max(1, splits), one_block)
 
 
-_KEPT: dict[tuple, Workspace] = {}
-
-
 def workspace_for(device: torch.device, config: FusedConfig, size: int) -> Workspace:
-    """The workspace of launches with this configuration on the current stream, which run one after the other.
-
-    It holds the largest grid that splits, and is never given back: captured graphs keep its address. A capture on a
-    stream that has none yet, as nothing ran there before, gets one of its own whose zeros are part of the graph.
-    """
+    """The workspace of a configuration on the current stream; it holds the largest grid that splits."""
     cells, floats = config.programs, config.block_m * (sum(channel_parts(size)) + 4)
-    on_gpu = device.type == "cuda"
-    key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0, cells, floats)
-    if on_gpu and key in _KEPT:
-        return _KEPT[key]
-    partial = torch.empty(cells * floats, dtype=torch.float32, device=device)
-    workspace = Workspace(partial, torch.zeros(cells, dtype=torch.int32, device=device))
-    if on_gpu and not torch.cuda.is_current_stream_capturing():
-        _KEPT[key] = workspace
-    return workspace
+
+    def make() -> Workspace:
+        partial = torch.empty(cells * floats, dtype=torch.float32, device=device)
+        return Workspace(partial, torch.zeros(cells, dtype=torch.int32, device=device))
+
+    return kept(device, ("memory_attention", cells, floats), make)
 
 
 def attend(

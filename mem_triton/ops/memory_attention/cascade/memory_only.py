@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention import paged_torch
-from mem_triton.ops.memory_attention.checks import check
-from mem_triton.ops.memory_attention.merge import merge_states
-from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.arguments.checks import check
+from mem_triton.ops.memory_attention.arguments.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.cascade.merge import merge_states
+from mem_triton.ops.memory_attention.cpu import paged_torch
 
 
 def memory_only_attention(
@@ -49,7 +49,7 @@ def memory_only_attention(
     if query.device.type == "cpu":
         value, log_sum = _attend_in_torch(query, query_start_loc, seq_lens, pages, table, shared, **options)
         return out.copy_(value), log_sum
-    from mem_triton.ops.memory_attention import cascade_launch  # Triton is there on Linux only
+    from mem_triton.ops.memory_attention.cascade import launch as cascade_launch  # Triton is there on Linux only
 
     step = (query, query_start_loc, seq_lens)
     if pages is not None:
@@ -97,7 +97,7 @@ def add_memory(
         merge_states(merged, total, value[pick], log_sum[pick], merged, total)
         out[pick], lse[pick] = merged, total
         return
-    from mem_triton.ops.memory_attention import cascade_launch  # Triton is there on Linux only
+    from mem_triton.ops.memory_attention.cascade import launch as cascade_launch  # Triton is there on Linux only
 
     if pages is not None:
         cascade_launch.attend_pages(*step, max_query_len, out, lse, pages=pages, table=table, merge=True, **options)

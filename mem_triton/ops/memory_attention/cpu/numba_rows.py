@@ -7,14 +7,15 @@ import math
 import numpy as np
 from numba import njit, prange
 
-from mem_triton.ops.memory_attention.numba_bf16 import (
+from mem_triton.ops.common.compiled import OPTIONS
+from mem_triton.ops.memory_attention.cpu.numba_bf16 import (
     add_groups,
     logits_of_groups,
     words_of_keys,
     words_of_values,
 )
-from mem_triton.ops.memory_attention.numba_floats import LANES, OPTIONS, TILE, as_float, rounded
-from mem_triton.ops.memory_attention.numba_tiles import (
+from mem_triton.ops.memory_attention.cpu.numba_floats import LANES, TILE, as_float, rounded
+from mem_triton.ops.memory_attention.cpu.numba_tiles import (
     add_pairs,
     add_rows,
     as_bf16,

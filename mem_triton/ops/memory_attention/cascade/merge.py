@@ -39,7 +39,7 @@ def merge_states(
     if out.device.type == "cpu":
         _merge_in_torch(out_a, lse_a, out_b, lse_b, out, lse)
     else:
-        from mem_triton.ops.memory_attention import cascade_launch  # Triton is there on Linux only
+        from mem_triton.ops.memory_attention.cascade import launch as cascade_launch  # Triton is there on Linux only
 
         cascade_launch.merge(out_a, lse_a, out_b, lse_b, out, lse)
 

@@ -9,8 +9,6 @@ from numba.extending import intrinsic
 
 TILE = 128
 LANES = 16
-# Sums may be reordered, for vector instructions: always in the same way. Infinities and NaN keep their meaning.
-OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
 
 def _bits(builder, value, shift):

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from mem_triton.ops import denylist
-from mem_triton.ops.memory_attention.launch import (
+from mem_triton.ops.memory_attention.arguments.types import MemoryPages, MemoryTable, SharedSegment
+from mem_triton.ops.memory_attention.cascade.memory_only_kernel import memory_only_kernel
+from mem_triton.ops.memory_attention.cascade.merge_kernel import ROWS, WARPS, merge_kernel
+from mem_triton.ops.memory_attention.cascade.shared_kernel import shared_kernel
+from mem_triton.ops.memory_attention.fused.launch import (
     FORMATS,
     OPTIONS,
     Workspace,
@@ -14,10 +18,6 @@ from mem_triton.ops.memory_attention.launch import (
     channel_parts,
     workspace_for,
 )
-from mem_triton.ops.memory_attention.memory_only_kernel import memory_only_kernel
-from mem_triton.ops.memory_attention.merge_kernel import ROWS, WARPS, merge_kernel
-from mem_triton.ops.memory_attention.shared_kernel import shared_kernel
-from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, SharedSegment
 from mem_triton.ops.tuning.memory_attention import select_pages, select_shared
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig
 

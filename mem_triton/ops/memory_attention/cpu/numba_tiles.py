@@ -11,7 +11,8 @@ import math
 import numpy as np
 from numba import njit
 
-from mem_triton.ops.memory_attention.numba_floats import LANES, OPTIONS, as_float, exp2, high, low, rounded
+from mem_triton.ops.common.compiled import OPTIONS
+from mem_triton.ops.memory_attention.cpu.numba_floats import LANES, as_float, exp2, high, low, rounded
 
 _ZERO = np.float32(0)
 

@@ -8,9 +8,10 @@ any. The last split to finish merges all of them.
 import triton
 import triton.language as tl
 
-from mem_triton.ops.memory_attention.kernel_output import is_last, merge_splits, store_outputs, store_partial
-from mem_triton.ops.memory_attention.kernel_pages import attend_pages, seen_columns
-from mem_triton.ops.memory_attention.kernel_parts import LOG2E, asked, attend_tile, find_row, load_part
+from mem_triton.ops.common.kernel_parts import is_last
+from mem_triton.ops.memory_attention.fused.kernel_output import merge_splits, store_outputs, store_partial
+from mem_triton.ops.memory_attention.fused.kernel_pages import attend_pages, seen_columns
+from mem_triton.ops.memory_attention.fused.kernel_parts import LOG2E, asked, attend_tile, find_row, load_part
 
 
 @triton.jit(do_not_specialize=["num_rows", "stride_block_table"])  # no new variant for another batch while serving

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from numba import njit
 
-from mem_triton.ops.memory_attention.numba_floats import LANES, OPTIONS
-from mem_triton.ops.memory_attention.numba_words import add_words, interleave, logits_of_words, transpose
+from mem_triton.ops.common.compiled import OPTIONS
+from mem_triton.ops.memory_attention.cpu.numba_floats import LANES
+from mem_triton.ops.memory_attention.cpu.numba_words import add_words, interleave, logits_of_words, transpose
 
 
 def supported() -> bool:

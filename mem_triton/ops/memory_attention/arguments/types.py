@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mem_triton.ops.memory_attention.packing import Packing
-from mem_triton.ops.positions import FOREVER
+from mem_triton.ops.common.positions import FOREVER
+from mem_triton.ops.memory_attention.arguments.packing import Packing
 
 __all__ = ["FOREVER", "MemoryPages", "MemoryTable", "PagedContext", "SharedSegment"]
 

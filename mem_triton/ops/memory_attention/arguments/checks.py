@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.common.checks import FLOATS, check_tensor
+from mem_triton.ops.memory_attention.arguments.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BYTES = (torch.int8, torch.float8_e4m3fn)
 _INT, _FP32 = (torch.int32,), (torch.float32,)
 
@@ -88,7 +88,7 @@ def check(
         _check_scales("shared", shared)
     for name, tensor, shape, dtypes in expected:
         if tensor is not None:
-            _check_tensor(name, tensor, shape, dtypes, query.device)
+            check_tensor(name, tensor, shape, dtypes, ("query", query))
     for name, tensors in (("context", context), ("pages", pages), ("shared", shared)):
         if tensors is not None and tensors.keys.stride() != tensors.values.stride():
             raise ValueError(
@@ -99,18 +99,6 @@ def check(
             column = getattr(table, name)
             if column is not None and column.stride() != table.page.stride():
                 raise ValueError(f"table.{name}: strides {column.stride()}, those of table.page {table.page.stride()}")
-
-
-def _check_tensor(name: str, tensor: Tensor, shape: tuple, dtypes: tuple, device: torch.device) -> None:
-    wanted = tuple(m if n is None else n for n, m in zip(shape, tensor.shape, strict=False))
-    if tensor.shape != wanted or len(wanted) != len(shape):
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(shape)} (None = any)")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name}: dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise ValueError(f"{name}: the last dimension must be contiguous, its stride is {tensor.stride(-1)}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: on {tensor.device}, query on {device}")
 
 
 def _check_scales(name: str, segment: MemoryPages | SharedSegment) -> None:

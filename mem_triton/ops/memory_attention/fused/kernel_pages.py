@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mem_triton.ops.memory_attention.kernel_parts import LOG2E, attend_tile
+from mem_triton.ops.memory_attention.fused.kernel_parts import LOG2E, attend_tile
 
 
 @triton.jit

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mem_triton.ops.memory_attention import paged_torch
-from mem_triton.ops.memory_attention.types import PagedContext
+from mem_triton.ops.memory_attention.arguments.types import PagedContext
+from mem_triton.ops.memory_attention.cpu import paged_torch
 
 
 def attend(
@@ -21,7 +21,9 @@ def attend(
     **options: Any,
 ) -> None:
     """Arguments as in ``op.memory_attention``, already checked. Who attends a row follows from the row alone."""
-    from mem_triton.ops.memory_attention import paged_numba  # vLLM's start looks at all modules, and trips over numba's
+    from mem_triton.ops.memory_attention.cpu import (
+        paged_numba,  # vLLM's start looks at all modules, and trips over numba's
+    )
 
     starts = context.query_start_loc.numpy()
     counts = starts[1:] - starts[:-1]

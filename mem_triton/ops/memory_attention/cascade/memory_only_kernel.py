@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
-from mem_triton.ops.memory_attention.cascade_kernel_parts import store_merged
-from mem_triton.ops.memory_attention.kernel_output import is_last, merge_splits, store_partial
-from mem_triton.ops.memory_attention.kernel_pages import attend_pages
-from mem_triton.ops.memory_attention.kernel_parts import find_row, load_part
+from mem_triton.ops.common.kernel_parts import is_last
+from mem_triton.ops.memory_attention.cascade.kernel_parts import store_merged
+from mem_triton.ops.memory_attention.fused.kernel_output import merge_splits, store_partial
+from mem_triton.ops.memory_attention.fused.kernel_pages import attend_pages
+from mem_triton.ops.memory_attention.fused.kernel_parts import find_row, load_part
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "split_pages", "stride_lse", "stride_lse_head"])

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from mem_triton.ops.memory_attention.cascade_kernel_parts import clean, merge_shares, store_part
-from mem_triton.ops.memory_attention.kernel_parts import load_part
+from mem_triton.ops.memory_attention.cascade.kernel_parts import clean, merge_shares, store_part
+from mem_triton.ops.memory_attention.fused.kernel_parts import load_part
 
 ROWS, WARPS = 16, 4
 

@@ -4,10 +4,10 @@ packed into tiles, so that the segment is read once per tile and KV head and not
 import triton
 import triton.language as tl
 
-from mem_triton.ops.delta_rule.kernel_parts import tanh
-from mem_triton.ops.memory_attention.cascade_kernel_parts import store_merged
-from mem_triton.ops.memory_attention.kernel_output import is_last, merge_splits, store_partial
-from mem_triton.ops.memory_attention.kernel_parts import LOG2E, load_part, widen
+from mem_triton.ops.common.kernel_parts import is_last, tanh
+from mem_triton.ops.memory_attention.cascade.kernel_parts import store_merged
+from mem_triton.ops.memory_attention.fused.kernel_output import merge_splits, store_partial
+from mem_triton.ops.memory_attention.fused.kernel_parts import LOG2E, load_part, widen
 
 
 @triton.jit

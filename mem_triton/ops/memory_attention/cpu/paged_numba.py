@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention.numba_bf16 import supported
-from mem_triton.ops.memory_attention.numba_rows import parallel, serial
-from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.arguments.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.cpu.numba_bf16 import supported
+from mem_triton.ops.memory_attention.cpu.numba_rows import parallel, serial
 
 SHORT = 16
 """Queries of a row up to which it is attended here; more are products of matrices, which torch does faster."""

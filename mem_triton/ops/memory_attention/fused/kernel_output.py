@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mem_triton.ops.memory_attention.kernel_parts import LOG2E
+from mem_triton.ops.memory_attention.fused.kernel_parts import LOG2E
 
 
 @triton.jit
@@ -21,17 +21,6 @@ def store_partial(
         tl.store(row[:, None] + (WIDTH + tl.arange(0, REST))[None, :], acc1, mask=real[:, None])
     tl.store(row + WIDTH + REST, top, mask=real)
     tl.store(row + WIDTH + REST + 1, total, mask=real)
-
-
-@triton.jit
-def is_last(counter, splits):
-    """Whether the other splits of this block are through; what they stored is then visible, and the counter 0 again."""
-    tl.debug_barrier()  # every thread's stores come before the one thread's atomic
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
-    if last:
-        tl.atomic_xchg(counter, 0, sem="relaxed")  # for the next launch, so that a captured graph can be replayed
-    tl.debug_barrier()
-    return last
 
 
 @triton.jit

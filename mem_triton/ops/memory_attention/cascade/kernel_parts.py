@@ -1,12 +1,12 @@
 """Device functions of the kernels that merge their softmax into what another kernel left in ``out`` and ``lse``.
 
-As in ``kernel_parts``, a program holds BLOCK_M rows and a head's channels come in two parts, WIDTH and REST.
+As in ``fused.kernel_parts``, a program holds BLOCK_M rows and a head's channels come in two parts, WIDTH and REST.
 """
 
 import triton
 import triton.language as tl
 
-from mem_triton.ops.memory_attention.kernel_parts import LOG2E, load_part
+from mem_triton.ops.memory_attention.fused.kernel_parts import LOG2E, load_part
 
 
 @triton.jit

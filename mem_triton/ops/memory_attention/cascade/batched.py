@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention import cascade_launch, launch
-from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.arguments.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.cascade import launch as cascade_launch
+from mem_triton.ops.memory_attention.fused import launch
 
 
 def attend(

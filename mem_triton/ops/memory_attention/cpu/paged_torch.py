@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention.packing import unpack_keys, unpack_values
-from mem_triton.ops.memory_attention.torch_parts import buckets, clear, dequantise, gather, merge, softmax
-from mem_triton.ops.memory_attention.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.arguments.packing import unpack_keys, unpack_values
+from mem_triton.ops.memory_attention.arguments.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.cpu.torch_parts import buckets, clear, dequantise, gather, merge, softmax
 
 QUERY_CHUNK = 512  # a chunk of queries skips the keys behind it
 

@@ -1,0 +1,1 @@
+"""What several ops share. It imports none of them."""

@@ -1,0 +1,1 @@
+"""Memory attention on a CPU. Nothing here imports numba before a row is attended: see ``dispatch``."""

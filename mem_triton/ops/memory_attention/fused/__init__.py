@@ -1,0 +1,1 @@
+"""The fused kernel of memory attention and its launch; it needs Triton."""
