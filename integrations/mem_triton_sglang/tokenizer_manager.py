@@ -36,8 +36,8 @@ from mem_triton.systems.params import RequestParams
 from mem_triton.systems.payload import Place
 from mem_triton.systems.registry import count_refusal
 from mem_triton.systems.request import RequestError
-from mem_triton_sglang.answer import Answer, fixed, fixed_by_engine
 from mem_triton_sglang.carrier import is_word, packed
+from mem_triton_sglang.continuation import ContinuedAnswer, fixed, fixed_by_engine
 from mem_triton_sglang.identity import extra_key_of
 from mem_triton_sglang.shape import shape_of
 from mem_triton_sglang.weights import FixedWeights
@@ -268,7 +268,7 @@ class TokenizerManagerWithMemory(FixedWeights):
         async for out in self._aborted(running, reason):
             yield out if answer is None else answer.take(out)
 
-    async def _begin(self, running: _Running) -> Answer:
+    async def _begin(self, running: _Running) -> ContinuedAnswer:
         """Find and claim what a request reads, and decide how its answer is cut. Raises ValueError before it runs."""
         obj, opened = running.obj, running.opened
         if obj.input_ids is None:
@@ -281,7 +281,7 @@ class TokenizerManagerWithMemory(FixedWeights):
             count_refusal(error.field)
             raise
         obj.input_ids = obj.input_ids[opened.dropped :]
-        room = max(1, (self.max_req_input_len or self.context_len) - len(obj.input_ids))  # every segment is a prompt
+        room = max(1, (self.max_req_input_len or self.context_len) - len(obj.input_ids))  # all of it is a prompt later
         wanted = obj.sampling_params.get("max_new_tokens", self.sampling_params_class().max_new_tokens)
         limit = room if wanted is None else min(wanted, room)
         every, allowed = self.memory.cut(opened, len(obj.input_ids), limit) or (limit, limit)
@@ -290,7 +290,9 @@ class TokenizerManagerWithMemory(FixedWeights):
         said = {n: obj.sampling_params.get(n) for n in ("skip_special_tokens", "spaces_between_special_tokens")}
         as_asked = {name: value is None or bool(value) for name, value in said.items()}
         decode = self.tokenizer and functools.partial(self.tokenizer.decode, **as_asked)
-        return Answer(obj, obj.input_ids, every, limit, incremental=self.incremental_streaming_output, decode=decode)
+        return ContinuedAnswer(
+            obj, obj.input_ids, every, limit, incremental=self.incremental_streaming_output, decode=decode
+        )
 
     def _generate(
         self, obj: GenerateReqInput, running: _Running, place: Place | None = None

@@ -17,9 +17,9 @@ from mem_triton.runtime.frontend.memory import Call
 from mem_triton.systems.base import FrontendServices
 from mem_triton_vllm import callers
 from mem_triton_vllm.async_engine import AsyncLLMWithMemory
+from mem_triton_vllm.continuation import fixed_by_engine
 from mem_triton_vllm.front_end import VLLMFrontEnd
 from mem_triton_vllm.refusals import check_engine, check_touch_points, has_one_front_end, obstacles, section_of
-from mem_triton_vllm.segments import fixed_by_engine
 from mem_triton_vllm.shape import shape_of
 from mem_triton_vllm.sync_engine import LLMEngineWithMemory
 

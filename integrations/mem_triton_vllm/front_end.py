@@ -29,7 +29,7 @@ from mem_triton.systems.payload import Place, encode
 from mem_triton.systems.registry import count_refusal
 from mem_triton.systems.request import CARRIER, RequestError
 from mem_triton_vllm.answer_text import AnswerText
-from mem_triton_vllm.segments import OutputSegments, fixed
+from mem_triton_vllm.continuation import ContinuedAnswer, fixed
 
 
 class VLLMFrontEnd(MemoryFrontEnd):
@@ -101,13 +101,13 @@ class VLLMFrontEnd(MemoryFrontEnd):
             prompt.sampling_params = params
         return (_salt(prompt, self.identity(opened)) if opened.parts else prompt), params
 
-    def segments(self, opened: Opened, prompt_ids: list[int], params: SamplingParams) -> OutputSegments:
-        """How the answer is cut."""
+    def cut_answer(self, opened: Opened, prompt_ids: list[int], params: SamplingParams) -> ContinuedAnswer:
+        """The answer, cut into engine requests where its references change."""
         whole = params.max_tokens or sys.maxsize
         every, limit = self.cut(opened, len(prompt_ids), params.max_tokens) or (whole, whole)
         spells = every < limit and params.detokenize and self.tokenizer is not None
         text = AnswerText(self.tokenizer(), prompt_ids, params) if spells else None
-        return OutputSegments(prompt_ids, params, every, limit, text)
+        return ContinuedAnswer(prompt_ids, params, every, limit, text)
 
 
 _INTERNAL_ID = re.compile(r"(?:\d+_)?(.*)-[0-9a-f]{8}", re.DOTALL)

@@ -78,19 +78,19 @@ async def _pieces(
     """Serve a request in as many engine requests as what it reads changes."""
     await memory.prepare(opened, prompt_ids)
     prompt_ids = prompt_ids[opened.dropped :]
-    segments = memory.segments(opened, prompt_ids, params)
+    answer = memory.cut_answer(opened, prompt_ids, params)
     prepared()
     while True:
         await memory.ready(opened)
-        continued = with_tokens(prompt, segments.prompt_ids)
-        carried = memory.carry(continued, segments.params(), opened, segments.place)
+        continued = with_tokens(prompt, answer.prompt_ids)
+        carried = memory.carry(continued, answer.params(), opened, answer.place)
         async with contextlib.aclosing(run(*carried, request_id)) as outputs:
             async for output in outputs:
-                for merged in segments.take(output):
+                for merged in answer.take(output):
                     yield merged
-        if segments.done:
+        if answer.done:
             return
-        await memory.advance(opened, len(prompt_ids), segments.generated)
+        await memory.advance(opened, len(prompt_ids), answer.generated)
 
 
 async def _read(memory: VLLMFrontEnd, run: Run, prompt: Any, ids: list[int], opened: Opened) -> None:

@@ -271,9 +271,9 @@ PATCHES: tuple[EnginePatch, ...] = (
             "front_end.with_tokens: prompt.prompt_token_ids",
             "front_end._salt: prompt.cache_salt",
             "front_end.add_report: output.kv_transfer_params",
-            "segments.OutputSegments._merged: answer.*",
-            "segments.OutputSegments._spell: answer.logprobs",
-            "segments.OutputSegments.take: merged.finished",
+            "continuation.ContinuedAnswer._merged: answer.*",
+            "continuation.ContinuedAnswer._spell: answer.logprobs",
+            "continuation.ContinuedAnswer.take: merged.finished",
             "front_end.ended_by_error: answer.finish_reason",
         ),
         what="Copies of a request's parameters get extra_args for the workers, its prompt a cache_salt; answers in "

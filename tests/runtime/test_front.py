@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from mem_triton.runtime.frontend.continuation import Segments
+from mem_triton.runtime.frontend.continuation import Continuation
 from mem_triton.store.pool.loads import MemoryLoadError
 from mem_triton.store.pool.residency import Residency
 from mem_triton.systems.delta_mem.frontend import SessionFrontEnd
@@ -28,19 +28,19 @@ from tests.support.front import Waits, end, front_end
 
 
 @given(st.integers(1, 40), st.integers(0, 60), st.integers(1, 50), st.integers(1, 80))
-def test_segments_are_the_answer_in_one_piece(length, limit, every, engine_room):
+def test_continuations_are_the_answer_in_one_piece(length, limit, every, engine_room):
     """An engine that stops by itself after ``length`` tokens, and has room for ``engine_room`` of them."""
     whole = list(range(length))
-    segments, pieces = Segments([-2, -1], every, limit), 0
-    while not segments.done:
-        start = len(segments.generated)
-        assert segments.prompt_ids == [-2, -1, *whole[:start]]
-        room = min(segments.room, engine_room - start)
+    answer, pieces = Continuation([-2, -1], every, limit), 0
+    while not answer.done:
+        start = len(answer.generated)
+        assert answer.prompt_ids == [-2, -1, *whole[:start]]
+        room = min(answer.room, engine_room - start)
         said = whole[start : start + room]
-        segments.end(said, "stop" if start + len(said) == length and len(said) <= room else "length")
+        answer.end(said, "stop" if start + len(said) == length and len(said) <= room else "length")
         pieces += 1
-    assert segments.generated == whole[: min(limit, engine_room)]
-    assert pieces <= len(segments.generated) // every + 1
+    assert answer.generated == whole[: min(limit, engine_room)]
+    assert pieces <= len(answer.generated) // every + 1
 
 
 @pytest.fixture

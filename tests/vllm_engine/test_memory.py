@@ -138,7 +138,7 @@ def test_fault15_memory_beyond_the_models_context_is_refused_and_the_answer_ends
             opened(prompt, *ids)
     asked, params = opened(50, "alpha")
     retrieve(front.parts["memory"], asked.parts["memory"], [5] * 50)
-    assert front.segments(asked, [5] * 50, params).params().max_tokens == 96 - 50 - 40
+    assert front.cut_answer(asked, [5] * 50, params).params().max_tokens == 96 - 50 - 40
     assert "memory takes 40 of 96" in asked.report()["context"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from mem_triton.runtime.frontend.continuation import Segments
+from mem_triton.runtime.frontend.continuation import Continuation
 from mem_triton.runtime.frontend.text import TextOfTokens
 
 LOGPROBS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
@@ -124,7 +124,7 @@ def _differs(value: Any, default: Any) -> bool:
         return True
 
 
-class Answer(Segments):
+class ContinuedAnswer(Continuation):
     """Cuts a request into SGLang requests, and puts their outputs together.
 
     incremental: outputs of a stream hold what is new, not all so far. decode: token ids to text, None if none is made.
@@ -151,12 +151,12 @@ class Answer(Segments):
         self._obj, self._incremental = obj, bool(obj.stream) and incremental
         self._text = None if decode is None else TextOfTokens(decode, prompt_ids)
         self._one_piece = every >= limit
-        self._earlier: dict[str, Any] | None = None  # all segments before this one as one output
-        self._fresh: list[int] = []  # this segment's tokens so far
+        self._earlier: dict[str, Any] | None = None  # all requests before this one as one output
+        self._fresh: list[int] = []  # this engine request's tokens so far
         self._sent = ""  # the answer's text so far, as an incremental client has it
 
     def request(self) -> GenerateReqInput:
-        """The coming segment; its ``sampling_params`` are its own."""
+        """The coming engine request; its ``sampling_params`` are its own."""
         request = copy.copy(self._obj)
         request.text, request.input_ids = None, self.prompt_ids
         request.sampling_params = params = dict(self._obj.sampling_params)
@@ -199,7 +199,7 @@ class Answer(Segments):
         before = earlier["meta_info"]
         whole["output_ids"] = [*earlier["output_ids"], *self._fresh]
         meta["prompt_tokens"] = len(self.own_prompt)
-        for name in ("cached_tokens", "cached_tokens_details"):  # later segments find their own text in the cache
+        for name in ("cached_tokens", "cached_tokens_details"):  # later requests find their own text in the cache
             if name in before:
                 meta[name] = before[name]
         for name in ("completion_tokens", "reasoning_tokens", "num_retractions", "e2e_latency"):

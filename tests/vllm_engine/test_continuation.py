@@ -46,14 +46,14 @@ def engine(prompt_ids: list[int], p) -> list:
 
 
 def run(every: int, kind: str, limit: int = 100) -> list:
-    from mem_triton_vllm.segments import OutputSegments
+    from mem_triton_vllm.continuation import ContinuedAnswer
 
-    segments = OutputSegments(PROMPT, params(kind), every, limit)
+    answer = ContinuedAnswer(PROMPT, params(kind), every, limit)
     seen = []
-    while not segments.done:
-        for output in engine(segments.prompt_ids, segments.params()):
-            seen += segments.take(output)
-    assert segments.generated == seen_tokens(seen, kind)
+    while not answer.done:
+        for output in engine(answer.prompt_ids, answer.params()):
+            seen += answer.take(output)
+    assert answer.generated == seen_tokens(seen, kind)
     return seen
 
 
@@ -81,20 +81,20 @@ def test_the_caller_sees_one_answer(every, kind):
     assert all(o.outputs[0].finish_reason is None for o in seen[:-1])
 
 
-def test_the_limit_ends_the_answer_within_a_segment_and_at_its_edge():
+def test_the_limit_ends_the_answer_within_a_request_and_at_its_edge():
     for limit in (1, 2, 3, 4, 5):
         (only,) = run(2, "FINAL_ONLY", limit)
         assert only.outputs[0].token_ids == ANSWER[:limit] and only.outputs[0].finish_reason == "length"
 
 
-def test_a_seed_moves_on_with_the_segments():
-    from mem_triton_vllm.segments import OutputSegments
+def test_a_seed_moves_on_with_the_requests():
+    from mem_triton_vllm.continuation import ContinuedAnswer
 
-    segments = OutputSegments(PROMPT, params(seed=5), 2, 100)
-    assert (segments.params().seed, segments.params().max_tokens) == (5, 2)
-    for output in engine(segments.prompt_ids, segments.params()):
-        segments.take(output)
-    assert segments.params().seed == 6
+    answer = ContinuedAnswer(PROMPT, params(seed=5), 2, 100)
+    assert (answer.params().seed, answer.params().max_tokens) == (5, 2)
+    for output in engine(answer.prompt_ids, answer.params()):
+        answer.take(output)
+    assert answer.params().seed == 6
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_seed_moves_on_with_the_segments():
     ],
 )
 def test_what_a_continuation_would_start_over_keeps_one_piece(options, reason):
-    from mem_triton_vllm.segments import fixed
+    from mem_triton_vllm.continuation import fixed
 
     found = fixed(params(**options))
     assert found is None if reason is None else reason in found
@@ -133,7 +133,7 @@ def test_what_a_continuation_would_start_over_keeps_one_piece(options, reason):
 def test_fault06_what_looks_back_over_the_answer_keeps_one_piece(options):
     from vllm.sampling_params import RepetitionDetectionParams
 
-    from mem_triton_vllm.segments import fixed
+    from mem_triton_vllm.continuation import fixed
 
     if "repetition_detection" in options:
         options = {"repetition_detection": RepetitionDetectionParams(**options["repetition_detection"])}
@@ -144,7 +144,7 @@ def test_fault06_every_parameter_is_either_known_to_be_cuttable_or_keeps_one_pie
     """A parameter that a later vLLM adds keeps one piece until somebody has looked at it."""
     from vllm import SamplingParams
 
-    from mem_triton_vllm.segments import CUTTABLE, fixed
+    from mem_triton_vllm.continuation import CUTTABLE, fixed
 
     assert set(SamplingParams.__struct_fields__) >= CUTTABLE
     for name in set(SamplingParams.__struct_fields__) - CUTTABLE:
@@ -175,7 +175,7 @@ def test_fault06_every_parameter_is_either_known_to_be_cuttable_or_keeps_one_pie
 def test_fault06_custom_logits_processors_and_watermarks_of_an_engine_keep_one_piece():
     from types import SimpleNamespace as Config
 
-    from mem_triton_vllm.segments import fixed_by_engine
+    from mem_triton_vllm.continuation import fixed_by_engine
 
     def engine_of(processors=None, watermark=None):
         return Config(model_config=Config(logits_processors=processors), watermark_config=watermark)
@@ -231,16 +231,16 @@ def processed(tokenizer, prompt_ids: list[int], p, said: list[int], reason: str,
 def cut(tokenizer, said: list[int], every: int, kind: str, prompt: list[int], text: bool = True, **options) -> list:
     """The outputs that a client sees of an answer ``said`` that ends by length and is cut after ``every`` tokens."""
     from mem_triton_vllm.answer_text import AnswerText
-    from mem_triton_vllm.segments import OutputSegments
+    from mem_triton_vllm.continuation import ContinuedAnswer
 
     p = params(kind, max_tokens=len(said), **options)
-    segments = OutputSegments(prompt, p, every, len(said), AnswerText(tokenizer, prompt, p) if text else None)
+    answer = ContinuedAnswer(prompt, p, every, len(said), AnswerText(tokenizer, prompt, p) if text else None)
     seen = []
-    while not segments.done:
-        start, coming = len(segments.generated), segments.params()
+    while not answer.done:
+        start, coming = len(answer.generated), answer.params()
         part = said[start : start + coming.max_tokens]
-        for output in processed(tokenizer, segments.prompt_ids, coming, part, "length", start):
-            seen += segments.take(output)
+        for output in processed(tokenizer, answer.prompt_ids, coming, part, "length", start):
+            seen += answer.take(output)
     return seen
 
 
@@ -292,13 +292,13 @@ def test_fault05_a_prompt_that_ends_within_a_character_is_not_told(tokenizer, ki
 
 @pytest.mark.parametrize("kind", ["FINAL_ONLY", "CUMULATIVE", "DELTA"])
 def test_fault04_every_answer_of_several_is_told_to_its_end(tokenizer, kind):
-    from mem_triton_vllm.segments import OutputSegments
+    from mem_triton_vllm.continuation import ContinuedAnswer
 
     p = params(kind, n=3, max_tokens=4)
-    segments = OutputSegments(PROMPT, p, 4, 4)
-    outputs = processed(tokenizer, segments.prompt_ids, segments.params(), [100, 101, 102, 103], "length")
-    seen = [merged for output in outputs for merged in segments.take(output)]
-    assert segments.done and seen[-1].finished and not any(o.finished for o in seen[:-1])
+    answer = ContinuedAnswer(PROMPT, p, 4, 4)
+    outputs = processed(tokenizer, answer.prompt_ids, answer.params(), [100, 101, 102, 103], "length")
+    seen = [merged for output in outputs for merged in answer.take(output)]
+    assert answer.done and seen[-1].finished and not any(o.finished for o in seen[:-1])
     answers = {i: [] for i in range(3)}
     for output in seen:
         for answer in output.outputs:

@@ -1,4 +1,4 @@
-"""vLLM's side of an answer in segments (``frontend.continuation``): parameters of each, and their outputs as one."""
+"""One answer out of several of vLLM's requests: the parameters of each, and their outputs as one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from mem_triton.runtime.frontend.continuation import Segments
+from mem_triton.runtime.frontend.continuation import Continuation
 from mem_triton_vllm.answer_text import CONTEXT, AnswerText
 
 CUTTABLE = frozenset(
@@ -85,17 +85,17 @@ def fixed_by_engine(vllm_config: VllmConfig) -> str | None:
     return "watermarks" if getattr(vllm_config, "watermark_config", None) is not None else None
 
 
-class OutputSegments(Segments):
+class ContinuedAnswer(Continuation):
     """Cuts an answer into vLLM's requests, and puts their outputs together.
 
     text: makes the answer's text of its tokens; None where vLLM's own is right.
 
     Example::
 
-        while not segments.done:
-            for output in engine.run(segments.prompt_ids, segments.params()):
-                yield from segments.take(output)
-            plan = extend(plan, segments.generated)
+        while not answer.done:
+            for output in engine.run(answer.prompt_ids, answer.params()):
+                yield from answer.take(output)
+            plan = extend(plan, answer.generated)
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class OutputSegments(Segments):
         super().__init__(prompt_ids, every, limit)
         self._params, self._delta = params, params.output_kind is RequestOutputKind.DELTA
         self._text = text
-        self._before: CompletionOutput | None = None  # all earlier segments as one
+        self._before: CompletionOutput | None = None  # all earlier requests' answers as one
         self._cached: int | None = None
-        self._fresh: list[int] = []  # this segment's tokens so far
+        self._fresh: list[int] = []  # this engine request's tokens so far
 
     def params(self) -> SamplingParams:
-        """The coming segment's parameters."""
+        """The coming engine request's parameters."""
         params = copy.copy(self._params)
         params.max_tokens = self.room
         if params.seed is not None:
@@ -145,9 +145,9 @@ class OutputSegments(Segments):
         return [merged]
 
     def _spell(self, answer: CompletionOutput, start: int, first: int) -> None:
-        """Give log-probabilities the text of their tokens again where it depends on tokens of earlier segments.
+        """Give log-probabilities the text of their tokens again where it depends on tokens of earlier requests.
 
-        start: the answer's tokens before this segment. first: place in the segment of the answer's first.
+        start: the answer's tokens before this engine request. first: place in the request of ``answer``'s first.
         """
         if start == 0 or answer.logprobs is None or first >= CONTEXT:
             return
@@ -162,7 +162,7 @@ class OutputSegments(Segments):
         merged.prompt_token_ids, merged.outputs = self.own_prompt, [answer]
         if self._cached is None:
             self._cached = output.num_cached_tokens
-        merged.num_cached_tokens = self._cached  # the first segment's: later ones find their own text in the cache
+        merged.num_cached_tokens = self._cached  # the first request's: later ones find their own text in the cache
         if (earlier := self._before) is None:
             return merged
         if answer.weight_versions is not None:

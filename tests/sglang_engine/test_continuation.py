@@ -1,6 +1,6 @@
 """An answer in several SGLang requests looks like one: tokens, text, counts, log-probabilities, whole and streamed.
 
-The engine here is a stand-in that answers and decodes as SGLang does, byte by byte; real answers in segments are
+The engine here is a stand-in that answers and decodes as SGLang does, byte by byte; real continued answers are
 compared in ``test_memory_server``.
 """
 
@@ -16,7 +16,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from mem_triton.systems.explicit.user_turn import UserTurns
-from mem_triton_sglang.answer import CUTTABLE, CUTTABLE_FIELDS, Answer, fixed, fixed_by_engine
+from mem_triton_sglang.continuation import CUTTABLE, CUTTABLE_FIELDS, ContinuedAnswer, fixed, fixed_by_engine
 
 PROMPT = list(b"tell: ")
 TEXT = "naïve €5, 日本 🙂 end"
@@ -63,7 +63,7 @@ def engine(
 
 def run(every: int, stream: bool = False, incremental: bool = False, limit: int = 100) -> list[dict]:
     obj = GenerateReqInput(input_ids=PROMPT, sampling_params={"max_new_tokens": limit}, stream=stream, rid="r")
-    answer, seen = Answer(obj, PROMPT, every, limit, incremental=incremental, decode=decode), []
+    answer, seen = ContinuedAnswer(obj, PROMPT, every, limit, incremental=incremental, decode=decode), []
     while not answer.done:
         for out in engine(answer.request(), incremental):
             if (shown := answer.take(out)) is not None:
@@ -95,7 +95,7 @@ def test_the_client_sees_one_answer(every, way):
     assert meta["e2e_latency"] == -(-len(ANSWER) // every)
 
 
-def test_the_limit_ends_the_answer_within_a_segment_and_at_its_edge():
+def test_the_limit_ends_the_answer_within_a_request_and_at_its_edge():
     for limit in (1, 2, 3, 4, 5):
         (only,) = run(2, limit=limit)
         assert only["output_ids"] == ANSWER[:limit]
@@ -104,7 +104,7 @@ def test_the_limit_ends_the_answer_within_a_segment_and_at_its_edge():
 
 def test_an_abort_keeps_what_was_said():
     obj = GenerateReqInput(input_ids=PROMPT, sampling_params={"max_new_tokens": 9})
-    answer = Answer(obj, PROMPT, 4, 9, incremental=False, decode=decode)
+    answer = ContinuedAnswer(obj, PROMPT, 4, 9, incremental=False, decode=decode)
     for out in engine(answer.request(), False):
         assert answer.take(out) is None
     ends = {"text": "", "output_ids": [], "meta_info": {"finish_reason": {"type": "abort"}, "completion_tokens": 0}}
@@ -116,7 +116,7 @@ def test_an_abort_keeps_what_was_said():
 def test_an_answer_of_tokens_alone_gets_no_text(incremental):
     """--skip-tokenizer-init: SGLang's own outputs have no text either."""
     obj = GenerateReqInput(input_ids=PROMPT, sampling_params={"max_new_tokens": 9}, stream=True)
-    answer = Answer(obj, PROMPT, 4, 9, incremental=incremental, decode=None)
+    answer = ContinuedAnswer(obj, PROMPT, 4, 9, incremental=incremental, decode=None)
     while not answer.done:
         for out in engine(answer.request(), incremental):
             del out["text"]
@@ -124,9 +124,9 @@ def test_an_answer_of_tokens_alone_gets_no_text(incremental):
     assert answer.generated == ANSWER[:9]
 
 
-def test_a_seed_moves_on_with_the_segments():
+def test_a_seed_moves_on_with_the_requests():
     obj = GenerateReqInput(input_ids=PROMPT, sampling_params={"max_new_tokens": 9, "sampling_seed": 5})
-    answer = Answer(obj, PROMPT, 2, 9, incremental=False, decode=decode)
+    answer = ContinuedAnswer(obj, PROMPT, 2, 9, incremental=False, decode=decode)
     assert answer.request().sampling_params == {"max_new_tokens": 2, "sampling_seed": 5}
     for out in engine(answer.request(), False):
         answer.take(out)
@@ -167,7 +167,7 @@ def test_fault05_text_is_that_of_the_tokens_wherever_the_answer_is_cut(way, ever
         for prompt in (PROMPT, [*PROMPT, 0xF0, 0x9F])[: 1 if every > 40 else 2]:  # one piece is SGLang's own
             obj = GenerateReqInput(input_ids=prompt, sampling_params={"max_new_tokens": 40}, rid="r")
             obj.stream = way != "whole"
-            answer = Answer(obj, prompt, every, 41, incremental=way == "incremental", decode=decode)
+            answer = ContinuedAnswer(obj, prompt, every, 41, incremental=way == "incremental", decode=decode)
             seen = []
             while not answer.done:
                 for out in engine(answer.request(), way == "incremental", said, len(prompt)):
@@ -180,7 +180,7 @@ def test_fault05_text_is_that_of_the_tokens_wherever_the_answer_is_cut(way, ever
 def test_fault05_a_stop_token_is_no_text():
     for stop, text in ((False, "na"), (True, "naï")):
         params = {"max_new_tokens": 9, "no_stop_trim": stop}
-        answer = Answer(
+        answer = ContinuedAnswer(
             GenerateReqInput(input_ids=PROMPT, sampling_params=params),
             PROMPT,
             2,
