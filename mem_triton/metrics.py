@@ -8,7 +8,7 @@ from __future__ import annotations
 from prometheus_client import Counter, Gauge
 
 COMMITS = Counter("mem_triton:session_commits", "Session states committed")
-REFUSALS = Counter("mem_triton:refusals", "Requests refused because of their memory words", ["field"])
+REFUSALS = Counter("mem_triton:refusals", "Requests refused because of their memory fields", ["field"])
 COMMIT_FAILURES = Counter("mem_triton:session_commit_failures", "Session states that could not be committed")
 LATE_COMMITS = Counter(
     "mem_triton:session_late_commits",

@@ -1,4 +1,4 @@
-"""Streamed chat requests to a server, with the memory words of each, and the time to their first token."""
+"""Streamed chat requests to a server, with the memory fields of each, and the time to their first token."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def user(text: str) -> Messages:
 
 
 class Client:
-    """Chat requests to one server, at most ``at_once`` at a time. words: the field of a body for memory's words."""
+    """Chat requests to one server, at most ``at_once`` at a time. fields_in: where a body takes memory's fields."""
 
-    def __init__(self, url: str, at_once: int, words: str) -> None:
-        self.words = words
+    def __init__(self, url: str, at_once: int, fields_in: str) -> None:
+        self.fields_in = fields_in
         # Servers close idle connections after 5 s: never reuse one that it may be closing just now.
         limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once, keepalive_expiry=2)
         self.http = httpx.AsyncClient(base_url=url, timeout=300, limits=limits)
@@ -45,9 +45,9 @@ class Client:
     async def chat(
         self, messages: Messages, max_tokens: int = 16, memory: dict[str, Any] | None = None, **fields: Any
     ) -> Answer:
-        """Send one streamed request with memory words ``memory``. Raises BenchmarkError with the server's words."""
+        """Send one streamed request with memory fields ``memory``. Raises BenchmarkError with the server's words."""
         body = {"model": "recall", "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
-        body |= {"stream_options": {"include_usage": True}, **({self.words: memory} if memory else {}), **fields}
+        body |= {"stream_options": {"include_usage": True}, **({self.fields_in: memory} if memory else {}), **fields}
         text, tokens, first, prompt = [], 0, None, 0
         async with self.free:
             start = time.perf_counter()
@@ -75,12 +75,12 @@ class Client:
 
 
 @asynccontextmanager
-async def connected(servers: list[Server], at_once: int, words: str) -> AsyncIterator[dict[str, Client]]:
+async def connected(servers: list[Server], at_once: int, fields_in: str) -> AsyncIterator[dict[str, Client]]:
     """Open one client a server, by the server's name; all are closed at the end.
 
     Raises BenchmarkError with the log of a server that died, which explains a failure better than its client can.
     """
-    clients = {server.name: Client(server.url, at_once, words) for server in servers}
+    clients = {server.name: Client(server.url, at_once, fields_in) for server in servers}
     try:
         yield clients
     except BenchmarkError:

@@ -1,4 +1,4 @@
-"""The engines that serve: how each is started, given a memory, and told a request's memory words."""
+"""The engines that serve: how each is started, given a memory, and told a request's memory fields."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from benchmarks.common.server import BenchmarkError, Launch, MemoryFlags, has_gp
 
 
 class Engine(Protocol):
-    """One engine. title: its name for people. words: the field of a request's body that carries the memory words.
+    """One engine. title: its name for people. fields_in: the part of a request's body that takes the memory fields.
 
     target: what of the Makefile makes an environment in which it runs. packages: what such an environment has; the
     first one's command starts servers.
     """
 
     title: str
-    words: str
+    fields_in: str
     target: str
     packages: tuple[str, ...]
 
@@ -36,7 +36,7 @@ class Engine(Protocol):
 class Vllm:
     """``vllm serve``."""
 
-    title, words, target = "vLLM", "vllm_xargs", "make demo"
+    title, fields_in, target = "vLLM", "vllm_xargs", "make demo"
     packages = ("vllm", "mem_triton", "mem_triton_vllm")
 
     def launch(self, model: Path, name: str, dtype: str, at_once: int) -> Launch:
@@ -60,7 +60,7 @@ class Vllm:
 class Sglang:
     """``sglang serve``."""
 
-    title, words, target = "SGLang", "custom_params", "make demo ENGINE=sglang"
+    title, fields_in, target = "SGLang", "custom_params", "make demo ENGINE=sglang"
     packages = ("sglang", "mem_triton", "mem_triton_sglang")
 
     def launch(self, model: Path, name: str, dtype: str, at_once: int) -> Launch:

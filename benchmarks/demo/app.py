@@ -139,7 +139,7 @@ async def course(
     """Everything that is asked of the running servers. Raises BenchmarkError if one of them dies."""
     kinds = {server.name: kind for server, kind in zip(servers, KINDS, strict=True)}
     results = report.Results(group, speed={name: [] for name in kinds}, speed_tokens=tokens)
-    async with connected(servers, len(group), engine.words) as clients:
+    async with connected(servers, len(group), engine.fields_in) as clients:
         plain, session, bank = clients.values()
         with console.status("warming up") as status:
             warm = [measure.Person(f"warm-{i}", p.told, p.message) for i, p in enumerate(group)]
@@ -171,7 +171,7 @@ async def course(
             }
         talk = first_talk(group)
         answers = dict(zip(clients, (x[talk] for x in (stock_answers, session_answers, bank_answers)), strict=True))
-        report.show_dialogue(console, engine.words, group[talk], heard[talk], answers)
+        report.show_dialogue(console, engine.fields_in, group[talk], heard[talk], answers)
         report.show_recall(console, results)
         with console.status("measuring speed") as status:
             before = await other_work()

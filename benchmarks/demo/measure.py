@@ -54,17 +54,17 @@ class Speed:
     ttft: float
 
 
-Words = Callable[[Person], dict[str, Any] | None]
-"""The memory words of a person's request."""
+Fields = Callable[[Person], dict[str, Any] | None]
+"""The memory fields of a person's request."""
 
 
 @dataclass(frozen=True)
 class Memory:
     """One kind of memory: what a request says to be remembered, to ask later, and in the speed test."""
 
-    tell: Words = lambda person: None
-    ask: Words = lambda person: None
-    speed: Words = lambda person: None
+    tell: Fields = lambda person: None
+    ask: Fields = lambda person: None
+    speed: Fields = lambda person: None
 
 
 NONE = Memory()

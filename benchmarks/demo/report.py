@@ -38,17 +38,17 @@ class Results:
 
 
 def show_dialogue(
-    console: Console, words: str, person: Person, heard: Answer, answers: dict[str, list[Answer]]
+    console: Console, fields_in: str, person: Person, heard: Answer, answers: dict[str, list[Answer]]
 ) -> None:
     """The first session: what it was told, then each question in a prompt of its own, answered by every server.
 
-    words: the field of a request that carries the memory words.
+    fields_in: the part of a request that takes the memory fields.
     """
     console.print()
     console.rule(f"[bold]session {person.session}: told once, asked later", align="left", style="dim")
     console.print(
-        f'\n[dim]request 1   δ-mem: {words} {{"mem_session": "{person.session}"}}, '
-        f'bank: {words} {{"mem_capture": "{person.session}", "mem_capture_answer": 1}}'
+        f'\n[dim]request 1   δ-mem: {fields_in} {{"mem_session": "{person.session}"}}, '
+        f'bank: {fields_in} {{"mem_capture": "{person.session}", "mem_capture_answer": 1}}'
     )
     console.print(Text.assemble(("  user       ", "bold"), person.message))
     console.print(Text.assemble(("  assistant  ", "bold"), heard.text))

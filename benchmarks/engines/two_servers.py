@@ -40,12 +40,12 @@ class Client:
     def __init__(self, server: Server, http: httpx.AsyncClient, seed: int) -> None:
         self.server, self.http, self.random = server, http, random.Random(seed)
 
-    async def times(self, tokens: int, words: dict[str, Any] | None, prompt: list[int] | None = None) -> list[float]:
+    async def times(self, tokens: int, fields: dict[str, Any] | None, prompt: list[int] | None = None) -> list[float]:
         """Seconds from sending a request to each of its tokens; several may come in one event.
 
         prompt: 64 random tokens by default.
         """
-        body = self._body(tokens, words, prompt)
+        body = self._body(tokens, fields, prompt)
         body |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         begin, seen = time.perf_counter(), []
         async with self.http.stream("POST", f"{self.server.url}/v1/completions", json=body) as response:
@@ -60,16 +60,16 @@ class Client:
                     seen += [time.perf_counter() - begin] * (count - len(seen))
         return seen
 
-    async def answer(self, tokens: int, words: dict[str, Any] | None) -> None:
+    async def answer(self, tokens: int, fields: dict[str, Any] | None) -> None:
         """One request whose answer comes as a whole: a stream would keep the client and the front end busy, too."""
-        response = await self.http.post(f"{self.server.url}/v1/completions", json=self._body(tokens, words, None))
+        response = await self.http.post(f"{self.server.url}/v1/completions", json=self._body(tokens, fields, None))
         if response.status_code != 200:
             raise BenchmarkError(f"HTTP {response.status_code}: {response.text[:500]}")
 
-    def _body(self, tokens: int, words: dict[str, Any] | None, prompt: list[int] | None) -> dict[str, Any]:
+    def _body(self, tokens: int, fields: dict[str, Any] | None, prompt: list[int] | None) -> dict[str, Any]:
         prompt = prompt or [self.random.randrange(4, VOCAB) for _ in range(64)]
         body = {"model": NAME, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
-        return body | ({"vllm_xargs": words} if words else {})
+        return body | ({"vllm_xargs": fields} if fields else {})
 
 
 def percentile(values: list[float], share: float) -> float:

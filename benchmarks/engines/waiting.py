@@ -65,14 +65,14 @@ def make_bank(model: Path, path: Path) -> float:
 
 
 @asynccontextmanager
-async def busy(client: Client, others: int, tokens: int, words: dict[str, Any] | None) -> AsyncIterator[None]:
+async def busy(client: Client, others: int, tokens: int, fields: dict[str, Any] | None) -> AsyncIterator[None]:
     """``others`` requests decode all the time, each followed by the next one."""
     begun = [asyncio.Event() for _ in range(others)]
 
     async def go_on(i: int) -> None:
         first = client.random.randrange(1, tokens) if others <= PLACES else tokens  # so that they do not end together
         while True:
-            task = asyncio.create_task(client.answer(first, words))
+            task = asyncio.create_task(client.answer(first, fields))
             await asyncio.sleep(0.05)
             begun[i].set()
             await task
@@ -94,18 +94,18 @@ async def first_tokens(client: Client, kinds: dict[str, Callable[[int], Any]], a
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
     async with busy(client, args.others, ANSWER, plain(client)):
         for i in range(args.probes):
-            for kind, words in kinds.items():
-                found[kind].append((await client.times(4, words(i)))[0])
+            for kind, fields in kinds.items():
+                found[kind].append((await client.times(4, fields(i)))[0])
     return found
 
 
-async def next_tokens(client: Client, words: dict[str, Any] | None, args: argparse.Namespace, others: int) -> dict:
+async def next_tokens(client: Client, fields: dict[str, Any] | None, args: argparse.Namespace, others: int) -> dict:
     """Seconds a token in windows of WINDOW tokens: around the places of refreshes, and elsewhere."""
     at, within = [], []
     tokens = ANSWER if others <= PLACES else 32  # short answers: newcomers are always waiting
     async with busy(client, others, tokens, plain(client)):
         for _ in range(max(2, args.probes // 4)):
-            times = await client.times(ANSWER, words)
+            times = await client.times(ANSWER, fields)
             for middle in range(WINDOW, ANSWER - WINDOW, WINDOW):
                 took = times[middle + WINDOW // 2 - 1] - times[middle - WINDOW // 2 - 1]
                 (within if middle % EVERY else at).append(took / WINDOW)
@@ -113,7 +113,7 @@ async def next_tokens(client: Client, words: dict[str, Any] | None, args: argpar
 
 
 def plain(client: Client) -> dict[str, Any] | None:
-    """Words of a request that reads nothing."""
+    """Fields of a request that reads nothing."""
     return None if client.server.name == "stock" else {"mem_top_k": 0}
 
 
@@ -137,8 +137,8 @@ async def measure(servers: list[Server], args: argparse.Namespace, console: Cons
         clients = [Client(server, http, 7) for server in servers]
         for client in clients:  # nothing is compiled or opened for the first time later
             name = client.server.name
-            for words in [plain(client), refreshed[name], *(kind(0) for kind in kinds[name].values())]:
-                await client.times(EVERY + 4, words)
+            for fields in [plain(client), refreshed[name], *(kind(0) for kind in kinds[name].values())]:
+                await client.times(EVERY + 4, fields)
         for number in range(args.rounds):
             for what in rounds:
                 found = {}

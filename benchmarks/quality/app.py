@@ -196,7 +196,7 @@ class Run:
         self, server: Server, temperature: float | None, ways: dict[tuple[str, int], Make]
     ) -> tuple[list[Row], dict[str, list[str]]]:
         rows, said = [], {}
-        async with connected([server], self.at_once, self.engine.words) as clients:
+        async with connected([server], self.at_once, self.engine.fields_in) as clients:
             client = clients[server.name]
             for (way, count), make in ways.items():
                 way = way if temperature is None else f"{way}, T={temperature:g}"

@@ -138,7 +138,7 @@ async def course(
         ids = [shelf.refs[n] for n in chosen_names(question, "right", MOST)]
         return asked(question), {"mem_ids": ids} if name == MEMORY else None
 
-    async with connected(servers, len(groups[0]), ENGINE.words) as clients:
+    async with connected(servers, len(groups[0]), ENGINE.fields_in) as clients:
         for repeat, group in enumerate(groups):
             turns = list(clients.items())
             for name, client in turns[:: 1 if repeat % 2 == 0 else -1]:
@@ -148,8 +148,8 @@ async def course(
                 answers = await asyncio.gather(*(client.chat(m, tokens, w, ignore_eos=True) for m, w in together))
                 wall = time.perf_counter() - begin
                 single = []
-                for messages, words in (request(name, q) for q in group[len(group) - alone :]):
-                    single.append((await client.chat(messages, 1, words, ignore_eos=True)).ttft)
+                for messages, fields in (request(name, q) for q in group[len(group) - alone :]):
+                    single.append((await client.chat(messages, 1, fields, ignore_eos=True)).ttft)
                 if repeat:  # the first one warms up
                     found[name].tokens_per_second.append(sum(a.tokens for a in answers) / wall)
                     found[name].ttft.append(statistics.median(a.ttft for a in answers))

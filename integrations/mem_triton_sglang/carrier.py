@@ -14,9 +14,9 @@ from mem_triton.systems.payload import PayloadError, RequestPayload, encode
 from mem_triton.systems.request import CARRIER
 
 
-def packed(words: Mapping[str, Any] | None, payload: RequestPayload | None) -> dict[str, Any] | None:
+def packed(fields: Mapping[str, Any] | None, payload: RequestPayload | None) -> dict[str, Any] | None:
     """A request's ``custom_params`` for the workers: without memory's fields, which have been answered."""
-    others = {name: value for name, value in (words or {}).items() if not is_word(name)}
+    others = {name: value for name, value in (fields or {}).items() if not is_memory_field(name)}
     if payload is None:
         return others or None
     return {**others, CARRIER: base64.b64encode(encode(payload)).decode()}
@@ -38,6 +38,6 @@ def carried_of(params: Any) -> bytes | None:
         raise PayloadError(f"a request's memory payload is no base64: {error}") from None
 
 
-def is_word(name: Any) -> bool:
+def is_memory_field(name: Any) -> bool:
     """Whether a key of ``custom_params`` is memory's."""
     return isinstance(name, str) and name.startswith("mem_")

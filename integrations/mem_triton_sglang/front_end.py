@@ -21,12 +21,12 @@ def after_init(result: None, manager: TokenizerManager, *args: Any, **kwargs: An
         return
     if type(manager) is not TokenizerManager:
         raise ConfigError(f"mem_triton does not work with {type(manager).__name__}, which takes the requests here")
-    from mem_triton_sglang import http_words
+    from mem_triton_sglang import http_fields
     from mem_triton_sglang.tokenizer_manager import TokenizerManagerWithMemory
 
     manager.__class__ = TokenizerManagerWithMemory
     manager.start_memory(config)
-    http_words.install()
+    http_fields.install()
 
 
 def after_metadata(result: dict[str, Any], meta_info: dict[str, Any]) -> dict[str, Any]:

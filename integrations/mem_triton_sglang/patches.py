@@ -177,7 +177,7 @@ PATCHES: tuple[EnginePatch, ...] = (
     EnginePatch(
         target="sglang.srt.entrypoints.http_server.app.user_middleware",
         kind="object",
-        sites=("http_words.install: middleware.append",),
+        sites=("http_fields.install: middleware.append",),
         what="The server gets one middleware more, behind authentication, which answers memory fields that SGLang "
         "would drop with HTTP 400 and the place where they belong.",
         why="A field that is silently dropped is an answer without the memory that was asked for.",

@@ -1,6 +1,6 @@
 """SGLang's ``TokenizerManager``, which takes every request of its HTTP server and of ``Engine``, with memory.
 
-A request's words are answered before the scheduler hears of it: its session is leased, its references are found and
+A request's fields are answered before the scheduler hears of it: its session is leased, its references are found and
 their pages filled. It travels on as an ordinary request, with what workers need among its ``custom_params`` and what
 its KV depends on in its ``extra_key``.
 """
@@ -36,7 +36,7 @@ from mem_triton.systems.params import RequestParams
 from mem_triton.systems.payload import Place
 from mem_triton.systems.registry import count_refusal
 from mem_triton.systems.request import RequestError
-from mem_triton_sglang.carrier import is_word, packed
+from mem_triton_sglang.carrier import is_memory_field, packed
 from mem_triton_sglang.continuation import ContinuedAnswer, fixed, fixed_by_engine
 from mem_triton_sglang.identity import extra_key_of
 from mem_triton_sglang.shape import shape_of
@@ -52,7 +52,7 @@ class Aborted(Exception):
 
 @dataclass
 class _Running:
-    """A request with memory, from its words to its last output."""
+    """A request with memory, from its fields to its last output."""
 
     obj: GenerateReqInput
     request: Any  # fastapi's, None from ``Engine``
@@ -74,7 +74,7 @@ class _Running:
 
 
 class TokenizerManagerWithMemory(FixedWeights):
-    """Requests may have a session and read a bank. Bad words are ValueErrors, which SGLang answers with HTTP 400."""
+    """Requests may have a session and read a bank. Bad fields are ValueErrors, which SGLang answers with HTTP 400."""
 
     def start_memory(self, config: MemTritonConfig) -> None:
         """Open what is configured. Raises ConfigError naming what does not fit."""
@@ -168,7 +168,7 @@ class TokenizerManagerWithMemory(FixedWeights):
                 parts.append(part)
         running: list[_Running] = []
         try:
-            for part in parts:  # all words are checked before anything runs
+            for part in parts:  # all fields are checked before anything runs
                 running.append(self._open(part, request, obj.parallel_sample_num, alone=False))
             generators = [self._run(one) for one in running]
             if obj.stream:
@@ -188,12 +188,12 @@ class TokenizerManagerWithMemory(FixedWeights):
                 yield response
 
     def _open(self, obj: GenerateReqInput, request: Any, answers: int, alone: bool = True) -> _Running:
-        """Check a request's words. Raises RequestError."""
+        """Check a request's fields. Raises RequestError."""
         obj.sampling_params = self._with_preferred(obj.sampling_params)
-        words = obj.sampling_params.get("custom_params")
+        fields = obj.sampling_params.get("custom_params")
         try:
-            if words is not None and not isinstance(words, dict):
-                raise RequestError("custom_params", f"must be an object of names and values, got {words!r:.80}")
+            if fields is not None and not isinstance(fields, dict):
+                raise RequestError("custom_params", f"must be an object of names and values, got {fields!r:.80}")
             fixed_by = fixed_by_engine(self.server_args) or fixed(obj, obj.sampling_params)
             asked = RequestParams(
                 answers,
@@ -203,7 +203,7 @@ class TokenizerManagerWithMemory(FixedWeights):
                 prompt_tokens=None if obj.input_ids is None else len(obj.input_ids),
                 headers=None if request is None else getattr(request, "headers", {}),  # None: from ``Engine``
             )
-            opened = self.memory.open(words, asked)
+            opened = self.memory.open(fields, asked)
         except RequestError as error:
             count_refusal(error.field)
             raise
@@ -347,8 +347,8 @@ class TokenizerManagerWithMemory(FixedWeights):
 
 
 def _speaks(params: dict[str, Any]) -> bool:
-    words = params.get("custom_params")
-    return words is not None and (not isinstance(words, dict) or any(map(is_word, words)))
+    fields = params.get("custom_params")
+    return fields is not None and (not isinstance(fields, dict) or any(map(is_memory_field, fields)))
 
 
 def _unfit(obj: GenerateReqInput) -> str | None:

@@ -27,7 +27,7 @@ from mem_triton.runtime.worker.modules import attention_modules
 from mem_triton.systems import registry
 from mem_triton.systems.base import Capability, WorkerHost
 from mem_triton_sglang.attach import attach, check_attention
-from mem_triton_sglang.carrier import carried_of, has_carried, is_word
+from mem_triton_sglang.carrier import carried_of, has_carried, is_memory_field
 from mem_triton_sglang.configuration import configured
 from mem_triton_sglang.context import ContextReader
 from mem_triton_sglang.places import Places, note
@@ -207,10 +207,10 @@ def before_free(pool: Any, request: Any) -> None:
 
 
 def after_request(result: Any, request: Any, *args: Any, **kwargs: Any) -> None:
-    """``Req.__init__``: memory words without the front end's answer came in by a door that it does not watch."""
+    """``Req.__init__``: memory fields without the front end's answer came in by a door that it does not watch."""
     note(request)
-    words = getattr(request.sampling_params, "custom_params", None) or {}
-    asked = sorted(filter(is_word, words))
+    fields = getattr(request.sampling_params, "custom_params", None) or {}
+    asked = sorted(filter(is_memory_field, fields))
     if asked and not has_carried(request.sampling_params):
         request.set_finish_with_abort(
             f"{asked[0]}: mem_triton is not active in the process that took this request; send it to the server's own "

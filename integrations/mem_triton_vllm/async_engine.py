@@ -17,7 +17,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
 from mem_triton.store.pool.loads import MemoryLoadError
 from mem_triton.systems.request import RequestError
-from mem_triton_vllm import callers, front_end, http_words, weights
+from mem_triton_vllm import callers, front_end, http_fields, weights
 from mem_triton_vllm.front_end import VLLMFrontEnd
 from mem_triton_vllm.generation import generate
 from mem_triton_vllm.service import BARRIER
@@ -41,7 +41,7 @@ class AsyncLLMWithMemory(AsyncLLM):
 
         Where no event loop runs yet, that begins with the first request that needs it.
         """
-        http_words.install()
+        http_fields.install()
         self.memory.barrier = functools.partial(self.collective_rpc, BARRIER)
         with contextlib.suppress(RuntimeError):
             asyncio.get_running_loop().call_soon(self.memory.start)

@@ -1,4 +1,4 @@
-"""vLLM's front end: a request's words become a session, a plan and filled pages before the scheduler hears of it.
+"""vLLM's front end: a request's fields become a session, a plan and filled pages before the scheduler hears of it.
 
 Runs in the process that holds ``AsyncLLM`` (the API server) or ``LLMEngine`` (``LLM``). Everything a worker needs
 travels with the request in ``extra_args``; what a KV cache needs to tell memories apart travels in vLLM's
@@ -59,7 +59,7 @@ class VLLMFrontEnd(MemoryFrontEnd):
     def open_request(
         self, prompt: Any, params: Any, lora: Any = None, headers: Mapping[str, str] | None = None, chat: bool = False
     ) -> Opened:
-        """Check a request's words. Raises VLLMValidationError, which vLLM answers with HTTP 400.
+        """Check a request's fields. Raises VLLMValidationError, which vLLM answers with HTTP 400.
 
         headers: of the HTTP request, None from Python code. chat: its prompt is known to be a chat.
         """
@@ -70,10 +70,10 @@ class VLLMFrontEnd(MemoryFrontEnd):
         if _has_images(prompt) and (params.extra_args or {}).get("mem_capture") is not None:
             raise refused(RequestError("mem_capture", "keeps text: a prompt with images, audio or video is more"))
         if isinstance(prompt, AsyncGenerator):
-            for word in ("mem_read", "mem_write"):
-                if word in (params.extra_args or {}):
+            for field in ("mem_read", "mem_write"):
+                if field in (params.extra_args or {}):
                     raise refused(
-                        RequestError(word, "streaming inputs have no prefix key that would part their states")
+                        RequestError(field, "streaming inputs have no prefix key that would part their states")
                     )
         fixed_by = self._fixed or fixed(params)
         said = RequestParams(

@@ -92,8 +92,8 @@ PATCHES: tuple[EnginePatch, ...] = (
         target="vllm.entrypoints.launchers.app.init_entrypoints_middleware (misplaced fields)",
         kind="patch",
         sites=(
-            "http_words.install: app.init_entrypoints_middleware",
-            "http_words._with_refusals.init_entrypoints_middleware: app.user_middleware.append",
+            "http_fields.install: app.init_entrypoints_middleware",
+            "http_fields._with_refusals.init_entrypoints_middleware: app.user_middleware.append",
         ),
         what="The function is wrapped: the server gets one middleware more, behind authentication, which answers "
         "memory fields that vLLM would drop with HTTP 400 and the place where they belong.",
@@ -105,7 +105,7 @@ PATCHES: tuple[EnginePatch, ...] = (
     EnginePatch(
         target="vllm.entrypoints.launchers.run_batch.run_request",
         kind="patch",
-        sites=("http_words.install: run_batch.run_request",),
+        sites=("http_fields.install: run_batch.run_request",),
         what="The function is wrapped: a line of `vllm run-batch` with a misplaced memory field is refused, as over "
         "HTTP.",
         why="See above; run-batch has no HTTP server.",

@@ -83,7 +83,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
     if envs.VLLM_USE_RUST_FRONTEND:
         raise ConfigError(
             "mem_triton does not support vLLM's Rust front end: it takes requests past memory's own and would ignore "
-            "their words; unset VLLM_USE_RUST_FRONTEND"
+            "their fields; unset VLLM_USE_RUST_FRONTEND"
         )
     if not vllm_config.use_v2_model_runner and vllm_config.device_config.device_type != "cpu":
         raise ConfigError("mem_triton on a GPU needs vLLM's Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER=0")

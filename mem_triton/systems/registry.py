@@ -87,7 +87,7 @@ def parse_request(
     known = fields()
     for name in said:
         if isinstance(name, str) and name.startswith("mem_") and name not in known:
-            raise RequestError(name, "unknown memory word." + nearest_name_hint(name[:64], known))
+            raise RequestError(name, "unknown memory field." + nearest_name_hint(name[:64], known))
     tenant = bind(tenant_of(said))
     return MemoryRequest(tenant, {name: system.parse(said, tenant) for name, system in systems().items()})
 

@@ -19,8 +19,8 @@ class Served:
     def __init__(self, name: str) -> None:
         self.server, self.random, self.asked = SimpleNamespace(name=name), random.Random(1), []
 
-    async def times(self, tokens: int, words, prompt: list[int]) -> list[float]:
-        self.asked.append((words, prompt))
+    async def times(self, tokens: int, fields, prompt: list[int]) -> list[float]:
+        self.asked.append((fields, prompt))
         return [0.1] * tokens
 
 
@@ -30,9 +30,9 @@ def test_both_servers_are_asked_the_same_questions_about_the_same_documents():
     for client in (text, bank):
         found = asyncio.run(rival.Asker(client, 40).part(asked))
         assert found["first"] == [0.1] * 16 and found["tokens_per_s"] > 0
-    for (no_words, prompt), (words, question) in zip(text.asked, bank.asked, strict=True):
-        numbers = [int(id.removeprefix("document-")) for id in words["mem_ids"]]
-        assert no_words is None and prompt == [*(t for i in numbers for t in rival.document(i, 40)), *question]
+    for (no_fields, prompt), (fields, question) in zip(text.asked, bank.asked, strict=True):
+        numbers = [int(id.removeprefix("document-")) for id in fields["mem_ids"]]
+        assert no_fields is None and prompt == [*(t for i in numbers for t in rival.document(i, 40)), *question]
 
 
 @pytest.mark.parametrize(

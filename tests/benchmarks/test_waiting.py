@@ -19,10 +19,10 @@ class Served:
     def __init__(self, step: float, more: float) -> None:
         self.step, self.more = step, more
 
-    async def answer(self, tokens: int, words: object) -> None:
+    async def answer(self, tokens: int, fields: object) -> None:
         await asyncio.sleep(30)
 
-    async def times(self, tokens: int, words: object) -> list[float]:
+    async def times(self, tokens: int, fields: object) -> list[float]:
         times, now = [], 0.0
         for i in range(tokens):
             now += self.step + (self.more if i and i % waiting.EVERY == 0 else 0.0)

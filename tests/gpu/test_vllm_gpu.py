@@ -23,7 +23,7 @@ def gpu_bench(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rounds(prompts):
     """Twice the same prompts (cold, then from the prefix cache), then a session that is told and asked."""
-    session = {"words": {"mem_session": "alice"}}
+    session = {"fields": {"mem_session": "alice"}}
     plain = [request(p, 24) for p in prompts]
     return [plain, plain, [request(prompts[1], 24, **session)], [request(prompts[0], 24, **session)]]
 

@@ -24,7 +24,7 @@ def test_no_kernel_compiles_while_serving(tmp_path, deterministic):
     """Prompts of many lengths, alone and in batches, with memory of either kind, of both and of none."""
     delta, explicit = make_bench(tmp_path / "delta"), make_memory_bench(tmp_path / "memory")
     memory = {**delta.memory, **explicit.section(), "deterministic": deterministic}
-    session = {"words": {"mem_session": "a"}}
+    session = {"fields": {"mem_session": "a"}}
     rounds = [
         [request(PROMPTS[1], 4, **session)],
         [ask(prompt, 8, *ids) for prompt, ids in zip(PROMPTS, READ, strict=True)],

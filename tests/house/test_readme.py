@@ -124,8 +124,8 @@ def test_shell_examples_hold_valid_json():
     assert sections and requests
     for section in sections:
         parse_config(section)
-    for words in requests:
-        request = parse_request(words)
+    for asked in requests:
+        request = parse_request(asked)
         assert request.systems["delta"].session == "alice" or request.systems["memory"].ids
 
 

@@ -133,8 +133,8 @@ def test_a_server_elsewhere_is_asked_over_http(server):
 def test_memory_fields_go_to_the_executive_alone():
     served = Served()
     answered(served_chat(served), body(vllm_xargs={"mem_session": "alice", "mem_memo_trace": 1}))
-    words = {said["model"]: said.get("vllm_xargs") for said in served.bodies}
-    assert words == {"executive": {"mem_session": "alice"}, "memory": None}
+    fields = {said["model"]: said.get("vllm_xargs") for said in served.bodies}
+    assert fields == {"executive": {"mem_session": "alice"}, "memory": None}
 
 
 REFUSED = {
@@ -169,9 +169,9 @@ def test_messages_that_are_no_question_are_refused():
     ):
         with pytest.raises(RequestError):
             chat.check(body(messages=messages))
-    for words in ({"mem_memo_trace": 3}, {"mem_session": "a"}):
-        with pytest.raises(RequestError, match=next(iter(words))):
-            served_chat(executive="http://localhost:1/v1#m").check(body(vllm_xargs=words))
+    for fields in ({"mem_memo_trace": 3}, {"mem_session": "a"}):
+        with pytest.raises(RequestError, match=next(iter(fields))):
+            served_chat(executive="http://localhost:1/v1#m").check(body(vllm_xargs=fields))
 
 
 def test_what_was_said_before_is_part_of_the_question():

@@ -64,9 +64,9 @@ class Served:
             await asyncio.sleep(0)
         return [answer]
 
-    def open(self, name: str = "note", **words: Any) -> Opened:
+    def open(self, name: str = "note", **fields: Any) -> Opened:
         """A request that asks to be kept."""
-        request = parse_request({"mem_capture": name, **words}).systems["memory"]
+        request = parse_request({"mem_capture": name, **fields}).systems["memory"]
         capture = self.captures.check(request, RequestParams())
         return Opened({"memory": Reading(request, capture=capture, reads_answer=True)})
 
@@ -83,9 +83,9 @@ class Served:
     async def end(self, opened: Opened, answer: Sequence[int] = (), normal: bool = True) -> None:
         await self.memory.end(opened, Outcome(normal, len(PROMPT), len(answer), PROMPT, list(answer)), self.run_engine)
 
-    def capture(self, name: str = "note", answer: Sequence[int] = (), **words: Any) -> Capture:
-        """A request that is kept, from its words to its end."""
-        opened = self.open(name, **words)
+    def capture(self, name: str = "note", answer: Sequence[int] = (), **fields: Any) -> Capture:
+        """A request that is kept, from its fields to its end."""
+        opened = self.open(name, **fields)
         asyncio.run(self.end(opened, answer))
         return opened.parts["memory"].capture
 

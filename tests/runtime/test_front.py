@@ -130,10 +130,10 @@ def test_fault17_a_session_that_cannot_be_committed_is_a_warning_beside_the_answ
     assert sessions.store.open(SessionRequest("alice")).start.version == 1
 
 
-@pytest.mark.parametrize(("words", "normal"), [({"mem_session": "alice", "mem_write": 0}, True), ({}, True)])
-def test_who_writes_nothing_takes_nothing(sessions, words, normal):
+@pytest.mark.parametrize(("fields", "normal"), [({"mem_session": "alice", "mem_write": 0}, True), ({}, True)])
+def test_who_writes_nothing_takes_nothing(sessions, fields, normal):
     memory = front_end(sessions)
-    asyncio.run(end(memory, memory.open(words, RequestParams()), 2, 1, normal))
+    asyncio.run(end(memory, memory.open(fields, RequestParams()), 2, 1, normal))
     assert not busy(sessions)
 
 
@@ -141,9 +141,9 @@ def test_fault16_whom_the_adapter_corrects_and_which_prefixes_are_shared(session
     """By the scope where a request says nothing; a request that is not read holds no session."""
     memory = front_end(sessions)
 
-    def opened(scope: str, **words):
+    def opened(scope: str, **fields):
         sessions.scope = scope
-        opened = memory.open(words, RequestParams())
+        opened = memory.open(fields, RequestParams())
         payload = memory.payload(opened)
         write = None if payload is None else int(payload.systems["delta"].state.write)
         seen = write, memory.identity(opened), busy(sessions)
@@ -189,7 +189,7 @@ def test_an_aborted_answer_commits_nothing_and_workers_are_told_to_forget_it(ses
 
 
 @pytest.mark.parametrize(
-    ("words", "asked", "message"),
+    ("fields", "asked", "message"),
     [
         ({"mem_session": "a"}, RequestParams(answers=2), "mem_session: .*set n to 1, got 2"),
         ({"mem_session": "a"}, RequestParams(unfit="beam search"), "mem_session: beam search cannot"),
@@ -197,9 +197,9 @@ def test_an_aborted_answer_commits_nothing_and_workers_are_told_to_forget_it(ses
         ({"mem_capture": "a"}, RequestParams(), r"mem_capture: .*without mem_triton\.memory"),
     ],
 )
-def test_refusals_name_the_word(sessions, words, asked, message):
+def test_refusals_name_the_field(sessions, fields, asked, message):
     with pytest.raises(RequestError, match=message):
-        front_end(sessions).open(words, asked)
+        front_end(sessions).open(fields, asked)
     with pytest.raises(RequestError, match=r"mem_write: .*without mem_triton\.delta"):
         front_end().open({"mem_write": 0}, RequestParams())
 

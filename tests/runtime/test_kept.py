@@ -1,4 +1,4 @@
-"""``mem_capture`` from its words to its entry: who may, under which name, what becomes of it, what is left behind."""
+"""``mem_capture`` from its fields to its entry: who may, under which name, what becomes of it, what is left behind."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def bank(tmp_path):
     return make_bank(tmp_path / "bank")
 
 
-def refused(served: Served, message: str, asked: RequestParams | None = None, **words) -> None:
+def refused(served: Served, message: str, asked: RequestParams | None = None, **fields) -> None:
     with pytest.raises(RequestError, match=message):
         served.captures.check(
-            parse_request({"mem_capture": "note", **words}).systems["memory"], asked or RequestParams()
+            parse_request({"mem_capture": "note", **fields}).systems["memory"], asked or RequestParams()
         )
 
 
@@ -54,15 +54,15 @@ def test_fault07_captures_are_off_unless_the_configuration_says_otherwise(bank):
 
 
 @pytest.mark.parametrize(
-    ("asked", "words", "message"),
+    ("asked", "fields", "message"),
     [
         (RequestParams(answers=2), {}, "set n to 1, got 2"),
         (RequestParams(lora=True), {}, "LoRA"),
         (RequestParams(), {"mem_capture": "a" * 128}, "136 characters, an id has at most 128"),
     ],
 )
-def test_fault07_what_cannot_be_kept_is_refused_before_it_runs(bank, asked, words, message):
-    refused(Served(bank), message, asked, **words)
+def test_fault07_what_cannot_be_kept_is_refused_before_it_runs(bank, asked, fields, message):
+    refused(Served(bank), message, asked, **fields)
 
 
 def test_fault07_a_server_for_tenants_keeps_nothing_for_nobody(bank):

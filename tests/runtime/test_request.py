@@ -1,4 +1,4 @@
-"""The request vocabulary: what is accepted, and errors that name the word and the fix."""
+"""The request vocabulary: what is accepted, and errors that name the field and the fix."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def expected(tenant: str = "", **values) -> MemoryRequest:
 
 
 @pytest.mark.parametrize(
-    ("words", "wanted"),
+    ("fields", "wanted"),
     [
         (None, expected()),
         ({"top_n_tokens": 3}, expected()),
@@ -47,12 +47,12 @@ def expected(tenant: str = "", **values) -> MemoryRequest:
         ({"mem_capture": "contract"}, expected(capture="contract")),
     ],
 )
-def test_accepted(words, wanted):
-    assert parse_request(words) == wanted
+def test_accepted(fields, wanted):
+    assert parse_request(fields) == wanted
 
 
 @pytest.mark.parametrize(
-    ("words", "field", "message"),
+    ("fields", "named", "message"),
     [
         ({"mem_sesion": "a"}, "mem_sesion", 'Did you mean "mem_session"'),
         ({"mem_session": 3}, "mem_session", "letters, digits"),
@@ -84,17 +84,17 @@ def test_accepted(words, wanted):
         ({"mem_triton": {"state": b"forged"}}, "mem_triton", "reserved"),
     ],
 )
-def test_refused(words, field, message):
+def test_refused(fields, named, message):
     with pytest.raises(RequestError, match=message) as error:
-        parse_request(words)
-    assert error.value.field == field
+        parse_request(fields)
+    assert error.value.field == named
 
 
 HUGE = "x" * 1_000_000
 
 
 @pytest.mark.parametrize(
-    "words",
+    "fields",
     [
         {f"mem_{HUGE}": 1},
         {"mem_write": HUGE},
@@ -109,9 +109,9 @@ HUGE = "x" * 1_000_000
         {"mem_ids": ["a"] * 5000},
     ],
 )
-def test_fault09_messages_are_short_and_labels_come_from_a_closed_set(words):
+def test_fault09_messages_are_short_and_labels_come_from_a_closed_set(fields):
     with pytest.raises(RequestError) as refused:
-        parse_request(words)
+        parse_request(fields)
     assert len(str(refused.value)) <= 1000 and len(refused.value.field) <= 64
     before = REGISTRY.get_sample_value("mem_triton:refusals_total", {"field": "unknown"}) or 0.0
     count_refusal(refused.value.field)

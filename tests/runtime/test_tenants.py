@@ -113,9 +113,9 @@ def memory(tenants, tmp_path):
     return front_end(sessions, tenants=tenants)
 
 
-def committed(memory: MemoryFrontEnd, headers, **words) -> int:
+def committed(memory: MemoryFrontEnd, headers, **fields) -> int:
     """The version from which a request starts that commits the next."""
-    lease = memory.open({"mem_session": "alice", **words}, RequestParams(headers=headers)).parts["delta"].lease
+    lease = memory.open({"mem_session": "alice", **fields}, RequestParams(headers=headers)).parts["delta"].lease
     store = memory.parts["delta"].store
     store.commit(lease, bytes(64), tokens=1)
     store.close(lease)

@@ -69,7 +69,7 @@ def _params(request: dict[str, Any]) -> dict[str, Any]:
         "max_new_tokens": request["max_tokens"],
         "temperature": 0,
         "ignore_eos": not request.get("stop_token_ids"),  # SGLang ignores these with it
-        "custom_params": request.get("words"),
+        "custom_params": request.get("fields"),
         "stop_token_ids": request.get("stop_token_ids"),
     }
 

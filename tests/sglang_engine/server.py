@@ -21,7 +21,7 @@ class Server(ServerProcess):
     fresh: start it as users do, and not from the zygote.
     """
 
-    words_field, report_field = "custom_params", "metadata"
+    fields_in, report_field = "custom_params", "metadata"
 
     def __init__(
         self,
@@ -62,21 +62,21 @@ class Server(ServerProcess):
             process = zygote().start(command, variables, ["/dev/null", log, log])
         super().__init__(process, port, log)
 
-    def generate(self, prompt: Any, max_tokens: int = 12, words: Any = None, **fields: Any) -> httpx.Response:
-        """SGLang's own API. prompt: token ids, or a list of such. words: the memory words (``custom_params``)."""
+    def generate(self, prompt: Any, max_tokens: int = 12, fields: Any = None, **others: Any) -> httpx.Response:
+        """SGLang's own API. prompt: token ids, or a list of such. fields: the memory fields (``custom_params``)."""
         params = {"max_new_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-        params |= {"custom_params": words, **fields.pop("sampling_params", {})}
-        return self.http.post("/generate", json={"input_ids": prompt, "sampling_params": params, **fields})
+        params |= {"custom_params": fields, **others.pop("sampling_params", {})}
+        return self.http.post("/generate", json={"input_ids": prompt, "sampling_params": params, **others})
 
-    def tokens(self, prompt: list[int], max_tokens: int = 12, words: Any = None, **fields: Any) -> list[int]:
-        response = self.generate(prompt, max_tokens, words, **fields)
+    def tokens(self, prompt: list[int], max_tokens: int = 12, fields: Any = None, **others: Any) -> list[int]:
+        response = self.generate(prompt, max_tokens, fields, **others)
         assert response.status_code == 200, response.text
         return response.json()["output_ids"]
 
-    def stream(self, prompt: list[int], max_tokens: int, words: Any = None, **fields: Any) -> Iterator[dict[str, Any]]:
+    def stream(self, prompt: list[int], max_tokens: int, fields: Any = None, **others: Any) -> Iterator[dict[str, Any]]:
         """The answers of SGLang's own API as they come, each with all tokens so far."""
-        params = {"max_new_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "custom_params": words}
-        body = {"input_ids": prompt, "sampling_params": params, "stream": True, **fields}
+        params = {"max_new_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "custom_params": fields}
+        body = {"input_ids": prompt, "sampling_params": params, "stream": True, **others}
         with self.http.stream("POST", "/generate", json=body) as lines:
             for line in lines.iter_lines():
                 if line.startswith("data: {"):

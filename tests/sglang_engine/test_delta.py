@@ -119,11 +119,11 @@ def test_states_are_part_of_a_tokens_bytes(page, states):
     assert after_cell_size(1024, None, SimpleNamespace(model=SimpleNamespace()), 2) == 1024
 
 
-def test_words_that_came_in_by_another_door_are_refused_and_the_engine_lives(bench, prompts):
+def test_fields_that_came_in_by_another_door_are_refused_and_the_engine_lives(bench, prompts):
     """A front end that is not ours, as with several tokenizer workers, would answer without memory."""
     result = run_engine(
         bench.model,
-        [[request(prompts[0], words={"mem_session": "alice"})], [request(prompts[0])]],
+        [[request(prompts[0], fields={"mem_session": "alice"})], [request(prompts[0])]],
         memory=bench.memory,
         errors_are_results=True,
         tamper="tests.sglang_engine.tamper:no_front_end",

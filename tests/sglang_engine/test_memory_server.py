@@ -27,9 +27,9 @@ def server(memory_bench, start_server) -> Server:
 
 def test_memory_over_http_and_what_was_read_is_in_the_answer(server, memory_bench):
     b, (short, middle, *_) = memory_bench, PROMPTS
-    assert server.tokens(short, words=ids("alpha")) == b.after(short, "alpha")
+    assert server.tokens(short, fields=ids("alpha")) == b.after(short, "alpha")
     assert server.tokens(short) == b.after(short)
-    answer = server.generate(middle, words=ids("beta")).json()
+    answer = server.generate(middle, fields=ids("beta")).json()
     assert answer["output_ids"] == b.after(middle, "beta")
     assert answer["meta_info"]["mem_triton"] == {"references": whole("beta")}
     assert answer["meta_info"]["prompt_tokens"] == len(middle), "memory is no prompt"
@@ -37,10 +37,10 @@ def test_memory_over_http_and_what_was_read_is_in_the_answer(server, memory_benc
 
 
 def test_openai_answers_say_what_was_read(server, memory_bench):
-    response = server.complete(PROMPTS[1], words=ids("beta"))
+    response = server.complete(PROMPTS[1], fields=ids("beta"))
     assert response.json()["choices"][0]["token_ids"] == memory_bench.after(PROMPTS[1], "beta")
     assert server.report(response) == {"references": whole("beta")}
-    assert server.report(server.chat("who?", 4, words=ids("beta"))) == {"references": whole("beta")}
+    assert server.report(server.chat("who?", 4, fields=ids("beta"))) == {"references": whole("beta")}
     assert server.report(server.chat("who?", 4)) is None
 
 
@@ -59,9 +59,9 @@ def test_openai_answers_say_what_was_read(server, memory_bench):
         ({"mem_session": "alice"}, "without mem_triton.delta"),
     ],
 )
-def test_bad_words_are_400_that_name_the_id(server, said, message):
-    scenarios.bad_words_are_400(server, PROMPTS[0], said, message)
-    response = server.generate(PROMPTS[0], words=said)
+def test_bad_fields_are_400_that_name_the_id(server, said, message):
+    scenarios.bad_fields_are_400(server, PROMPTS[0], said, message)
+    response = server.generate(PROMPTS[0], fields=said)
     assert response.status_code == 400 and message in response.text
 
 
@@ -70,11 +70,11 @@ def test_what_explicit_memory_cannot_serve_is_refused(server, memory_bench):
         ({"session_params": {"id": "s"}}, "session_params"),
         ({"sampling_params": {"beam_width": 2}}, "beam search"),
     ):
-        response = server.generate(PROMPTS[0], words=ids("alpha"), **fields)
+        response = server.generate(PROMPTS[0], fields=ids("alpha"), **fields)
         assert response.status_code == 400 and message in response.text
-    response = server.generate(PROMPTS[0], words={"mem_capture": "twice"}, sampling_params={"n": 2})
+    response = server.generate(PROMPTS[0], fields={"mem_capture": "twice"}, sampling_params={"n": 2})
     assert response.status_code == 400 and "set n to 1" in response.text
-    response = server.generate(PROMPTS[0], words={"mem_capture": "tuned"}, lora_path="some-adapter")
+    response = server.generate(PROMPTS[0], fields={"mem_capture": "tuned"}, lora_path="some-adapter")
     assert response.status_code == 400 and "LoRA" in response.text
 
 
@@ -102,7 +102,7 @@ def test_a_batch_and_several_answers_read_their_own(server, memory_bench):
         None,
         whole("beta"),
     ]
-    two = server.generate(PROMPTS[0], words=ids("alpha"), sampling_params={"n": 2}).json()
+    two = server.generate(PROMPTS[0], fields=ids("alpha"), sampling_params={"n": 2}).json()
     assert [answer["output_ids"] for answer in two] == [expected[0]] * 2
     last = {}
     for out in server.stream(PROMPTS[:2], 12, ids("alpha")):
@@ -133,9 +133,9 @@ def test_a_waiting_request_can_be_aborted_by_its_id(server, memory_bench, stream
     holding = server.stream(PROMPTS[0], 3000, ids("alpha"))
     next(holding)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(server.generate, PROMPTS[1], words=ids("gamma"), rid="waits", stream=stream)
+        waiting = pool.submit(server.generate, PROMPTS[1], fields=ids("gamma"), rid="waits", stream=stream)
         until(lambda: server.metric("mem_triton:pool_waiting_requests") > 0, "it does not wait")
-        twice = server.generate(PROMPTS[1], words=ids("alpha"), rid="waits")
+        twice = server.generate(PROMPTS[1], fields=ids("alpha"), rid="waits")
         assert twice.status_code == 400 and "Duplicate request ID" in twice.text
         server.http.post("/abort_request", json={"rid": "waits"})
         response = waiting.result(30)
@@ -154,7 +154,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(server, memory_bench):
     def visit(i: int) -> bool:
         prompt, name = PROMPTS[i % 4], names[i % 3]
         if i % 5 == 0:
-            return server.tokens(prompt, words=ids(name)) == b.after(prompt, name)
+            return server.tokens(prompt, fields=ids(name)) == b.after(prompt, name)
         stream = server.stream(prompt, 400, ids(name), rid=f"visitor-{i}")
         if i % 5 == 1:
             with pytest.raises(httpx.ReadTimeout):
@@ -175,7 +175,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(server, memory_bench):
         return not pinned(server) and not server.metric("mem_triton:pool_waiting_requests")
 
     until(nothing_is_held, "pages are held for somebody who is gone")
-    assert server.tokens(PROMPTS[2], words=ids("alpha")) == b.after(PROMPTS[2], "alpha")
+    assert server.tokens(PROMPTS[2], fields=ids("alpha")) == b.after(PROMPTS[2], "alpha")
     text = server.printed()
     assert "Traceback" not in text, text[text.index("Traceback") :][:3000]
 
@@ -185,14 +185,14 @@ def test_an_entry_that_cannot_be_read_fails_its_request_alone(server, memory_ben
     server.tokens(text, 2, {"mem_capture": "far"})  # lies in a file of its own, which nobody has opened yet
     shards.rename(shards.with_name("away"))
     try:
-        failed = server.generate(PROMPTS[1], words=ids("capture:far"))
+        failed = server.generate(PROMPTS[1], fields=ids("capture:far"))
         assert failed.status_code == 500 and "capture:far@1" in failed.text and "missing" in failed.text
         (out,) = server.stream(PROMPTS[1], 12, ids("capture:far"))
         assert out["meta_info"]["finish_reason"]["type"] == "abort" and not out["output_ids"]
         assert server.tokens(PROMPTS[1]) == b.after(PROMPTS[1]), "others go on"
     finally:
         shards.with_name("away").rename(shards)
-    assert server.tokens(PROMPTS[1], words=ids("capture:far")) == b.generate(text + PROMPTS[1]), (
+    assert server.tokens(PROMPTS[1], fields=ids("capture:far")) == b.generate(text + PROMPTS[1]), (
         "the next one tries again"
     )
     assert pinned(server) == 0
@@ -219,7 +219,7 @@ def test_captures_that_end_together_are_all_kept(server, memory_bench):
         ("/api/generate", {"prompt": "x", "options": {"mem_ids": []}}, "/api/generate has no memory"),
     ],
 )
-def test_fault06_no_route_drops_a_word(server, path, body, message):
+def test_fault06_no_route_drops_a_field(server, path, body, message):
     for stream in (False, True):
         response = server.http.post(path, json={"model": "m", "stream": stream, **body})
         assert response.status_code == 400 and message in response.text, response.text
@@ -227,7 +227,7 @@ def test_fault06_no_route_drops_a_word(server, path, body, message):
 
 def test_fault04_every_answer_of_several_comes_whole(server, memory_bench):
     prompt, expected = PROMPTS[1], memory_bench.after(PROMPTS[1], "beta")
-    found = server.complete(prompt, words=ids("beta"), n=3, temperature=0).json()
+    found = server.complete(prompt, fields=ids("beta"), n=3, temperature=0).json()
     assert [choice["token_ids"] for choice in found["choices"]] == [expected] * 3
     assert found["usage"]["completion_tokens"] == 36
     parts = list(server.stream(prompt, 12, ids("beta", mem_tenant="acme")))
@@ -248,7 +248,7 @@ def test_retrieval_over_http_streams_one_answer(memory_bench, start_server):
     read = [e["id"] for part in last["meta_info"]["mem_triton"]["references"] for e in part["entries"]]
     assert sorted(read) == sorted(a.ref for a in plan)
     assert at_once(4, lambda _: server.tokens(prompt, 70)) == [expected] * 4
-    assert server.tokens(prompt, words={"mem_top_k": 0}) == b.generate(prompt)
+    assert server.tokens(prompt, fields={"mem_top_k": 0}) == b.generate(prompt)
     scored = server.generate(prompt, 70, return_logprob=True).json()["meta_info"]["output_token_logprobs"]
     assert [token for _, token, _ in scored] == expected
     assert server.report(server.chat("who?", 40))["references"]
@@ -284,5 +284,5 @@ def test_a_server_whose_settings_ask_for_memory_and_whose_streams_are_incrementa
     assert len(parts) > 3 and [token for part in parts for token in part["output_ids"]] == expected
     assert "".join(part["text"] for part in parts) == answer["text"]
     default = [Attachment("ref-5@1")]
-    assert server.tokens(prompt, words={"mem_top_k": 0}) == b.with_plan(prompt, default), "the configured default"
-    assert server.tokens(prompt, words={"mem_top_k": 0, "mem_ids": []}) == b.generate(prompt)
+    assert server.tokens(prompt, fields={"mem_top_k": 0}) == b.with_plan(prompt, default), "the configured default"
+    assert server.tokens(prompt, fields={"mem_top_k": 0, "mem_ids": []}) == b.generate(prompt)

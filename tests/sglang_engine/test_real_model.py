@@ -19,8 +19,8 @@ def test_an_entry_is_its_text_in_the_users_turn(tmp_path_factory, start_server):
     mem_triton(folder, ["write", str(smollm2()), "BANK", "ferry.txt", "--quiet"])
     server = start_server(smollm2(), {"memory": {"bank": str(folder / "BANK"), "pool_gib": 0.1}})
     answers = [
-        server.chat(text, 12, words).json()
-        for text, words in ((QUESTION, {"mem_ids": ["ferry"]}), (f"{NOTE}\n{QUESTION}", None), (QUESTION, None))
+        server.chat(text, 12, fields).json()
+        for text, fields in ((QUESTION, {"mem_ids": ["ferry"]}), (f"{NOTE}\n{QUESTION}", None), (QUESTION, None))
     ]
     memory, text, nothing = (answer["choices"][0]["message"]["content"] for answer in answers)
     assert memory == text != nothing

@@ -1,4 +1,4 @@
-"""The real HTTP server: sessions over both of SGLang's APIs, bad words answered with 400, a server that lives on."""
+"""The real HTTP server: sessions over both of SGLang's APIs, bad fields answered with 400, a server that lives on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_many_sessions_at_once(server, bench, prompts):
     scenarios.many_sessions_at_once(server, bench, prompts)
 
 
-def test_a_batch_has_words_of_its_own_for_each_prompt(server, bench, prompts):
+def test_a_batch_has_fields_of_its_own_for_each_prompt(server, bench, prompts):
     """A list of prompts in one call: two sessions, one frozen zero state, one plain."""
     params = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
     said = [session("batch-0"), session("batch-1"), {"mem_write": 0}, None]
@@ -39,11 +39,11 @@ def test_a_batch_has_words_of_its_own_for_each_prompt(server, bench, prompts):
     assert answers[2] == bench.generate(prompts[2], write=False)
     assert [answers[i] for i in (0, 1, 3)] == [bench.fresh(prompts[i]) for i in (0, 1, 3)]
     bench.fresh(prompts[1])
-    assert server.tokens(prompts[0], words=session("batch-1")) == bench.generate(prompts[0])
+    assert server.tokens(prompts[0], fields=session("batch-1")) == bench.generate(prompts[0])
     body["sampling_params"][1]["custom_params"] = {"mem_session": "batch-0"}
     refused = server.http.post("/generate", json=body)
     assert refused.status_code == 400 and '\\"batch-0\\" is being written' in refused.text
-    assert server.tokens(prompts[3], words=session("batch-0")), "the refused call holds nothing"
+    assert server.tokens(prompts[3], fields=session("batch-0")), "the refused call holds nothing"
 
 
 @pytest.mark.parametrize("api", ["sglang", "openai"])
@@ -54,8 +54,8 @@ def test_streaming_commits_before_the_last_chunk(server, bench, prompts, api):
         *_, last = server.stream(prompts[0], 12, session(api))
         assert last["output_ids"] == expected[0]
     else:
-        assert server.complete(prompts[0], words=session(api), stream=True).text.endswith("data: [DONE]\n\n")
-    assert server.tokens(prompts[1], words=session(api)) == expected[1]
+        assert server.complete(prompts[0], fields=session(api), stream=True).text.endswith("data: [DONE]\n\n")
+    assert server.tokens(prompts[1], fields=session(api)) == expected[1]
 
 
 BAD = [
@@ -70,25 +70,25 @@ BAD = [
 
 
 @pytest.mark.parametrize(("said", "message"), BAD)
-def test_bad_words_are_400_before_anything_runs(server, prompts, said, message):
-    scenarios.bad_words_are_400(server, prompts[0], said, message)
-    response = server.generate(prompts[0], words=said)
+def test_bad_fields_are_400_before_anything_runs(server, prompts, said, message):
+    scenarios.bad_fields_are_400(server, prompts[0], said, message)
+    response = server.generate(prompts[0], fields=said)
     assert response.status_code == 400 and message in response.text
     (error,) = server.stream(prompts[0], 12, said)  # SGLang's own streams have begun when they fail
     assert error["error"]["code"] == 400 and message.replace("\\", "") in error["error"]["message"]
     assert server.tokens(prompts[0], 1), "the server lives"
 
 
-def test_words_that_are_no_table_are_400(server, prompts):
-    response = server.generate(prompts[0], words="alice")
+def test_fields_that_are_no_table_are_400(server, prompts):
+    response = server.generate(prompts[0], fields="alice")
     assert response.status_code == 400 and "custom_params" in response.text
     assert server.tokens(prompts[0], 1), "the server lives"
 
 
 def test_what_cannot_have_a_session_is_refused(server, prompts):
-    response = server.complete(prompts[0], n=2, temperature=0.5, words=session("n"))
+    response = server.complete(prompts[0], n=2, temperature=0.5, fields=session("n"))
     assert response.status_code == 400 and "set n to 1" in response.text
-    response = server.generate(prompts[0], words=session("n"), session_params={"id": "s"})
+    response = server.generate(prompts[0], fields=session("n"), session_params={"id": "s"})
     assert response.status_code == 400 and "session_params" in response.text
 
 
@@ -98,13 +98,13 @@ def test_a_busy_session_is_400_and_an_aborted_one_commits_nothing(server, bench,
 
 def test_an_abort_by_id_frees_the_session_and_commits_nothing(server, bench, prompts):
     bench.forget()
-    assert server.tokens(prompts[0], words=session("stopped")) == bench.generate(prompts[0])
+    assert server.tokens(prompts[0], fields=session("stopped")) == bench.generate(prompts[0])
     running = server.stream(prompts[2], 3900, session("stopped"), rid="to-stop")
     next(running)
     assert server.http.post("/abort_request", json={"rid": "to-stop"}).status_code == 200
     *_, last = running
     assert last["meta_info"]["finish_reason"]["type"] == "abort"
-    assert server.tokens(prompts[1], words=session("stopped")) == bench.generate(prompts[1]), "free at once, unchanged"
+    assert server.tokens(prompts[1], fields=session("stopped")) == bench.generate(prompts[1]), "free at once, unchanged"
 
 
 def test_stop_strings_end_normally(server, bench, prompts):
@@ -122,7 +122,7 @@ def test_a_client_key_cannot_pass_for_a_memory(server, bench, prompts):
     from mem_triton.systems.delta_mem.sessions import SessionStore, StateLayout
     from mem_triton_sglang.identity import extra_key_of
 
-    assert server.tokens(prompts[2], words=session("forged")) == bench.fresh(prompts[2])
+    assert server.tokens(prompts[2], fields=session("forged")) == bench.fresh(prompts[2])
     lease = SessionStore(StateLayout(("l",), 1, 1, load_adapter(bench.adapter).fingerprint, "m")).open(
         SessionRequest("forged")
     )
@@ -130,7 +130,7 @@ def test_a_client_key_cannot_pass_for_a_memory(server, bench, prompts):
     response = server.generate(prompts[2], extra_key=key).json()
     assert response["output_ids"] == bench.fresh(prompts[2])
     assert response["meta_info"]["cached_tokens"] == 0
-    honest = server.generate(prompts[2], words=session("forged", mem_write=0)).json()
+    honest = server.generate(prompts[2], fields=session("forged", mem_write=0)).json()
     assert honest["meta_info"]["cached_tokens"] == 0, "another version, whose key the first one was"
 
 
@@ -141,6 +141,6 @@ def test_a_session_file_of_another_adapter_is_400(server, folder, prompts):
 def test_sessions_survive_a_restart(server, bench, prompts, folder, start_server):
     bench.fresh(prompts[2])
     expected = bench.generate(prompts[3])
-    server.tokens(prompts[2], words=session("lasting"))
+    server.tokens(prompts[2], fields=session("lasting"))
     again = start_server(bench.model, {**bench.memory, "session_dir": str(folder)})
-    assert again.tokens(prompts[3], words=session("lasting")) == expected
+    assert again.tokens(prompts[3], fields=session("lasting")) == expected

@@ -38,7 +38,7 @@ def test_fault14_every_method_of_sglang_s_that_speaks_of_weights_is_refused_or_k
 @pytest.mark.engine
 def test_fault14_a_server_keeps_its_weights_and_says_why(memory_bench, start_server):
     server = start_server(memory_bench.model, memory_bench.section())
-    before = server.tokens(PROMPTS[0], words=ids("alpha"))
+    before = server.tokens(PROMPTS[0], fields=ids("alpha"))
     for path, body in (
         ("update_weights_from_disk", {"model_path": str(memory_bench.model)}),
         ("update_weights_from_tensor", {"serialized_named_tensors": []}),
@@ -53,4 +53,4 @@ def test_fault14_a_server_keeps_its_weights_and_says_why(memory_bench, start_ser
         response = server.http.post(f"/{path}", json=body)
         assert response.status_code == 400 and "is refused" in response.text, f"{path}: {response.text}"
     assert server.http.post("/weights_checker", json={"action": "checksum"}).status_code == 200
-    assert server.tokens(PROMPTS[0], words=ids("alpha")) == before == memory_bench.after(PROMPTS[0], "alpha")
+    assert server.tokens(PROMPTS[0], fields=ids("alpha")) == before == memory_bench.after(PROMPTS[0], "alpha")

@@ -44,22 +44,22 @@ def left(b: MemoryBench) -> list[str]:
 
 def a_tenant_is_its_api_key_s(server: ServerProcess, b: MemoryBench) -> None:
     with speaking_with(server, "acme-key"):
-        for words in (ids(SECRET), ids(SECRET, mem_tenant="acme")):
-            assert server.tokens(PROMPTS[0], words=words) == b.after(PROMPTS[0], "alpha"), "the key says it"
+        for fields in (ids(SECRET), ids(SECRET, mem_tenant="acme")):
+            assert server.tokens(PROMPTS[0], fields=fields) == b.after(PROMPTS[0], "alpha"), "the key says it"
     with speaking_with(server, "globex-key"):
-        unknown, foreign = (server.complete(PROMPTS[0], words=ids(id)) for id in ("nobody", SECRET))
+        unknown, foreign = (server.complete(PROMPTS[0], fields=ids(id)) for id in ("nobody", SECRET))
         assert unknown.status_code == foreign.status_code == 400
         assert unknown.text.replace("nobody", SECRET) == foreign.text, "nobody can tell whether it exists"
-        for words in (ids(SECRET, mem_tenant="acme"), {"mem_tenant": "acme", "mem_capture": "x"}):
+        for fields in (ids(SECRET, mem_tenant="acme"), {"mem_tenant": "acme", "mem_capture": "x"}):
             for stream in (False, True):
-                response = server.complete(PROMPTS[0], words=words, stream=stream)
+                response = server.complete(PROMPTS[0], fields=fields, stream=stream)
                 assert response.status_code == 400 and "mem_tenant" in response.text
 
 
 def a_chat_is_kept_so_that_reading_it_is_sound(server: ServerProcess, b: MemoryBench) -> None:
     """While a default entry is read, which is no part of it: the oracle has what is kept as text before the prompt."""
-    words, id = {"mem_capture": "chat", "mem_capture_answer": 1}, "capture.acme:chat@1"
-    body = {"messages": [SYSTEM, USER], "max_tokens": 6, "temperature": 0, "model": "m", server.words_field: words}
+    fields, id = {"mem_capture": "chat", "mem_capture_answer": 1}, "capture.acme:chat@1"
+    body = {"messages": [SYSTEM, USER], "max_tokens": 6, "temperature": 0, "model": "m", server.fields_in: fields}
     with speaking_with(server, "acme-key"):
         response = server.http.post("/v1/chat/completions", json=body)
         assert server.report(response)["capture"] == {"id": id}
@@ -68,11 +68,11 @@ def a_chat_is_kept_so_that_reading_it_is_sound(server: ServerProcess, b: MemoryB
         text = tiny_tokenizer().decode(kept)
         assert text.startswith("<|im_start|>user\nThe locker is falcon.<|im_end|>\n<|im_start|>assistant\n")
         assert text.endswith("<|im_end|>\n") and "brief" not in text
-        assert server.tokens(PROMPTS[0], words=ids(id)) == b.generate(kept + PROMPTS[0])
+        assert server.tokens(PROMPTS[0], fields=ids(id)) == b.generate(kept + PROMPTS[0])
         again = server.http.post("/v1/chat/completions", json=body)
         assert again.status_code == 400 and "mem_replace" in again.text
-    words = {"mem_capture": "chat"}
-    response = server.http.post("/v1/chat/completions", json={**body, server.words_field: words})
+    fields = {"mem_capture": "chat"}
+    response = server.http.post("/v1/chat/completions", json={**body, server.fields_in: fields})
     assert server.report(response)["capture"] == {"id": "capture:chat@1"}
     with Bank.open(b.prefixes) as bank:
         text = tiny_tokenizer().decode(bank.token_ids("capture:chat@1"))
@@ -86,10 +86,10 @@ def a_capture_that_fails_is_an_http_error_with_its_reason(server: ServerProcess,
     incoming.rename(away := incoming.with_name("away"))
     incoming.write_text("no folder")  # as a full disk: a worker cannot write there
     try:
-        failed = server.complete(text, 4, words={"mem_capture": "fails"})
+        failed = server.complete(text, 4, fields={"mem_capture": "fails"})
         assert failed.status_code == 500 and 'mem_capture: \\"fails\\" was not kept' in failed.text
         assert "The answer was: " in failed.text
-        streamed = server.complete(text, 4, words={"mem_capture": "fails"}, stream=True).text
+        streamed = server.complete(text, 4, fields={"mem_capture": "fails"}, stream=True).text
         assert '"choices"' in streamed and '"error"' in streamed and "was not kept" in streamed
         assert server.tokens(text, 4) == b.after(text, "beta", count=4), "others go on"
     finally:
@@ -97,21 +97,21 @@ def a_capture_that_fails_is_an_http_error_with_its_reason(server: ServerProcess,
         away.rename(incoming)
     counted = server.metric("mem_triton:capture_failures_total") - failures
     assert counted == 2
-    kept = server.complete(text, 4, words={"mem_capture": "fails"})
+    kept = server.complete(text, 4, fields={"mem_capture": "fails"})
     assert server.report(kept)["capture"] == {"id": "capture:fails@1"}
     assert left(b) == []
 
 
 def a_client_that_leaves_a_capture_leaves_nothing_behind(server: ServerProcess, b: MemoryBench) -> None:
     text = tokens_of(62, 20)
-    streamed = server.stream(text, 2000, words={"mem_capture": "gone"})
+    streamed = server.stream(text, 2000, fields={"mem_capture": "gone"})
     next(streamed)
-    busy = server.complete(text, 1, words={"mem_capture": "gone"})
+    busy = server.complete(text, 1, fields={"mem_capture": "gone"})
     assert busy.status_code == 400 and "being captured" in busy.text
     streamed.close()
 
     def free() -> bool:
-        return server.complete(text, 1, words={"mem_capture": "gone", "mem_replace": 1}).status_code == 200
+        return server.complete(text, 1, fields={"mem_capture": "gone", "mem_replace": 1}).status_code == 200
 
     until(free, "its name is taken by nobody")
     assert left(b) == []

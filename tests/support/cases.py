@@ -7,9 +7,9 @@ import subprocess
 from typing import Any
 
 
-def request(prompt: list[int], max_tokens: int = 12, **fields: Any) -> dict[str, Any]:
-    """One request of a case; fields: words (mem_...), lora, stop_token_ids, and what else the engine's case reads."""
-    return {"prompt": prompt, "max_tokens": max_tokens, **fields}
+def request(prompt: list[int], max_tokens: int = 12, **others: Any) -> dict[str, Any]:
+    """One request of a case; others: fields (mem_...), lora, stop_token_ids, and what else the engine's case reads."""
+    return {"prompt": prompt, "max_tokens": max_tokens, **others}
 
 
 def result_of(process: subprocess.CompletedProcess[str], mark: str, fails: bool) -> Any:

@@ -24,11 +24,11 @@ Run = Callable[..., Any]
 PROMPTS = [tokens_of(i, n) for i, n in enumerate((7, 30, 150, 65))]
 
 
-def ask(prompt: list[int], count: int = 12, *ids: str, **words: Any) -> dict[str, Any]:
+def ask(prompt: list[int], count: int = 12, *ids: str, **fields: Any) -> dict[str, Any]:
     """A request for ``count`` tokens that reads entries."""
     if ids:
-        words["mem_ids"] = list(ids)
-    return {"prompt": prompt, "max_tokens": count, **({"words": words} if words else {})}
+        fields["mem_ids"] = list(ids)
+    return {"prompt": prompt, "max_tokens": count, **({"fields": fields} if fields else {})}
 
 
 def seen(answer: dict[str, Any]) -> list[tuple[str, int, int]]:

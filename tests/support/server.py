@@ -39,8 +39,8 @@ class ServerProcess:
     process: a ``Popen``, or what has its methods. log: the file that gets what it prints.
     """
 
-    words_field: str
-    """Where a request takes memory's words."""
+    fields_in: str
+    """Where a request takes memory's fields."""
     report_field: str
     """Where an answer says what was read, under "mem_triton"."""
 
@@ -63,23 +63,23 @@ class ServerProcess:
         raise AssertionError(self.printed()[-5000:])
 
     def complete(
-        self, prompt: Any, max_tokens: int = 12, words: Any = None, patience: float | None = None, **fields: Any
+        self, prompt: Any, max_tokens: int = 12, fields: Any = None, patience: float | None = None, **others: Any
     ) -> httpx.Response:
         """A greedy completion of ``max_tokens`` tokens. patience: seconds until this client hangs up."""
         body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "return_token_ids": True}
-        return self._ask("/v1/completions", {**body, **fields}, words, patience)
+        return self._ask("/v1/completions", {**body, **others}, fields, patience)
 
-    def chat(self, text: str, max_tokens: int = 12, words: Any = None, **fields: Any) -> httpx.Response:
+    def chat(self, text: str, max_tokens: int = 12, fields: Any = None, **others: Any) -> httpx.Response:
         messages = [{"role": "user", "content": text}]
-        return self._ask("/v1/chat/completions", {"messages": messages, "max_tokens": max_tokens, **fields}, words)
+        return self._ask("/v1/chat/completions", {"messages": messages, "max_tokens": max_tokens, **others}, fields)
 
     def report(self, response: httpx.Response) -> Any:
         """What an answer says of its memory; None if nothing."""
         assert response.status_code == 200, response.text
         return (response.json().get(self.report_field) or {}).get("mem_triton")
 
-    def _ask(self, path: str, body: dict[str, Any], words: Any, patience: float | None = None) -> httpx.Response:
-        body = {"model": "m", "temperature": 0, **({} if words is None else {self.words_field: words}), **body}
+    def _ask(self, path: str, body: dict[str, Any], fields: Any, patience: float | None = None) -> httpx.Response:
+        body = {"model": "m", "temperature": 0, **({} if fields is None else {self.fields_in: fields}), **body}
         return self.http.post(path, json=body, timeout=patience or TIMEOUT)
 
     def printed(self) -> str:

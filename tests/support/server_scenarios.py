@@ -22,12 +22,12 @@ Prompts = list[list[int]]
 
 
 def session(name: str, **more: Any) -> dict[str, Any]:
-    """The words of a request with a session."""
+    """The fields of a request with a session."""
     return {"mem_session": name, **more}
 
 
 def ids(*names: str, **more: Any) -> dict[str, Any]:
-    """The words of a request that reads entries."""
+    """The fields of a request that reads entries."""
     return {"mem_ids": list(names), **more}
 
 
@@ -57,9 +57,9 @@ def sessions_carry_over(server: ServerProcess, bench: Bench, prompts: Prompts) -
     bench.forget()
     commits = server.metric("mem_triton:session_commits_total")
     expected = [bench.generate(prompts[0]), bench.generate(prompts[3])]
-    assert [server.tokens(p, words=session("http")) for p in (prompts[0], prompts[3])] == expected
+    assert [server.tokens(p, fields=session("http")) for p in (prompts[0], prompts[3])] == expected
     frozen = bench.generate(prompts[1], write=False)
-    answers = at_once(4, lambda _: server.tokens(prompts[1], words=session("http", mem_write=0)))  # many readers
+    answers = at_once(4, lambda _: server.tokens(prompts[1], fields=session("http", mem_write=0)))  # many readers
     assert answers == [frozen] * 4
     assert server.tokens(prompts[1]) == bench.fresh(prompts[1])
     assert server.metric("mem_triton:session_commits_total") == commits + 2
@@ -67,7 +67,7 @@ def sessions_carry_over(server: ServerProcess, bench: Bench, prompts: Prompts) -
 
 def many_sessions_at_once(server: ServerProcess, bench: Bench, prompts: Prompts) -> None:
     def ask(texts: Prompts) -> list[list[int]]:
-        return at_once(8, lambda i: server.tokens(texts[i % 4], words=session(f"many-{i}")))
+        return at_once(8, lambda i: server.tokens(texts[i % 4], fields=session(f"many-{i}")))
 
     ask(prompts)
     for i, answer in enumerate(ask(prompts[::-1])):
@@ -84,19 +84,19 @@ def a_busy_session_is_refused_and_an_aborted_one_commits_nothing(
     first = bench.generate(prompts[0])
     reading = bench.generate(prompts[1], write=False)
     second = bench.generate(prompts[1])
-    assert server.tokens(prompts[0], words=session("cut")) == first
-    running = server.stream(prompts[2], 3900, words=session("cut"))
+    assert server.tokens(prompts[0], fields=session("cut")) == first
+    running = server.stream(prompts[2], 3900, fields=session("cut"))
     next(running)
     for stream in (True, False):
-        refused = server.complete(prompts[1], 1, words=session("cut"), stream=stream)
+        refused = server.complete(prompts[1], 1, fields=session("cut"), stream=stream)
         assert refused.status_code == 400 and "being written by another request" in refused.text
-    assert server.tokens(prompts[1], words=session("cut", mem_write=0)) == reading
+    assert server.tokens(prompts[1], fields=session("cut", mem_write=0)) == reading
     commits = server.metric("mem_triton:session_commits_total")
     running.close()
     answers: list[httpx.Response] = []
 
     def answered() -> bool:
-        answers.append(server.complete(prompts[1], words=session("cut")))
+        answers.append(server.complete(prompts[1], fields=session("cut")))
         return answers[-1].status_code != 400
 
     until(answered, "the session is still being written")
@@ -107,32 +107,32 @@ def a_busy_session_is_refused_and_an_aborted_one_commits_nothing(
 def stop_strings_end_normally(server: ServerProcess, bench: Bench, prompts: Prompts) -> None:
     """A stop string is found by the front end, late; the state then ends a few tokens further, and says so."""
     text = server.complete(prompts[0]).json()["choices"][0]["text"]
-    response = server.complete(prompts[0], words=session("stop"), stop=[text[4:6]])
+    response = server.complete(prompts[0], fields=session("stop"), stop=[text[4:6]])
     assert response.status_code == 200 and response.json()["choices"][0]["finish_reason"] == "stop"
-    assert server.tokens(prompts[1], words=session("stop")) != bench.fresh(prompts[1]), "the session was committed"
+    assert server.tokens(prompts[1], fields=session("stop")) != bench.fresh(prompts[1]), "the session was committed"
 
 
 def chat_has_sessions_too(server: ServerProcess, **salt: str) -> None:
     """salt: what a client separates its own prefixes by."""
     for _ in range(2):
-        response = server.chat("remember this", 4, words=session("chat"), **salt)
+        response = server.chat("remember this", 4, fields=session("chat"), **salt)
         assert response.status_code == 200, response.text
-    bad = server.chat("remember this", 4, words={"mem_nope": 1}, **salt)
+    bad = server.chat("remember this", 4, fields={"mem_nope": 1}, **salt)
     assert bad.status_code == 400 and "mem_nope" in bad.text
     assert server.metric("mem_triton:refusals_total") > 0
 
 
 def a_session_file_of_another_adapter_is_400(server: ServerProcess, folder: Any, prompts: Prompts) -> None:
     (folder / "broken.safetensors").write_bytes(b"not a file of ours")
-    response = server.complete(prompts[0], words=session("broken"))
+    response = server.complete(prompts[0], fields=session("broken"))
     assert response.status_code == 400 and "cannot read" in response.text
     assert server.tokens(prompts[0], 1), "the server lives"
 
 
-def bad_words_are_400(server: ServerProcess, prompt: list[int], words: Any, message: str) -> None:
+def bad_fields_are_400(server: ServerProcess, prompt: list[int], fields: Any, message: str) -> None:
     """Before anything runs: a stream, too, answers with the status."""
     for stream in (False, True):
-        response = server.complete(prompt, words=words, stream=stream)
+        response = server.complete(prompt, fields=fields, stream=stream)
         assert response.status_code == 400 and message in response.text
     assert server.tokens(prompt, 1), "the server lives"
 
@@ -143,33 +143,33 @@ def bad_words_are_400(server: ServerProcess, prompt: list[int], words: Any, mess
 def memory_beyond_the_context_is_400(server: ServerProcess, context: int = 4096) -> None:
     """Entry alpha has 40 tokens."""
     for stream in (False, True):
-        response = server.complete([5] * (context - 36), 4, words=ids("alpha"), stream=stream)
+        response = server.complete([5] * (context - 36), 4, fields=ids("alpha"), stream=stream)
         assert response.status_code == 400, response.text
         assert "40 tokens" in response.text and f"{context} tokens" in response.text
-    assert server.complete([5] * (context - 42), 4, words=ids("alpha")).json()["usage"]["completion_tokens"] == 2
+    assert server.complete([5] * (context - 42), 4, fields=ids("alpha")).json()["usage"]["completion_tokens"] == 2
 
 
 def many_requests_share_three_pages(server: ServerProcess, b: MemoryBench) -> None:
     names = ("alpha", "beta", "gamma")
-    answers = at_once(12, lambda i: server.tokens(PROMPTS[i % 4], words=ids(names[i % 3])))
+    answers = at_once(12, lambda i: server.tokens(PROMPTS[i % 4], fields=ids(names[i % 3])))
     assert answers == [b.after(PROMPTS[i % 4], names[i % 3]) for i in range(12)]
     assert server.metric("mem_triton:pool_evictions_total") > 0
 
 
 def a_tenant_reads_its_own(server: ServerProcess, b: MemoryBench) -> None:
-    assert server.tokens(PROMPTS[0], words=ids(SECRET, mem_tenant="acme")) == b.after(PROMPTS[0], "alpha")
+    assert server.tokens(PROMPTS[0], fields=ids(SECRET, mem_tenant="acme")) == b.after(PROMPTS[0], "alpha")
 
 
 def a_request_that_waits_for_pages_delays_nobody_and_a_client_that_leaves_frees_them(
     server: ServerProcess, b: MemoryBench
 ) -> None:
     plain, alpha, gamma = (b.after(PROMPTS[1], *names) for names in ((), ("alpha",), ("gamma",)))
-    holding = server.stream(PROMPTS[0], 3900, words=ids("alpha"))
+    holding = server.stream(PROMPTS[0], 3900, fields=ids("alpha"))
     next(holding)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(server.tokens, PROMPTS[1], words=ids("gamma"))
+        waiting = pool.submit(server.tokens, PROMPTS[1], fields=ids("gamma"))
         assert server.tokens(PROMPTS[1]) == plain, "plain requests go on"
-        assert server.tokens(PROMPTS[1], words=ids("alpha")) == alpha, "and so do hits"
+        assert server.tokens(PROMPTS[1], fields=ids("alpha")) == alpha, "and so do hits"
         assert not waiting.done(), waiting.exception() or waiting.result()
         holding.close()
         assert waiting.result(60) == gamma
@@ -177,26 +177,26 @@ def a_request_that_waits_for_pages_delays_nobody_and_a_client_that_leaves_frees_
 
 
 def a_waiting_client_that_leaves_is_forgotten(server: ServerProcess, b: MemoryBench) -> None:
-    holding = server.stream(PROMPTS[0], 3000, words=ids("alpha"))
+    holding = server.stream(PROMPTS[0], 3000, fields=ids("alpha"))
     next(holding)
     with pytest.raises(httpx.ReadTimeout):
-        server.complete(PROMPTS[1], 4, words=ids("gamma"), patience=1)
+        server.complete(PROMPTS[1], 4, fields=ids("gamma"), patience=1)
     until(lambda: not server.metric("mem_triton:pool_waiting_requests"), "it still waits, for nobody")
     holding.close()
-    assert server.tokens(PROMPTS[1], words=ids("beta")) == b.after(PROMPTS[1], "beta")
+    assert server.tokens(PROMPTS[1], fields=ids("beta")) == b.after(PROMPTS[1], "beta")
 
 
 def a_prompt_is_captured(server: ServerProcess, b: MemoryBench) -> None:
     text = tokens_of(60, 37)
-    answer = server.complete(text, 3, words={"mem_capture": "http-note", "mem_tenant": "acme"})
+    answer = server.complete(text, 3, fields={"mem_capture": "http-note", "mem_tenant": "acme"})
     assert server.report(answer)["capture"] == {"id": f"{(note := 'capture.acme:http-note')}@1"}
-    assert server.tokens(PROMPTS[0], words=ids(note, mem_tenant="acme")) == b.generate(text + PROMPTS[0])
-    assert server.complete(PROMPTS[0], words=ids(note)).status_code == 400, "it is acme's"
+    assert server.tokens(PROMPTS[0], fields=ids(note, mem_tenant="acme")) == b.generate(text + PROMPTS[0])
+    assert server.complete(PROMPTS[0], fields=ids(note)).status_code == 400, "it is acme's"
     assert server.metric("mem_triton:captures_total") > 0
 
 
 def captures_that_end_together_are_all_kept(server: ServerProcess, b: MemoryBench) -> None:
     texts = [tokens_of(70 + i, 16 + i) for i in range(8)]
-    at_once(8, lambda i: server.tokens(texts[i], 2, words={"mem_capture": f"together-{i}"}))
+    at_once(8, lambda i: server.tokens(texts[i], 2, fields={"mem_capture": f"together-{i}"}))
     for i in (0, 3, 7):
-        assert server.tokens(PROMPTS[0], words=ids(f"capture:together-{i}")) == b.generate(texts[i] + PROMPTS[0])
+        assert server.tokens(PROMPTS[0], fields=ids(f"capture:together-{i}")) == b.generate(texts[i] + PROMPTS[0])

@@ -125,19 +125,19 @@ def a_scope_of_sessions_leaves_plain_requests_to_the_engine(
         plain = [ask(long), ask(short)]
         return [{**request, "logprobs": 5} for request in (one, *plain, other)]
 
-    words = [
+    fields = [
         ({"mem_session": "alice"}, {"mem_session": "bob"}),
         ({"mem_session": "alice", "mem_read": 0}, {"mem_session": "bob", "mem_write": 0}),
         ({"mem_read": 1}, {"mem_session": "alice"}),
     ]
     served = run(
         bench.model,
-        [round_of(ask(first, **a), ask(last, **b)) for a, b in words],
+        [round_of(ask(first, **a), ask(last, **b)) for a, b in fields],
         memory=memory,
         tamper=wired,
         **options,
     )
-    stock = run(bench.model, [round_of(ask(first), ask(last)) for _ in words], **options)
+    stock = run(bench.model, [round_of(ask(first), ask(last)) for _ in fields], **options)
     fresh = [bench.fresh(p) for p in prompts]
     for r, answers in enumerate(served["rounds"]):
         for row in (1, 2):

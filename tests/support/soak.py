@@ -71,7 +71,7 @@ _STRANGE = [
     ["alpha"] * 300,
     {"mem_ids": ["alpha"]},
 ]
-_WORDS = [
+_MEMORY_FIELDS = [
     "mem_session",
     "mem_write",
     "mem_read",
@@ -128,7 +128,7 @@ def right_answers(m: MemoryBench, bench: Bench) -> list[tuple[list[int], dict[st
 
 @dataclass
 class Soak:
-    """One run. right: prompts and words with the tokens that they must give all the while.
+    """One run. right: prompts and fields with the tokens that they must give all the while.
 
     answers: how the requests ended. faults: what must not be, with the request that did it.
     """
@@ -185,9 +185,9 @@ class Soak:
     async def _control(self, http: httpx.AsyncClient, until: float) -> None:
         """Right answers all the while."""
         while time.monotonic() < until and len(self.faults) < 20:
-            for prompt, words, tokens in self.right:
+            for prompt, fields, tokens in self.right:
                 body = {"model": "m", "prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-                body |= {"return_token_ids": True, self.server.words_field: words}
+                body |= {"return_token_ids": True, self.server.fields_in: fields}
                 said = await http.post("/v1/completions", json=body)
                 given = said.json()["choices"][0].get("token_ids") if said.status_code == 200 else said.text
                 if given != tokens:
@@ -196,17 +196,17 @@ class Soak:
             await asyncio.sleep(0.5)
 
     def _request(self, rng: random.Random) -> tuple[str, dict[str, Any]]:
-        words = {}
-        for name in rng.sample(_WORDS, rng.choice([0, 1, 1, 2, 3])):
+        asked = {}
+        for name in rng.sample(_MEMORY_FIELDS, rng.choice([0, 1, 1, 2, 3])):
             sensible = rng.random() < 0.7 and name in _SENSIBLE
-            words[name] = rng.choice(_SENSIBLE[name] if sensible else _STRANGE)
+            asked[name] = rng.choice(_SENSIBLE[name] if sensible else _STRANGE)
         fields = {name: rng.choice(_FIELDS[name]) for name in rng.sample(sorted(_FIELDS), rng.choice([0, 0, 1, 2]))}
         text = "".join(
             rng.choice(["ask ", "日本", "🙂", "\n", "é", "x" * 9, " the "]) for _ in range(rng.randint(1, 60))
         )
         body = {"model": "m", "max_tokens": rng.randint(1, 40), "stream": rng.random() < 0.5, **fields}
-        if words or rng.random() < 0.1:
-            body[self.server.words_field] = words
+        if asked or rng.random() < 0.1:
+            body[self.server.fields_in] = asked
         if rng.random() < 0.4:
             return "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": text}]}
         prompt = rng.choice([text, PROMPTS[rng.randrange(4)], [PROMPTS[0], PROMPTS[1]], "", [5] * rng.randint(1, 900)])

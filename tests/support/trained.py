@@ -155,15 +155,15 @@ class Served:
 def trained_entries_are_read_over_http(server: Any, served: Served) -> None:
     """What any engine's server must do with trained entries; its tokens are those of transformers with the cache."""
     prompt = [260 + i * 7 % 200 for i in range(40)]
-    answers = {name: server.tokens(prompt, words={"mem_ids": [name]}) for name in ("cartridge", "adapter")}
+    answers = {name: server.tokens(prompt, fields={"mem_ids": [name]}) for name in ("cartridge", "adapter")}
     assert answers == {name: served.after(prompt, name) for name in answers}
     plain = server.tokens(prompt)
     assert plain == served.after(prompt, None) and plain not in answers.values(), "they matter"
-    response = server.complete(prompt, words={"mem_ids": ["cartridge", "adapter"]})
+    response = server.complete(prompt, fields={"mem_ids": ["cartridge", "adapter"]})
     told = server.report(response)
     assert told["trained"].startswith("cartridge@1, adapter@1 were not trained together")
     assert "not trained together" in server.printed()
-    assert "trained" not in server.report(server.complete(prompt, words={"mem_ids": ["adapter"]}))
+    assert "trained" not in server.report(server.complete(prompt, fields={"mem_ids": ["adapter"]}))
     asked = served.chat_ids("who?")
-    chat = server.chat("who?", 12, words={"mem_ids": ["cartridge"]}, ignore_eos=True).json()
+    chat = server.chat("who?", 12, fields={"mem_ids": ["cartridge"]}, ignore_eos=True).json()
     assert chat["usage"]["prompt_tokens"] == len(asked), "the template that was derived is the one in use"

@@ -33,7 +33,7 @@ def main() -> None:
             temperature=float("n" in request),
             ignore_eos=True,
             logprobs=request.get("logprobs"),
-            extra_args=request.get("words"),
+            extra_args=request.get("fields"),
             stop_token_ids=request.get("stop_token_ids"),
             stop=request.get("stop"),
             **several,

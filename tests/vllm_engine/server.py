@@ -16,7 +16,7 @@ from tests.vllm_engine.engine import ROOT, environment, forked, zygote
 class Server(ServerProcess):
     """Serves ``model`` under the name "m". fresh: start it as users do, and not from the zygote."""
 
-    words_field, report_field = "vllm_xargs", "kv_transfer_params"
+    fields_in, report_field = "vllm_xargs", "kv_transfer_params"
 
     def __init__(self, model: str, log: str, flags: list[str], fresh: bool = False, **env: str) -> None:
         port = free_port()
@@ -53,23 +53,23 @@ class Server(ServerProcess):
             process = zygote("v1").start(command, forked(variables), ["/dev/null", log, log])
         super().__init__(process, port, log)
 
-    def tokens(self, prompt: list[int], max_tokens: int = 12, words: Any = None) -> list[int]:
-        response = self.complete(prompt, max_tokens, words)
+    def tokens(self, prompt: list[int], max_tokens: int = 12, fields: Any = None) -> list[int]:
+        response = self.complete(prompt, max_tokens, fields)
         assert response.status_code == 200, response.text
         return response.json()["choices"][0]["token_ids"]
 
-    def events(self, prompt: list[int], max_tokens: int, words: Any = None, **fields: Any) -> Iterator[dict[str, Any]]:
+    def events(self, prompt: list[int], max_tokens: int, fields: Any = None, **others: Any) -> Iterator[dict[str, Any]]:
         """A stream's parts as they come."""
         body = {"model": "m", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-        body |= {"stream": True, "return_token_ids": True, self.words_field: words, **fields}
+        body |= {"stream": True, "return_token_ids": True, self.fields_in: fields, **others}
         with self.http.stream("POST", "/v1/completions", json=body) as lines:
             for line in lines.iter_lines():
                 if line.startswith("data: {"):
                     yield json.loads(line[6:])
 
-    def stream(self, prompt: list[int], max_tokens: int, words: Any = None) -> Iterator[list[int]]:
+    def stream(self, prompt: list[int], max_tokens: int, fields: Any = None) -> Iterator[list[int]]:
         """Token ids as they come."""
-        with contextlib.closing(self.events(prompt, max_tokens, words)) as events:
+        with contextlib.closing(self.events(prompt, max_tokens, fields)) as events:
             for event in events:
                 yield event["choices"][0]["token_ids"] or []
 

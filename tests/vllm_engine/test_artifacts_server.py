@@ -18,7 +18,7 @@ def test_trained_entries_are_read_over_http(tmp_path):
         server.wait()
         trained_entries_are_read_over_http(server, served)
         fields = {"ignore_eos": True, "return_token_ids": True}
-        (choice,) = server.chat("who?", 12, words={"mem_ids": ["cartridge"]}, **fields).json()["choices"]
+        (choice,) = server.chat("who?", 12, fields={"mem_ids": ["cartridge"]}, **fields).json()["choices"]
         assert choice["token_ids"] == served.after(served.chat_ids("who?"), "cartridge")
     finally:
         server.stop()

@@ -47,6 +47,6 @@ def test_fault18_a_client_that_leaves_a_capture_leaves_nothing_behind(server, me
 
 def test_fault07_a_chat_of_another_template_is_refused(server):
     response = server.chat(
-        "hello", 2, words={"mem_capture": "odd"}, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"
+        "hello", 2, fields={"mem_capture": "odd"}, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     assert response.status_code == 400 and "where they end is unknown" in response.text

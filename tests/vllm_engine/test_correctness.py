@@ -56,7 +56,7 @@ def test_memory_changes_tokens(bench, prompts):
 def test_the_triton_kernels_in_the_worker(bench, prompts):
     """Runner V2 with our kernels, interpreted: prompts through the scan, then norm and RoPE in the memory's launch."""
     asked = [prompts[1], prompts[3], prompts[0]]
-    session = {"words": {"mem_session": "alice"}}
+    session = {"fields": {"mem_session": "alice"}}
     first = [request(p, 4, **(session if i == 1 else {})) for i, p in enumerate(asked)]
     result = run_engine(
         bench.model,
@@ -101,7 +101,7 @@ def test_every_family_and_kind_of_adapter(tmp_path, prompts, family):
 def test_preempted_requests_resume_right(bench, prompts, way):
     """More requests than KV blocks: some are preempted, among them sessions, and start over from the same version."""
     told, asked = prompts[1], [prompts[0] * 8, prompts[2][:70], prompts[3], prompts[2][60:120]]
-    session = {"words": {"mem_session": "alice"}}
+    session = {"fields": {"mem_session": "alice"}}
     result = run_engine(
         bench.model,
         [

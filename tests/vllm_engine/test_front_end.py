@@ -173,6 +173,6 @@ def test_fault16_streams_of_inputs_cannot_choose_their_scope():
     async def stream():
         yield {"prompt_token_ids": [1]}
 
-    for word in ("mem_read", "mem_write"):
-        with pytest.raises(VLLMValidationError, match=f"{word}: streaming inputs"):
-            VLLMFrontEnd({}).open_request(stream(), SamplingParams(extra_args={word: 0}))
+    for field in ("mem_read", "mem_write"):
+        with pytest.raises(VLLMValidationError, match=f"{field}: streaming inputs"):
+            VLLMFrontEnd({}).open_request(stream(), SamplingParams(extra_args={field: 0}))

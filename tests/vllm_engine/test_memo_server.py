@@ -134,7 +134,7 @@ OTHERS = {
     "session": {"temperature": 0, "max_tokens": 12, "vllm_xargs": {"mem_session": "alice"}},
     "several": {"temperature": 0.7, "seed": 7, "max_tokens": 6, "n": 2},
     "bad field": {"temperature": -3},
-    "bad word": {"vllm_xargs": {"mem_sesion": "alice"}},
+    "misspelt field": {"vllm_xargs": {"mem_sesion": "alice"}},
     "other model": {"model": "nobody"},
 }
 
@@ -148,7 +148,7 @@ def test_answers_of_the_server_s_own_models_are_as_they_were(server, stock, name
         answer = one.http.post("/v1/chat/completions", json={"model": "m", "messages": messages, **OTHERS[name]})
         said = joined(events(answer)) if OTHERS[name].get("stream") else answer.json()
         found.append((answer.status_code, answer.headers["content-type"], plain(said)))
-    if name == "bad word":  # the hint names the nearest of the fields that there are, on both
+    if name == "misspelt field":  # the hint names the nearest of the fields that there are, on both
         assert found[0][0] == 400
     assert found[0] == found[1] and (found[0][0] == 200) == (name in ("plain", "stream", "session", "several"))
 
@@ -168,7 +168,7 @@ def test_what_cannot_be_served_is_400_by_name(server, executive):
 
 
 def test_the_trace_s_field_is_for_that_model_alone(server):
-    answer = server.chat("x", words={"mem_memo_trace": 1})
+    answer = server.chat("x", fields={"mem_memo_trace": 1})
     assert answer.status_code == 400 and "m+memo" in answer.text
 
 

@@ -89,7 +89,7 @@ def test_a_capture_of_the_wrong_tokens_would_be_seen(memory_bench):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("fields", "message"),
     [
         ({"mem_ids": ["nobody"]}, "nobody"),
         ({"mem_ids": ["alpha@9"]}, "alpha@9"),
@@ -99,12 +99,12 @@ def test_a_capture_of_the_wrong_tokens_would_be_seen(memory_bench):
         ({"mem_session": "alice"}, "configured without mem_triton.delta"),
     ],
 )
-def test_bad_words_are_refused_before_anything_is_scheduled(front_end, words, message):
+def test_bad_fields_are_refused_before_anything_is_scheduled(front_end, fields, message):
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
     with pytest.raises(VLLMValidationError, match=message):
-        front_end.open_request({"prompt_token_ids": [1, 2]}, SamplingParams(extra_args=words))
+        front_end.open_request({"prompt_token_ids": [1, 2]}, SamplingParams(extra_args=fields))
 
 
 def retrieve(explicit, reading, prompt_ids):
@@ -193,9 +193,9 @@ def test_fault27_prompt_embeddings_are_refused_by_name_where_memory_would_be_rea
     embeds = {"type": "embeds", "prompt_embeds": torch.zeros(3, 8)}
     front_end.parts["memory"]._default, kept = ("alpha@1",), front_end.parts["memory"]._default
     try:
-        for words in (None, {"mem_ids": ["beta"]}, {"mem_capture": "x"}):
+        for fields in (None, {"mem_ids": ["beta"]}, {"mem_capture": "x"}):
             with pytest.raises(VLLMValidationError, match="prompts given as embeddings cannot use explicit memory"):
-                front_end.open_request(embeds, SamplingParams(extra_args=words))
+                front_end.open_request(embeds, SamplingParams(extra_args=fields))
         opened = front_end.open_request(embeds, SamplingParams(extra_args={"mem_ids": []}))
         assert "memory" not in opened.parts, "without memory they are served"
     finally:
@@ -216,14 +216,14 @@ def test_fault27_a_prompt_that_reaches_the_engine_unrendered_is_rendered_as_vllm
     assert seen == [[{"prompt": "who has the key?"}]]
 
 
-def test_fault06_words_of_a_rendered_engine_request_are_those_that_vllm_runs(front_end):
+def test_fault06_fields_of_a_rendered_engine_request_are_those_that_vllm_runs(front_end):
     """vLLM takes the parameters inside such a request and not those beside it."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine import EngineCoreRequest
 
-    def request(**words):
-        params = SamplingParams(extra_args=words)
+    def request(**fields):
+        params = SamplingParams(extra_args=fields)
         return EngineCoreRequest("r", [1, 2], None, params, None, 0.0, None, None, None)
 
     with pytest.raises(VLLMValidationError, match="nobody"):
@@ -236,10 +236,10 @@ def test_fault06_words_of_a_rendered_engine_request_are_those_that_vllm_runs(fro
     assert "mem_triton" not in asked.sampling_params.extra_args, "the caller's own is untouched"
 
 
-def params_of(**words):
+def params_of(**fields):
     from vllm import SamplingParams
 
-    return SamplingParams(extra_args=words or None)
+    return SamplingParams(extra_args=fields or None)
 
 
 def front_end_of(model, section, tokenizer=None, max_model_len=512):

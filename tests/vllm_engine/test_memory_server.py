@@ -35,16 +35,16 @@ def server(memory_bench, tmp_path_factory) -> Iterator[Server]:
 
 def test_memory_over_http_and_what_was_read_is_in_the_answer(server, memory_bench):
     b, (short, middle, *_) = memory_bench, PROMPTS
-    assert server.tokens(short, words=ids("alpha")) == b.after(short, "alpha")
+    assert server.tokens(short, fields=ids("alpha")) == b.after(short, "alpha")
     assert server.tokens(short) == b.after(short)
-    response = server.complete(middle, words=ids("beta"))
+    response = server.complete(middle, fields=ids("beta"))
     assert response.json()["choices"][0]["token_ids"] == b.after(middle, "beta")
     assert server.report(response) == {"references": whole("beta")}
     assert response.json()["usage"]["prompt_tokens"] == len(middle), "memory is no prompt"
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("fields", "message"),
     [
         ({"mem_ids": ["alpha", "nobody"]}, "nobody"),
         ({"mem_ids": [SECRET]}, SECRET),
@@ -54,8 +54,8 @@ def test_memory_over_http_and_what_was_read_is_in_the_answer(server, memory_benc
         ({"mem_capture": "x@1"}, "mem_capture"),
     ],
 )
-def test_bad_words_are_400_that_name_the_id(server, words, message):
-    scenarios.bad_words_are_400(server, PROMPTS[0], words, message)
+def test_bad_fields_are_400_that_name_the_id(server, fields, message):
+    scenarios.bad_fields_are_400(server, PROMPTS[0], fields, message)
 
 
 def test_fault15_memory_beyond_the_context_is_400(server):
@@ -90,11 +90,11 @@ def test_captures_that_end_together_are_all_kept(server, memory_bench):
 def test_fault04_every_answer_of_several_comes_whole(server, memory_bench, kind):
     b, prompt, several = memory_bench, PROMPTS[1], {"n": 3, "temperature": 1.0, "top_k": 1}
     if kind == "plain":
-        found = server.complete(prompt, words=ids("beta"), **several).json()
+        found = server.complete(prompt, fields=ids("beta"), **several).json()
         assert [c["token_ids"] for c in found["choices"]] == [b.after(prompt, "beta")] * 3
-        assert server.report(server.complete(prompt, words=ids("beta"), **several)) == {"references": whole("beta")}
+        assert server.report(server.complete(prompt, fields=ids("beta"), **several)) == {"references": whole("beta")}
     elif kind == "chat":
-        found = server.chat("who?", 12, words=ids("beta"), ignore_eos=True, **several).json()
+        found = server.chat("who?", 12, fields=ids("beta"), ignore_eos=True, **several).json()
         assert len({c["message"]["content"] for c in found["choices"]}) == 1 and len(found["choices"]) == 3
     else:
         *parts, found = server.events(prompt, 12, ids("beta"), stream_options={"include_usage": True}, **several)
@@ -146,13 +146,13 @@ def test_fault04_every_answer_of_several_comes_whole(server, memory_bench, kind)
         ),
     ],
 )
-def test_fault06_no_route_drops_a_word(server, path, body, message):
+def test_fault06_no_route_drops_a_field(server, path, body, message):
     for stream in (False, True):
         response = server.http.post(path, json={"model": "m", "stream": stream, **body})
         assert response.status_code == 400 and message in response.text, response.text
 
 
-def test_fault06_beam_search_without_words_is_served(server):
+def test_fault06_beam_search_without_fields_is_served(server):
     response = server.complete(PROMPTS[0], 4, use_beam_search=True, n=2)
     assert response.status_code == 200 and len(response.json()["choices"]) == 2, response.text
 
@@ -174,7 +174,7 @@ def test_retrieval_over_http_streams_one_answer(retrieving, memory_bench):
     expected, _ = b.retrieving(prompt, 70, top_k=2, every=32)
     assert [t for part in server.stream(prompt, 70) for t in part] == expected
     assert at_once(4, lambda _: server.tokens(prompt, 70)) == [expected] * 4
-    assert server.tokens(prompt, words={"mem_top_k": 0}) == b.generate(prompt)
+    assert server.tokens(prompt, fields={"mem_top_k": 0}) == b.generate(prompt)
     assert server.report(server.chat("who?", 40))["references"]
     assert server.complete(prompt, 12, n=2, temperature=1.0).status_code == 200
     assert server.metric("mem_triton:refresh_off_total") > 0

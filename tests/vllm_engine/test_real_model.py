@@ -48,8 +48,8 @@ def server(folder) -> Iterator[Server]:
         server.stop()
 
 
-def ask(server: Server, text: str, words: dict | None, **fields) -> tuple[list[int], dict]:
-    answer = server.chat(text, 12, words, return_token_ids=True, **fields)
+def ask(server: Server, text: str, fields: dict | None, **others) -> tuple[list[int], dict]:
+    answer = server.chat(text, 12, fields, return_token_ids=True, **others)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["token_ids"], answer.json()
 

@@ -84,16 +84,16 @@ def test_fault06_the_rust_front_end_is_refused_at_start(monkeypatch):
         check_engine(config())
 
 
-def test_fault06_a_batch_file_drops_no_word():
+def test_fault06_a_batch_file_drops_no_field():
     """``vllm run-batch`` has no HTTP: its bodies are looked at before they are served."""
     import asyncio
     import inspect
 
     from vllm.entrypoints.launchers import run_batch
 
-    from mem_triton_vllm import http_words
+    from mem_triton_vllm import http_fields
 
-    http_words.install()
+    http_fields.install()
 
     def outcome(**body):
         body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **body}
@@ -190,7 +190,7 @@ def test_speculation_refuses_coarse_states_and_sessions(bench, prompts):
     assert "resumes after any accepted token" in run_engine(bench.model, [], memory=coarse, fails=True, **speculation)
     result = run_engine(
         bench.model,
-        [[request(prompts[0], words={"mem_session": "alice"})]],
+        [[request(prompts[0], fields={"mem_session": "alice"})]],
         memory=bench.memory,
         errors_are_results=True,
         **speculation,
@@ -201,7 +201,7 @@ def test_speculation_refuses_coarse_states_and_sessions(bench, prompts):
 @pytest.mark.engine
 def test_fault14_overrides_that_change_a_bank_s_keys_are_refused_at_start(memory_bench):
     """On the engine's own reading of the folder; a longer context, which changes none, is served."""
-    prompt = [request([5, 6, 7], words={"mem_ids": ["alpha"]})]
+    prompt = [request([5, 6, 7], fields={"mem_ids": ["alpha"]})]
     longer = {"hf_overrides": {"max_position_embeddings": 8192}}
     assert run_engine(memory_bench.model, [prompt], memory=memory_bench.section(), **longer)["rounds"][0][0]["tokens"]
     rope = {"hf_overrides": {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "rms_norm_eps": 1e-3}}

@@ -1,4 +1,4 @@
-"""The real HTTP server: sessions over /v1, bad words answered with 400, a server that survives everything."""
+"""The real HTTP server: sessions over /v1, bad fields answered with 400, a server that survives everything."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def test_streaming_commits_before_the_last_chunk(server, bench, prompts):
     bench.forget()
     expected = [bench.generate(prompts[0]), bench.generate(prompts[1])]
     assert [token for part in server.stream(prompts[0], 12, session("s")) for token in part] == expected[0]
-    assert server.tokens(prompts[1], words=session("s")) == expected[1]
+    assert server.tokens(prompts[1], fields=session("s")) == expected[1]
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("fields", "message"),
     [
         ({"mem_sesion": "a"}, 'Did you mean \\"mem_session\\"'),
         ({"mem_session": "../etc"}, "mem_session"),
@@ -52,12 +52,12 @@ def test_streaming_commits_before_the_last_chunk(server, bench, prompts):
         ({"mem_triton": "x"}, "reserved"),
     ],
 )
-def test_bad_words_are_400_before_anything_runs(server, prompts, words, message):
-    scenarios.bad_words_are_400(server, prompts[0], words, message)
+def test_bad_fields_are_400_before_anything_runs(server, prompts, fields, message):
+    scenarios.bad_fields_are_400(server, prompts[0], fields, message)
 
 
 def test_two_answers_of_one_session_are_refused(server, prompts):
-    response = server.complete(prompts[0], n=2, temperature=0.5, words=session("n"))
+    response = server.complete(prompts[0], n=2, temperature=0.5, fields=session("n"))
     assert response.status_code == 400 and "set n to 1" in response.text
 
 

@@ -60,9 +60,9 @@ class Engine:
             seen += self.engine.step()
         return seen
 
-    def answered(self, finish: str = "length", **words) -> list:
+    def answered(self, finish: str = "length", **fields) -> list:
         """What the caller sees when a request's answer is whole."""
-        opened = self.served.open(**words)
+        opened = self.served.open(**fields)
         running = self.running(opened, {"prompt_token_ids": PROMPT}, PROMPT, SamplingParams(), ((), {}))
         self.engine._running["r"] = running
         running.task = self.engine._loop.spawn(self.engine._serve("r", running))

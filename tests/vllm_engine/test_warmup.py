@@ -14,7 +14,7 @@ from tests.vllm_engine.engine import run_engine
 SHORT, LONG = PROMPTS[0], PROMPTS[1] * 3
 TRAFFIC = [  # alone and together; short and long; with memory of either kind, of both, of none
     [request(SHORT, 2)],
-    [ask(SHORT, 2, "alpha"), ask(LONG[:100], 2), request(SHORT[:5], 2, words={"mem_session": "a"})],
+    [ask(SHORT, 2, "alpha"), ask(LONG[:100], 2), request(SHORT[:5], 2, fields={"mem_session": "a"})],
 ]
 
 

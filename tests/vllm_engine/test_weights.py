@@ -141,7 +141,7 @@ def server(memory_bench, tmp_path_factory) -> Iterator[Server]:
 
 @pytest.mark.engine
 def test_fault14_a_server_keeps_its_weights_and_says_why(server, memory_bench):
-    before = server.tokens(PROMPTS[0], words=ids("alpha"))
+    before = server.tokens(PROMPTS[0], fields=ids("alpha"))
     for path, body in (
         ("/collective_rpc", {"method": "reload_weights"}),
         ("/collective_rpc", {"method": "reset_weights"}),
@@ -150,4 +150,4 @@ def test_fault14_a_server_keeps_its_weights_and_says_why(server, memory_bench):
         response = server.http.post(path, json=body)
         assert response.status_code == 400 and "is refused" in response.text, response.text
     assert server.http.post("/collective_rpc", json={"method": "get_model_inspection"}).status_code == 200
-    assert server.tokens(PROMPTS[0], words=ids("alpha")) == before == memory_bench.after(PROMPTS[0], "alpha")
+    assert server.tokens(PROMPTS[0], fields=ids("alpha")) == before == memory_bench.after(PROMPTS[0], "alpha")

@@ -159,7 +159,7 @@ class MemoryFrontEnd:
         opened.parts = {name: opened.parts[name] for name in self.parts if name in opened.parts}
         return opened
 
-    def check_words(self, fields: Mapping[str, Any], headers: Mapping[str, str] | None) -> None:
+    def check_fields(self, fields: Mapping[str, Any], headers: Mapping[str, str] | None) -> None:
         """Raise the RequestError that ``open`` would because of the fields alone; opens nothing."""
         request = self._parse(fields, headers)
         for name, part in self.parts.items():
@@ -170,7 +170,7 @@ class MemoryFrontEnd:
         for name, system in registry.systems().items():  # fields of what is not configured are refused, not ignored
             said = next((field for field in system.fields if field in (fields or {})), None)
             if name not in self.parts and said is not None:
-                raise RequestError(said, f"this server is configured without mem_triton.{name}, which serves the word")
+                raise RequestError(said, f"this server is configured without mem_triton.{name}, which serves the field")
         return request
 
     def begin(self, request_id: str) -> None:

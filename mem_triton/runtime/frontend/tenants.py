@@ -47,7 +47,7 @@ class Tenants:
         if named not in ("", bound):
             raise RequestError(
                 "mem_tenant",
-                "is not the tenant that this request is sent for; leave the word out"
+                "is not the tenant that this request is sent for; leave the field out"
                 if bound
                 else "this request is sent for no tenant, and this server binds tenants to "
                 + (f"the header {self._header}" if self._header else "its API keys"),

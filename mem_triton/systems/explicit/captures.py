@@ -62,7 +62,7 @@ class CaptureError(Failure):
 
 @dataclass
 class Capture:
-    """One request's capture, from its words to its entry. id: of the entry; lease: names its files among the workers'.
+    """One request's capture, from its fields to its entry. id: of the entry; lease: names its files among the workers'.
 
     chat: the prompt is known to be a chat. ref, error: what became of it, None before.
     """

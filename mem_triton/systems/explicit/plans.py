@@ -148,7 +148,7 @@ class ReadingPlans:
             self._leave_out(ref, "its keys and values cannot be read any more")
 
     def check(self, request: ReadingRequest) -> None:
-        """Raises RequestError if the words ask for what there is not."""
+        """Raises RequestError if the fields ask for what there is not."""
         self._top_k(request)
         self._resolve(request)
 
@@ -158,11 +158,11 @@ class ReadingPlans:
         refs = self._resolve(request)
         if not refs and not top_k and request.capture is None:
             return None
-        word = "mem_ids" if refs else "mem_top_k" if top_k else "mem_capture"
+        field = "mem_ids" if refs else "mem_top_k" if top_k else "mem_capture"
         if self.obstacle:
-            raise RequestError(word, self.obstacle)
+            raise RequestError(field, self.obstacle)
         if params.unfit:
-            raise RequestError(word, f"{params.unfit} cannot use explicit memory; with mem_ids [] they use none")
+            raise RequestError(field, f"{params.unfit} cannot use explicit memory; with mem_ids [] they use none")
         reading = Reading(request, tuple(map(Attachment, refs)), top_k, tokens=dict(refs), waits=True)
         self._check_context(reading, 1 if params.prompt_tokens is None else params.prompt_tokens)
         if request.ids is not None and request.top_k is None and self.concerns_all and refs:
@@ -189,8 +189,8 @@ class ReadingPlans:
     def _top_k(self, request: ReadingRequest) -> int:
         if self.section.retrieval is None:
             if request.top_k or request.query is not None:
-                word = "mem_top_k" if request.top_k else "mem_query"
-                raise RequestError(word, "this server does not retrieve; set mem_triton.memory.retrieval")
+                field = "mem_top_k" if request.top_k else "mem_query"
+                raise RequestError(field, "this server does not retrieve; set mem_triton.memory.retrieval")
             return 0
         named = request.top_k is None and request.ids is not None  # ids of one's own: these and no others
         top_k = 0 if named else self.section.retrieval.top_k if request.top_k is None else request.top_k

@@ -71,14 +71,14 @@ def _ids(fields: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(found))  # an entry named twice is one memory
 
 
-def _id(word: Any) -> str:
-    if names.split_places(word):
-        return word
-    if (reference := names.split_reference(word)) is None:
-        old = isinstance(word, str) and names.OLD_ID.fullmatch(word.partition("@")[0])
+def _id(said: Any) -> str:
+    if names.split_places(said):
+        return said
+    if (reference := names.split_reference(said)) is None:
+        old = isinstance(said, str) and names.OLD_ID.fullmatch(said.partition("@")[0])
         hint = "; an entry of an older bank gets another id by `mem-triton bank rename`" if old else ""
         raise RequestError(
-            "mem_ids", f'{word!r} is no id; ids look like "alice", "alice@2" or, in a document, "alice#0"{hint}'
+            "mem_ids", f'{said!r} is no id; ids look like "alice", "alice@2" or, in a document, "alice#0"{hint}'
         )
     id, version = reference
     return id if version is None else f"{id}@{version}"

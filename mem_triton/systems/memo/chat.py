@@ -91,9 +91,9 @@ class MemoChat(ChatPart):
                 raise RequestError(name, f"is not served by {self.model}; leave it out")
         if (body.get("response_format") or {}).get("type", "text") != "text":
             raise RequestError("response_format", f"is not served by {self.model}; its answers are plain text")
-        words = body.get(XARGS) or {}
-        flag(words, TRACE, False)
-        if (others := sorted(set(words) - {TRACE})) and "#" in self.section.executive:
+        fields = body.get(XARGS) or {}
+        flag(fields, TRACE, False)
+        if (others := sorted(set(fields) - {TRACE})) and "#" in self.section.executive:
             raise RequestError(others[0], f"is for a model of this server; {self.section.executive} is another's")
         start(self._question(body), self._settings(body))
 
@@ -167,9 +167,9 @@ class MemoChat(ChatPart):
             self._inside -= 1
 
     async def _run(self, body: Mapping[str, Any], tell: Any) -> Trace:
-        words = {name: value for name, value in (body.get(XARGS) or {}).items() if name != TRACE}
+        fields = {name: value for name, value in (body.get(XARGS) or {}).items() if name != TRACE}
         models = {
-            "executive": await self._model(self.section.executive, {XARGS: words} if words else {}, structured=True),
+            "executive": await self._model(self.section.executive, {XARGS: fields} if fields else {}, structured=True),
             "memory": await self._model(self.section.memory, {}),
         }
         seen = 0

@@ -1,4 +1,4 @@
-"""Words that vLLM's HTTP server, or ``vllm run-batch``, would drop."""
+"""Fields that vLLM's HTTP server, or ``vllm run-batch``, would drop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from mem_triton.runtime.frontend.http_words import RefuseMisplacedWords, WordPlaces
+from mem_triton.runtime.frontend.http_fields import FieldPlaces, RefuseMisplacedFields
 from mem_triton_vllm import callers, front_end
 
 
@@ -22,7 +22,7 @@ def _beam_search(body: Mapping[str, Any]) -> str | None:
 
 
 XARGS = "vllm_xargs"
-PLACES = WordPlaces(
+PLACES = FieldPlaces(
     {
         "/v1/completions": XARGS,
         "/v1/chat/completions": XARGS,
@@ -44,28 +44,28 @@ PLACES = WordPlaces(
 
 
 def install() -> None:
-    """Refuse such words in the servers that this process starts from now on."""
+    """Refuse such fields in the servers that this process starts from now on."""
     from vllm.entrypoints.launchers import app, run_batch
 
-    if not hasattr(app.init_entrypoints_middleware, "_mem_triton_words"):
+    if not hasattr(app.init_entrypoints_middleware, "_mem_triton_fields"):
         app.init_entrypoints_middleware = _with_refusals(app.init_entrypoints_middleware)
         run_batch.run_request = _refusing(run_batch.run_request)
 
 
-def _hear(scope: Mapping[str, Any], words: Mapping[str, Any]) -> None:
+def _hear(scope: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
     """``/v1/responses`` calls the engine when its stream has begun, too late for HTTP 400."""
-    scope["app"].state.engine_client.memory.check_words(words, callers.headers())
+    scope["app"].state.engine_client.memory.check_fields(fields, callers.headers())
 
 
 def _with_refusals(stock: Any) -> Any:
     @functools.wraps(stock)
     def init_entrypoints_middleware(args: Namespace, app: FastAPI, *rest: Any, **more: Any) -> None:
         stock(args, app, *rest, **more)
-        if not any(one.cls is RefuseMisplacedWords for one in app.user_middleware):
+        if not any(one.cls is RefuseMisplacedFields for one in app.user_middleware):
             # the innermost: behind authentication
-            app.user_middleware.append(Middleware(RefuseMisplacedWords, places=PLACES, heard=_hear))
+            app.user_middleware.append(Middleware(RefuseMisplacedFields, places=PLACES, heard=_hear))
 
-    init_entrypoints_middleware._mem_triton_words = True
+    init_entrypoints_middleware._mem_triton_fields = True
     return init_entrypoints_middleware
 
 

@@ -1,7 +1,7 @@
-"""Memory's words where an HTTP server would drop them: such a request is refused, not answered without its memory.
+"""Memory's fields where an HTTP server would drop them: such a request is refused, not answered without its memory.
 
 Servers ignore fields that they do not know, and not every route hands a request's extra arguments on. This looks at a
-request's body before the routes do; one without a memory word costs a search for four bytes.
+request's body before the routes do; one without a memory field costs a search for four bytes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ CONTAINERS = (
     "parameters.sampling_params.custom_params",
     "kv_transfer_params",
 )
-"""Where people put words, as paths of names; "": the top of the body."""
+"""Where people put fields, as paths of names; "": the top of the body."""
 LONGEST = 64
-"""Characters of a word that are repeated to who said it."""
+"""Characters of a field that are repeated to who said it."""
 _FORM_FIELD = re.compile(rb'name="(mem_\w{1,60})"')
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -47,32 +47,32 @@ def _no_kind(body: Mapping[str, Any]) -> str | None:
 
 
 @dataclass(frozen=True)
-class WordPlaces:
-    """routes: path -> the place in its body that takes words. unfit: the kind of a request that
+class FieldPlaces:
+    """routes: path -> the place in its body that takes fields. unfit: the kind of a request that
     would drop them in their place, too, "beam search" for example; None for others."""
 
     routes: Mapping[str, str]
     unfit: Callable[[Mapping[str, Any]], str | None] = _no_kind
 
     def check(self, path: str, body: Any) -> RequestError | None:
-        """Why a request with this body would lose a word, None if it would not."""
+        """Why a request with this body would lose a field, None if it would not."""
         if not isinstance(body, Mapping):
             return None
         place = self.routes.get(path.rstrip("/"))
-        for container, word in _said(body, dict.fromkeys([*CONTAINERS, *self.routes.values()])):
+        for container, field in _said(body, dict.fromkeys([*CONTAINERS, *self.routes.values()])):
             if place is None:
                 routes = ", ".join(self.routes)
-                return RequestError(word, f"{path} has no memory and would ignore it; these routes have one: {routes}")
+                return RequestError(field, f"{path} has no memory and would ignore it; these routes have one: {routes}")
             if container != place:
-                example: Any = {word: "..."}
+                example: Any = {field: "..."}
                 for name in reversed(place.split(".")):
                     example = {name: example}
-                return RequestError(word, f"would be ignored here; it belongs into {place}: {json.dumps(example)}")
+                return RequestError(field, f"would be ignored here; it belongs into {place}: {json.dumps(example)}")
             if (kind := self.unfit(body)) is not None:
-                return RequestError(word, f"{kind} cannot use memory; ask without it, or without the word")
+                return RequestError(field, f"{kind} cannot use memory; ask without it, or without the field")
         return None
 
-    def words(self, path: str, body: Any) -> Mapping[str, Any]:
+    def fields(self, path: str, body: Any) -> Mapping[str, Any]:
         """What the body says in the route's own place; nothing if that is no table."""
         for name in self.routes.get(path.rstrip("/"), "").split("."):
             body = body.get(name) if isinstance(body, Mapping) else None
@@ -80,7 +80,7 @@ class WordPlaces:
 
 
 def _said(body: Mapping[str, Any], containers: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(container, word) of each memory word in a body."""
+    """(container, field) of each memory field in a body."""
     for container in containers:
         values = [body]
         for name in filter(None, container.split(".")):
@@ -94,17 +94,17 @@ def _as_list(value: Any) -> list[Mapping[str, Any]]:
     return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, Mapping)]
 
 
-class RefuseMisplacedWords:
-    """ASGI middleware that answers HTTP 400 where a server would ignore a memory word.
+class RefuseMisplacedFields:
+    """ASGI middleware that answers HTTP 400 where a server would ignore a memory field.
 
-    heard: looks at (scope, words) of a stream whose words are in their place; RequestErrors are answered before it
+    heard: looks at (scope, fields) of a stream whose fields are in their place; RequestErrors are answered before it
     begins. Some routes run a request only when they have begun to answer it.
     """
 
     def __init__(
         self,
         app: Callable[..., Awaitable[None]],
-        places: WordPlaces,
+        places: FieldPlaces,
         heard: Callable[[dict[str, Any], Mapping[str, Any]], None] | None = None,
     ) -> None:
         self._app, self._places, self._heard = app, places, heard
@@ -135,9 +135,9 @@ class RefuseMisplacedWords:
             body = json.loads(raw)
             if (error := self._places.check(path, body)) is not None:
                 return error
-            words = self._places.words(path, body)
-            if self._heard is not None and words and body.get("stream"):
-                self._heard(scope, words)
+            fields = self._places.fields(path, body)
+            if self._heard is not None and fields and body.get("stream"):
+                self._heard(scope, fields)
             return None
         except RequestError as error:
             return error

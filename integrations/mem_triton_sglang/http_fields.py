@@ -1,12 +1,12 @@
-"""Words that SGLang's HTTP server would drop."""
+"""Fields that SGLang's HTTP server would drop."""
 
 from __future__ import annotations
 
 import sys
 
-from mem_triton.runtime.frontend.http_words import RefuseMisplacedWords, WordPlaces
+from mem_triton.runtime.frontend.http_fields import FieldPlaces, RefuseMisplacedFields
 
-PLACES = WordPlaces(
+PLACES = FieldPlaces(
     {
         "/generate": "sampling_params.custom_params",
         "/v1/completions": "custom_params",
@@ -19,12 +19,12 @@ PLACES = WordPlaces(
 
 
 def install() -> None:
-    """Refuse such words in this process's HTTP server, if it has one; ``Engine`` has none."""
+    """Refuse such fields in this process's HTTP server, if it has one; ``Engine`` has none."""
     server = sys.modules.get("sglang.srt.entrypoints.http_server")
     if server is None:
         return
     from starlette.middleware import Middleware
 
     middleware = server.app.user_middleware
-    if not any(one.cls is RefuseMisplacedWords for one in middleware):
-        middleware.append(Middleware(RefuseMisplacedWords, places=PLACES))  # innermost: behind authentication
+    if not any(one.cls is RefuseMisplacedFields for one in middleware):
+        middleware.append(Middleware(RefuseMisplacedFields, places=PLACES))  # innermost: behind authentication

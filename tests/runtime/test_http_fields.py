@@ -1,4 +1,4 @@
-"""Memory's words are refused where an HTTP server would drop them; all else reaches the server as it was sent."""
+"""Memory's fields are refused where an HTTP server would drop them; all else reaches the server as it was sent."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from mem_triton.runtime.frontend.http_words import RefuseMisplacedWords, WordPlaces
+from mem_triton.runtime.frontend.http_fields import FieldPlaces, RefuseMisplacedFields
 
-PLACES = WordPlaces(
+PLACES = FieldPlaces(
     {"/v1/completions": "xargs", "/generate": "sampling_params.custom_params"},
     lambda body: "beam search" if body.get("beams") else None,
 )
@@ -36,7 +36,7 @@ def post(path: str, body: bytes, size: int = 7, method: str = "POST", root: str 
         await send({"type": "http.response.body", "body": read})
 
     scope = {"type": "http", "method": method, "path": root + path, "root_path": root}
-    asyncio.run(RefuseMisplacedWords(server, PLACES)(scope, receive, send))
+    asyncio.run(RefuseMisplacedFields(server, PLACES)(scope, receive, send))
     return sent[0]["status"], sent[1]["body"]
 
 
