@@ -35,3 +35,8 @@ WORKER_POOL = Gauge(
 )
 CAPTURES = Counter("mem_triton:captures", "Prompts kept as entries of the bank")
 CAPTURE_FAILURES = Counter("mem_triton:capture_failures", "Prompts that could not be kept")
+POOL_WRITES = Counter("mem_triton:pool_writes", "Texts written into pools of rows")
+POOL_WRITE_FAILURES = Counter("mem_triton:pool_write_failures", "Texts that could not be written into a pool of rows")
+POOL_WRITER_WAITS = Counter(
+    "mem_triton:pool_writer_waits", "Writes that waited until running requests had ended that read older versions"
+)

@@ -212,6 +212,7 @@ PATCHES: tuple[EnginePatch, ...] = (
         kind="request",
         sites=(
             "tokenizer_manager.TokenizerManagerWithMemory._begin: obj.*",
+            "tokenizer_manager.TokenizerManagerWithMemory._tokenized: obj.*",
             "tokenizer_manager.TokenizerManagerWithMemory._generate: obj.*",
             "tokenizer_manager.TokenizerManagerWithMemory._open: obj.*",
         ),

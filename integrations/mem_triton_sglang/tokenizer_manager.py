@@ -39,6 +39,7 @@ from mem_triton.systems.request import RequestError
 from mem_triton_sglang.carrier import is_memory_field, packed
 from mem_triton_sglang.continuation import ContinuedAnswer, fixed, fixed_by_engine
 from mem_triton_sglang.identity import extra_key_of
+from mem_triton_sglang.orders import BetweenSteps
 from mem_triton_sglang.shape import shape_of
 from mem_triton_sglang.weights import FixedWeights
 
@@ -88,6 +89,7 @@ class TokenizerManagerWithMemory(FixedWeights):
         incidents = Incidents(Path(os.environ[VARIABLE]))
         call = functools.partial(client.call, CALL)
         self.memory = MemoryFrontEnd.of(config, shape, services, incidents=incidents, call=call)
+        self.memory.between_steps = BetweenSteps(client.call, super().generate_request)
         self._running: dict[str, _Running] = {}
         self._released: set[str] = set()  # kinds of device memory that are not there
 
@@ -202,6 +204,7 @@ class TokenizerManagerWithMemory(FixedWeights):
                 fixed_by,
                 prompt_tokens=None if obj.input_ids is None else len(obj.input_ids),
                 headers=None if request is None else getattr(request, "headers", {}),  # None: from ``Engine``
+                stops=bool(obj.sampling_params.get("stop") or obj.sampling_params.get("stop_regex")),
             )
             opened = self.memory.open(fields, asked)
         except RequestError as error:
@@ -242,6 +245,10 @@ class TokenizerManagerWithMemory(FixedWeights):
 
     async def _outputs(self, running: _Running) -> AsyncGenerator[Any, None]:
         obj, opened = running.obj, running.opened
+        if opened.unscheduled:
+            async for out in self._done(running):
+                yield out
+            return
         if not opened.waits:
             async with contextlib.aclosing(self._generate(copy.copy(obj), running)) as outputs:
                 async for out in outputs:
@@ -271,15 +278,9 @@ class TokenizerManagerWithMemory(FixedWeights):
     async def _begin(self, running: _Running) -> ContinuedAnswer:
         """Find and claim what a request reads, and decide how its answer is cut. Raises ValueError before it runs."""
         obj, opened = running.obj, running.opened
-        if obj.input_ids is None:
-            obj.input_ids, _ = await self._tokenize_texts(obj.text)
-            obj.text = None
+        await self._tokenized(obj)
         self._validate_one_request(obj, obj.input_ids)
-        try:
-            await self.memory.prepare(opened, obj.input_ids)
-        except RequestError as error:
-            count_refusal(error.field)
-            raise
+        await self._prepared(running)
         obj.input_ids = obj.input_ids[opened.dropped :]
         room = max(1, (self.max_req_input_len or self.context_len) - len(obj.input_ids))  # all of it is a prompt later
         wanted = obj.sampling_params.get("max_new_tokens", self.sampling_params_class().max_new_tokens)
@@ -294,6 +295,18 @@ class TokenizerManagerWithMemory(FixedWeights):
             obj, obj.input_ids, every, limit, incremental=self.incremental_streaming_output, decode=decode
         )
 
+    async def _tokenized(self, obj: GenerateReqInput) -> None:
+        if obj.input_ids is None:
+            obj.input_ids, _ = await self._tokenize_texts(obj.text)
+            obj.text = None
+
+    async def _prepared(self, running: _Running) -> None:
+        try:
+            await self.memory.prepare(running.opened, running.obj.input_ids)
+        except RequestError as error:
+            count_refusal(error.field)
+            raise
+
     def _generate(
         self, obj: GenerateReqInput, running: _Running, place: Place | None = None
     ) -> AsyncGenerator[Any, None]:
@@ -306,8 +319,22 @@ class TokenizerManagerWithMemory(FixedWeights):
         obj.extra_key = extra_key_of(obj.extra_key, key, payload)
         return super().generate_request(obj, running.request)
 
+    async def _done(self, running: _Running) -> AsyncGenerator[Any, None]:
+        """The one output of a request that the engine does not run; what it asks for is done at its end."""
+        obj = running.obj
+        await self._tokenized(obj)
+        await self._prepared(running)
+        ended = {"type": "stop", "matched": None}
+        async for out in self._ended(running, ended):
+            yield out | {"meta_info": {"prompt_tokens": len(obj.input_ids), "cached_tokens": 0, **out["meta_info"]}}
+
     async def _aborted(self, running: _Running, reason: dict[str, Any] | None) -> AsyncGenerator[Any, None]:
-        """The output of a request that ended before the scheduler had it, made as SGLang makes it."""
+        """The output of a request that ended before the scheduler had it."""
+        async for out in self._ended(running, reason):
+            yield out
+
+    async def _ended(self, running: _Running, reason: dict[str, Any] | None) -> AsyncGenerator[Any, None]:
+        """An output that SGLang's scheduler knows nothing of, made as SGLang makes it."""
         self._init_req_state(running.obj, running.request)
         responses = self._wait_one_response(running.obj, running.request)
         self._handle_abort_req(AbortReq(rid=running.obj.rid, finished_reason=reason))

@@ -24,12 +24,14 @@ from mem_triton.config import ConfigError, MemTritonConfig
 from mem_triton.ops.memory_attention import Policy
 from mem_triton.runtime.worker.memory import BatchMemory
 from mem_triton.runtime.worker.modules import attention_modules
+from mem_triton.runtime.worker.orders import Orders, order_of
 from mem_triton.systems import registry
 from mem_triton.systems.base import Capability, WorkerHost
 from mem_triton_sglang.attach import attach, check_attention
 from mem_triton_sglang.carrier import carried_of, has_carried, is_memory_field
 from mem_triton_sglang.configuration import configured
 from mem_triton_sglang.context import ContextReader
+from mem_triton_sglang.layer_io import layers_of
 from mem_triton_sglang.places import Places, note
 from mem_triton_sglang.shape import shape_of
 from mem_triton_sglang.states import DeltaStates
@@ -48,7 +50,7 @@ class WorkerMemory(BatchMemory):
         super().__init__()
         self.states: DeltaStates | None = None
         self.context, self.on_stream, self.policy = context, on_stream, policy
-        self.places = Places()
+        self.places, self.orders = Places(), Orders(self.call)
 
     @functools.cached_property
     def has_segments(self) -> bool:
@@ -79,7 +81,16 @@ class WorkerMemory(BatchMemory):
         if request.rid in self.context.rows or not has_carried(request.sampling_params):
             return
         self.context.rows[request.rid] = request.kv.req_pool_idx
+        self._carry_out(request)
         self.enter(request.rid, lambda: carried_of(request.sampling_params))
+
+    def _carry_out(self, request: Any) -> None:
+        """The call that a request brings, before the step that it is in."""
+        try:
+            if (order := order_of(carried_of(request.sampling_params))) is not None:
+                self.orders.run(order)
+        except Exception as error:  # said where its memory is entered
+            logger.debug("mem_triton: %s brings no call that can be read: %s", request.rid, error)
 
 
 def _positions(batch: Any) -> tuple[list[int], list[int]]:
@@ -118,6 +129,7 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
         on_stream=memory.on_stream,
         read_kv=memory.context,
         attach_states=attach_states,
+        layer_io=functools.partial(layers_of, runner.model),
         deterministic=invariant,
     )
     memory.attach(config, shape, host)
@@ -189,7 +201,7 @@ def after_alloc(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
     runner.req_to_token_pool.mem_triton = memory
     from mem_triton.runtime.worker.service import serve_memory
 
-    serve_memory(memory, own_ranks().world)
+    serve_memory(memory, own_ranks().world, memory.orders)
 
 
 def after_init_new(result: Any, cls: Any, batch: Any, model_runner: Any, **kwargs: Any) -> None:

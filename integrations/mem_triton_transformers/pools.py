@@ -20,25 +20,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mem_triton.compat import require
-from mem_triton.config import ConfigError
-from mem_triton.schema import nearest_name_hint
+from mem_triton.config import ConfigError, parse_config
 from mem_triton.store.bank.fingerprint import Fingerprint, model_fingerprint
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.pool.placement import place
 from mem_triton.systems.memoryllm.convert import load_weights
 from mem_triton.systems.memoryllm.pools import Pools
 from mem_triton.systems.memoryllm.records import PoolError
+from mem_triton.systems.memoryllm.section import MemoryLLMSection
 from mem_triton.systems.memoryllm.write import WriteWeights, write_pass
 from mem_triton_transformers.encode import attention_layers
 from mem_triton_transformers.explicit import READING, MemorySegment, model_ropes, read_memory
 
 POOLS = "_mem_triton_pools"
 """Where a model keeps its pools."""
-KEYS = {"pools": str, "default": str, "chunk": int}
-CHUNK = 512
-"""Tokens of a text that are written at once; the authors trained with as many."""
-VERSIONS = 4
-"""Versions whose keys and values stay on the device."""
 
 
 @dataclass
@@ -49,8 +44,7 @@ class ModelPools:
     reader: Pools
     weights: WriteWeights
     factors: Mapping[str, tuple[Tensor, Tensor]]
-    default: str = "main"
-    chunk: int = CHUNK
+    section: MemoryLLMSection
     placed: OrderedDict[str, MemoryBlock] = field(default_factory=OrderedDict)
     writer: Pools | None = None
 
@@ -58,25 +52,16 @@ class ModelPools:
 def attach_pools(model: PreTrainedModel, section: Mapping[str, Any]) -> PreTrainedModel:
     """Give ``model`` the pools of a store that ``mem-triton convert memoryllm`` has made; returns the model.
 
-    section: ``{"pools": "DST/memory", "default": "main", "chunk": 512}``. Raises ConfigError for a key or a model that
-    does not fit, ValueError if the model has pools already.
+    section: as ``config`` has it, ``{"pools": "DST/memory", "default": "main", "chunk": 512, "versions": 3}``; ``gib``
+    and ``layers_per_step`` mean nothing here. Raises ConfigError for a key or a model that does not fit, ValueError if
+    the model has pools already.
     """
     require("transformers")
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"mem_triton.memoryllm must be a mapping, got {type(section).__name__}")
-    for key, value in section.items():
-        if key not in KEYS:
-            raise ConfigError(f"mem_triton.memoryllm: unknown key {key!r}; remove it.{nearest_name_hint(key, KEYS)}")
-        if not isinstance(value, KEYS[key]) or isinstance(value, bool):
-            raise ConfigError(f"mem_triton.memoryllm.{key}: {value!r}, expected {KEYS[key].__name__}")
-    if "pools" not in section:
-        raise ConfigError("mem_triton.memoryllm.pools is missing: name the folder that `convert memoryllm` made")
-    if section.get("chunk", CHUNK) < 1:
-        raise ConfigError(f"mem_triton.memoryllm.chunk: {section['chunk']}, expected at least 1")
+    chosen: MemoryLLMSection = parse_config({"memoryllm": {} if section is None else section}).memoryllm
     if getattr(model, POOLS, None) is not None:
         raise ValueError("this model has pools already: call remove_mem_triton(model) first")
     try:
-        reader = Pools.open(section["pools"])
+        reader = Pools.open(chosen.pools)
         extra = load_weights(reader.path)
     except PoolError as error:
         raise ConfigError(f"mem_triton.memoryllm.pools: {error}") from None
@@ -88,8 +73,7 @@ def attach_pools(model: PreTrainedModel, section: Mapping[str, Any]) -> PreTrain
         reader,
         WriteWeights(None if bos is None else bos.to(model.device), extra["new_memory_positional_emb"].flatten()),
         {n: tuple(extra[f"write.{n}.{part}"].to(model.device, model.dtype) for part in ("down", "up")) for n in names},
-        section.get("default", "main"),
-        section.get("chunk", CHUNK),
+        chosen,
     )
     setattr(model, POOLS, kept)
     return model
@@ -123,11 +107,15 @@ def inject(
         raise ValueError("this model reads memory now: leave read_pool or read_memory before you write")
     if kept.writer is None:
         kept.writer = Pools.open(kept.path, writable=True, wait=10.0)
+        kept.writer.max_pools = kept.section.max_pools
     shape = kept.reader.shape
     layers = [partial(_run_layer, decoder, layer) for layer in decoder.layers]
-    with kept.writer.writing(pool or kept.default, seed) as writing, _writing_adapter(model, kept.factors):
-        for start in range(0, len(tokens), kept.chunk):
-            part = torch.tensor(tokens[start : start + kept.chunk], device=model.device)
+    with (
+        kept.writer.writing(pool or kept.section.default or "", seed) as writing,
+        _writing_adapter(model, kept.factors),
+    ):
+        for start in range(0, len(tokens), kept.section.chunk):
+            part = torch.tensor(tokens[start : start + kept.section.chunk], device=model.device)
             hidden = decoder.get_input_embeddings()(part)
             new = write_pass(hidden, layers, kept.weights, writing.tail, shape.tokens, shape.embedding_first)
             writing.apply(new, len(part))
@@ -245,6 +233,6 @@ def _placed(model: PreTrainedModel, version: str) -> MemoryBlock:
     block = MemoryBlock(torch.stack(keys), torch.stack(values), where)
     block = place(block, model_ropes(model, range(len(keys))), "prefix", 0)
     kept.placed[key] = block
-    while len(kept.placed) > VERSIONS:
+    while len(kept.placed) > kept.section.versions:
         kept.placed.popitem(last=False)
     return block

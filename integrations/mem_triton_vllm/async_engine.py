@@ -13,6 +13,7 @@ from vllm.exceptions import GenerationError, RetryableRequestError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
 from mem_triton.store.pool.loads import MemoryLoadError
@@ -20,8 +21,10 @@ from mem_triton.systems.request import RequestError
 from mem_triton_vllm import callers, front_end, http_fields, weights
 from mem_triton_vllm.front_end import VLLMFrontEnd
 from mem_triton_vllm.generation import generate
-from mem_triton_vllm.service import BARRIER
+from mem_triton_vllm.service import BARRIER, CALL
 
+LOOK_SECONDS = 0.5
+"""How often a call that workers have not answered looks whether the engine is alive."""
 CHAT = "chatcmpl-"
 """Start of the ids of vLLM's chat requests."""
 
@@ -43,8 +46,21 @@ class AsyncLLMWithMemory(AsyncLLM):
         """
         http_fields.install()
         self.memory.barrier = functools.partial(self.collective_rpc, BARRIER)
+        self.memory.between_steps = self._between_steps
         with contextlib.suppress(RuntimeError):
             asyncio.get_running_loop().call_soon(self.memory.start)
+
+    async def _between_steps(self, *call: Any) -> list[Any]:
+        """A call of all workers between two steps. Raises EngineDeadError: vLLM leaves calls of a dead engine open."""
+        calling = asyncio.ensure_future(self.collective_rpc(CALL, args=call))
+        try:
+            while not calling.done():
+                await asyncio.wait([calling], timeout=LOOK_SECONDS)
+                if self.errored and not calling.done():
+                    raise EngineDeadError
+            return calling.result()
+        finally:
+            calling.cancel()
 
     async def collective_rpc(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         weights.check_call(method, *args, **kwargs)

@@ -84,6 +84,7 @@ class VLLMFrontEnd(MemoryFrontEnd):
             _prompt_tokens(prompt),
             headers,
             chat,
+            bool(params.stop),
         )
         try:
             return self.open(params.extra_args, said)

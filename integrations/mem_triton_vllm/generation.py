@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from vllm.outputs import RequestOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from mem_triton.runtime.frontend.continuation import NORMAL_ENDS
@@ -40,7 +40,9 @@ async def generate(
     can be at fault any more, and it only waits for what others do. Raises RequestError before anything runs,
     MemoryLoadError and MemoryLostError; what the request asked for besides and did not get is ``opened.failure``.
     """
-    if opened.waits:
+    if opened.unscheduled:
+        outputs = _unscheduled(memory, prompt_ids, params, request_id, opened, prepared)
+    elif opened.waits:
         outputs = _pieces(memory, run, prompt, prompt_ids, params, request_id, opened, prepared)
     else:
         outputs = run(*memory.carry(prompt, params, opened), request_id)
@@ -63,6 +65,22 @@ async def generate(
             await outputs.aclose()  # first: the engine may still read the request's pages
         finally:
             memory.close(opened) if ended else memory.abandon(opened)
+
+
+async def _unscheduled(
+    memory: VLLMFrontEnd,
+    prompt_ids: list[int],
+    params: SamplingParams,
+    request_id: str,
+    opened: Opened,
+    prepared: Callable[[], None],
+) -> AsyncGenerator[RequestOutput, None]:
+    """The one output of a request that the engine does not run; what it asks for is done at its end."""
+    await memory.prepare(opened, prompt_ids)
+    prepared()
+    logprobs = None if params.logprobs is None else []
+    answer = CompletionOutput(0, "", [], None, logprobs, finish_reason="stop")
+    yield RequestOutput(request_id, None, prompt_ids, None, [answer], finished=True, num_cached_tokens=0)
 
 
 async def _pieces(

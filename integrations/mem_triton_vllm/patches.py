@@ -236,10 +236,12 @@ PATCHES: tuple[EnginePatch, ...] = (
     EnginePatch(
         target="vllm.v1.worker.worker_base.WorkerBase",
         kind="extension",
-        sites=("service.install: setattr(WorkerBase, BARRIER)",),
-        what="One method, mem_triton_barrier, is added, which does nothing.",
-        why="Its answer says that a worker has begun all steps that were planned before: the pages of a request that "
-        "was aborted may be filled anew.",
+        sites=("service.install: setattr(WorkerBase, BARRIER)", "service.install: setattr(WorkerBase, CALL)"),
+        what="Two methods are added: mem_triton_barrier, which does nothing, and mem_triton_call, which answers a "
+        "front end's call.",
+        why="The first one's answer says that a worker has begun all steps that were planned before: the pages of a "
+        "request that was aborted may be filled anew. The second runs on all ranks between the same two steps: pools "
+        "of rows are written by the model's own layers, whose collectives must not meet a step's.",
         upstream="vLLM's guide for plugins has them add their methods to WorkerBase.",
         until="No need.",
     ),

@@ -109,7 +109,7 @@ def obstacles(vllm_config: VllmConfig) -> dict[Capability, str]:
 def segment_obstacle(vllm_config: VllmConfig) -> str | None:
     """Why requests of this engine, as it is configured, cannot read memory in attention; None if they can."""
     if option := _several_front_ends(vllm_config):
-        return f"explicit memory needs {option} 1: one front end decides what lies in the pool"
+        return f"memory in attention needs {option} 1: one front end decides what lies in the pool"
     return None
 
 

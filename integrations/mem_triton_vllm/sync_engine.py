@@ -23,7 +23,7 @@ from mem_triton.systems.request import RequestError
 from mem_triton_vllm import front_end, weights
 from mem_triton_vllm.front_end import VLLMFrontEnd
 from mem_triton_vllm.generation import generate
-from mem_triton_vllm.service import BARRIER
+from mem_triton_vllm.service import BARRIER, CALL
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class LLMEngineWithMemory(LLMEngine):
 
     def start_memory(self) -> None:
         """Tables of the requests with memory."""
-        self.memory.barrier = self._barrier
+        self.memory.barrier, self.memory.between_steps = self._barrier, self._between_steps
         self._loop = SteppedLoop()
         self._running: dict[str, _Running] = {}
         self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}  # engine request -> its outputs
@@ -62,6 +62,9 @@ class LLMEngineWithMemory(LLMEngine):
 
     async def _barrier(self) -> None:
         self.collective_rpc(BARRIER)
+
+    async def _between_steps(self, *call: Any) -> list[Any]:
+        return self.collective_rpc(CALL, args=call)
 
     def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
         opened = self.memory.open_request(

@@ -27,6 +27,7 @@ from mem_triton.systems.base import Capability, WorkerHost
 from mem_triton.systems.request import carried_by
 from mem_triton_vllm.attach import attach
 from mem_triton_vllm.attention import BlockRow, attentions_of, connect, read_context
+from mem_triton_vllm.layer_io import layers_of
 from mem_triton_vllm.refusals import has_one_front_end
 from mem_triton_vllm.shape import shape_of
 
@@ -71,6 +72,7 @@ def attach_memory(
         on_stream=memory.on_stream,
         read_kv=functools.partial(read_context, attentions, block_row),
         attach_states=functools.partial(attach, vllm_config, model, batch_invariant=invariant),
+        layer_io=functools.partial(layers_of, model),
         deterministic=invariant,
         chat=True,
     )

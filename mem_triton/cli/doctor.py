@@ -30,11 +30,14 @@ def doctor(
     architecture: Annotated[
         str | None, typer.Option(help="Tell of this one, such as sm90 or gfx942, instead of the GPU that is here.")
     ] = None,
+    pools: Annotated[
+        Path | None, typer.Option(metavar="MEMORY", help="Tell of this store of MemoryLLM's pools, too: its sizes.")
+    ] = None,
 ) -> None:
     """Versions of Triton, its compilers, the engines and the GPU; which tables it gets, what is off and why.
 
     Exit code 1 if something will not work."""
-    report = examine(architecture)
+    report = examine(architecture, pools)
     if json:
         output.print_json(report)
     else:
@@ -50,14 +53,21 @@ def doctor(
         output.print_table(["off", "why"], [[o["what"], o["why"]] for o in kernels["off"]])
         print()
         output.print_fields({f"{engine} sees": what for engine, what in report["plugins"].items()})
+        if report["pools"]:
+            print()
+            sizes = {k: output.size(v) if k.endswith("bytes") else v for k, v in report["pools"].items()}
+            output.print_fields({f"pool {name}": value for name, value in sizes.items()})
         print()
         print("\n".join(report["problems"]) or "all well")
     if report["problems"]:
         raise typer.Exit(1)
 
 
-def examine(architecture: str | None = None) -> dict[str, Any]:
-    """All findings; "problems" are sentences that name what is wrong and what to do. architecture: None = the GPU's."""
+def examine(architecture: str | None = None, pools: Path | None = None) -> dict[str, Any]:
+    """All findings; "problems" are sentences that name what is wrong and what to do. architecture: None = the GPU's.
+
+    pools: a store whose sizes are told.
+    """
     problems: list[str] = []
     versions: list[dict[str, Any]] = [
         {"name": "mem_triton", "version": __version__, "tested": None, "ok": True},
@@ -85,6 +95,7 @@ def examine(architecture: str | None = None) -> dict[str, Any]:
         "gpu": _gpu(problems),
         "kernels": examine_kernels(architecture),
         "plugins": examine_plugins(problems),
+        "pools": _pools(pools, problems) if pools is not None else {},
         "problems": problems,
     }
 
@@ -96,6 +107,19 @@ def _row(version: dict[str, Any]) -> list[str]:
         version["tested"] or "",
         "" if version["ok"] else "!",
     ]
+
+
+def _pools(path: Path, problems: list[str]) -> dict[str, Any]:
+    """What a version of a store's pools takes, on the host and, in the store's precision, on one device."""
+    from mem_triton.systems.memoryllm.convert import describe
+    from mem_triton.systems.memoryllm.pools import Pools
+    from mem_triton.systems.memoryllm.records import PoolError
+
+    try:
+        return describe(Pools.open(path))
+    except PoolError as error:
+        problems.append(str(error))
+        return {}
 
 
 def _triton(problems: list[str]) -> dict[str, str]:

@@ -37,6 +37,8 @@ VARIABLE = "MEM_TRITON_CHANNEL"
 """Environment variable that tells spawned processes the folder."""
 CALL = "call"
 """Name of the handler that a worker's memory answers with: (system, method, *args)."""
+LEAVE, OUTCOME, FORGET = "leave", "outcome", "forget"
+"""Names of the handlers of calls that a step carries out (``runtime.worker.orders``)."""
 BACKLOG = 16
 PAUSE_SECONDS = 0.01
 _PREFIX = "mem_triton-channel-"

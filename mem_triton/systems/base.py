@@ -48,7 +48,7 @@ class Capability(Enum):
 
     STATE = "a recurrent state per sequence and corrections around the projections of attention"
     SEGMENTS = "keys and values in attention besides the request's own context"
-    LAYER_IO = "a decoder layer's hidden states, in and out"
+    LAYER_IO = "the model's decoder layers, hidden states in and out, between two steps"
     CAPTURE = "copies of a request's own keys and values"
     CHAT = "a protocol above chat requests, without a part in the workers"
 
@@ -60,7 +60,8 @@ class RequestMemory:
     warnings: what went wrong after the answer was whole. failure: why what the request asked for beside its answer was
     not done, with the HTTP status. reads_answer: ``Outcome.answer`` is wanted. waits: it has pages to claim and fill
     before the request runs. finishes: its end has to be seen to. dropped: tokens at the prompt's start that its memory
-    has already, and the engine does not read; known when it is prepared.
+    has already, and the engine does not read; known when it is prepared. unscheduled: the engine does not run it; its
+    answer has no tokens, and comes when its end has been seen to.
     """
 
     warnings: list[str] = field(default_factory=list)
@@ -69,6 +70,7 @@ class RequestMemory:
     waits: bool = False
     finishes: bool = True
     dropped: int = 0
+    unscheduled: bool = False
 
     def report(self) -> dict[str, Any]:
         """What the answer says of it."""
@@ -103,11 +105,13 @@ class FrontendPart:
     """A system in the process that takes requests; one per engine front end. Subclasses override what they need.
 
     concerns_all: requests that say nothing read this memory, too. corrects_plain: their keys and values depend on what
-    the workers do for it, although they carry nothing.
+    the workers do for it, although they carry nothing. between_steps: the calls that all workers answer between the
+    same two steps, in the order in which they are made; others overtake each other, and steps.
     """
 
     concerns_all: bool = False
     corrects_plain: bool = False
+    between_steps: frozenset[str] = frozenset()
 
     def check(self, fields: Any) -> None:
         """Raise RequestError if the fields ask for what there is not."""
@@ -241,6 +245,26 @@ class WorkerPart:
         return type(self).__name__
 
 
+Adapter = Mapping[str, "tuple[Tensor, Tensor]"]
+"""A layer's linears, such as "self_attn.q_proj", with (down [r, in], up [out, r]), whole: ``up @ down`` is added."""
+
+
+class LayerIO(Protocol):
+    """A model's own decoder layers, for calls between two steps (``FrontendPart.between_steps``), alike on all ranks.
+
+    They run beside the engine's batches: without KV cache, without what others have put on them.
+    """
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """The input embeddings [T, d] of tokens."""
+
+    def run(self, layer: int, hidden: Tensor, adapter: Adapter) -> Tensor:
+        """What a layer gives for hidden rows [T, d] at positions 0...T-1, causal. adapter: added to its linears."""
+
+    def project(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values, [Hkv, T, D] of this rank, that a layer makes of its input rows [T, d]."""
+
+
 class LayerSegments(Protocol):
     """What one attention layer reads besides its context."""
 
@@ -255,7 +279,8 @@ class WorkerHost:
     layers: this rank's attention layers, by their index in the model. tp_rank: among the ranks that split heads; rank:
     among all. deterministic: rows must not depend on their batch. chat: its server can serve a system's chat model.
     read_kv: (request id, layer, tokens) -> copies of its keys, with their rotation, and values, [Hkv, tokens, D].
-    attach_states: gives each layer of an adapter its state and corrections. lose: (error, everybody) costs the requests
+    attach_states: gives each layer of an adapter its state and corrections. layer_io: the model's decoder layers;
+    raises ConfigError for a model whose layers are not known. lose: (error, everybody) costs the requests
     of the step that runs their memory, everybody's or that of the requests which have some.
     exclusive: no step begins inside, and what is queued joins the forward passes' stream; on_stream: the latter alone.
     """
@@ -269,6 +294,7 @@ class WorkerHost:
     on_stream: Callable[[], AbstractContextManager[Any]]
     read_kv: Callable[[str, int, int], tuple[Tensor, Tensor]] | None = None
     attach_states: Callable[..., Any] | None = None
+    layer_io: Callable[[], LayerIO] | None = None
     deterministic: bool = False
     chat: bool = False
 
@@ -280,6 +306,8 @@ class WorkerHost:
             has.add(Capability.STATE)
         if self.read_kv is not None:
             has.add(Capability.CAPTURE)
+        if self.layer_io is not None:
+            has.add(Capability.LAYER_IO)
         if self.chat:
             has.add(Capability.CHAT)
         return frozenset(has)

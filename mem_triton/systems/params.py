@@ -13,7 +13,7 @@ class RequestParams:
     unfit: the kind of request that memory cannot serve, "streaming inputs" for example, None for plain tokens.
     fixed: why its references cannot change while it answers, None if they can. prompt_tokens: of its prompt, None if
     that is text still. headers: of the HTTP request that it came with, by which it is known whom it speaks for; None if
-    Python code sends it. chat: its prompt is known to be a chat.
+    Python code sends it. chat: its prompt is known to be a chat. stops: it has stop strings.
     """
 
     answers: int = 1
@@ -23,3 +23,4 @@ class RequestParams:
     prompt_tokens: int | None = None
     headers: Mapping[str, str] | None = None
     chat: bool = False
+    stops: bool = False

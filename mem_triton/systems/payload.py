@@ -19,7 +19,7 @@ import msgspec
 
 from mem_triton.store.pool.plan import FOREVER, Attachment, joined, seen_between
 
-VERSION = 2
+VERSION = 3
 
 
 class PayloadError(ValueError):
@@ -92,13 +92,15 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
 class RequestPayload(msgspec.Struct, frozen=True):
     """What workers, prefix caches and schedulers need of a request. systems: by the memory system's name.
 
-    place: None for an answer in one piece. The version is always written: a reader with another default would take a
+    place: None for an answer in one piece. order: the call that workers carry out before the step that this brings. The
+    version is always written: a reader with another default would take a
     missing one for its own.
     """
 
     systems: dict[str, SystemPayload]
     version: int = VERSION
     place: Place | None = None
+    order: str | None = None
 
 
 def place_of(data: bytes | None) -> Place | None:

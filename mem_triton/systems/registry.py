@@ -23,6 +23,7 @@ BUILT_IN = (
     "mem_triton.systems.delta_mem.system",
     "mem_triton.systems.explicit.system",
     "mem_triton.systems.memo.system",
+    "mem_triton.systems.memoryllm.system",
 )
 """Modules with a ``SYSTEM``, in the order in which their parts are asked."""
 GENERAL = {TENANT: "sees this tenant's entries and sessions besides the public entries"}

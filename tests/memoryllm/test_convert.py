@@ -199,3 +199,15 @@ def test_tied_embeddings_and_the_7b_branchs_configuration(tmp_path):
     with Pools.open(tmp_path / "dst" / "memory") as pools, Pools.open(tmp_path / "other" / "memory") as zero:
         assert not pools.shape.embedding_first and zero.shape.embedding_first
         assert (pools.rows("main") - zero.rows("main")).abs().max() < 1e-5
+
+
+def test_the_doctor_tells_what_a_version_takes(tmp_path):
+    """The sizes of the published 8B: 12,801 rows of 32 layers, 8 KV heads of 128 channels, in bf16."""
+    from mem_triton.systems.memoryllm.shape import PoolShape
+
+    shape = PoolShape(layers=32, rows=12800, hidden=4096, tokens=256, dtype="bfloat16")
+    Pools.create(tmp_path / "memory", shape, {"model": {"kv_heads": 8, "head_dim": 128}}).close()
+    report = json.loads(run("doctor", "--json", "--pools", tmp_path / "memory"))
+    assert report["pools"]["keys_and_values_bytes"] == 2 * 32 * 12801 * 8 * 128 * 2
+    assert report["pools"]["hidden_bytes"] == 32 * 12800 * 4096 * 2
+    assert "is no store of pools" in run("doctor", "--pools", tmp_path, code=1)

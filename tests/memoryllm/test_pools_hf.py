@@ -195,12 +195,14 @@ def test_what_cannot_be_written_or_read_is_refused(converted, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({}, "pools is missing"),
-        ({"pools": 3}, "pools: 3, expected str"),
+        ({}, "memoryllm.pools: Field required"),
+        (None, "memoryllm.pools: Field required"),
+        ({"pools": 3}, "memoryllm.pools: Input is not a valid path"),
         ({"pools": "/nowhere"}, "is no store of pools"),
-        ({"pools": "HERE", "chunks": 3}, "unknown key 'chunks'"),
-        ({"pools": "HERE", "chunk": 0}, "chunk: 0, expected at least 1"),
-        ("x", "must be a mapping"),
+        ({"pools": "HERE", "chunks": 3}, 'chunks: unknown key. Did you mean "chunk"'),
+        ({"pools": "HERE", "chunk": 0}, "chunk: Input should be greater than or equal to 1"),
+        ({"pools": "HERE", "gib": 0}, "gib: Input should be greater than 0"),
+        ("x", "memoryllm: Input should be a valid dictionary"),
     ],
 )
 def test_bad_sections(converted, section, message):

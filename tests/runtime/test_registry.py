@@ -36,9 +36,11 @@ def point(name: str, system: MemorySystem | Exception):
 
 
 def test_systems_of_other_distributions_are_found_behind_our_own(install):
-    assert list(registry.systems()) == ["delta", "memory", "memo"] and "mem_toy" not in registry.fields()
+    assert list(registry.systems()) == ["delta", "memory", "memo", "memoryllm"] and "mem_toy" not in registry.fields()
     install(point("toy", SYSTEM))
-    assert list(registry.systems()) == ["delta", "memory", "memo", "toy"] and "mem_toy" in registry.fields()
+    assert (
+        list(registry.systems()) == ["delta", "memory", "memo", "memoryllm", "toy"] and "mem_toy" in registry.fields()
+    )
     assert registry.parse_request({"mem_toy": 1}).systems["toy"] is True
 
 

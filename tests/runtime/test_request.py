@@ -8,13 +8,14 @@ from prometheus_client import REGISTRY
 from mem_triton import metrics
 from mem_triton.systems.delta_mem.request import SessionRequest
 from mem_triton.systems.explicit.request import ReadingRequest
+from mem_triton.systems.memoryllm.request import PoolRequest
 from mem_triton.systems.registry import count_refusal, parse_request, refusable
 from mem_triton.systems.request import MemoryRequest, RequestError
 
 
 def expected(tenant: str = "", **values) -> MemoryRequest:
     """What fields are read as; those that are not named have their defaults."""
-    kinds = {"delta": SessionRequest, "memory": ReadingRequest}
+    kinds = {"delta": SessionRequest, "memory": ReadingRequest, "memoryllm": PoolRequest}
     return MemoryRequest(
         tenant,
         {
@@ -45,6 +46,9 @@ def expected(tenant: str = "", **values) -> MemoryRequest:
         ({"mem_top_k": 0}, expected(top_k=0)),
         ({"mem_top_k": 3.0, "mem_tenant": "acme"}, expected(top_k=3, tenant="acme")),
         ({"mem_capture": "contract"}, expected(capture="contract")),
+        ({"mem_pool": ""}, expected(pool="")),
+        ({"mem_pool": "main@2", "mem_tenant": "acme"}, expected(pool="main@2", tenant="acme")),
+        ({"mem_inject": "new", "mem_fork": "main", "mem_seed": 3.0}, expected(inject="new", fork="main", seed=3)),
     ],
 )
 def test_accepted(fields, wanted):
@@ -54,6 +58,19 @@ def test_accepted(fields, wanted):
 @pytest.mark.parametrize(
     ("fields", "named", "message"),
     [
+        ({"mem_pool": "a b"}, "mem_pool", "names no pool"),
+        ({"mem_pool": ["main"]}, "mem_pool", "names no pool"),
+        ({"mem_inject": ""}, "mem_inject", "must be the name of a pool"),
+        ({"mem_inject": "main@2"}, "mem_inject", "must be the name of a pool"),
+        ({"mem_fork": "main"}, "mem_fork", "belongs to a write"),
+        ({"mem_seed": 0}, "mem_seed", "belongs to a write"),
+        ({"mem_inject": "main", "mem_fork": "a/b"}, "mem_fork", "names no pool"),
+        ({"mem_inject": "main", "mem_seed": 1.5}, "mem_seed", "must be a whole number"),
+        ({"mem_inject": "main", "mem_seed": True}, "mem_seed", "must be a whole number"),
+        ({"mem_inject": "main", "mem_seed": float("nan")}, "mem_seed", "must be a whole number"),
+        ({"mem_inject": "main", "mem_seed": 2**63}, "mem_seed", "must be a whole number"),
+        ({"mem_inject": "main", "mem_pool": ""}, "mem_pool", "does not go together with mem_inject"),
+        ({"mem_inject": "main", "mem_session": "a"}, "mem_session", "does not go together with mem_inject"),
         ({"mem_sesion": "a"}, "mem_sesion", 'Did you mean "mem_session"'),
         ({"mem_session": 3}, "mem_session", "letters, digits"),
         ({"mem_session": ""}, "mem_session", "letters, digits"),

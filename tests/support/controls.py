@@ -26,3 +26,20 @@ def no_pins() -> None:
     from mem_triton.store.pool.ledger import PageLedger
 
     PageLedger._may_go = staticmethod(lambda entry: entry.ready)
+
+
+def pools_read_with_the_writing_adapter() -> None:
+    """A pool's keys and values are made by the weights that write."""
+    from mem_triton.systems.memoryllm.worker import PoolWorker
+
+    stock = PoolWorker._keys_and_values
+
+    def keys_and_values(self: Any, layer: int, rows: Any) -> Any:
+        plain, adapter = self._io._queries_keys_values, self._factors[layer]
+        self._io._queries_keys_values = lambda module, x, _: plain(module, x, adapter)
+        try:
+            return stock(self, layer, rows)
+        finally:
+            del self._io._queries_keys_values
+
+    PoolWorker._keys_and_values = keys_and_values

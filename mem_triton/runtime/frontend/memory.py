@@ -70,6 +70,11 @@ class Opened:
         return any(part.waits or part.finishes for part in self.parts.values())
 
     @property
+    def unscheduled(self) -> bool:
+        """Whether the engine does not run it, and its answer has no tokens."""
+        return any(part.unscheduled for part in self.parts.values())
+
+    @property
     def reads_answer(self) -> bool:
         """Whether the answer's tokens are wanted at its end."""
         return any(part.reads_answer for part in self.parts.values())
@@ -98,8 +103,9 @@ class MemoryFrontEnd:
     """Opens and closes the memory of each request; one per engine front end.
 
     parts: by system, in the registry's order. call: reaches the workers; set once the engine runs. barrier: returns
-    when the workers have begun every step that the engine planned before; None where an engine has no such call. gate:
-    shut while the engine sleeps.
+    when the workers have begun every step that the engine planned before; None where an engine has no such call.
+    between_steps: as ``call``, of all workers between the same two steps; None likewise. gate: shut while the engine
+    sleeps.
 
     Example::
 
@@ -122,6 +128,7 @@ class MemoryFrontEnd:
         self.parts, self.tenants, self.incidents = dict(parts), tenants or Tenants(None), incidents
         self.call = call
         self.barrier: Callable[[], Awaitable[Any]] | None = None
+        self.between_steps: Call | None = None
         self.gate = Gate()
         self._rpc = {name: functools.partial(self._call, name) for name in self.parts}
         self._owned: set[asyncio.Task[Any]] = set()
@@ -136,7 +143,8 @@ class MemoryFrontEnd:
         return cls(parts, Tenants(config.tenants), **more)
 
     async def _call(self, system: str, method: str, *args: Any) -> list[Any]:
-        return await self.gate.through(self.call, system, method, *args)
+        ordered = method in self.parts[system].between_steps
+        return await self.gate.through(self.between_steps if ordered else self.call, system, method, *args)
 
     @property
     def concerns_all(self) -> bool:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from mem_triton.runtime.channel import CALL, ChannelError, Server, serve
+from mem_triton.runtime.channel import CALL, FORGET, LEAVE, OUTCOME, ChannelError, Server, serve
 from mem_triton.runtime.worker.memory import BatchMemory
+from mem_triton.runtime.worker.orders import Orders
 
 
-def serve_memory(memory: BatchMemory, rank: int) -> Server:
-    """Answer calls from now on, until the memory is gone, or the process."""
+def serve_memory(memory: BatchMemory, rank: int, orders: Orders | None = None) -> Server:
+    """Answer calls from now on, until the memory is gone, or the process. orders: of an engine that needs them."""
     call = weakref.WeakMethod(memory.call)
 
     def answer(*args: Any) -> Any:
@@ -22,6 +23,7 @@ def serve_memory(memory: BatchMemory, rank: int) -> Server:
             raise ChannelError("the engine has ended")
         return bound(*args)
 
-    server = serve(rank, {CALL: answer})
+    more = {} if orders is None else {LEAVE: orders.leave, OUTCOME: orders.outcome, FORGET: orders.forget}
+    server = serve(rank, {CALL: answer, **more})
     weakref.finalize(memory, server.close)
     return server

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from mem_triton.ops.memory_attention.arguments.types import MemoryPages
 from mem_triton.store.block import MemoryBlock
@@ -108,6 +109,21 @@ class PagePool:
                 scales = self.layout.view_scales(packed.scales[there].to(self.device, non_blocking=True))
                 for target, scale in zip((self._key_scale, self._value_scale), scales, strict=True):
                     target[:, here].copy_(scale)
+
+    def write_layer(self, layer: int, pages: Sequence[int], keys: Tensor, values: Tensor) -> None:
+        """Put tokens [Hkv, T, D] of one layer, which are on the device, into ``pages``, on the current stream.
+
+        Tails of pages become zero. Raises ValueError if they do not fit, or if the pages are 8 bit wide.
+        """
+        count, (heads, tokens, size) = len(pages), keys.shape
+        if self.layout.has_scales:
+            raise ValueError(f"pages: {self.dtype} pages take packed blocks alone")
+        if count != self.layout.pages_for(tokens) or keys.shape != values.shape:
+            raise ValueError(f"pages: {count} pages for keys {tuple(keys.shape)} and values {tuple(values.shape)}")
+        both = torch.cat([keys, values], -1).to(self.dtype)
+        both = torch.nn.functional.pad(both, (0, 0, 0, count * self.page_tokens - tokens))
+        index = torch.tensor(list(pages), device=self.device)
+        self._data[layer][index] = both.view(heads, count, self.page_tokens, 2 * size).transpose(0, 1)
 
     def read(self, pages: Sequence[int]) -> Packed:
         """The records that lie in ``pages``, on the host. Waits for the GPU: for tests and inspection."""

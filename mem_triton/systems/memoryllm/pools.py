@@ -27,11 +27,11 @@ from mem_triton.store.errors import not_written
 from mem_triton.store.files import WRITING, WriterLock, is_occupied, sync_folder, write_durably
 from mem_triton.systems.memoryllm import records
 from mem_triton.systems.memoryllm.records import PoolError, damaged
-from mem_triton.systems.memoryllm.shape import PoolInfo, PoolShape, PoolState
+from mem_triton.systems.memoryllm.shape import PoolInfo, PoolShape, PoolState, PoolVersion
 from mem_triton.systems.memoryllm.update import updated
 from mem_triton.systems.memoryllm.writing import PoolWrite
 
-STORE, POOL, WEIGHTS = "memory.json", "pool.json", "weights.safetensors"
+STORE, WEIGHTS = "memory.json", "weights.safetensors"
 FORMAT = "mem_triton.pools.v1"
 MAX_POOLS = 64
 KEPT = 2
@@ -49,12 +49,11 @@ class Pools:
         pools.rows("main@1")                              # [L, N, d], as they were
     """
 
-    def __init__(self, path: Path, shape: PoolShape, about: Mapping[str, Any], lock: WriterLock | None) -> None:
-        self.path, self.shape, self.about, self._lock = path, shape, about, lock
+    def __init__(self, path: Path, shape: PoolShape, about: Mapping[str, Any]) -> None:
+        self.path, self.shape, self.about, self.max_pools = path, shape, about, MAX_POOLS
         self._newest: OrderedDict[str, PoolState] = OrderedDict()
-        self._writing = threading.RLock()
-        if lock is not None:
-            self._tidy()
+        self._writing, self._caching = threading.RLock(), threading.Lock()
+        self._lock: WriterLock | None = None
 
     @classmethod
     def create(cls, path: str | Path, shape: PoolShape, about: Mapping[str, Any]) -> Self:
@@ -91,7 +90,17 @@ class Pools:
             raise PoolError(
                 f"{path} is no store of pools: {STORE}: {error}; make one with `mem-triton convert memoryllm`"
             ) from None
-        return cls(path, shape, about, WriterLock(path / "writer.lock", wait) if writable else None)
+        store = cls(path, shape, about)
+        if writable:
+            store.start_writing(wait)
+        return store
+
+    def start_writing(self, wait: float = 0.0) -> None:
+        """Become the one process that writes; harmless if it is. Raises BankLockedError naming another one."""
+        with self._writing:
+            if self._lock is None:
+                self._lock = WriterLock(self.path / "writer.lock", wait)
+                self._tidy()
 
     def close(self) -> None:
         """Let the next writer in."""
@@ -130,6 +139,25 @@ class Pools:
         if not first <= version <= newest:
             raise PoolError(f'"{reference}" is gone or not there yet; "{name}" has versions {first} to {newest}')
         return name, version
+
+    def exact(self, reference: str, tenant: str = "", own: bool = False) -> PoolVersion:
+        """What "main" or "main@2" means now; version 0 for a pool without rows. Raises PoolError as ``resolve``.
+
+        own: a pool that the tenant may write.
+        """
+        name, version = _split(reference)
+        folder = self._folder(name, tenant, own)
+        if version is not None or self._newest_version(folder):
+            name, version = self.resolve(reference, tenant)
+        name, owner, identity = records.read_about(folder)
+        return PoolVersion(owner, name, identity, version or 0)
+
+    def rows_of(self, version: PoolVersion) -> Tensor:
+        """The rows of exactly this version. Raises PoolError if its pool is gone, whatever is called so now."""
+        folder = self._folder(version.name, version.tenant, own=True)
+        if records.read_about(folder)[2] != version.identity:
+            raise PoolError(f'pool "{version.name}" is gone; another one is called so now')
+        return self.rows(f"{version.name}@{version.version}", version.tenant)
 
     def rows(self, reference: str, tenant: str = "") -> Tensor:
         """The rows [L, N, d] of a version. Raises PoolError for what is not there, or damaged."""
@@ -184,9 +212,23 @@ class Pools:
     def writing(self, name: str, seed: int | None = None, tenant: str = "") -> Iterator[PoolWrite]:
         """A write into a pool's newest version, one at a time. seed: of the draws; None: the pool's own generator."""
         with self._as_writer():
+            yield self.begin(name, seed, tenant)
+
+    def begin(self, name: str, seed: int | None = None, tenant: str = "") -> PoolWrite:
+        """The same for who sees to it himself that a pool has one write at a time; different pools may be written at
+        once. Its ``commit`` raises PoolError if another write came in between."""
+        with self._as_writer():
             folder = self._folder(name, tenant, own=True)
             newest = self._state(folder, self._newest_version(folder))
-            yield PoolWrite(self.shape, folder, newest, seed, partial(self._remember, folder.name))
+
+        @contextmanager
+        def committing() -> Iterator[None]:
+            with self._as_writer():
+                if self._newest_version(folder) != newest.version:
+                    raise PoolError(f'pool "{name}" was written meanwhile; write into its newest version')
+                yield
+
+        return PoolWrite(self.shape, folder, newest, seed, committing, partial(self._remember, folder.name))
 
     def snapshot(self, name: str, tenant: str = "") -> str:
         """Store all rows of the newest version, so that later ones are found sooner; its reference."""
@@ -227,10 +269,11 @@ class Pools:
             shutil.rmtree(gone, ignore_errors=True)
 
     def _remember(self, directory: str, state: PoolState) -> None:
-        self._newest[directory] = state
-        self._newest.move_to_end(directory)
-        while len(self._newest) > KEPT:
-            self._newest.popitem(last=False)
+        with self._caching:
+            self._newest[directory] = state
+            self._newest.move_to_end(directory)
+            while len(self._newest) > KEPT:
+                self._newest.popitem(last=False)
 
     @contextmanager
     def _as_writer(self) -> Iterator[None]:
@@ -245,14 +288,14 @@ class Pools:
         folder = self.path / "pools" / _directory(name, tenant)
         if folder.exists():
             raise PoolError(f'pool "{name}" is taken; choose another name')
-        if len(self.list()) >= MAX_POOLS:
-            raise PoolError(f"{self.path} has {MAX_POOLS} pools already; delete one first")
+        if len(self.list()) >= self.max_pools:
+            raise PoolError(f"{self.path} has {self.max_pools} pools already; delete one first")
         making = folder.with_name(f".making-{uuid.uuid4().hex}")
         try:
             making.mkdir()
             about = {"name": name, "tenant": tenant, "identity": uuid.uuid4().hex}
             text = json.dumps(about | {"digest": records.digest_of({}, *about.values())}) + "\n"
-            write_durably(making / POOL, lambda temporary: temporary.write_text(text))
+            write_durably(making / records.POOL, lambda temporary: temporary.write_text(text))
             fill(making)
             sync_folder(making)
             making.rename(folder)
@@ -279,14 +322,14 @@ class Pools:
         whose = ([tenant] if own else [tenant, ""]) if ids.is_name(name) and (not tenant or ids.is_name(tenant)) else []
         for owner in whose:
             folder = self.path / "pools" / _directory(name, owner)
-            if (folder / POOL).is_file():
+            if (folder / records.POOL).is_file():
                 return folder
         raise PoolError(
             f'pool "{str(name)[:200]}" is unknown, or not yours; `mem-triton pool list` shows what there is'
         )
 
     def _info(self, folder: Path) -> PoolInfo:
-        name, tenant, identity = _about(folder)
+        name, tenant, identity = records.read_about(folder)
         size = sum(entry.stat().st_size for entry in folder.iterdir())
         snapshots = tuple(sorted(records.versions(folder)["snapshot"]))
         return PoolInfo(name, tenant, identity, self._newest_version(folder), snapshots, size)
@@ -302,15 +345,18 @@ class Pools:
         if here is not None and here.version == version:
             return here
         start = max((v for v in records.versions(folder)["snapshot"] if v <= version), default=0)
-        state = self._replay(folder, start, version)
+        after = here if here is not None and start <= here.version < version else None
+        state = self._replay(folder, start, version, after)
         if self._newest_version(folder) == version:
             self._remember(folder.name, state)
         return state
 
-    def _replay(self, folder: Path, start: int, version: int) -> PoolState:
-        """A version from the snapshot at ``start`` (0: from nothing) and what later ones changed."""
+    def _replay(self, folder: Path, start: int, version: int, after: PoolState | None = None) -> PoolState:
+        """A version from the snapshot at ``start`` (0: from nothing), or a later one, and what further ones changed."""
         shape = self.shape
-        if start == 0:
+        if after is not None:
+            start, rows, generator, link = after.version, after.rows, after.generator, after.link
+        elif start == 0:
             rows, generator, link = None, _fresh_generator(folder), ""
         else:
             found = records.read_snapshot(folder, start)
@@ -336,21 +382,9 @@ class Pools:
                     leftover.unlink(missing_ok=True)
 
 
-def _about(folder: Path) -> tuple[str, str, str]:
-    """(name, tenant, identity) of a pool. Raises PoolError if its file is damaged."""
-    try:
-        data = json.loads((folder / POOL).read_text(encoding="utf-8"))
-        about = data["name"], data["tenant"], data["identity"]
-        if data["digest"] != records.digest_of({}, *about):
-            raise ValueError("its digest is another")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise damaged(folder / POOL, f"cannot be read ({error})") from None
-    return about
-
-
 def _fresh_generator(folder: Path) -> Tensor:
     """The state with which a pool's own generator begins: of its identity, so that a replay gives the same."""
-    return torch.Generator().manual_seed(int(_about(folder)[2][:15], 16)).get_state()
+    return torch.Generator().manual_seed(int(records.read_about(folder)[2][:15], 16)).get_state()
 
 
 def _directory(name: str, tenant: str) -> str:

@@ -25,6 +25,8 @@ from mem_triton.systems.memoryllm.update import Step
 
 NAME = re.compile(r"(\d{10})\.(snapshot|delta)\.safetensors")
 FORMAT = "mem_triton.pool.v1"
+POOL = "pool.json"
+"""A pool's file that says what it is called."""
 
 
 class PoolError(BankError):
@@ -114,6 +116,18 @@ def read_delta(folder: Path, version: int) -> Delta:
         raise damaged(path, "has changed since it was written")
     steps = tuple(Step(tensors[f"{i}.delta"], tensors.get(f"{i}.dropped")) for i in range(int(count)))
     return Delta(steps, tensors["generator"], about["link"], before, int(tokens))
+
+
+def read_about(folder: Path) -> tuple[str, str, str]:
+    """(name, tenant, identity) of a pool. Raises PoolError if its file is damaged."""
+    try:
+        data = json.loads((folder / POOL).read_text(encoding="utf-8"))
+        about = data["name"], data["tenant"], data["identity"]
+        if data["digest"] != digest_of({}, *about):
+            raise ValueError("its digest is another")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise damaged(folder / POOL, f"cannot be read ({error})") from None
+    return about
 
 
 def damaged(path: Path, what: str) -> PoolError:

@@ -45,6 +45,32 @@ class PoolInfo:
 
 
 @dataclass(frozen=True)
+class PoolVersion:
+    """One version, whatever is called so later. tenant: its owner's, "" of everybody's; identity: the pool's own."""
+
+    tenant: str
+    name: str
+    identity: str
+    version: int
+
+    @property
+    def id(self) -> str:
+        """As requests name it."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def ref(self) -> str:
+        """As keys of caches and workers name it; no two versions have the same."""
+        return f"{self.tenant}:{self.name}:{self.identity}@{self.version}"
+
+    @classmethod
+    def of(cls, ref: str) -> PoolVersion:
+        """What ``ref`` names."""
+        pool, _, version = ref.rpartition("@")
+        return cls(*pool.split(":"), int(version))
+
+
+@dataclass(frozen=True)
 class PoolState:
     """A version in memory. rows: [L, N, d], None for version 0; link: the chain's hash at it."""
 

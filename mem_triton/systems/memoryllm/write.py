@@ -25,6 +25,54 @@ class WriteWeights:
     new_rows: Tensor
 
 
+class WritePass:
+    """A pass that can stop after any layer. hidden: the text's input embeddings [T, d]; see ``write_pass``.
+
+    Example::
+
+        write = WritePass(hidden, weights, tail, rows=256)
+        for layer in layers:
+            write.advance(layer)
+        write.new()                                 # [L, n, d]
+    """
+
+    def __init__(
+        self, hidden: Tensor, weights: WriteWeights, tail: Tensor | None, rows: int, embedding_first: bool = True
+    ) -> None:
+        self._hidden, self._weights, self._tail, self._rows = hidden, weights, tail, rows
+        self._adds = tail is not None or embedding_first
+        self._found: list[Tensor] = []
+
+    @property
+    def done(self) -> int:
+        """Layers that it has been through."""
+        return len(self._found)
+
+    def advance(self, layer: Layer) -> None:
+        """Go through the next layer."""
+        hidden, weights, index = self._hidden, self._weights, len(self._found)
+        read = [hidden]
+        if self._tail is not None:
+            read = [
+                *([weights.bos[index].to(hidden)] if weights.bos is not None else []),
+                self._tail[index].to(hidden),
+                hidden,
+            ]
+        given = torch.cat(read)
+        if self._adds:
+            given[-self._rows :] += weights.new_rows.to(hidden)
+        output = layer(given)
+        self._found.append(output[-self._rows :].clone())
+        self._hidden = output[-len(hidden) :]
+
+    def new(self) -> Tensor:
+        """The new rows [L, n, d], once it has been through all layers."""
+        new = torch.stack(self._found)
+        if self._tail is None and self._adds:
+            new[:-1] += self._weights.new_rows.to(new)
+        return new
+
+
 def write_pass(
     hidden: Tensor,
     layers: Sequence[Layer],
@@ -39,23 +87,7 @@ def write_pass(
     a first write adds the embedding. The authors' code then keeps, of every layer but the last, a view that the next
     layer adds the embedding to, so that their first rows have it in them once more; these have it as well.
     """
-    found = []
-    for index, layer in enumerate(layers):
-        read = [hidden]
-        if tail is not None:
-            read = [
-                *([weights.bos[index].to(hidden)] if weights.bos is not None else []),
-                tail[index].to(hidden),
-                hidden,
-            ]
-        given = torch.cat(read)
-        adds = tail is not None or embedding_first
-        if adds:
-            given[-rows:] += weights.new_rows.to(hidden)
-        output = layer(given)
-        new = output[-rows:].clone()
-        hidden = output[-len(hidden) :]
-        if tail is None and adds and index + 1 < len(layers):
-            new += weights.new_rows.to(hidden)
-        found.append(new)
-    return torch.stack(found)
+    write = WritePass(hidden, weights, tail, rows, embedding_first)
+    for layer in layers:
+        write.advance(layer)
+    return write.new()

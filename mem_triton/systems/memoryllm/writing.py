@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -18,13 +19,20 @@ class PoolWrite:
     """A write under way: rows as they will be, and nothing on the disk before ``commit``. Made by ``Pools.writing``.
 
     seed: draw as the authors' code does after ``torch.manual_seed(seed)``; the pool's own generator stays then.
-    remember: gets the version that was committed.
+    committing: entered for the commit, raises where there cannot be one. remember: gets the version that was committed.
     """
 
     def __init__(
-        self, shape: PoolShape, folder: Path, state: PoolState, seed: int | None, remember: Callable[[PoolState], None]
+        self,
+        shape: PoolShape,
+        folder: Path,
+        state: PoolState,
+        seed: int | None,
+        committing: Callable[[], AbstractContextManager[None]],
+        remember: Callable[[PoolState], None],
     ) -> None:
-        self._shape, self._folder, self._before, self._remember = shape, folder, state, remember
+        self._shape, self._folder, self._before = shape, folder, state
+        self._committing, self._remember = committing, remember
         self.rows, self.tokens = state.rows, 0
         self.steps: list[Step] = []
         self._own = torch.Generator()
@@ -60,6 +68,7 @@ class PoolWrite:
         if not self.steps:
             raise PoolError("nothing was written; a text has at least one token")
         before, version, state = self._before, self._before.version + 1, self._own.get_state()
-        link = records.write_delta(self._folder, version, self.steps, state, before.link, self.tokens)
-        self._remember(PoolState(version, self.rows, state, link))
+        with self._committing():
+            link = records.write_delta(self._folder, version, self.steps, state, before.link, self.tokens)
+            self._remember(PoolState(version, self.rows, state, link))
         return f"{self._folder.name.rpartition(':')[2]}@{version}"

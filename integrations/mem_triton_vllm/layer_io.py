@@ -1,0 +1,31 @@
+"""The decoder layers of a Llama that vLLM has loaded, for calls between two steps (``runtime.worker.own_layers``)."""
+
+from __future__ import annotations
+
+from torch import nn
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel
+
+from mem_triton.config import ConfigError
+from mem_triton.runtime.worker.own_layers import LlamaLayers
+
+
+def layers_of(model: nn.Module) -> LlamaLayers:
+    """A loaded model's layers on this rank. Raises ConfigError for a model that is no Llama."""
+    inner = getattr(model, "model", None)
+    if not isinstance(inner, LlamaModel):
+        raise ConfigError(
+            f"layers of {type(model).__name__} cannot be run beside vLLM's batches; LlamaForCausalLM's can"
+        )
+    return LlamaLayers(
+        inner.embed_tokens,
+        {index: inner.layers[index] for index in range(inner.start_layer, inner.end_layer)},
+        (LlamaDecoderLayer, LlamaAttention, LlamaMLP),
+        get_tensor_model_parallel_rank(),
+        get_tensor_model_parallel_world_size(),
+        tensor_model_parallel_all_reduce,
+    )

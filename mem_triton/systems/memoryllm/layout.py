@@ -1,0 +1,104 @@
+"""What the front end and every worker must see alike: the store, and how versions lie in pages of the device.
+
+Both compute it from the engine's shape, so that nothing about it has to be sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+
+from mem_triton.schema import ConfigError
+from mem_triton.store.bank.fingerprint import Fingerprint, model_fingerprint, model_folder
+from mem_triton.store.errors import BankError
+from mem_triton.store.pool.pages import PageLayout
+from mem_triton.systems.engine import EngineShape
+from mem_triton.systems.memoryllm.pools import Pools
+from mem_triton.systems.memoryllm.section import MemoryLLMSection
+from mem_triton.systems.memoryllm.shape import PoolShape
+from mem_triton.systems.served_model import config_differences
+
+GIB = 1 << 30
+PAGE_TOKENS = 64
+"""Rows of a page: a version is one long prefix, which small pages would only give a longer table."""
+
+
+@dataclass(frozen=True)
+class PoolLayout:
+    """rows: of a version, the learned first one included. pages: that they take; versions: that fit on a device.
+
+    page: one page on this device. row_bytes: host memory of a version's hidden rows.
+    """
+
+    rows: int
+    pages: int
+    versions: int
+    page: PageLayout
+    row_bytes: int
+
+    @property
+    def version_bytes(self) -> int:
+        """Of a version's keys and values on a device."""
+        return self.pages * self.page.page_bytes
+
+    def describe(self) -> str:
+        """Sizes, for the log."""
+        return (
+            f"{self.rows} rows a layer, {self.version_bytes / GIB:.2f} GiB of keys and values a version, "
+            f"{self.versions} version(s) on the device; hidden rows {self.row_bytes / GIB:.2f} GiB on the host"
+        )
+
+
+def open_store(engine: EngineShape, section: MemoryLLMSection) -> Pools:
+    """The configured store, checked against the served model. Raises ConfigError naming the field that differs."""
+    try:
+        pools = Pools.open(section.pools)
+        made = Fingerprint(**pools.about["model"])
+        folder = model_folder(engine.model, engine.revision)
+        here = model_fingerprint(folder)
+    except (OSError, BankError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"mem_triton.memoryllm.pools: {error}") from None
+    if engine.quantization is not None:
+        raise ConfigError(
+            f"mem_triton.memoryllm.pools: the engine quantises the weights ({engine.quantization}), and pools are "
+            "written and read by the weights that they were converted with; start it without --quantization"
+        )
+    differences = made.differences(here) or config_differences(engine, folder)
+    if differences:
+        raise ConfigError(
+            f"mem_triton.memoryllm.pools: {section.pools} was made for another model ({'; '.join(differences)}); "
+            "serve the folder `model` beside it"
+        )
+    if pools.shape.torch_dtype != engine.dtype:
+        logging.getLogger(f"{engine.engine.lower()}.mem_triton").warning(
+            "mem_triton.memoryllm.pools: %s holds %s, the engine computes in %s: rows are rounded on their way",
+            section.pools,
+            pools.shape.dtype,
+            str(engine.dtype).removeprefix("torch."),
+        )
+    pools.max_pools = section.max_pools
+    return pools
+
+
+def layout_of(engine: EngineShape, section: MemoryLLMSection, shape: PoolShape) -> PoolLayout:
+    """Sizes that follow from the configuration. Raises ConfigError if no version fits."""
+    rows = shape.rows + shape.bos
+    layers = max(end - first for first, end in engine.pp_spans)
+    page = PageLayout(layers, max(1, engine.kv_heads // engine.tp_size), engine.head_dim, PAGE_TOKENS, engine.dtype)
+    pages = page.pages_for(rows)
+    size = pages * page.page_bytes
+    versions = min(int(section.gib * GIB) // size, section.max_pools * section.versions)
+    if versions < 1:
+        raise ConfigError(
+            f"mem_triton.memoryllm.gib: {section.gib} holds no version of a pool, which takes {size / GIB:.3f} GiB on "
+            "each device; give it more"
+        )
+    row_bytes = shape.layers * shape.rows * shape.hidden * shape.torch_dtype.itemsize
+    return PoolLayout(rows, pages, versions, page, row_bytes)
+
+
+def cache_key(engine: EngineShape, pools: Pools) -> str:
+    """What, besides a version, the KV of a request that reads it depends on: the model and the precision."""
+    parts = (pools.about["model"]["weights"], str(engine.dtype))
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,78 @@
+"""Which versions lie on the device, and how they get there: the front end's view.
+
+Rows are read into the workers' processes while steps run; keys and values are made of them between steps, a few layers
+at a time where the configuration says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from mem_triton.store.pool.loads import PageLoads, always
+from mem_triton.store.pool.residency import Residency, Ticket
+from mem_triton.systems.base import Alive, Rpc
+from mem_triton.systems.memoryllm.layout import PoolLayout
+from mem_triton.systems.memoryllm.shape import PoolShape, PoolVersion
+
+Commit = Callable[[], Awaitable[str | None]]
+"""Puts a new version on the disk; why it could not, None if it did."""
+
+
+class Residents:
+    """Versions in pages. layers_per_step: layers that are filled between two steps.
+
+    Example::
+
+        ticket = residents.claim("request-7", version)
+        await residents.wait(ticket, rpc)               # MemoryLoadError if its rows cannot be had
+        ...
+        residents.release("request-7")
+    """
+
+    def __init__(self, layout: PoolLayout, layers_per_step: int, shape: PoolShape) -> None:
+        self._layout, self._stride, self._layers = layout, layers_per_step, shape.layers
+        pages = layout.versions * layout.pages
+        self._residency = Residency(pages, layout.page.page_tokens, layout.page.page_bytes)
+        self._claims: dict[str, PoolVersion] = {}  # by owner
+        self._commits: dict[str, Commit] = {}  # of versions that are not on the disk yet
+        self._loads: PageLoads | None = None
+
+    def claim(self, owner: str, version: PoolVersion, commit: Commit | None = None) -> Ticket:
+        """Keep a version on the device for ``owner``. commit: of one that is put on the disk when it has its pages."""
+        if commit is not None:
+            self._commits[version.ref] = commit
+        self._claims[owner] = version
+        return self._residency.request(owner, {version.ref: self._layout.rows})
+
+    def release(self, owner: str) -> None:
+        """The owner is done; harmless if it has no claim."""
+        if self._claims.pop(owner, None) is not None:
+            self._residency.release(owner)
+
+    def versions(self, identity: str) -> int:
+        """Versions of a pool that somebody needs."""
+        return len({version.version for version in self._claims.values() if version.identity == identity})
+
+    async def wait(self, ticket: Ticket, rpc: Rpc, alive: Alive = always) -> None:
+        """Wait until the claim's pages are filled. Raises MemoryLoadError."""
+        if self._loads is None:  # one front end has one rpc
+            self._loads = PageLoads(self._residency, functools.partial(self._load, rpc))
+        await self._loads.wait(lambda: [] if ticket.state == "ready" else [ticket], alive)
+
+    async def _load(self, rpc: Rpc, _: str, ref: str, pages: list[int], tokens: int) -> list[dict[str, Any]]:
+        """Fill a version's pages on all workers; what ``PageLoads`` wants to hear of each."""
+        commit = self._commits.pop(ref, None)
+        error = await commit() if commit is not None else None
+        error = error or _error(await rpc("fetch", ref))
+        for first in range(0, self._layers, self._stride):
+            if error is None:
+                end = min(first + self._stride, self._layers)
+                error = _error(await rpc("place", ref, list(pages), first, end))
+        return [{"error": error, "stats": {}}]
+
+
+def _error(answers: list[dict[str, Any]]) -> str | None:
+    """Why one of the workers could not, None if all could."""
+    return next((answer["error"] for answer in answers if answer["error"]), None)

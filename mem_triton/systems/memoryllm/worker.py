@@ -1,0 +1,218 @@
+"""MemoryLLM's worker part: keys and values of versions in pages of the device, and the passes that write texts.
+
+A version's keys and values are made by the model's own norms and projections, a text's rows by its own decoder layers,
+both between two steps. The hidden rows stay on the host.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mem_triton.ops.memory_attention import MemoryPages
+from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config, rotate
+from mem_triton.schema import ConfigError
+from mem_triton.store.pool.pool import PagePool
+from mem_triton.store.pool.tables import MemoryTables
+from mem_triton.systems.base import StepBatch, WorkerHost, WorkerPart
+from mem_triton.systems.engine import EngineShape
+from mem_triton.systems.memoryllm.convert import load_weights
+from mem_triton.systems.memoryllm.layout import layout_of, open_store
+from mem_triton.systems.memoryllm.records import PoolError
+from mem_triton.systems.memoryllm.rows import from_bytes, to_bytes
+from mem_triton.systems.memoryllm.section import MemoryLLMSection
+from mem_triton.systems.memoryllm.shape import PoolVersion
+from mem_triton.systems.memoryllm.write import WritePass, WriteWeights
+from mem_triton.systems.payload import SystemPayload
+
+
+class PoolLayer:
+    """What one attention layer reads besides its context."""
+
+    def __init__(self, tables: MemoryTables, pages: MemoryPages) -> None:
+        self._tables, self._pages = tables, pages
+
+    def read(self, rows: int) -> dict[str, Any]:
+        """What ``memory_attention`` takes besides the context, for a batch of ``rows`` rows, padding included."""
+        return {"row_slot": self._tables.row_slot[:rows], "pages": self._pages, "table": self._tables.table}
+
+
+class PoolWorker(WorkerPart):
+    """One rank's. tables: which version each row reads. pool: pages of keys and values of this rank's layers."""
+
+    def __init__(self, engine: EngineShape, section: MemoryLLMSection, host: WorkerHost) -> None:
+        self.calls = {
+            "fetch": self.fetch,
+            "place": self.place,
+            "write": self.write,
+            "write_on": self.write_on,
+            "write_off": self.write_off,
+        }
+        self._host, self._dtype = host, engine.dtype
+        self.pools = open_store(engine, section)
+        self._shape, self.layout = self.pools.shape, layout_of(engine, section, self.pools.shape)
+        if self._shape.layers != sum(end - first for first, end in engine.pp_spans):
+            raise ConfigError(f"mem_triton.memoryllm.pools: has {self._shape.layers} layers, the model another number")
+        self._layers = tuple(host.layers)
+        self._io = host.layer_io()
+        self._ropes = {index: rope_from_config(engine.hf_config, index) for index in self._layers}
+        self._weights, self._factors = self._load_weights()
+        page, pages = self.layout.page, self.layout.pages
+        self.tables = MemoryTables(engine.max_requests, pages, page.page_tokens, host.device)
+        self.pool = PagePool(
+            len(self._layers),
+            page.kv_heads,
+            page.head_dim,
+            page.page_tokens,
+            pages * self.layout.versions,
+            page.dtype,
+            host.device,
+        )
+        self._read = {index: PoolLayer(self.tables, self.pool.layer(place)) for place, index in enumerate(self._layers)}
+        self._held: dict[int, str] = {}  # page -> the version that lies there
+        self._rows: dict[str, Tensor] = {}  # of versions that are being placed
+        self._rows_lock = threading.Lock()
+        self._writes: dict[str, WritePass] = {}
+
+    def _load_weights(self) -> tuple[WriteWeights, dict[int, dict[str, tuple[Tensor, Tensor]]]]:
+        """Embeddings, and the adapter that writes, by layer. Raises ConfigError."""
+        try:
+            extra = load_weights(self.pools.path)
+        except PoolError as error:
+            raise ConfigError(f"mem_triton.memoryllm.pools: {error}") from None
+        kind = {"device": self._host.device, "dtype": self._dtype}
+        bos = extra["bos_embedding"].to(**kind) if self._shape.bos else None
+        factors: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+        for name in {name.removeprefix("write.").rpartition(".")[0] for name in extra if name.startswith("write.")}:
+            _, _, layer, linear = name.split(".", 3)  # model.layers.3.self_attn.q_proj
+            down, up = (extra[f"write.{name}.{part}"].to(**kind) for part in ("down", "up"))
+            factors.setdefault(int(layer), {})[linear] = down, up
+        return WriteWeights(bos, extra["new_memory_positional_emb"].flatten().to(**kind)), factors
+
+    # What the front end calls.
+
+    def fetch(self, ref: str) -> dict[str, Any]:
+        """Read a version's rows into this process, while steps run: {"error": None or why they could not be}."""
+        try:
+            rows = self.pools.rows_of(PoolVersion.of(ref))
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        with self._rows_lock:
+            self._rows[ref] = rows
+        return {"error": None}
+
+    def place(self, ref: str, pages: list[int], first: int, end: int) -> dict[str, Any]:
+        """Fill a version's pages in the layers [first, end), between two steps: {"error": None or why not}.
+
+        Steps that were planned before read what lay there before; none that is planned later may read it.
+        """
+        try:
+            self._held |= dict.fromkeys(pages, ref)
+            rows = self._rows[ref]
+            with torch.inference_mode():
+                for place, layer in enumerate(self._layers):
+                    if first <= layer < end:
+                        keys, values = self._keys_and_values(layer, rows[layer])
+                        self.pool.write_layer(place, pages, keys, values)
+            if end >= self._shape.layers:
+                self._forget_rows(ref)
+            return {"error": None}
+        except Exception as error:
+            self._forget_rows(ref)
+            for page in pages:
+                self._held.pop(page, None)
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    def write(self, id: str, ids: list[int], tail: bytes | None, count: int) -> dict[str, Any]:
+        """Begin to write tokens between two steps, through ``count`` layers; see ``write_on``.
+
+        tail: the pool's last rows [L, rows of a write, d], None for a pool that has none.
+        """
+
+        def begin() -> WritePass:
+            shape = self._shape
+            before = None
+            if tail is not None:
+                before = from_bytes(tail, (shape.layers, shape.tokens, shape.hidden), shape.torch_dtype)
+                before = before.to(self._host.device)
+            return WritePass(self._io.embed(ids), self._weights, before, shape.tokens, shape.embedding_first)
+
+        return self._advance(id, begin, count)
+
+    def write_on(self, id: str, count: int) -> dict[str, Any]:
+        """Go on through ``count`` layers: {"error", "left": layers that are left, "new": the new rows at the end}."""
+        return self._advance(id, lambda: self._writes[id], count)
+
+    def write_off(self, id: str) -> None:
+        """Give a write up; harmless if it is over."""
+        self._writes.pop(id, None)
+
+    def _advance(self, id: str, which: Callable[[], WritePass], count: int) -> dict[str, Any]:
+        try:
+            with torch.inference_mode():
+                write = self._writes[id] = which()
+                for layer in range(write.done, min(write.done + count, self._shape.layers)):
+                    write.advance(partial(self._io.run, layer, adapter=self._factors.get(layer, {})))
+                left, new = self._shape.layers - write.done, None
+                if not left:
+                    del self._writes[id]
+                    rows = write.new().to("cpu", self._shape.torch_dtype)
+                    new = to_bytes(rows) if self._host.tp_rank == 0 else None
+            return {"error": None, "left": left, "new": new}
+        except Exception as error:
+            self._writes.pop(id, None)
+            return {"error": f"{type(error).__name__}: {error}", "left": 0, "new": None}
+
+    def _keys_and_values(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A version's keys where they are read, before the text, and its values: [Hkv, rows, D]."""
+        rows = rows.to(self._host.device, self._dtype, non_blocking=True)
+        if self._weights.bos is not None:
+            rows = torch.cat([self._weights.bos[layer], rows])
+        keys, values = self._io.project(layer, rows)
+        return self._placed(keys, self._ropes[layer]), values
+
+    def _placed(self, keys: Tensor, rope: RotaryEmbedding) -> Tensor:
+        where = torch.arange(-keys.shape[1], 0, device=keys.device)
+        return rotate(keys, where, rope)
+
+    def _forget_rows(self, ref: str) -> None:
+        with self._rows_lock:
+            self._rows.pop(ref, None)
+
+    # Steps.
+
+    def segments(self, layer: int) -> PoolLayer | None:
+        return self._read.get(layer)
+
+    def enter(self, request_id: str, payload: SystemPayload) -> None:
+        """A request joins the batch. Raises RuntimeError if its pages were given away in the meantime."""
+        for ref, run in payload.pages.items():
+            if any(self._held.get(page) != ref for page in run.pages):
+                raise RuntimeError(f"the pages of {ref} hold something else by now")
+        self.tables.enter(request_id, payload.plan, payload.pages)
+
+    def leave(self, request_id: str) -> None:
+        self.tables.leave(request_id)
+
+    def begin_step(self, step: StepBatch) -> dict[str, Exception]:
+        faults: dict[str, Exception] = {}
+        self.tables.set_rows(step.request_ids, step.first, step.last, faults)
+        return faults
+
+    def forget_rows(self) -> None:
+        self.tables.forget_rows()
+
+    def drop_request(self, request_id: str) -> None:
+        self.tables.leave(request_id)
+
+    def __contains__(self, request_id: object) -> bool:
+        """Whether a request in the batch reads a pool."""
+        return request_id in self.tables
+
+    def describe(self) -> str:
+        return f"pools {self.pools.path}: {self.layout.describe()}"

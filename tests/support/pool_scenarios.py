@@ -1,0 +1,134 @@
+"""What every engine must do with MemoryLLM's pools, written once; transformers with the same store is the oracle.
+
+run: an engine's ``run_engine``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.support.cases import cached, tokens
+from tests.support.pool_bench import PROMPTS, TEXTS, PoolBench, off, rows_of
+
+Run = Callable[..., Any]
+LOGPROBS = 3.6e-5
+"""Largest difference of a log-probability, as the trial with adapters had it."""
+TWO_VERSIONS = 0.0004
+"""GiB that hold keys and values of two versions."""
+ROWS = 1e-5
+"""Largest difference of rows, as a part of their largest number."""
+
+
+def ask(prompt: list[int], pool: str | None = None, count: int = 12, **fields: Any) -> dict[str, Any]:
+    """A request that reads a pool; None: says nothing."""
+    said = {**({} if pool is None else {"mem_pool": pool}), **fields}
+    return {"prompt": prompt, "max_tokens": count, "logprobs": 1, **({"fields": said} if said else {})}
+
+
+def tell(text: list[int], pool: str = "main", **fields: Any) -> dict[str, Any]:
+    """A request that writes a text."""
+    return {"prompt": text, "max_tokens": 1, "fields": {"mem_inject": pool, **fields}}
+
+
+def same_scores(answer: dict[str, Any], wanted: tuple[list[int], list[float]]) -> None:
+    made, scores = wanted
+    assert answer["tokens"] == made
+    if answer.get("logprobs") is None:  # an engine's case that gives none
+        return
+    got = [step[str(token)] for step, token in zip(answer["logprobs"], made, strict=True)]
+    worst = max(abs(a - b) for a, b in zip(got, scores, strict=True))
+    assert worst < LOGPROBS, worst
+
+
+def every_row_reads_its_own_version(b: PoolBench, tmp_path: Path, run: Run, page: int, **options: Any) -> None:
+    """Versions and none in one batch, chunked prefill, prefix-cache hits of the same version alone."""
+    store = b.store(tmp_path)
+    b.write(store, TEXTS[0])
+    short, middle, long, edge = PROMPTS
+    first = [ask(short), ask(middle, "main@1"), ask(long), ask(edge, "")]
+    other = [ask(short, "main@1"), ask(middle, ""), ask(long, "main@1"), ask(edge, "main")]
+    result = run(b.model, [first, first, other], memory=b.section(store), **options)
+    pools = {0: ["main@2", "main@1", "main@2", None], 2: ["main@1", None, "main@1", "main@2"]}
+    wanted = {i: [b.scored(store, p, pool) for p, pool in zip(PROMPTS, pools[i], strict=True)] for i in pools}
+    for index, right in ((0, wanted[0]), (1, wanted[0]), (2, wanted[2])):
+        for answer, expected in zip(result["rounds"][index], right, strict=True):
+            same_scores(answer, expected)
+    for index in (0, 2):
+        said = [(answer["memory"] or {}).get("pool") for answer in result["rounds"][index]]
+        assert said == [None if pool is None else {"id": pool} for pool in pools[index]]
+    assert cached(result, 1) == [(len(p) - 1) // page * page for p in PROMPTS], "the same version shares its pages"
+    assert cached(result, 2) == [0] * 4, "another version, or none, shares nothing"
+    assert len({tuple(b.answer(store, long, pool)) for pool in ("main@1", "main@2", None)}) == 3, "it matters"
+
+
+def texts_are_written_and_read(
+    b: PoolBench, tmp_path: Path, run: Run, beside: dict[str, Any] | None = None, **options: Any
+) -> None:
+    """Each write's rows, and answers with its version; then all versions at once, of which the device holds two.
+
+    beside: other sections of the configuration.
+    """
+    there, here = (b.store(tmp_path / name) for name in ("transformers", "engine"))
+    first = rows_of(there, "main") if b.initialized else None
+    rounds: list[list[dict[str, Any]]] = []
+    for seed, text in enumerate(TEXTS):
+        rounds += [[tell(text, mem_seed=seed)], [ask(PROMPTS[1]), ask(PROMPTS[2])]]
+    version = 0 if first is None else 1
+    names = [f"main@{version + 1 + i}" for i in range(len(TEXTS))]
+    rounds.append([ask(PROMPTS[0], name) for name in names])
+    section = b.section(here, chunk=32, gib=TWO_VERSIONS) | (beside or {})
+    result = run(b.model, rounds, memory=section, **options)
+    for seed, text in enumerate(TEXTS):
+        version += 1
+        name = b.write(there, text, seed=seed, chunk=32)
+        (told,), answers = result["rounds"][2 * seed], result["rounds"][2 * seed + 1]
+        assert name == f"main@{version}" and told["tokens"] == []
+        assert told["finish"] in ("stop", {"type": "stop", "matched": None})
+        pool = {"id": name, "tokens": len(text), "chunks": -(-len(text) // 32)}
+        note = told["memory"]["pool"].pop("note", None)
+        assert told["memory"] == {"pool": pool} and (note is not None) == (len(text) < 16)
+        found = off(rows_of(here, name), rows_of(there, name))
+        assert found < ROWS, (name, found)
+        for answer, prompt in zip(answers, PROMPTS[1:3], strict=True):
+            same_scores(answer, b.scored(there, prompt, name))
+    assert off(rows_of(here, "main"), rows_of(here, f"main@{version - 1}")) > 1000 * ROWS, "it matters"
+    for answer, name in zip(result["rounds"][-1], names, strict=True):
+        same_scores(answer, b.scored(there, PROMPTS[0], name))
+    assert len({tuple(answer) for answer in tokens(result, len(rounds) - 1)}) > 1
+
+
+def without_pools_in_the_cache_keys_wrong_tokens_appear(
+    b: PoolBench, tmp_path: Path, run: Run, tamper: str, **options: Any
+) -> None:
+    """Negative control of C6: the prefix of another version is found."""
+    store = b.store(tmp_path)
+    b.write(store, TEXTS[0])
+    rounds = [[ask(PROMPTS[2], "main@1")], [ask(PROMPTS[2], "main@2")]]
+    result = run(b.model, rounds, memory=b.section(store), tamper=tamper, **options)
+    assert tokens(result, 0) == [b.answer(store, PROMPTS[2], "main@1")]
+    assert tokens(result, 1) != [b.answer(store, PROMPTS[2], "main@2")]
+
+
+def reading_with_the_writing_adapter_gives_other_tokens(
+    b: PoolBench, tmp_path: Path, run: Run, tamper: str, **options: Any
+) -> None:
+    """Negative control of C8."""
+    store = b.store(tmp_path)
+    result = run(b.model, [[ask(PROMPTS[2])]], memory=b.section(store), tamper=tamper, **options)
+    assert tokens(result) != [b.answer(store, PROMPTS[2], "main@1")]
+
+
+def versions_are_read_in_turn(b: PoolBench, tmp_path: Path, run: Run, tamper: str = "", **options: Any) -> None:
+    """C2: with room for one version, two requests on it go together, and one on another waits for its turn. Control:
+    what is read can be taken away."""
+    store = b.store(tmp_path)
+    b.write(store, TEXTS[0])
+    batch = [ask(PROMPTS[0], "main@1", 40), ask(PROMPTS[1], "main@1", 40), ask(PROMPTS[2], "main@2", 8)]
+    more = {"errors_are_results": True, "tamper": tamper} if tamper else {}
+    result = run(b.model, [batch], memory=b.section(store, gib=TWO_VERSIONS / 2), **more, **options)
+    right = [b.answer(store, PROMPTS[0], "main@1", 40), b.answer(store, PROMPTS[1], "main@1", 40)]
+    right.append(b.answer(store, PROMPTS[2], "main@2", 8))
+    answers = result["rounds"][0]
+    assert (isinstance(answers, list) and tokens(result) == right) == (not tamper)
