@@ -17,7 +17,7 @@ from benchmarks.kernels.memory_attention_case import BLOCK, Layer, build, gate, 
 from benchmarks.kernels.registry import Case, Operation, Setup, Variant
 from benchmarks.kernels.shapes import Model, by_attention
 from mem_triton.ops.common.architecture import architecture
-from mem_triton.ops.memory_attention import Policy, add_memory, memory_attention
+from mem_triton.ops.memory_attention import AttentionCall, PagedContext, Policy, add_memory, memory_attention
 from mem_triton.ops.memory_attention.policy import choose
 
 REFERENCES, POOL = 5, 12800
@@ -67,15 +67,16 @@ def variants(case: Case, layer: Layer, setup: Setup) -> list[Variant]:
     judge, own = gate(case, layer), {"scale": scale, "lse": layer.lse, **layer.memory}
     routes = ("fused", "shared_batched") if setup.gpu and s["shared"] else ("fused",)
     chosen = policy_route(case) if setup.gpu else "fused"
-    attend_by = functools.partial(memory_attention, layer.query, layer.context, layer.out, **own)
+    attend_by = functools.partial(memory_attention, AttentionCall(layer.query, layer.context, layer.out, **own))
     calls: dict[str, Callable[[], Any]] = {
         **{route: functools.partial(attend_by, policy=Policy(route)) for route in routes},
         "fused, batch-invariant": functools.partial(attend_by, policy=Policy("fused", batch_invariant=True)),
     }
     stock = baselines.stock(case, layer, setup)
     attend, by = baselines.with_lse(case, layer, setup, stock)
+    rows = PagedContext.elsewhere(*layer.context[3:6])
     calls[f"stock_context ({by})"] = lambda: add_memory(
-        layer.query, *layer.context[3:5], s["queries"], layer.out, attend().t(), scale=scale, **layer.memory
+        AttentionCall(layer.query, rows, layer.out, scale, lse=attend().t(), **layer.memory)
     )
     note = {chosen: "the policy's choice"}
     found = [

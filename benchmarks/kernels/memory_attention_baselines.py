@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.kernels.memory_attention_case import Layer, gate, work
 from benchmarks.kernels.registry import Case, Setup, Variant
-from mem_triton.ops.memory_attention import Policy, memory_attention
+from mem_triton.ops.memory_attention import AttentionCall, Policy, memory_attention
 
 Make = Callable[[Case, Layer, Tensor, int], Callable[[], Any]]
 MOST_DENSE_BYTES = 16 << 30  # of the copy that ``cat`` makes
@@ -72,7 +72,8 @@ def with_lse(case: Case, layer: Layer, setup: Setup, backends: dict[str, Make]) 
 
     def attend() -> Tensor:
         scale = case.sizes["head_dim"] ** -0.5
-        memory_attention(layer.query, layer.context, layer.out, scale=scale, lse=layer.lse, policy=Policy("fused"))
+        call = AttentionCall(layer.query, layer.context, layer.out, scale, lse=layer.lse)
+        memory_attention(call, policy=Policy("fused"))
         return layer.lse.t()
 
     return attend, "own kernel" if setup.gpu else "own cpu path"

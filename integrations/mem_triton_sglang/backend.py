@@ -21,7 +21,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from torch import Tensor
 
 from mem_triton.config import ConfigError
-from mem_triton.ops.memory_attention import PagedContext, memory_attention
+from mem_triton.ops.memory_attention import AttentionCall, PagedContext, memory_attention
 from mem_triton.runtime.worker.memory import attend_or_lose
 from mem_triton_sglang.hooks import check_hooks
 from mem_triton_sglang.step import Step, StepBuilder
@@ -165,17 +165,17 @@ class BackendWithMemory(AttentionBackend):
         heads = (-1, layer.tp_q_head_num, layer.qk_head_dim)
 
         def attend(only_readers: bool = not self._alone, **read: Any) -> None:
-            memory_attention(
+            call = AttentionCall(
                 q.reshape(heads),
                 self._context(layer, step),
                 out.view(heads),
-                scale=layer.scaling,
+                layer.scaling,
                 soft_cap=layer.logit_cap or 0.0,
                 sinks=sinks,
                 only_readers=only_readers,
-                policy=self.mem_triton.policy,
                 **read,
             )
+            memory_attention(call, policy=self.mem_triton.policy)
 
         otherwise = functools.partial(attend, only_readers=False) if self._alone else lambda: out.copy_(stock())
         attend_or_lose(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 
-from mem_triton.ops.memory_attention import memory_attention
+from mem_triton.ops.memory_attention import AttentionCall, memory_attention
 from mem_triton.runtime.worker.modules import attention_modules
 from mem_triton.runtime.worker.warmup import Batch, batches
 from mem_triton.systems.delta_mem.folding import empty_projections
@@ -68,13 +68,13 @@ def _attend(backend: Any, layer: RadixAttention, batch: Batch, step: Step, dtype
     heads = (batch.tokens, layer.tp_q_head_num, layer.qk_head_dim)
     queries = torch.empty(heads, dtype=dtype, device=step.seq_lens.device)
     memory = backend.mem_triton.segments(layer.layer_id)
-    memory_attention(
+    call = AttentionCall(
         queries,
         backend._context(layer, step),
         torch.empty_like(queries),
-        scale=layer.scaling,
+        layer.scaling,
         soft_cap=layer.logit_cap or 0.0,
-        policy=backend.mem_triton.policy,
         only_readers=backend.mem_triton.policy is None,
         **({} if memory is None else memory.read(batch.rows)),
     )
+    memory_attention(call, policy=backend.mem_triton.policy)

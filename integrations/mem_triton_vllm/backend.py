@@ -20,7 +20,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
 
 from mem_triton.config import ConfigError
-from mem_triton.ops.memory_attention import PagedContext, Policy, add_memory, memory_attention
+from mem_triton.ops.memory_attention import AttentionCall, PagedContext, Policy, add_memory, memory_attention
 from mem_triton.runtime.worker.memory import BatchMemory, attend_or_lose
 from mem_triton.systems.base import LayerSegments
 from mem_triton_vllm import flash_lse
@@ -138,34 +138,33 @@ class AttentionWithMemory(AttentionImpl):
         if read is None:
             read = self.mem_segments.read(len(step.seq_lens))
         heads = (step.tokens, self.num_heads, self.head_size)
-        memory_attention(
+        call = AttentionCall(
             query[: step.tokens].view(heads),
             self.mem_context(kv_cache, step),
             output[: step.tokens].view(heads),
-            scale=self.scale,
+            self.scale,
             soft_cap=_soft_cap(self),
             sinks=self._sinks,
             only_readers=only_readers,
-            policy=self.mem_policy,
             **read,
         )
+        memory_attention(call, policy=self.mem_policy)
 
     def mem_add(self, layer: Any, query: Tensor, step: Step, output: Tensor, log_sums: list[Tensor]) -> None:
         """Merge memory into what the stock backend has left. log_sums: [Hq, tokens], natural logarithms, one."""
         heads, (log_sum,) = (step.tokens, self.num_heads, self.head_size), log_sums
         if query.dtype != output.dtype:  # quantised for an 8-bit KV cache
             query = query.to(output.dtype) * layer._q_scale.to(output.dtype)
-        add_memory(
+        call = AttentionCall(
             query[: step.tokens].view(heads),
-            step.query_start_loc,
-            step.seq_lens,
-            step.max_query_len,
+            PagedContext.elsewhere(step.query_start_loc, step.seq_lens, step.max_query_len),
             output[: step.tokens].view(heads),
-            log_sum.t(),
-            scale=self.scale,
+            self.scale,
             soft_cap=_soft_cap(self),
+            lse=log_sum.t(),
             **self.mem_segments.read(len(step.seq_lens)),
         )
+        add_memory(call)
 
     def mem_context(self, kv_cache: Tensor, step: Step) -> PagedContext:
         """The rows' context, as memory attention reads it."""

@@ -269,7 +269,7 @@ class LayerSegments(Protocol):
     """What one attention layer reads besides its context."""
 
     def read(self, rows: int) -> dict[str, Any]:
-        """Arguments of ``ops.memory_attention`` for a batch of ``rows`` rows, padding included."""
+        """Fields of ``ops.memory_attention.AttentionCall`` for a batch of ``rows`` rows, padding included."""
 
 
 @dataclass(frozen=True)

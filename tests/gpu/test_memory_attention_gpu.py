@@ -13,7 +13,7 @@ from torch import Tensor
 from mem_triton.ops.memory_attention import FOREVER, Policy, add_memory, memory_attention, memory_only_attention
 from mem_triton.ops.memory_attention.cascade.merge import merge_states
 from tests.ops.attention_case import FP8, INT8, AttentionCase, assert_matches, expected, make_case
-from tests.ops.cascade_case import assert_close, assert_same_bits, memory_expected, steps, untouched_tokens
+from tests.ops.cascade_case import assert_close, assert_same_bits, memory_expected, untouched_tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,24 +60,11 @@ def to_device(case: AttentionCase, device: str = "cuda") -> AttentionCase:
 def attend(case: AttentionCase, route: str) -> None:
     """Write ``case.out`` and ``case.lse`` by one of the routes; the stock context is this op without memory."""
     if route != "stock_context":
-        memory_attention(case.query, case.context, case.out, lse=case.lse, policy=Policy(route), **case.reads())
+        memory_attention(case.call(), policy=Policy(route))
         return
     memory = {"row_slot": None, "pages": None, "table": None, "shared": None}
-    memory_attention(
-        case.query, case.context, case.out, lse=case.lse, policy=Policy("fused"), **{**case.reads(), **memory}
-    )
-    add_memory(
-        *steps(case),
-        case.context.max_query_len,
-        case.out,
-        case.lse,
-        scale=case.scale,
-        row_slot=case.row_slot,
-        pages=case.pages,
-        table=case.table,
-        shared=case.shared,
-        soft_cap=case.soft_cap,
-    )
+    memory_attention(case.call(**memory), policy=Policy("fused"))
+    add_memory(case.memory_call(case.out, case.lse))
 
 
 def run(case: AttentionCase, route: str) -> AttentionCase:
@@ -122,15 +109,7 @@ def test_groups_and_layouts(heads, layout, route):
 def test_memory_alone_matches_fp64_and_merges(batch, kind):
     case = make(batch, kind, bias=True)
     on_gpu = to_device(case)
-    out, lse = memory_only_attention(
-        *steps(on_gpu),
-        case.context.max_query_len,
-        scale=case.scale,
-        row_slot=on_gpu.row_slot,
-        pages=on_gpu.pages,
-        table=on_gpu.table,
-        shared=on_gpu.shared,
-    )
+    out, lse = memory_only_attention(on_gpu.memory_call())
     want = memory_expected(case)
     twice = torch.finfo(out.dtype).eps * want.out.abs().amax()  # pages and segment are merged after a rounding
     want = replace(want, out_budget=2 * want.out_budget + twice, lse_budget=2 * want.lse_budget)

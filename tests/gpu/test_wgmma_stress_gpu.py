@@ -41,20 +41,16 @@ def prefill() -> AttentionCase:
 
 def attend(case: AttentionCase, kernel: str, config: FusedConfig) -> None:
     """One launch on a case that lies on a GPU; the shared segment and the pages are merged into zeros."""
-    step = case.query, case.context.query_start_loc, case.context.seq_lens
     if kernel == "fused":
-        launch.attend(case.query, case.context, case.out, lse=case.lse, config=config, **case.reads())
+        launch.attend(case.call(), config=config)
         return
     case.out.zero_()
     case.lse.fill_(-torch.inf)
-    options = {"scale": case.scale, "row_slot": case.row_slot, "config": config}
+    call = case.memory_call(case.out, case.lse)
     if kernel == "shared":
-        cascade_launch.attend_shared(*step, case.out, case.lse, shared=case.shared, **options)
+        cascade_launch.attend_shared(call, config)
     else:
-        longest = case.context.max_query_len
-        cascade_launch.attend_pages(
-            *step, longest, case.out, case.lse, pages=case.pages, table=case.table, merge=True, **options
-        )
+        cascade_launch.attend_pages(call, True, config)
 
 
 @pytest.mark.parametrize("kernel,choose", [("fused", select), ("shared", select_shared), ("pages", select_pages)])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mem_triton.ops.memory_attention import (
     FOREVER,
+    AttentionCall,
     MemoryPages,
     MemoryTable,
     PagedContext,
@@ -44,10 +45,14 @@ class AttentionCase:
     sinks: Tensor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def reads(self) -> dict[str, Any]:
-        """Keyword arguments that op, kernels and reference have in common."""
-        names = ("scale", "row_slot", "pages", "table", "shared", "soft_cap", "sinks")
-        return {name: getattr(self, name) for name in names}
+    def call(self, **changes: Any) -> AttentionCall:
+        """What op, kernels and reference take."""
+        return AttentionCall(**{name: getattr(self, name) for name in AttentionCall._fields[:-1]})._replace(**changes)
+
+    def memory_call(self, out: Tensor | None = None, lse: Tensor | None = None, **changes: Any) -> AttentionCall:
+        """The same of memory alone: another kernel attends the context, and has the sinks."""
+        rows = PagedContext.elsewhere(*self.context[3:6])
+        return self.call(context=rows, sinks=None, out=out, lse=lse, **changes)
 
     def fresh(self) -> AttentionCase:
         """The same inputs with outputs of its own."""
@@ -213,13 +218,11 @@ def expected(case: AttentionCase) -> Expected:
     own) and a the largest |q||k| scale: a logit is off by some (2 u32 + u_key) a (errors of a sum add up like
     a random walk), a weight by twice that and its own rounding, so the output by that share of sum p |v|.
     """
-    out, lse = reference.memory_attention(case.query, case.context, **case.reads())
-    absolute = dict(case.reads())
-    for name in ("pages", "shared"):
-        if absolute[name] is not None:
-            absolute[name] = absolute[name]._replace(values=_magnitude(absolute[name].values))
-    context = case.context._replace(values=_magnitude(case.context.values))
-    mass, _ = reference.memory_attention(case.query, context, **absolute)
+    out, lse = reference.memory_attention(case.call())
+    absolute = {"context": case.context, "pages": case.pages, "shared": case.shared}
+    for name, read in absolute.items():
+        absolute[name] = None if read is None else read._replace(values=_magnitude(read.values))
+    mass, _ = reference.memory_attention(case.call(**absolute))
     unit = torch.finfo(case.query.dtype).eps / 2
     single, rounded_keys = 2.0**-24, unit if _memory_dtype(case) not in (None, case.query.dtype) else 0.0
     largest = case.scale * case.query.double().norm(dim=-1) * _longest_key(case)  # [T, Hq]

@@ -11,15 +11,6 @@ from mem_triton.ops.memory_attention import reference
 from tests.ops.attention_case import AttentionCase, Expected
 
 
-def steps(case: AttentionCase) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, query_start_loc, seq_lens: what the kernels of the cascade take first."""
-    return case.query, case.context.query_start_loc, case.context.seq_lens
-
-
-def options(case: AttentionCase) -> dict:
-    return {"scale": case.scale, "row_slot": case.row_slot, "soft_cap": case.soft_cap}
-
-
 def memory_expected(case: AttentionCase, *, pages: bool = True, shared: bool = True) -> Expected:
     """Attention of every token, padding included, to its memory; 0 and -inf without any.
 

@@ -64,7 +64,7 @@ def test_padding_moves_nothing_but_is_refused(target: str):
 
 def test_an_access_to_no_argument_is_an_error():
     with pytest.raises(ValueError, match="not traced to a pointer argument"):
-        read_traffic("tt.func public @f(%x: i32) {\n%y = tt.load %z : tensor<4x!tt.ptr<f32>, #b>\n}")
+        read_traffic("tt.func public @f(%x: i32) {\n%y = tt.load %z : tensor<4x!tt.ptr<f32>, #b>\n}", ["x"])
 
 
 def test_occupancy_of_the_makers_tables():

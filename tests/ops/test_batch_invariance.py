@@ -20,7 +20,7 @@ INVARIANT = Policy(batch_invariant=True)
 
 def run(case: AttentionCase, policy: Policy | None = INVARIANT) -> AttentionCase:
     after = case.fresh()
-    memory_attention(after.query, after.context, after.out, lse=after.lse, policy=policy, **after.reads())
+    memory_attention(after.call(), policy=policy)
     return after
 
 

@@ -29,7 +29,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 def run(case: AttentionCase) -> AttentionCase:
     after = case.fresh()
-    memory_attention(after.query, after.context, after.out, lse=after.lse, **after.reads())
+    memory_attention(after.call())
     return after
 
 
@@ -43,7 +43,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> bool:
 def test_the_reference_is_a_softmax_over_the_concatenation():
     """Against PyTorch's own attention: B5, memory that holds a prefix is that prefix in the context."""
     case = make_case([(9, 4)], memories=[[(8, 0, FOREVER), (5, 0, FOREVER)]], dtype=torch.float64)
-    out, lse = reference.memory_attention(case.query, case.context, **case.reads())
+    out, lse = reference.memory_attention(case.call())
     keys, values = reference.read_context(case.context, 0, 13, torch.float64)
     slot = int(case.row_slot[0])
     memory = reference.read_memory(slot, 0, case.pages, case.table, None, torch.float64)
@@ -214,7 +214,7 @@ def test_a_prompt_split_anywhere_gives_the_same(cuts):
         part = replace(
             parts, query=whole.query[begin:end], out=parts.out[begin:end], lse=parts.lse[begin:end], context=context
         )
-        memory_attention(part.query, part.context, part.out, lse=part.lse, **part.reads())
+        memory_attention(part.call())
     assert close(parts.out, after.out) and close(parts.lse, after.lse, 2e-6)
 
 
@@ -300,7 +300,7 @@ def test_a_compiled_caller_gets_the_same_as_an_eager_one():
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def step(query, out, lse):
-        memory_attention(query, case.context, out, lse=lse, **case.reads())
+        memory_attention(case.call(query=query, out=out, lse=lse))
 
     step(traced.query, traced.out, traced.lse)
     assert torch.equal(traced.out, eager.out) and torch.equal(traced.lse, eager.lse)
@@ -310,27 +310,25 @@ def test_rows_that_read_nothing_are_left_to_another_backend():
     """``only_readers``: rows with memory as ever, the others not touched."""
     case = make_case([(3, 4), (2, 9), (1, 7)], memories=[[(8, 0, FOREVER)], None, []], shared=5, padding_tokens=2)
     whole, part = run(case), case.fresh()
-    memory_attention(part.query, part.context, part.out, lse=part.lse, only_readers=True, **part.reads())
+    memory_attention(part.call(only_readers=True))
     for ours, everybody in ((part.out, whole.out), (part.lse, whole.lse)):
         assert torch.equal(ours[:3], everybody[:3]) and torch.equal(ours[5:6], everybody[5:6])
         assert ours[3:5].isnan().all() and ours[6:].isnan().all()
     nobody = case.without_memory()
-    memory_attention(nobody.query, nobody.context, nobody.out, only_readers=True, **nobody.reads())
+    memory_attention(nobody.call(only_readers=True, lse=None))
     assert nobody.out.isnan().all()
 
 
 def test_the_batch_invariant_way_attends_everybody():
     case = make_case([(1, 4)], memories=[[(8, 0, FOREVER)]])
     with pytest.raises(ValueError, match="only_readers: in the batch-invariant way"):
-        memory_attention(
-            case.query, case.context, case.out, only_readers=True, policy=Policy(batch_invariant=True), **case.reads()
-        )
+        memory_attention(case.call(only_readers=True, lse=None), policy=Policy(batch_invariant=True))
 
 
 def test_without_lse_and_without_slots():
     case = make_case([(3, 4)], memories=[[(8, 0, FOREVER)]])
     after, alone = run(case), case.fresh()
-    memory_attention(alone.query, alone.context, alone.out, **alone.reads())
+    memory_attention(alone.call(lse=None))
     assert torch.equal(alone.out, after.out)
     plain, no_slots = run(case.without_memory()), run(replace(case, row_slot=None))
     assert torch.equal(plain.out, no_slots.out) and not torch.equal(plain.out, after.out)
@@ -369,7 +367,7 @@ def test_a_tensor_that_does_not_fit_is_named(name, spoil):
     case = make_case([(3, 1)], memories=[[(8, 0, 9)]], shared=5, sinks=True, page_dtype=INT8, bias=True)
     case = replace(case, **spoil(case))
     with pytest.raises(ValueError, match=f"^{name}: "):
-        memory_attention(case.query, case.context, case.out, lse=case.lse, **case.reads())
+        memory_attention(case.call())
 
 
 def test_an_unknown_route_is_refused():
@@ -391,7 +389,7 @@ def test_b12_five_references_are_no_launch_more_and_few_keys_more(monkeypatch):
     monkeypatch.setattr(launch, "architecture", lambda device: "sm90")
     case = make_case([(1, 1023)] * 8, heads=(32, 8), size=128, dtype=BF16, memories=[[(8, 0, FOREVER)] * 5] * 8)
     for batch in (case, case.without_memory()):
-        launch.attend(batch.query, batch.context, batch.out, lse=batch.lse, **batch.reads())
+        launch.attend(batch.call())
     assert len(launches) == 2 and launches[0] == launches[1]
     seen = case.table.tokens * (torch.arange(case.table.tokens.shape[1]) < case.table.count[:, None])
     keys = seen[case.row_slot.long()].sum(1)

@@ -21,13 +21,13 @@ from tests.support.aot import (
     check_prefetch,
     check_traffic,
     compile_for,
+    types_of,
 )
 from tests.support.aot_suite import Suite, needs_the_compiler
 
 pytestmark = [needs_the_compiler, pytest.mark.kernels]
 
 BF16, FP32 = torch.bfloat16, torch.float32
-TYPES = {BF16: "*bf16", torch.float16: "*fp16", FP32: "*fp32", INT8: "*i8", torch.uint8: "*u8", torch.int32: "*i32"}
 SHARED_BUDGET = {"sm80": 163, "sm90": 227, "sm100": 227, "gfx942": 64}  # KiB that one program can have
 REGISTER_BUDGET = {"gfx942": 512}  # 255 elsewhere, and what does not fit them spills
 OCCUPANCY = {"gfx942": 4}  # warps at a time: one on every scheduler; 8 on NVIDIA, two on each
@@ -71,19 +71,19 @@ def least_bytes(case: Case) -> dict[str, tuple[int, int]]:
     """What a program cannot do without: (once, a turn of the loop over these keys, or over splits)."""
     config, size, item = config_of(case), case.size, case.dtype.itemsize
     rows, parts = config.block_m, config.block_m * (size + 2) * 4
-    least = dict.fromkeys(("query", "out"), (rows * size * item, 0)) | {"partial": (parts, parts)}
-    least |= dict.fromkeys(("keys", "values"), (0, config.tile * size * item))
+    least = dict.fromkeys(("query.data", "output.data"), (rows * size * item, 0)) | {"splits.partial": (parts, parts)}
+    least |= dict.fromkeys(("context.k", "context.v"), (0, config.tile * size * item))
     if case.full:
-        least["lse"] = (rows * 4, 0)
+        least["output.lse"] = (rows * 4, 0)
     if case.memory is not None:
         quantised = case.memory.itemsize == 1
         tile = config.quantised_tile if quantised else config.memory_tile
-        names = ("shared_keys", "shared_values", "page_keys", "page_values")
+        names = ("shared.k", "shared.v", "pages.k", "pages.v")
         least |= dict.fromkeys(names, (0, tile * size * case.memory.itemsize))
         if quantised:
-            least |= dict.fromkeys(("shared_value_scale", "page_value_scale"), (0, tile * 4))
-            least["page_key_scale"] = (0, -(-tile // PAGE_SIZE) * size * 4)
-            least["shared_key_scale"] = (0, size * 4)  # once would do; it stays in the L1 cache
+            least |= dict.fromkeys(("shared.v_scale", "pages.v_scale"), (0, tile * 4))
+            least["pages.k_scale"] = (0, -(-tile // PAGE_SIZE) * size * 4)
+            least["shared.k_scale"] = (0, size * 4)  # once would do; it stays in the L1 cache
     return least
 
 
@@ -110,29 +110,18 @@ def compile_case(case: Case, config: FusedConfig | None = None) -> Resources:
     config = config or config_of(case)
     grid = launch.choose_grid(case.queries, 1, 1, 4, batch.context, config)._replace(part=case.part)
     workspace = launch.workspace_for(torch.device("cpu"), config, case.size) if grid.splits > 1 else None
-    arguments, constants = launch.kernel_arguments(
-        batch.query,
-        batch.context,
-        batch.out,
-        **batch.reads(),
-        lse=batch.lse if case.full else None,
-        config=config,
-        grid=grid,
-        workspace=workspace,
-    )
-    types = {}
-    for name, value in arguments.items():
-        if value is None:
-            constants[name] = None
-        elif isinstance(value, torch.Tensor):
-            types[name] = TYPES[value.dtype]
-        elif isinstance(value, float):
-            types[name] = "fp32"
-        else:
-            aligned = name.startswith("stride") and name not in ("stride_table", "stride_block_table", "stride_lse")
-            types[name] = "i32:16" if aligned else "i32"
+    call = batch.call() if case.full else batch.call(lse=None)
+    arguments = launch.kernel_arguments(call, config, grid, workspace)
+    types = {name: types_of(value, integer, name) for name, value in arguments.items()}
+    constants = {name: types.pop(name) for name in list(types) if types[name] is None}
     options = {"num_warps": config.warps, "num_stages": config.stages, **launch.OPTIONS}
     return compile_for(case.target, kernels.attention_kernel, types, constants, **options)
+
+
+def integer(name: str) -> str:
+    """An integer's type: nearly all strides are multiples of 16."""
+    aligned = "stride" in name and name not in ("table.stride", "stride_block_table", "stride_lse")
+    return "i32:16" if aligned else "i32"
 
 
 suite = Suite(compile_case, CASES)

@@ -22,8 +22,6 @@ from tests.ops.cascade_case import (
     assert_same_bits,
     memory_expected,
     merged,
-    options,
-    steps,
     untouched_tokens,
 )
 
@@ -130,9 +128,7 @@ def mixed_case(**changes) -> AttentionCase:
 def test_memory_only_matches_fp64(dtype, page_dtype, size):
     case = mixed_case(heads=(6, 2), size=size, dtype=dtype, page_dtype=page_dtype, bias=True, soft_cap=4.0)
     want = memory_expected(case)
-    out, lse = memory_only_attention(
-        *steps(case), 3, pages=case.pages, table=case.table, shared=case.shared, **options(case)
-    )
+    out, lse = memory_only_attention(case.memory_call())
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert_close(out, lse, want)
     blind = untouched_tokens(case, want)
@@ -153,10 +149,10 @@ def test_an_error_beyond_the_budget_is_seen():
 @pytest.mark.parametrize("parts", [("pages",), ("shared",), ("pages", "shared")])
 def test_memory_in_parts(parts):
     case = mixed_case()
-    given_parts = {name: getattr(case, name) for name in parts}
+    left_out = dict.fromkeys({"pages", "shared"} - set(parts))
     want = memory_expected(case, pages="pages" in parts, shared="shared" in parts)
     table = case.table if "pages" in parts else None
-    assert_close(*memory_only_attention(*steps(case), 3, **given_parts, table=table, **options(case)), want)
+    assert_close(*memory_only_attention(case.memory_call(**left_out, table=table)), want)
 
 
 @pytest.mark.parametrize("dtype,page_dtype", KINDS)
@@ -164,12 +160,10 @@ def test_memory_added_to_another_backend_is_one_softmax(dtype, page_dtype):
     """Route (c): any context with an LSE, then memory; the sinks are the context's."""
     case = mixed_case(dtype=dtype, page_dtype=page_dtype, sinks=True, shared_bias=0.5)
     context = case.without_memory()
-    memory_attention(case.query, case.context, context.out, lse=context.lse, **context.reads())
+    memory_attention(context.call())
     flash_lse = context.lse.t().contiguous()  # as FlashAttention has it
     out = context.out.clone()
-    add_memory(
-        *steps(case), 3, out, flash_lse.t(), pages=case.pages, table=case.table, shared=case.shared, **options(case)
-    )
+    add_memory(case.memory_call(out, flash_lse.t()))
     want = expected(case)
     twice = torch.finfo(dtype).eps * context.out.double().abs().nan_to_num()  # the context was rounded on its own
     assert_matches(replace(case, out=out, lse=flash_lse.t()), replace(want, out_budget=2 * want.out_budget + twice))
@@ -183,7 +177,7 @@ def test_memory_over_an_empty_context_of_poison():
     case = mixed_case()
     memory = memory_expected(case)
     out, lse = torch.full_like(case.query, NAN), torch.full(case.query.shape[:2], torch.inf)
-    add_memory(*steps(case), 3, out, lse, pages=case.pages, table=case.table, shared=case.shared, **options(case))
+    add_memory(case.memory_call(out, lse))
     assert_close(out, lse, merged(case, torch.full_like(out, NAN), torch.full_like(lse, torch.inf), memory))
 
 
@@ -193,16 +187,17 @@ def test_memory_over_an_empty_context_of_poison():
         ({"pages": None, "shared": None}, "pages: neither"),
         ({"table": None}, "table: needed"),
         ({"lse": torch.zeros(3, 3)}, "lse: "),
+        ({"lse": None}, "lse: None"),
         ({"row_slot": torch.zeros(2, dtype=torch.int32)}, "row_slot: shape"),
+        ({"row_slot": None}, "row_slot, sinks: "),
+        ({"sinks": torch.zeros(4)}, "row_slot, sinks: "),
+        ({"context": make_case(MIXED).context}, "context: "),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):
     case = mixed_case()
-    arguments = {**options(case), "pages": case.pages, "table": case.table, "shared": case.shared, "lse": case.lse}
-    arguments.update(change)
-    lse = arguments.pop("lse")
     with pytest.raises(ValueError, match=message):
-        add_memory(*steps(case), 3, case.out, lse, **arguments)
+        add_memory(case.memory_call(case.out, case.lse)._replace(**change))
 
 
 def route(**changes) -> str:

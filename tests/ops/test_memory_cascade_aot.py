@@ -11,6 +11,7 @@ import torch
 from mem_triton.ops import denylist
 from mem_triton.ops.tuning.memory_attention import select_pages, select_shared
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig
+from tests.ops.attention_case import make_case
 from tests.support.aot import (
     TARGETS,
     Resources,
@@ -19,12 +20,12 @@ from tests.support.aot import (
     check_no_padding,
     check_traffic,
     compile_for,
+    types_of,
 )
 from tests.support.aot_suite import Suite, needs_the_compiler
 
 pytestmark = [needs_the_compiler, pytest.mark.kernels]
 
-POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16", "int8": "*i8", "fp8": "*u8"}  # fp8 travels as bits
 DATA = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -60,34 +61,6 @@ CASES = [  # the common shapes everywhere; the others on one GPU of each maker
 ]
 
 
-def arguments_for(kernel, constants: dict, query: str, data: str) -> dict[str, str]:
-    """Triton types of the runtime arguments; those that are absent join ``constants`` as None."""
-    found = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            continue
-        if name in ("query", "out", "out_a", "out_b"):
-            found[name] = POINTERS[query]
-        elif name in ("keys", "values", "page_keys", "page_values"):
-            found[name] = POINTERS[data]
-        elif name.startswith("stride"):
-            found[name] = "i32" if "lse" in name else "i32:16"
-        elif name in ("key_scale", "value_scale", "page_key_scale", "page_value_scale"):
-            if data in ("int8", "fp8"):
-                found[name] = "*fp32"
-            else:
-                constants[name] = None
-        elif name in ("lse", "lse_a", "lse_b", "partial", "table_bias"):
-            found[name] = "*fp32"
-        elif name in ("scale", "soft_cap", "bias"):
-            found[name] = "fp32"
-        elif name in ("num_rows", "num_tokens", "search_steps", "length", "split_length", "split_pages"):
-            found[name] = "i32"
-        else:
-            found[name] = "*i32"
-    return found
-
-
 def config_of(case: Case) -> FusedConfig:
     kernel, select = ("pages", select_pages) if case.kernel == "pages" else ("shared", select_shared)
     return denylist.allowed(kernel, select, case.target, case.size, DATA[case.query].itemsize, case.rows)
@@ -99,52 +72,59 @@ def least_bytes(case: Case) -> dict[str, tuple[int, int]]:
 
     query, data, size = DATA[case.query].itemsize, DATA[case.data].itemsize, case.size
     if case.kernel == "merge":
-        return {name: (ROWS * size * query, 0) for name in ("out_a", "out_b", "out")}
+        return {name: (ROWS * size * query, 0) for name in ("a.data", "b.data", "output.data")}
     config = config_of(case)
     rows, tile, quantised = config.block_m, config.tile, data == 1
     merges = case.kernel == "shared" or case.rows == BATCH
     parts = rows * (size + 2) * 4
     least = {
-        "query": (rows * size * query, 0),
-        "out": (rows * size * query * (1 + merges), 0),
-        "lse": (rows * 4 * (1 + merges), 0),
-        "partial": (parts, parts),
+        "query.data": (rows * size * query, 0),
+        "output.data": (rows * size * query * (1 + merges), 0),
+        "output.lse": (rows * 4 * (1 + merges), 0),
+        "splits.partial": (parts, parts),
     }
     if case.kernel == "shared":
-        least |= dict.fromkeys(("keys", "values"), (0, tile * size * data))
-        scales = {"key_scale": (size * 4, 0), "value_scale": (0, tile * 4)}
+        least |= dict.fromkeys(("shared.k", "shared.v"), (0, tile * size * data))
+        scales = {"shared.k_scale": (size * 4, 0), "shared.v_scale": (0, tile * 4)}
     else:
-        least |= dict.fromkeys(("page_keys", "page_values"), (0, tile * size * data))
-        scales = {"page_key_scale": (0, -(-tile // PAGE_SIZE) * size * 4), "page_value_scale": (0, tile * 4)}
+        least |= dict.fromkeys(("pages.k", "pages.v"), (0, tile * size * data))
+        scales = {"pages.k_scale": (0, -(-tile // PAGE_SIZE) * size * 4), "pages.v_scale": (0, tile * 4)}
     return least | (scales if quantised else {})
 
 
 def compile_case(case: Case, **changes) -> Resources:
+    """Compile with the very arguments of a launch, whose tensors become pointers and whose numbers stay numbers."""
     from mem_triton.ops.memory_attention.cascade import launch as cascade_launch
     from mem_triton.ops.memory_attention.fused import launch
 
     config = config_of(case)
+    heads = {"heads": (40, 8)} if case.kernel == "merge" else {"heads": (GROUP, 1)}
+    memory = {"memories": [[(8, 0, 9)]], "page_size": PAGE_SIZE, "page_dtype": DATA[case.data], "shared": 16}
+    batch = make_case([(1, 30)], size=case.size, dtype=DATA[case.query], bias=True, **heads, **memory)
+    call = batch.memory_call(batch.out, batch.lse)
     options = {"num_warps": config.warps, "num_stages": config.stages, **launch.OPTIONS, **changes}
-    constants = cascade_launch.head_constants(case.size, GROUP, DATA[case.data], 0.0)
-    constants |= {
-        "BLOCK_M": config.block_m,
-        "TILE": config.tile,
-        "SPLIT": True,
-        "MERGE_STAGES": config.merge_stages(case.size),
-    }
+    workspace = launch.workspace_for(torch.device("cpu"), config, case.size)
     if case.kernel == "shared":
         kernel = cascade_launch.shared_kernel
+        arguments = cascade_launch.shared_arguments(call, config, workspace, True, config.tile)
     elif case.kernel == "pages":
         kernel = cascade_launch.memory_only_kernel
-        constants |= {"PAGE_SIZE": PAGE_SIZE, "MERGE": case.rows == BATCH}
+        arguments = cascade_launch.pages_arguments(call, config, workspace, True, 1, case.rows == BATCH)
     else:
         kernel, options = cascade_launch.merge_kernel, {"num_warps": cascade_launch.WARPS, "enable_fp_fusion": False}
-        constants = {"HEADS": 40, "SIZE": case.size, "ROWS": cascade_launch.ROWS}
-        constants |= dict(zip(("WIDTH", "REST"), launch.channel_parts(case.size), strict=True))
-    found = arguments_for(kernel, constants, case.query, case.data)
+        arguments = cascade_launch.merge_arguments(*(batch.out, batch.lse) * 3)
+    constants = {name: arguments.pop(name) for name in ("MERGE", "ROWS") if name in arguments}
+    found = {name: types_of(value, integer, name) for name, value in arguments.items()}
     return compile_for(case.target, kernel, found, constants, **options)
 
 
+def integer(name: str) -> str:
+    """An integer's type: but for those of a log-sum-exp, strides are multiples of 16."""
+    aligned = "stride" in name and name not in LSE_STRIDES
+    return "i32:16" if aligned else "i32"
+
+
+LSE_STRIDES = {f"{name}{head}" for name in ("stride_lse", "stride_a", "stride_b") for head in ("", "_head")}
 suite = Suite(compile_case, CASES, always=[Case("sm90", "shared", BATCH, size, "bf16", "bf16") for size in (80, 128)])
 
 
@@ -178,10 +158,10 @@ def test_a_spill_is_seen():
 
 def test_a_padded_head_is_seen(monkeypatch):
     """Negative control: 80 channels as one part of 128 move no more bytes, but keep 48 lanes of nothing."""
-    from mem_triton.ops.memory_attention.cascade import launch as cascade_launch
+    from mem_triton.ops.memory_attention.fused import operands
 
     case = Case("sm90", "shared", BATCH, 80, "bf16", "bf16")
-    monkeypatch.setattr(cascade_launch, "channel_parts", lambda size: (128, 0))
+    monkeypatch.setattr(operands, "channel_parts", lambda size: (128, 0))
     with pytest.raises(AssertionError, match=r"padding=[1-9]"):
         check_no_padding(compile_case(case))
 
@@ -209,7 +189,7 @@ def test_no_batch_needs_a_new_kernel():
     varying = {
         cascade_launch.shared_kernel: {"num_rows", "search_steps", "length", "split_length", "stride_lse_head"},
         cascade_launch.memory_only_kernel: {"num_tokens", "num_rows", "split_pages", "stride_lse_head"},
-        cascade_launch.merge_kernel: {"num_rows", "stride_lse_a_head", "stride_lse_head"},
+        cascade_launch.merge_kernel: {"num_rows", "stride_a_head", "stride_lse_head"},
     }
     for kernel, names in varying.items():
         assert names <= {p.name for p in kernel.params if p.do_not_specialize}

@@ -45,7 +45,7 @@ def packed(case: AttentionCase, kind: str) -> AttentionCase:
 
 def check(case: AttentionCase, kind: str) -> None:
     after = packed(case, kind).fresh()
-    memory_attention(after.query, after.context, after.out, lse=after.lse, **after.reads())
+    memory_attention(after.call())
     assert_matches(replace(case, out=after.out, lse=after.lse))
 
 
@@ -96,7 +96,7 @@ def test_any_batch_without_the_instruction(seed, monkeypatch):
     monkeypatch.setattr(paged_numba, "_HAS_DOT", False)
     case = random_case(random.Random(seed))
     after = case.fresh()
-    memory_attention(after.query, after.context, after.out, lse=after.lse, **after.reads())
+    memory_attention(after.call())
     assert_matches(after)
 
 
@@ -105,7 +105,7 @@ def test_a_wrong_order_would_be_seen():
     case = make_case([(1, 60)], size=64, block_size=32)
     wrong = packed(case, "columns")
     wrong = replace(wrong, context=wrong.context._replace(packing=Packing("pairs", 32)))
-    memory_attention(wrong.query, wrong.context, wrong.out, lse=wrong.lse, **wrong.reads())
+    memory_attention(wrong.call())
     with pytest.raises(AssertionError):
         assert_matches(replace(case, out=wrong.out, lse=wrong.lse))
 

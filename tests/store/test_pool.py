@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mem_triton.ops.memory_attention import FOREVER, MemoryPages, MemoryTable, PagedContext, memory_attention
+from mem_triton.ops.memory_attention import (
+    FOREVER,
+    AttentionCall,
+    MemoryPages,
+    MemoryTable,
+    PagedContext,
+    memory_attention,
+)
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.pool.pages import PageLayout
 from mem_triton.store.pool.pool import PagePool
@@ -119,11 +126,11 @@ def test_attention_reads_from_the_pool_what_was_written(dtype):
         plain = MemoryPages(*(None if x is None else x.contiguous() for x in layer))
         for pages in (layer, plain):
             out = torch.full_like(query, float("nan"))
-            memory_attention(query, context(3, 5, 2, 16), out, scale=0.25, row_slot=row_slot, pages=pages, table=table)
+            memory_attention(AttentionCall(query, context(3, 5, 2, 16), out, 0.25, row_slot, pages, table))
             outs.append(out)
         assert torch.equal(*outs) and not outs[0].isnan().any()
         alone = torch.full_like(query, float("nan"))
-        memory_attention(query, context(3, 5, 2, 16), alone, scale=0.25)
+        memory_attention(AttentionCall(query, context(3, 5, 2, 16), alone, 0.25))
         same = (outs[0] == alone).flatten(1).all(1).tolist()
         assert same == [False, True, False], "memory counts, for the rows that have it"
 

@@ -13,10 +13,12 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -61,31 +63,69 @@ class Resources:
 
 
 def compile_for(
-    target: str, kernel: Any, arguments: dict[str, str], constants: dict[str, Any], **options: Any
+    target: str, kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], **options: Any
 ) -> Resources:
     """Compile ``kernel`` for a target of TARGETS.
 
-    arguments: Triton type per runtime argument ("*bf16", "i32"). Pointers are taken as 16-byte aligned, as the caching
-    allocator's are; "i32:16" says the same of an integer. constants: the tl.constexpr arguments, and arguments that are
-    None. options: num_warps, num_stages, ...
+    arguments: Triton type per runtime argument ("*bf16", "i32"), or a tuple of such, in which all that is no string is
+    a constant. Pointers are taken as 16-byte aligned, as the caching allocator's are; "i32:16" says the same of an
+    integer. constants: the tl.constexpr arguments, and arguments that are None. options: num_warps, num_stages, ...
     """
-    signature, values, attributes = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name], values[(index,)] = "constexpr", constants[name]
-            continue
-        signature[name], _, alignment = arguments[name].partition(":")
-        if alignment or signature[name].startswith("*"):
-            attributes[(index,)] = [["tt.divisibility", 16]]
     unknown = (set(arguments) | set(constants)) - set(kernel.arg_names)
     if unknown:
         raise ValueError(f"{kernel.__name__} has no argument {sorted(unknown)}")
+    values, attributes, names = {}, {}, []
+
+    def typed(value: Any, path: tuple[int, ...], name: str) -> Any:
+        """The signature of an argument; fills the three collections."""
+        if isinstance(value, tuple):
+            fields = getattr(value, "_fields", range(len(value)))
+            return type(value)(*(typed(x, (*path, i), f"{name}.{fields[i]}") for i, x in enumerate(value)))
+        if not isinstance(value, str):
+            values[path] = getattr(value, "value", value)
+            return "constexpr"
+        kind, _, alignment = value.partition(":")
+        if alignment or kind.startswith("*"):
+            attributes[path] = [["tt.divisibility", 16]]
+        names.append(name)
+        return kind
+
+    signature = {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[(index,)] = "constexpr", constants[name]
+        else:
+            signature[name] = typed(arguments[name], (index,), name)
     source = ASTSource(kernel, signature, values, attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
-    return _measure(target, compiled)
+    return _measure(target, compiled, names)
 
 
-def _measure(target: str, compiled: Any) -> Resources:
+def types_of(value: Any, integer: Callable[[str], str], name: str = "") -> Any:
+    """What ``compile_for`` takes for an argument of a launch: tensors become pointers, numbers stay numbers.
+
+    integer: the type of an integer by its name, "table.stride" for one in a tuple.
+    """
+    if isinstance(value, tuple):
+        return type(value)(*(types_of(x, integer, f"{name}.{field}") for field, x in value._asdict().items()))
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return integer(name) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+}
+
+
+def _measure(target: str, compiled: Any, names: Sequence[str]) -> Resources:
     shared, warps = int(compiled.metadata.shared), int(compiled.metadata.num_warps)
     amd = target.startswith("gfx")
     assembly = compiled.asm["amdgcn" if amd else "ptx"]
@@ -102,7 +142,7 @@ def _measure(target: str, compiled: Any) -> Resources:
         occupancy=warps * programs_at_a_time(target, registers, shared, warps),
         local=len(re.findall(local, assembly)) + (0 if amd else spills),
         matrix=frozenset(kind for kind, pattern in MATRIX_INSTRUCTIONS.items() if re.search(pattern, assembly)),
-        traffic=read_traffic(compiled.asm["ttgir"]),
+        traffic=read_traffic(compiled.asm["ttgir"], names),
         in_flight=_copies_in_flight(compiled.asm["ttgir"]),
     )
 

@@ -95,12 +95,12 @@ def _install(places: dict[str, str]) -> None:
 def _raising(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if Path(os.environ[VARIABLE]).read_text() == name and _is_concerned(name, kwargs):
+        if Path(os.environ[VARIABLE]).read_text() == name and _is_concerned(name, args):
             raise Injected(name)
         return stock(*args, **kwargs)
 
     return wrapped
 
 
-def _is_concerned(name: str, kwargs: dict[str, Any]) -> bool:
-    return name != "attention" or "row_slot" in kwargs  # without memory it is the engine's own attention
+def _is_concerned(name: str, args: tuple[Any, ...]) -> bool:
+    return name != "attention" or args[0].row_slot is not None  # without memory it is the engine's own attention

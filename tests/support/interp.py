@@ -30,7 +30,7 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,6 +218,16 @@ class _Argument:
     element_size: int
 
 
+def _apart(arguments: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Arguments by name, those in tuples each on its own: "context.k"."""
+    for name, value in arguments:
+        if isinstance(value, tuple):
+            fields = getattr(value, "_fields", range(len(value)))
+            yield from _apart((f"{name}.{field}", x) for field, x in zip(fields, value, strict=True))
+        else:
+            yield name, value
+
+
 @dataclass
 class _Sanitizer:
     """State of one ``sanitize`` block; the byte maps are per launch."""
@@ -234,7 +244,7 @@ class _Sanitizer:
     def begin(self, kernel: str, arguments: list[tuple[str, Any]]) -> None:
         self.kernel, self.permutation = kernel, None
         self.arguments = []
-        for name, value in arguments:
+        for name, value in _apart(arguments):
             if isinstance(value, torch.Tensor) and value.numel():
                 last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
                 low, size = value.data_ptr(), value.element_size()

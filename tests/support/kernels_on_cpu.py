@@ -98,24 +98,25 @@ def memory_attention() -> None:
 
     launch.architecture = lambda device: "sm90"
 
-    def attend(query, context, out, **options) -> None:
-        launch.attend(query, by_token(context, query.shape[-1]), out, **options)
+    def attend(call) -> None:
+        launch.attend(by_token(call))
         _say("attention")
 
     dispatch.attend = attend
 
 
-def by_token(context: Any, size: int) -> Any:
-    """What a GPU's KV cache would be: keys and values of a token beside each other."""
+def by_token(call: Any) -> Any:
+    """The call as on a GPU, in whose KV cache keys and values of a token stand beside each other."""
+    context, size = call.context, call.query.shape[-1]
     if context.packing is None:
-        return context
+        return call
     import torch
 
     from mem_triton.ops.memory_attention.arguments.packing import unpack_keys, unpack_values
 
     keys, values = unpack_keys(context.keys, context.packing), unpack_values(context.values, context.packing)
     keys, values = torch.cat([keys, values], -1).split(size, -1)
-    return context._replace(keys=keys, values=values, packing=None)
+    return call._replace(context=context._replace(keys=keys, values=values, packing=None))
 
 
 _said: set[str] = set()

@@ -1,7 +1,8 @@
 """What Triton would compile a launch for, recorded in the interpreter, which compiles nothing.
 
 Triton makes a kernel anew for other constants, options and types of arguments, for integers that are 1 or multiples of
-16, and for pointers that are aligned to 16 bytes or not; but for the names in ``do_not_specialize`` only for types.
+16, and for pointers that are aligned to 16 bytes or not; but for the names in ``do_not_specialize`` only for types. So
+it does for each part of a tuple.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ def key_of(kernel: InterpretedFunction, args: tuple, kwargs: dict[str, Any]) -> 
 
 
 def _kind(annotation: Any, value: Any, plain: bool) -> str:
-    if annotation is tl.constexpr or annotation == "tl.constexpr" or value is None:
+    if annotation is tl.constexpr or annotation == "tl.constexpr" or value is None or isinstance(value, tl.constexpr):
         return repr(value)
+    if isinstance(value, tuple):  # each of its parts, whatever the name is in
+        return f"({', '.join(_kind(None, part, False) for part in value)})"
     if isinstance(value, torch.Tensor):
         return f"*{value.dtype}{'' if value.data_ptr() % 16 else ' aligned'}"
     if isinstance(value, int) and not isinstance(value, bool):

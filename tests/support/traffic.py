@@ -9,6 +9,7 @@ are padding, which moves no bytes but takes registers; of any other mask all lan
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -59,9 +60,12 @@ def total(traffic: dict[str, Bytes], turns: int) -> int:
     return sum(one.once + turns * one.each for one in traffic.values())
 
 
-def read_traffic(ttgir: str) -> dict[str, Bytes]:
-    """Bytes per pointer argument. ValueError for an access that cannot be traced to one."""
-    module = _Module()
+def read_traffic(ttgir: str, names: Sequence[str]) -> dict[str, Bytes]:
+    """Bytes per pointer argument. ValueError for an access that cannot be traced to one.
+
+    names: of the arguments that are no constants, in their order; Triton's own names differ between its versions.
+    """
+    module = _Module(names)
     for line in ttgir.splitlines():
         module.read(re.sub(r" loc\([^ ]*\)$", "", line.strip()))
     return module.summary()
@@ -79,6 +83,7 @@ class _Access:
 
 @dataclass
 class _Module:
+    names: Sequence[str]
     arguments: dict[str, int] = field(default_factory=dict)  # name -> number
     made_by: dict[str, tuple[str, list[str], str]] = field(default_factory=dict)  # name -> op, operands, its line
     values: dict[str, np.ndarray] = field(default_factory=dict)
@@ -89,7 +94,7 @@ class _Module:
         if line.startswith("}") and self.loops:
             self.loops.pop()
         if line.startswith("tt.func"):
-            for number, (name, kind) in enumerate(re.findall(r"(%[\w-]+): ([^\s,{)]+)", line)):
+            for number, (name, kind) in enumerate(re.findall(r"(%[\w.-]+): ([^\s,{)]+)", line)):
                 self.arguments[name] = number
                 first = (number + 1) << _ARGUMENT_SHIFT if kind.startswith("!tt.ptr") else 1_000_003 * (number + 1)
                 self.values[name] = np.array(first)
@@ -101,13 +106,13 @@ class _Module:
             self.loops.append(self._turns(line))
 
     def _define(self, line: str) -> None:
-        match = re.match(r"(%[\w-]+)(?::\d+)? = \"?([\w.]+)\"?(.*)", line)
+        match = re.match(r"(%[\w.-]+)(?::\d+)? = \"?([\w.]+)\"?(.*)", line)
         if not match:
             return
         name, op, rest = match.groups()
-        operands = re.findall(r"%[\w-]+(?:#\d+)?", rest)
+        operands = re.findall(r"%[\w.-]+(?:#\d+)?", rest)
         if op in ("scf.for", "scf.while"):  # what a loop counts and carries is looked at in its first turn
-            pairs = re.findall(r"(%[\w-]+) = (%[\w#-]+)", rest)
+            pairs = re.findall(r"(%[\w.-]+) = (%[\w.#-]+)", rest)
             for inner, start in pairs:
                 self._made(inner, "tt.splat", [start], line)
             carried = pairs[1:] if op == "scf.for" else pairs
@@ -122,7 +127,7 @@ class _Module:
         self.values.pop(name, None)  # loops side by side use the same names
 
     def _turns(self, line: str) -> int | None:
-        match = re.search(r"scf\.for %[\w-]+ = (%[\w#-]+) to (%[\w#-]+) step (%[\w#-]+)", line)
+        match = re.search(r"scf\.for %[\w.-]+ = (%[\w.#-]+) to (%[\w.#-]+) step (%[\w.#-]+)", line)
         if not match:
             return None if "scf.while" in line or line == "} do {" else 1
         bounds = [self.made_by.get(name, ("", [], ""))[2] for name in match.groups()]
@@ -133,7 +138,7 @@ class _Module:
 
     def _access(self, line: str) -> None:
         op = _ACCESS.search(line)[1]
-        operands = re.findall(r"%[\w-]+(?:#\d+)?", line.split(op, 1)[1])
+        operands = re.findall(r"%[\w.-]+(?:#\d+)?", line.split(op, 1)[1])
         for place, name in enumerate(operands):
             address = self.value(name) if self._is_address(name) else None
             if address is None or not (address >> _ARGUMENT_SHIFT).any():
@@ -145,7 +150,7 @@ class _Module:
                 address = address + self.value(operands[place + 1]) * item
             numbers = np.unique(address >> _ARGUMENT_SHIFT)
             if len(numbers) == 1:
-                argument = next(n for n, number in self.arguments.items() if number + 1 == numbers[0])
+                argument = self.names[int(numbers[0]) - 1]
                 turns = [loop for loop in self.loops if loop != 1]
                 known = int(np.prod([loop for loop in turns if loop is not None]))
                 mask = np.array(True)
@@ -154,7 +159,7 @@ class _Module:
                 address, mask = np.broadcast_arrays(address, mask)
                 size, padding = (len(np.unique(address[lanes])) * item * known for lanes in (mask, ~mask))
                 copied = "async" in op or "_to_local" in op
-                self.accesses.append(_Access(argument[1:], size, padding, turns.count(None), len(turns), copied))
+                self.accesses.append(_Access(argument, size, padding, turns.count(None), len(turns), copied))
                 return
         raise ValueError(f"not traced to a pointer argument: {line}")
 

@@ -13,10 +13,11 @@ from tests.support import kernels_on_cpu
 from tests.support.specialisations import Key, recorded
 
 COLD, SERVED, WARMED, MISSED = "COLD-LAUNCH", "SERVED-BY", "WARMED-UP", "WOULD-BE-COLD"
+NO_PAGES = f"({', '.join(['None'] * 9)})"  # a tuple of None
 FORGETFUL: dict[str, Callable[[Key], bool]] = {
     "no long prompts": lambda key: key[0] == "chunk_maps_kernel",
     "no steps of one token": lambda key: key[0] == "recurrent_kernel" and ("CHUNK", "0") in key,
-    "no memory": lambda key: key[0] == "attention_kernel" and ("page_keys", "None") not in key,
+    "no memory": lambda key: key[0] == "attention_kernel" and ("pages", NO_PAGES) not in key,
 }
 """Controls: what a warm-up might leave out. Serving says MISSED, and which, if it would have met a cold launch then."""
 
@@ -86,22 +87,15 @@ def _attention_as_on_a_gpu() -> None:
     from mem_triton.ops.memory_attention.cascade import batched
     from mem_triton.ops.memory_attention.cpu import dispatch
     from mem_triton.ops.memory_attention.fused import launch
-    from mem_triton.ops.memory_attention.policy import choose
+    from mem_triton.ops.memory_attention.policy import choose_for
 
     launch.architecture = lambda device: "sm90"
     from mem_triton.ops.memory_attention.cascade import launch as cascade_launch
 
     cascade_launch.architecture = launch.architecture
 
-    def attend(query: Any, context: Any, out: Any, **options: Any) -> None:
-        context = kernels_on_cpu.by_token(context, query.shape[-1])
-        shared = options["shared"]
-        policy = choose(
-            "sm90",
-            rows=len(context.seq_lens),
-            shared_tokens=0 if shared is None else shared.keys.shape[1],
-            head_dim=query.shape[2],
-        )
-        (batched if policy.route == "shared_batched" else launch).attend(query, context, out, **options)
+    def attend(call: Any) -> None:
+        path = batched if choose_for("sm90", call).route == "shared_batched" else launch
+        path.attend(kernels_on_cpu.by_token(call))
 
     dispatch.attend = attend

@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm.v1.attention.backend import AttentionImpl
 
-from mem_triton.ops.memory_attention import memory_attention
+from mem_triton.ops.memory_attention import AttentionCall, memory_attention
 from mem_triton_vllm import backend, flash_lse
 from tests.ops.attention_case import FOREVER, assert_matches, expected, make_case
 
@@ -35,7 +35,7 @@ def step(monkeypatch):
 
     def flash_attn_varlen_func(query, return_softmax_lse=False):
         out, lse = torch.empty_like(query), torch.empty(query.shape[:2])
-        memory_attention(query, case.context, out, scale=case.scale, lse=lse)
+        memory_attention(AttentionCall(query, case.context, out, case.scale, lse=lse))
         return (out, lse.t()) if return_softmax_lse else out
 
     monkeypatch.setattr(flash_lse.flash_attn, "FlashAttentionImpl", Flash)

@@ -2,6 +2,7 @@
 
 from mem_triton.ops.memory_attention.arguments.types import (
     FOREVER,
+    AttentionCall,
     MemoryPages,
     MemoryTable,
     PagedContext,
@@ -14,6 +15,7 @@ from mem_triton.ops.memory_attention.policy import Policy
 
 __all__ = [
     "FOREVER",
+    "AttentionCall",
     "MemoryPages",
     "MemoryTable",
     "PagedContext",

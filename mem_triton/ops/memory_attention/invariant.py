@@ -14,12 +14,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from mem_triton.ops.memory_attention.arguments.types import PagedContext
+from mem_triton.ops.memory_attention.arguments.types import AttentionCall
 from mem_triton.ops.memory_attention.cpu import dispatch
 
 SPLITS = 8
@@ -31,67 +29,64 @@ LONG = 64
 """Rows of a program for queries that come in numbers: what feeds the widest matrix instructions."""
 
 
-def attend(query: Tensor, context: PagedContext, out: Tensor, *, row_slot: Tensor | None, **options: Any) -> None:
-    """Arguments as in ``op.memory_attention``, already checked."""
-    if query.device.type == "cpu":
-        _attend_rows(query, context, out, row_slot=row_slot, **options)
+def attend(call: AttentionCall) -> None:
+    """Attend a call that is already checked."""
+    if call.query.device.type == "cpu":
+        _attend_rows(call)
     else:
-        launch_parts(query, context, out, row_slot=row_slot, **options)
+        launch_parts(call)
 
 
-def _attend_rows(
-    query: Tensor, context: PagedContext, out: Tensor, *, row_slot: Tensor | None, lse: Tensor | None, **options: Any
-) -> None:
+def _attend_rows(call: AttentionCall) -> None:
     """Row by row, on a copy of its queries: torch picks its way by shapes, strides and where data begin."""
+    context = call.context
     for row, (begin, end) in enumerate(pairwise(context.query_start_loc.tolist())):
         if begin == end:
             continue
         one, starts = slice(row, row + 1), context.query_start_loc.new_tensor([0, end - begin])
-        alone = context._replace(
-            block_table=context.block_table[one], query_start_loc=starts, seq_lens=context.seq_lens[one]
-        )
         dispatch.attend(
-            query[begin:end].clone(memory_format=torch.contiguous_format),
-            alone,
-            out[begin:end],
-            **options,
-            row_slot=None if row_slot is None else row_slot[one],
-            lse=None if lse is None else lse[begin:end],
+            call._replace(
+                query=call.query[begin:end].clone(memory_format=torch.contiguous_format),
+                context=context._replace(
+                    block_table=context.block_table[one], query_start_loc=starts, seq_lens=context.seq_lens[one]
+                ),
+                out=call.out[begin:end],
+                row_slot=None if call.row_slot is None else call.row_slot[one],
+                lse=None if call.lse is None else call.lse[begin:end],
+            )
         )
 
 
-def launch_parts(
-    query: Tensor, context: PagedContext, out: Tensor, *, row_slot: Tensor | None, lse: Tensor | None, **options: Any
-) -> None:
+def launch_parts(call: AttentionCall) -> None:
     """One launch for each ROWS single queries, and one for all longer rows. Works on whatever the tensors lie on."""
     from mem_triton.ops import denylist
     from mem_triton.ops.memory_attention.fused import launch
     from mem_triton.ops.tuning.memory_attention_fused import select
 
+    query, context = call.query, call.context
     tokens, query_heads, size = query.shape
     rows, heads = context.seq_lens.shape[0], context.keys.shape[1]
     if tokens == 0 or rows == 0:
         return
     group, architecture = query_heads // heads, launch.architecture(query.device)
-    options |= {"lse": lse}
     for part, programs_rows in ((1, group), (2, max(group, LONG))):
         if part == 2 and context.max_query_len == 1:
             return
         config = denylist.allowed("attention", select, architecture, size, query.element_size(), programs_rows, group)
         if part == 2:
             blocks = tokens // (config.block_m // group) + rows
-            grid = launch.Grid(blocks, heads, 1, one_block=False, part=part)
-            launch.run(query, context, out, config=config, grid=grid, workspace=None, row_slot=row_slot, **options)
+            launch.run(call, config, launch.Grid(blocks, heads, 1, one_block=False, part=part), None)
             return
         for first in range(0, rows, ROWS):
             few = slice(first, min(first + ROWS, rows))
-            count, slots = few.stop - first, None if row_slot is None else row_slot[few]
+            count = few.stop - first
             some = context._replace(
                 block_table=context.block_table[few],
                 seq_lens=context.seq_lens[few],
                 query_start_loc=context.query_start_loc[first : few.stop + 1],
             )
+            slots = None if call.row_slot is None else call.row_slot[few]
             cells = 1 << (count * heads * SPLITS - 1).bit_length()  # few sizes, as they are kept
             workspace = launch.workspace_for(query.device, replace(config, programs=cells), size)
             grid = launch.Grid(count, heads, SPLITS, one_block=True, part=part)
-            launch.run(query, some, out, config=config, grid=grid, workspace=workspace, row_slot=slots, **options)
+            launch.run(call._replace(context=some, row_slot=slots), config, grid, workspace)

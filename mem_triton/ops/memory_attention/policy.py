@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mem_triton.ops.memory_attention.arguments.types import AttentionCall
 from mem_triton.ops.tuning.memory_attention import thresholds
 
 Route = Literal["fused", "shared_batched"]
@@ -58,3 +59,13 @@ def choose(
     if shared_tokens >= limits.shared_tokens and saved >= limits.shared_saved:
         return Policy("shared_batched")
     return Policy("fused")
+
+
+def choose_for(architecture: str, call: AttentionCall) -> Policy:
+    """``choose`` for the shapes of a call."""
+    return choose(
+        architecture,
+        rows=len(call.context.seq_lens),
+        shared_tokens=0 if call.shared is None else call.shared.keys.shape[1],
+        head_dim=call.query.shape[2],
+    )

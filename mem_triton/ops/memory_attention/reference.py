@@ -14,7 +14,7 @@ Slot -1 leaves the context alone. The logit of a key is cap(scale * q.k) + bias;
 
 Example::
 
-    out, lse = reference.memory_attention(query, context, scale=64**-0.5, row_slot=slots, pages=pages, table=table)
+    out, lse = reference.memory_attention(AttentionCall(query, context, None, 64**-0.5, slots, pages, table))
 """
 
 from __future__ import annotations
@@ -22,26 +22,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention.arguments.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.arguments.types import (
+    AttentionCall,
+    MemoryPages,
+    MemoryTable,
+    PagedContext,
+    SharedSegment,
+)
 
 
-def memory_attention(
-    query: Tensor,
-    context: PagedContext,
-    *,
-    scale: float,
-    row_slot: Tensor | None = None,
-    pages: MemoryPages | None = None,
-    table: MemoryTable | None = None,
-    shared: SharedSegment | None = None,
-    soft_cap: float = 0.0,
-    sinks: Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Tensor, Tensor]:
+def memory_attention(call: AttentionCall, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] and log-sum-exp [T, Hq] (natural log) in ``dtype``; NaN where a token belongs to no row.
 
-    query: [T, Hq, D]. The other arguments are those of ``op.memory_attention``.
+    ``call.out`` and ``call.lse`` are not looked at.
     """
+    query, context = call.query, call.context
     out = torch.full(query.shape, float("nan"), dtype=dtype, device=query.device)
     lse = torch.full(query.shape[:2], float("nan"), dtype=dtype, device=query.device)
     starts, lengths = context.query_start_loc.tolist(), context.seq_lens.tolist()
@@ -50,13 +45,13 @@ def memory_attention(
         if begin == end:
             continue
         keys, values = read_context(context, row, length, dtype)
-        slot = -1 if row_slot is None else int(row_slot[row])
+        slot = -1 if call.row_slot is None else int(call.row_slot[row])
         for token in range(begin, end):
             position = length - (end - begin) + token - begin
             parts = [(keys[:, : position + 1], values[:, : position + 1], 0.0)]
             if slot >= 0:
-                parts += read_memory(slot, position, pages, table, shared, dtype)
-            out[token], lse[token] = attend(query[token].to(dtype), parts, scale, soft_cap, sinks)
+                parts += read_memory(slot, position, call.pages, call.table, call.shared, dtype)
+            out[token], lse[token] = attend(query[token].to(dtype), parts, call.scale, call.soft_cap, call.sinks)
     return out, lse
 
 

@@ -29,7 +29,7 @@ def on_hopper(monkeypatch):
 def run(case: AttentionCase, order: str = "forward") -> AttentionCase:
     after = case.fresh()
     with sanitize(order) as findings:
-        invariant.launch_parts(after.query, after.context, after.out, lse=after.lse, **after.reads())
+        invariant.launch_parts(after.call())
     assert not findings, "\n".join(findings)
     return after
 
@@ -38,7 +38,7 @@ def usual(case: AttentionCase) -> AttentionCase:
     """What runs otherwise, on a GPU so small that four blocks of queries fill it."""
     after = case.fresh()
     small = replace(select_attention("sm90", 32, 4, 1), programs=4)
-    attention_launch.attend(after.query, after.context, after.out, lse=after.lse, config=small, **after.reads())
+    attention_launch.attend(after.call(), config=small)
     return after
 
 

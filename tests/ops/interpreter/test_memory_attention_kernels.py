@@ -36,9 +36,7 @@ def run(case: AttentionCase, config: FusedConfig, order: str = "forward") -> Att
     workspace = launch.workspace_for(torch.device("cpu"), config, case.query.shape[2])
     workspace.partial.fill_(float("nan"))
     with sanitize(order) as findings:
-        launch.attend(
-            after.query, after.context, after.out, lse=after.lse, config=config, workspace=workspace, **after.reads()
-        )
+        launch.attend(after.call(), config=config, workspace=workspace)
     assert not findings, "\n".join(findings)
     assert not workspace.counter.any(), "a counter is not zero: the next launch would never merge"
     return after
@@ -215,9 +213,7 @@ def test_a_workspace_serves_one_launch_after_another():
     for seed, computed in enumerate((60, 3, 40)):
         case = make_case([(1, computed), (1, 7)], memories=[[(8, 0, FOREVER)], None], heads=(2, 1), seed=seed)
         case = replace(case, context=case.context._replace(max_query_len=1))
-        launch.attend(
-            case.query, case.context, case.out, lse=case.lse, config=SPLIT, workspace=workspace, **case.reads()
-        )
+        launch.attend(case.call(), config=SPLIT, workspace=workspace)
         assert_matches(case)
 
 
@@ -243,7 +239,7 @@ def test_the_checker_sees_a_merge_at_the_wrong_time():
         workspace = launch.workspace_for(torch.device("cpu"), SPLIT, 32)
         workspace.counter.fill_(start)
         with sanitize() as findings:
-            launch.attend(after.query, after.context, after.out, config=SPLIT, workspace=workspace, **after.reads())
+            launch.attend(after.call(lse=None), config=SPLIT, workspace=workspace)
         if start < 0:
             assert after.out.isnan().all() and workspace.counter.any()
         else:

@@ -23,8 +23,6 @@ from tests.ops.cascade_case import (
     assert_same_bits,
     memory_expected,
     merged,
-    options,
-    steps,
     untouched_tokens,
 )
 from tests.support.interp import sanitize
@@ -67,7 +65,7 @@ def check_shared(case: AttentionCase, config: FusedConfig = SPLIT, order: str = 
     if lse_by_head:
         lse = lse.t().contiguous().t()
     with sanitize(order) as findings:
-        cascade_launch.attend_shared(*steps(case), out, lse, shared=case.shared, config=config, **options(case))
+        cascade_launch.attend_shared(case.memory_call(out, lse), config)
     assert not findings, "\n".join(findings)
     assert_close(out, lse, merged(case, before, before_lse, want))
     blind = untouched_tokens(case, want)
@@ -82,17 +80,7 @@ def check_pages(
     before, before_lse = some_state(case)
     out, lse = (x.clone() if merge else torch.full_like(x, NAN) for x in (before, before_lse))
     with sanitize(order) as findings:
-        cascade_launch.attend_pages(
-            *steps(case),
-            case.context.max_query_len,
-            out,
-            lse,
-            pages=case.pages,
-            table=case.table,
-            config=config,
-            merge=merge,
-            **options(case),
-        )
+        cascade_launch.attend_pages(case.memory_call(out, lse), merge, config)
     assert not findings, "\n".join(findings)
     assert_close(out, lse, merged(case, before, before_lse, want) if merge else want)
     if merge:
@@ -171,11 +159,9 @@ def test_a_workspace_serves_launch_after_launch(order):
     for _ in range(2):
         out, lse = some_state(case)
         with sanitize(order) as findings:
-            arguments = {"config": SPLIT, "workspace": workspace, **options(case)}
-            cascade_launch.attend_pages(
-                *steps(case), 3, out, lse, pages=case.pages, table=case.table, merge=True, **arguments
-            )
-            cascade_launch.attend_shared(*steps(case), out, lse, shared=case.shared, **arguments)
+            call = case.memory_call(out, lse)
+            cascade_launch.attend_pages(call, True, SPLIT, workspace)
+            cascade_launch.attend_shared(call, SPLIT, workspace)
         assert not findings, "\n".join(findings)
         assert (workspace.counter == 0).all()
         results.append((out, lse))
@@ -190,15 +176,7 @@ def test_a_counter_that_is_not_reset_would_be_seen():
     workspace.counter.fill_(1)
     before, before_lse = some_state(case)
     out, lse = before.clone(), before_lse.clone()
-    cascade_launch.attend_shared(
-        *steps(case),
-        out,
-        lse,
-        shared=case.shared,
-        config=replace(SPLIT, max_splits=2),
-        workspace=workspace,
-        **options(case),
-    )
+    cascade_launch.attend_shared(case.memory_call(out, lse), replace(SPLIT, max_splits=2), workspace)
     with pytest.raises(AssertionError):
         assert_close(out, lse, merged(case, before, before_lse, memory_expected(case, pages=False)))
 
@@ -209,9 +187,9 @@ def test_cascade_is_one_softmax(kind):
     case = mixed_case(kind, sinks=True, bias=True)
     own = replace(case.fresh(), shared=None)
     fused = replace(SPLIT, tile=16)
-    launch.attend(own.query, own.context, own.out, lse=own.lse, config=fused, **own.reads())
+    launch.attend(own.call(), config=fused)
     out, lse = own.out.clone(), own.lse.clone()
-    cascade_launch.attend_shared(*steps(case), out, lse, shared=case.shared, config=SPLIT, **options(case))
+    cascade_launch.attend_shared(case.memory_call(out, lse), SPLIT)
     want = expected(case)
     twice = torch.finfo(out.dtype).eps * own.out.double().abs().nan_to_num()
     live = ~want.lse.isnan().any(1)
@@ -219,7 +197,7 @@ def test_cascade_is_one_softmax(kind):
     blind = untouched_tokens(case, memory_expected(case, pages=False))
     assert_same_bits(out[blind], own.out[blind])
     whole = case.fresh()  # route (a), in one kernel
-    launch.attend(whole.query, whole.context, whole.out, lse=whole.lse, config=fused, **whole.reads())
+    launch.attend(whole.call(), config=fused)
     torch.testing.assert_close(out[live].float(), whole.out[live].float(), atol=4 * torch.finfo(out.dtype).eps, rtol=0)
 
 
@@ -231,7 +209,7 @@ def test_cascade_with_the_tables_that_serve(architecture, monkeypatch):
     batch = {"rows": [(1, 9), (1, 30), (1, 4)], "memories": [PAGES[0], None, []]}
     case = mixed_case("bf16-fp8", shared=300, shared_range=[(0, FOREVER), (0, 1), (2, 9)], sinks=True, **batch)
     with sanitize("shuffle") as findings:
-        batched.attend(case.query, case.context, case.out, lse=case.lse, **case.reads())
+        batched.attend(case.call())
     assert not findings, "\n".join(findings)
     want = expected(case)
     live = ~want.lse.isnan().any(1)

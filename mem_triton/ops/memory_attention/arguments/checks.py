@@ -3,56 +3,34 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from mem_triton.ops.common.checks import FLOATS, check_tensor
-from mem_triton.ops.memory_attention.arguments.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.arguments.types import AttentionCall, MemoryPages, PagedContext, SharedSegment
 
 BYTES = (torch.int8, torch.float8_e4m3fn)
 _INT, _FP32 = (torch.int32,), (torch.float32,)
 
 
-def check(
-    query: Tensor,
-    context: PagedContext,
-    out: Tensor,
-    *,
-    scale: float,
-    row_slot: Tensor | None,
-    pages: MemoryPages | None,
-    table: MemoryTable | None,
-    shared: SharedSegment | None,
-    soft_cap: float,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-) -> None:
+def check(call: AttentionCall) -> None:
     """Raise a ValueError that names the first tensor whose shape, dtype, device or layout the op cannot take."""
+    query, context, pages, table, shared = call.query, call.context, call.pages, call.table, call.shared
     if query.dim() != 3 or query.dtype not in FLOATS:
         raise ValueError(
             f"query: {query.dtype} {tuple(query.shape)}, expected [T, Hq, D] in float32, bfloat16 or float16"
         )
     tokens, heads, size = query.shape
-    packing = context.packing
-    if context.keys.dim() != (4 if packing is None else 3):
-        wanted = "[blocks, Hkv, N, D]" if packing is None else "[blocks, Hkv, N * D], as they are packed"
-        raise ValueError(f"context.keys: shape {tuple(context.keys.shape)}, expected {wanted}")
-    if packing is not None and query.device.type != "cpu":
-        raise ValueError("context.packing: kernels of a GPU read keys and values by token")
-    kv_heads, rows = context.keys.shape[1], context.seq_lens.shape[0]
+    rows, kv_heads = context.seq_lens.shape[0], _kv_heads(call)
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query: {heads} heads are not a multiple of the {kv_heads} KV heads")
-    cache = (None, kv_heads, *((context.keys.shape[2], size) if packing is None else (packing.tokens * size,)))
     expected = [
         ("query", query, query.shape, (query.dtype,)),
-        ("out", out, query.shape, (query.dtype,)),
-        ("context.keys", context.keys, cache, FLOATS),
-        ("context.values", context.values, (context.keys.shape[0], *cache[1:]), (context.keys.dtype,)),
-        ("context.block_table", context.block_table, (rows, None), _INT),
+        ("out", call.out, query.shape, (query.dtype,)),
+        *(() if context.keys is None else _cache(context, kv_heads, size)),
         ("context.query_start_loc", context.query_start_loc, (rows + 1,), _INT),
         ("context.seq_lens", context.seq_lens, (rows,), _INT),
-        ("sinks", sinks, (heads,), _FP32),
-        ("lse", lse, (tokens, heads), _FP32),
-        ("row_slot", row_slot, (rows,), _INT),
+        ("sinks", call.sinks, (heads,), _FP32),
+        ("lse", call.lse, (tokens, heads), _FP32),
+        ("row_slot", call.row_slot, (rows,), _INT),
     ]
     if pages is not None:
         if table is None:
@@ -90,7 +68,7 @@ def check(
         if tensor is not None:
             check_tensor(name, tensor, shape, dtypes, ("query", query))
     for name, tensors in (("context", context), ("pages", pages), ("shared", shared)):
-        if tensors is not None and tensors.keys.stride() != tensors.values.stride():
+        if tensors is not None and tensors.keys is not None and tensors.keys.stride() != tensors.values.stride():
             raise ValueError(
                 f"{name}.values: strides {tensors.values.stride()}, those of the keys {tensors.keys.stride()}"
             )
@@ -99,6 +77,29 @@ def check(
             column = getattr(table, name)
             if column is not None and column.stride() != table.page.stride():
                 raise ValueError(f"table.{name}: strides {column.stride()}, those of table.page {table.page.stride()}")
+
+
+def _kv_heads(call: AttentionCall) -> int:
+    keys, packing = call.context.keys, call.context.packing
+    if keys is None:
+        return (call.shared if call.pages is None else call.pages).keys.shape[-3]
+    if keys.dim() != (4 if packing is None else 3):
+        wanted = "[blocks, Hkv, N, D]" if packing is None else "[blocks, Hkv, N * D], as they are packed"
+        raise ValueError(f"context.keys: shape {tuple(keys.shape)}, expected {wanted}")
+    if packing is not None and call.query.device.type != "cpu":
+        raise ValueError("context.packing: kernels of a GPU read keys and values by token")
+    return keys.shape[1]
+
+
+def _cache(context: PagedContext, kv_heads: int, size: int) -> tuple:
+    """What is expected of the KV cache: name, tensor, shape, dtypes."""
+    keys, packing = context.keys, context.packing
+    block = (kv_heads, *((keys.shape[2], size) if packing is None else (packing.tokens * size,)))
+    return (
+        ("context.keys", keys, (None, *block), FLOATS),
+        ("context.values", context.values, (keys.shape[0], *block), (keys.dtype,)),
+        ("context.block_table", context.block_table, (context.seq_lens.shape[0], None), _INT),
+    )
 
 
 def _check_scales(name: str, segment: MemoryPages | SharedSegment) -> None:

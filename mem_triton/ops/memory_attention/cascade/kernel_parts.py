@@ -6,6 +6,7 @@ As in ``fused.kernel_parts``, a program holds BLOCK_M rows and a head's channels
 import triton
 import triton.language as tl
 
+from mem_triton.ops.memory_attention.fused.kernel_output import store_part
 from mem_triton.ops.memory_attention.fused.kernel_parts import LOG2E, load_part
 
 
@@ -28,53 +29,31 @@ def clean(lse):
 
 
 @triton.jit
-def store_part(base, row, live, x, BEGIN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
-    channel = BEGIN + tl.arange(0, WIDTH)
-    mask = live[:, None]
-    if BEGIN + WIDTH > SIZE:
-        mask = mask & (channel < SIZE)[None, :]
-    tl.store(base + row[:, None] + channel[None, :], x.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_merged(
-    out,
-    lse,
-    out_row,
-    lse_row,
-    real,
-    top,
-    total,
-    acc0,
-    acc1,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REST: tl.constexpr,
-    MERGE: tl.constexpr,
-):
+def store_merged(output, row, lse_row, real, softmax, HEAD, MERGE: tl.constexpr):
     """Store the running softmax of the rows that are ``real``; top and total are in base 2.
 
-    MERGE: into the softmax that is there. Then a row that saw no key keeps its bits, and is not even read.
+    row, lse_row: where each begins. MERGE: into the softmax that is there. Then a row that saw no key keeps its bits,
+    and is not even read.
     """
-    seen = total > 0
-    total = tl.where(seen, total, 1.0)
-    log_sum = tl.where(seen, (top + tl.log2(total)) / LOG2E, float("-inf"))
-    share = 1.0 / total
+    seen = softmax.total > 0
+    total = tl.where(seen, softmax.total, 1.0)
+    log_sum = tl.where(seen, (softmax.top + tl.log2(total)) / LOG2E, float("-inf"))
+    share, acc0, acc1 = 1.0 / total, softmax.acc0, softmax.acc1
     if MERGE:
         real = real & seen
-        before = clean(tl.load(lse + lse_row, mask=real, other=float("-inf")))
+        before = clean(tl.load(output.lse + lse_row, mask=real, other=float("-inf")))
         kept = real & (before > float("-inf"))  # what is there is worth something
         old_share, new_share, log_sum = merge_shares(before, log_sum)
         share *= new_share
-        old = load_part(out, out_row, kept, 0, WIDTH, SIZE, False).to(tl.float32)
+        old = load_part(output.data, row, kept, 0, HEAD, False).to(tl.float32)
         acc0 = acc0 * share[:, None] + old * old_share[:, None]
-        if REST:
-            old = load_part(out, out_row, kept, WIDTH, REST, SIZE, False).to(tl.float32)
+        if HEAD.REST:
+            old = load_part(output.data, row, kept, 1, HEAD, False).to(tl.float32)
             acc1 = acc1 * share[:, None] + old * old_share[:, None]
     else:
         acc0 *= share[:, None]
         acc1 *= share[:, None]
-    store_part(out, out_row, real, acc0, 0, WIDTH, SIZE)
-    if REST:
-        store_part(out, out_row, real, acc1, WIDTH, REST, SIZE)
-    tl.store(lse + lse_row, log_sum, mask=real)
+    store_part(output.data, row, real, acc0, 0, HEAD)
+    if HEAD.REST:
+        store_part(output.data, row, real, acc1, 1, HEAD)
+    tl.store(output.lse + lse_row, log_sum, mask=real)

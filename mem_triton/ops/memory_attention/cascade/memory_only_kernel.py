@@ -1,84 +1,72 @@
-"""Attention over the memory pages of each row and nothing else, for batches whose context another backend does."""
+"""Attention to the memory pages of each row and nothing else, for batches whose context another backend does."""
 
 import triton
 import triton.language as tl
 
-from mem_triton.ops.common.kernel_parts import is_last
 from mem_triton.ops.memory_attention.cascade.kernel_parts import store_merged
-from mem_triton.ops.memory_attention.fused.kernel_output import merge_splits, store_partial
+from mem_triton.ops.memory_attention.fused.kernel_output import join_splits
 from mem_triton.ops.memory_attention.fused.kernel_pages import attend_pages
-from mem_triton.ops.memory_attention.fused.kernel_parts import find_row, load_part
+from mem_triton.ops.memory_attention.fused.kernel_parts import Block, find_row, load_queries, nothing_seen
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "split_pages", "stride_lse", "stride_lse_head"])
 def memory_only_kernel(
-    query, out, lse, page_keys, page_values, page_key_scale, page_value_scale,
-    table_page, table_tokens, table_first, table_end, table_count, table_bias, row_slot, query_start_loc, seq_lens,
-    partial, counter, num_tokens, num_rows, split_pages, scale, soft_cap,
-    stride_query, stride_query_head, stride_out, stride_out_head, stride_lse, stride_lse_head,
-    stride_page, stride_head, stride_token, stride_table,
-    GROUP: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    FORMAT: tl.constexpr, SOFT_CAP: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    MERGE: tl.constexpr, MERGE_STAGES: tl.constexpr,
-):  # fmt: skip
+    query,
+    output,
+    pages,
+    table,
+    splits,
+    logits,
+    num_tokens,
+    num_rows,
+    split_pages,
+    stride_lse,
+    stride_lse_head,
+    HEAD,
+    LAUNCH,
+    MERGE: tl.constexpr,
+):
     """Grid (query blocks, KV heads, splits of split_pages table columns each).
 
-    MERGE: into the softmax in ``out`` and ``lse``; rows that see no page keep their bits. Otherwise every token gets a
-    result, also those behind the last row: 0 and -inf if it sees nothing.
-    partial, counter: as in ``attention_kernel``.
+    MERGE: into the softmax in ``output``; rows that see no page keep their bits. Otherwise every token gets a result,
+    also those behind the last row: 0 and -inf if it sees nothing. Arguments: see ``operands``; LAUNCH:
+    ``launch.CascadeLaunch``.
     """
-    TOKENS: tl.constexpr = BLOCK_M // GROUP  # query tokens of a block
+    TOKENS: tl.constexpr = LAUNCH.BLOCK_M // HEAD.GROUP  # query tokens of a block
     head = tl.program_id(1).to(tl.int64)
-    row, block = find_row(query_start_loc, num_rows + 1, tl.program_id(0), TOKENS)  # one more row: the padding
+    row, number = find_row(query.start_loc, num_rows + 1, tl.program_id(0), TOKENS)  # one more row: the padding
     real_row = row < num_rows
-    begin = tl.load(query_start_loc + row)
-    stop = tl.load(query_start_loc + row + 1, mask=real_row, other=0)
+    begin = tl.load(query.start_loc + row)
+    stop = tl.load(query.start_loc + row + 1, mask=real_row, other=0)
     stop = tl.where(real_row, stop, num_tokens)
-    queries = stop - begin - block * TOKENS
+    queries = stop - begin - number * TOKENS
     if queries <= 0:
         return
-    slot = tl.load(row_slot + row, mask=real_row, other=-1)
-    pages = tl.load(table_count + slot, mask=slot >= 0, other=0)
-    splits = tl.cdiv(pages, split_pages)  # those that have something to do
-    if tl.program_id(2) >= tl.maximum(splits, 0 if MERGE else 1):  # else zeros must be written
+    slot = tl.load(query.slot + row, mask=real_row, other=-1)
+    count = tl.load(table.used + slot, mask=slot >= 0, other=0)
+    parts = tl.cdiv(count, split_pages)  # those that have something to do
+    if tl.program_id(2) >= tl.maximum(parts, 0 if MERGE else 1):  # else zeros must be written
         return
 
-    m = tl.arange(0, BLOCK_M)
-    first_position = tl.load(seq_lens + row, mask=real_row, other=0) - queries
-    position = first_position + m // GROUP
-    last_position = first_position + tl.minimum(queries, TOKENS) - 1
-    real = (m // GROUP < queries) & (m < TOKENS * GROUP)
-    token, query_head = (begin + block * TOKENS + m // GROUP).to(tl.int64), head * GROUP + m % GROUP
-
-    q_row = token * stride_query + query_head * stride_query_head
-    q0 = load_part(query, q_row, real, 0, WIDTH, SIZE, False)
-    q1 = q0
-    if REST:
-        q1 = load_part(query, q_row, real, WIDTH, REST, SIZE, False)
-    top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    acc0 = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    acc1 = tl.zeros([BLOCK_M, REST if REST else 1], tl.float32)
+    m = tl.arange(0, LAUNCH.BLOCK_M)
+    first = tl.load(query.seq_lens + row, mask=real_row, other=0) - queries
+    position = first + m // HEAD.GROUP
+    last = first + tl.minimum(queries, TOKENS) - 1
+    real = (m // HEAD.GROUP < queries) & (m < TOKENS * HEAD.GROUP)
+    token = (begin + number * TOKENS + m // HEAD.GROUP).to(tl.int64)
+    block = Block(token, head * HEAD.GROUP + m % HEAD.GROUP, position, real, first, last)
+    q = load_queries(query, block, HEAD)
+    softmax = nothing_seen(HEAD, LAUNCH.BLOCK_M)
 
     low = tl.program_id(2) * split_pages
-    pages = tl.minimum(low + split_pages, pages) - low  # of this split; none if the slot has none
-    top, total, acc0, acc1 = attend_pages(
-        q0, q1, top, total, acc0, acc1, 0, tl.cdiv(pages * PAGE_SIZE, TILE), slot.to(tl.int64) * stride_table + low,
-        pages, position, first_position, last_position, head, page_keys, page_values, page_key_scale, page_value_scale,
-        table_page, table_tokens, table_first, table_end, table_bias, stride_page, stride_head, stride_token,
-        scale, soft_cap, SIZE, WIDTH, REST, PAGE_SIZE, FORMAT, SOFT_CAP, TILE,
-    )  # fmt: skip
+    count = tl.minimum(low + split_pages, count) - low  # of this split; none if the slot has none
+    tiles, entries = tl.cdiv(count * pages.PAGE_SIZE, LAUNCH.TILE), slot.to(tl.int64) * table.stride + low
+    softmax = attend_pages(q, softmax, 0, tiles, entries, count, block, head, pages, table, logits, HEAD, LAUNCH.TILE)
 
-    finished = splits <= 1
-    if SPLIT:  # noqa: SIM102 (one is known when compiling, the other is not)
-        if splits > 1:
-            group = tl.program_id(0) * tl.num_programs(1) + head
-            cell = group * tl.num_programs(2)
-            store_partial(partial, cell + tl.program_id(2), real, top, total, acc0, acc1, BLOCK_M, WIDTH, REST)
-            finished = is_last(counter + group, splits)
-            if finished:
-                top, total, acc0, acc1 = merge_splits(partial, cell, splits, real, BLOCK_M, WIDTH, REST, MERGE_STAGES)
+    finished = True
+    if LAUNCH.SPLIT:
+        finished, softmax = join_splits(splits, parts, real, softmax, HEAD, LAUNCH.BLOCK_M, LAUNCH.MERGE_STAGES)
     if finished:
-        store_merged(
-            out, lse, token * stride_out + query_head * stride_out_head,
-            token * stride_lse + query_head * stride_lse_head, real, top, total, acc0, acc1, SIZE, WIDTH, REST, MERGE,
-        )  # fmt: skip
+        at = token * output.stride + block.query_head * output.stride_head
+        lse_at = token * stride_lse + block.query_head * stride_lse_head
+        store_merged(output, at, lse_at, real, softmax, HEAD, MERGE)

@@ -10,7 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mem_triton.ops.memory_attention.arguments.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.arguments.types import (
+    AttentionCall,
+    MemoryPages,
+    PagedContext,
+    SharedSegment,
+)
 from mem_triton.ops.memory_attention.cpu.numba_bf16 import supported
 from mem_triton.ops.memory_attention.cpu.numba_rows import parallel, serial
 
@@ -35,22 +40,9 @@ def takes(context: PagedContext, query: Tensor, pages: MemoryPages | None, share
     )
 
 
-def attend(
-    query: Tensor,
-    context: PagedContext,
-    out: Tensor,
-    rows: np.ndarray,
-    *,
-    scale: float,
-    row_slot: Tensor | None,
-    pages: MemoryPages | None,
-    table: MemoryTable | None,
-    shared: SharedSegment | None,
-    soft_cap: float,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-) -> None:
-    """Attend the rows ``rows``, int64. Other arguments as in ``op.memory_attention``, already checked."""
+def attend(call: AttentionCall, rows: np.ndarray) -> None:
+    """Attend the rows ``rows``, int64, of a call that is already checked."""
+    query, context, out, scale, row_slot, pages, table, shared, soft_cap, sinks, lse, _ = call
     packing = context.packing
     kind = KINDS["rows" if packing is None else packing.kind]
     strides = context.keys.stride()
@@ -118,20 +110,7 @@ def warm_up(dtype: torch.dtype) -> None:
     starts, lengths = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     context = PagedContext(*cache.split(32, -1), zeros(1, 1), starts, lengths, 1)
     rows = np.zeros(1 if torch.get_num_threads() == 1 else 2, np.int64)
-    attend(
-        query,
-        context,
-        query.clone(),
-        rows,
-        scale=1.0,
-        row_slot=None,
-        pages=None,
-        table=None,
-        shared=None,
-        soft_cap=0.0,
-        sinks=None,
-        lse=None,
-    )
+    attend(AttentionCall(query, context, query.clone(), 1.0), rows)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

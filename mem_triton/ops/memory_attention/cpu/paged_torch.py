@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from mem_triton.ops.memory_attention.arguments.packing import unpack_keys, unpack_values
-from mem_triton.ops.memory_attention.arguments.types import MemoryPages, MemoryTable, PagedContext, SharedSegment
+from mem_triton.ops.memory_attention.arguments.types import (
+    AttentionCall,
+    MemoryPages,
+    MemoryTable,
+    PagedContext,
+    SharedSegment,
+)
 from mem_triton.ops.memory_attention.cpu.torch_parts import buckets, clear, dequantise, gather, merge, softmax
 
 QUERY_CHUNK = 512  # a chunk of queries skips the keys behind it
@@ -40,22 +46,9 @@ class Rows(NamedTuple):
         return torch.from_numpy((self.begin[:, None] + np.arange(self.queries)).ravel())
 
 
-def attend(
-    query: Tensor,
-    context: PagedContext,
-    out: Tensor,
-    *,
-    scale: float,
-    row_slot: Tensor | None,
-    pages: MemoryPages | None,
-    table: MemoryTable | None,
-    shared: SharedSegment | None,
-    soft_cap: float,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    skipped: np.ndarray | None = None,
-) -> None:
-    """Arguments as in ``op.memory_attention``, already checked. skipped: a flag for each row that is not attended."""
+def attend(call: AttentionCall, skipped: np.ndarray | None = None) -> None:
+    """Attend a call that is already checked. skipped: a flag for each row that is not attended."""
+    query, context, out, scale, row_slot, pages, table, shared, soft_cap, sinks, lse, _ = call
     kv_heads, size = context.keys.shape[1], query.shape[2]
     slots = None if row_slot is None else row_slot.numpy()
     for rows in split(context.query_start_loc.numpy(), context.seq_lens.numpy(), kv_heads * size, skipped):

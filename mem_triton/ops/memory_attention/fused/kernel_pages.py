@@ -3,143 +3,75 @@
 import triton
 import triton.language as tl
 
-from mem_triton.ops.memory_attention.fused.kernel_parts import LOG2E, attend_tile
+from mem_triton.ops.memory_attention.fused.kernel_parts import LOG2E
+from mem_triton.ops.memory_attention.fused.kernel_tiles import attend_tile
 
 
 @triton.jit
-def seen_columns(first, end, used, first_position, last_position, COLUMNS: tl.constexpr):
+def seen_columns(table, entries, used, block, COLUMNS: tl.constexpr):
     """The columns of a slot's table from the first to the last page that some position sees: begin, count.
 
-    COLUMNS at a time, as many as are used: a table is as wide as a pool has pages, whatever a row reads of it.
+    entries: where the slot's row begins. COLUMNS at a time, as many as are used: a table is as wide as a pool has
+    pages, whatever a row reads of it.
     """
+    first, end = table.first + entries, table.end + entries
     column = tl.arange(0, COLUMNS)
     begin, stop = used, 0
     for start in range(0, used, COLUMNS):
         at = start + column
-        seen = tl.load(first + at, mask=at < used, other=0) <= last_position
-        seen = seen & (tl.load(end + at, mask=at < used, other=0) > first_position) & (at < used)
+        seen = tl.load(first + at, mask=at < used, other=0) <= block.last
+        seen = seen & (tl.load(end + at, mask=at < used, other=0) > block.first) & (at < used)
         begin = tl.minimum(begin, tl.min(tl.where(seen, at, used), 0))
         stop = tl.maximum(stop, tl.max(tl.where(seen, at + 1, 0), 0))
     return begin, tl.maximum(stop - begin, 0)
 
 
 @triton.jit
-def find_page_tokens(
-    tile,
-    entries,
-    pages,
-    page,
-    tokens,
-    first,
-    end,
-    first_position,
-    last_position,
-    PAGE_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Where tile ``tile`` of ``pages`` table entries lies: page number, seen_from, seen_to and whether it counts.
+def find_page_tokens(tile, table, entries, count, block, PAGE_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Where tile ``tile`` of ``count`` table entries lies: page number, seen_from, seen_to and whether it counts.
 
     All [TILE]. A token counts if its page holds it and some position of the block sees the page.
     """
     j = tile * TILE + tl.arange(0, TILE)
-    entry, listed = entries + j // PAGE_SIZE, j // PAGE_SIZE < pages
-    seen_from = tl.load(first + entry, mask=listed, other=0)
-    seen_to = tl.load(end + entry, mask=listed, other=0)
-    filled = tl.load(tokens + entry, mask=listed, other=0)
-    place = tl.load(page + entry, mask=listed, other=0)
-    live = (seen_from <= last_position) & (seen_to > first_position) & (j % PAGE_SIZE < filled)
+    entry, listed = entries + j // PAGE_SIZE, j // PAGE_SIZE < count
+    seen_from = tl.load(table.first + entry, mask=listed, other=0)
+    seen_to = tl.load(table.end + entry, mask=listed, other=0)
+    filled = tl.load(table.tokens + entry, mask=listed, other=0)
+    place = tl.load(table.page + entry, mask=listed, other=0)
+    live = (seen_from <= block.last) & (seen_to > block.first) & (j % PAGE_SIZE < filled)
     return place, seen_from, seen_to, live
 
 
 @triton.jit
-def attend_pages(
-    q0,
-    q1,
-    top,
-    total,
-    acc0,
-    acc1,
-    low,
-    high,
-    entries,
-    pages,
-    position,
-    first_position,
-    last_position,
-    head,
-    keys,
-    values,
-    key_scale,
-    value_scale,
-    page,
-    tokens,
-    first,
-    end,
-    bias,
-    stride_page,
-    stride_head,
-    stride_token,
-    scale,
-    soft_cap,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-    REST: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    FORMAT: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Fold tiles ``low`` to ``high`` of a slot's pages into the running softmax; returns top, total, acc0, acc1.
+def attend_pages(q, softmax, low, high, entries, count, block, head, pages, table, logits, HEAD, TILE: tl.constexpr):
+    """The running softmax with tiles ``low`` to ``high`` of a slot's pages in it.
 
-    entries: of the first page in the table's columns page, tokens, first, end, bias. Each turn looks the next tile up,
-    so that its keys and values can be on their way; but for 8-bit pages, which have no registers left for that.
+    entries, count: of the pages in the table's columns. Each turn looks the next tile up, so that its keys and values
+    can be on their way; but for 8-bit pages, which have no registers left for that.
     """
+    FORMAT: tl.constexpr = pages.FORMAT
+    SIZE: tl.constexpr = pages.PAGE_SIZE
     if not FORMAT:
-        next_place, next_from, next_to, next_live = find_page_tokens(
-            low, entries, pages, page, tokens, first, end, first_position, last_position, PAGE_SIZE, TILE
-        )
+        ahead = find_page_tokens(low, table, entries, count, block, SIZE, TILE)
     STAGES: tl.constexpr = 1 if FORMAT else None
     for tile in tl.range(low, high, num_stages=STAGES):
         if FORMAT:
-            place, seen_from, seen_to, live = find_page_tokens(
-                tile, entries, pages, page, tokens, first, end, first_position, last_position, PAGE_SIZE, TILE
-            )
+            place, seen_from, seen_to, live = find_page_tokens(tile, table, entries, count, block, SIZE, TILE)
         else:
-            place, seen_from, seen_to, live = next_place, next_from, next_to, next_live
-            next_place, next_from, next_to, next_live = find_page_tokens(
-                tile + 1, entries, pages, page, tokens, first, end, first_position, last_position, PAGE_SIZE, TILE
-            )
+            place, seen_from, seen_to, live = ahead
+            ahead = find_page_tokens(tile + 1, table, entries, count, block, SIZE, TILE)
         place = place.to(tl.int64)
         j = tile * TILE + tl.arange(0, TILE)
         page_head = place * tl.num_programs(1) + head  # row of the scales
-        token_scale, token_bias = None, None
+        scales, bias = None, None
         if FORMAT:
-            token_scale = tl.load(value_scale + page_head * PAGE_SIZE + j % PAGE_SIZE, mask=live, other=0.0)
-        if bias is not None:
-            token_bias = (tl.load(bias + entries + j // PAGE_SIZE, mask=live, other=0.0) * LOG2E)[None, :]
-        visible = (position[:, None] >= seen_from[None, :]) & (position[:, None] < seen_to[None, :])
-        top, total, acc0, acc1 = attend_tile(
-            q0,
-            q1,
-            top,
-            total,
-            acc0,
-            acc1,
-            keys + head * stride_head,
-            values + head * stride_head,
-            place * stride_page + j % PAGE_SIZE * stride_token,
-            live,
-            visible & live[None, :],
-            key_scale,
-            page_head * SIZE,
-            token_scale,
-            token_bias,
-            scale,
-            soft_cap,
-            SIZE,
-            WIDTH,
-            REST,
-            FORMAT,
-            SOFT_CAP,
-        )
-    return top, total, acc0, acc1
+            of_values = tl.load(pages.v_scale + page_head * SIZE + j % SIZE, mask=live, other=0.0)
+            scales = (pages.k_scale, page_head * HEAD.SIZE, of_values)
+        if table.bias is not None:
+            bias = (tl.load(table.bias + entries + j // SIZE, mask=live, other=0.0) * LOG2E)[None, :]
+        visible = (block.position[:, None] >= seen_from[None, :]) & (block.position[:, None] < seen_to[None, :])
+        token = place * pages.stride_page + j % SIZE * pages.stride_token
+        k, v = pages.k + head * pages.stride_head, pages.v + head * pages.stride_head
+        visible = visible & live[None, :]
+        softmax = attend_tile(q, softmax, k, v, token, live, visible, scales, bias, logits, HEAD, FORMAT)
+    return softmax

@@ -4,10 +4,32 @@ A program holds BLOCK_M rows: query tokens x the query heads that share its KV h
 of two and the rest (80 = 64 + 16), as ranges are powers of two and padding would load, multiply and keep zeros.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Block(NamedTuple):
+    """The query rows of a program, each [BLOCK_M] but first and last: the first and last position of any."""
+
+    token: Any  # int64
+    query_head: Any
+    position: Any
+    real: Any
+    first: Any
+    last: Any
+
+
+class Softmax(NamedTuple):
+    """Running over keys: the largest logit and the sum, [BLOCK_M], and the two parts of the weighted values."""
+
+    top: Any
+    total: Any
+    acc0: Any
+    acc1: Any
 
 
 @triton.jit
@@ -38,18 +60,39 @@ def asked(begin, stop, block, slot, TOKENS: tl.constexpr, PART: tl.constexpr):
 
 
 @triton.jit
-def load_part(base, token, live, BEGIN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, KEYS: tl.constexpr):
-    """Channels BEGIN ... of the tokens at ``base + token``, dead ones 0: [WIDTH, TILE] for keys, else [TILE, WIDTH]."""
+def load_part(base, token, live, PART: tl.constexpr, HEAD, KEYS: tl.constexpr):
+    """Part PART of the channels of the tokens at ``base + token``, dead ones 0: [WIDTH, TILE] for keys, else turned."""
+    BEGIN: tl.constexpr = HEAD.WIDTH if PART else 0
+    WIDTH: tl.constexpr = HEAD.REST if PART else HEAD.WIDTH
     channel = BEGIN + tl.arange(0, WIDTH)
     if KEYS:
         pointers, mask = base + token[None, :] + channel[:, None], live[None, :]
-        if BEGIN + WIDTH > SIZE:
-            mask = mask & (channel < SIZE)[:, None]
+        if BEGIN + WIDTH > HEAD.SIZE:
+            mask = mask & (channel < HEAD.SIZE)[:, None]
     else:
         pointers, mask = base + token[:, None] + channel[None, :], live[:, None]
-        if BEGIN + WIDTH > SIZE:
-            mask = mask & (channel < SIZE)[None, :]
+        if BEGIN + WIDTH > HEAD.SIZE:
+            mask = mask & (channel < HEAD.SIZE)[None, :]
     return tl.load(pointers, mask=mask, other=0)
+
+
+@triton.jit
+def load_queries(query, block, HEAD):
+    """Both parts of the block's queries; the second is the first where heads have one."""
+    row = block.token * query.stride + block.query_head * query.stride_head
+    q0 = load_part(query.data, row, block.real, 0, HEAD, False)
+    q1 = q0
+    if HEAD.REST:
+        q1 = load_part(query.data, row, block.real, 1, HEAD, False)
+    return q0, q1
+
+
+@triton.jit
+def nothing_seen(HEAD, BLOCK_M: tl.constexpr):
+    """The softmax over no keys."""
+    top, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    acc0 = tl.zeros([BLOCK_M, HEAD.WIDTH], tl.float32)
+    return Softmax(top, total, acc0, tl.zeros([BLOCK_M, HEAD.REST if HEAD.REST else 1], tl.float32))
 
 
 @triton.jit
@@ -63,67 +106,18 @@ def widen(data, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def load_keys(
-    base, token, live, scales, scale_row, dtype: tl.constexpr,
-    BEGIN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, FORMAT: tl.constexpr,
-):  # fmt: skip
-    """Key channels [WIDTH, TILE] in ``dtype``. scales + scale_row: each token's row of channel scales, if FORMAT."""
-    k = load_part(base, token, live, BEGIN, WIDTH, SIZE, True)
+def load_keys(base, token, live, scales, dtype: tl.constexpr, PART: tl.constexpr, HEAD, FORMAT: tl.constexpr):
+    """Key channels in ``dtype``. scales: if FORMAT, channel scales and where each token's row of them begins."""
+    k = load_part(base, token, live, PART, HEAD, True)
     if FORMAT:
-        k = widen(k, FORMAT) * load_part(scales, scale_row, live, BEGIN, WIDTH, SIZE, True)
+        k = widen(k, FORMAT) * load_part(scales[0], scales[1], live, PART, HEAD, True)
     return k.to(dtype)
 
 
 @triton.jit
-def load_values(
-    base, token, live, dtype: tl.constexpr,
-    BEGIN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, FORMAT: tl.constexpr,
-):  # fmt: skip
-    """Value channels [TILE, WIDTH] in ``dtype``; the scale of 8-bit ones goes on the weights instead."""
-    v = load_part(base, token, live, BEGIN, WIDTH, SIZE, False)
+def load_values(base, token, live, dtype: tl.constexpr, PART: tl.constexpr, HEAD, FORMAT: tl.constexpr):
+    """Value channels in ``dtype``; the scale of 8-bit ones goes on the weights instead."""
+    v = load_part(base, token, live, PART, HEAD, False)
     if FORMAT:
         v = widen(v, FORMAT)
     return v.to(dtype)
-
-
-@triton.jit
-def attend_tile(
-    q0, q1, top, total, acc0, acc1, keys, values, token, live, visible, key_scale, scale_row, value_scale, bias,
-    scale, soft_cap, SIZE: tl.constexpr, WIDTH: tl.constexpr, REST: tl.constexpr, FORMAT: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-):  # fmt: skip
-    """Fold a tile of keys and values into the running softmax; returns its new top, total, acc0, acc1.
-
-    token: int64 [TILE], where each token's channels begin. visible: [BLOCK_M, TILE] or broadcastable.
-    value_scale: [TILE] or None; bias: [TILE], a scalar or None, in base 2.
-    """
-    dtype: tl.constexpr = q0.dtype
-    k0 = load_keys(keys, token, live, key_scale, scale_row, dtype, 0, WIDTH, SIZE, FORMAT)
-    logits = tl.dot(q0, k0, input_precision="ieee")
-    if REST:
-        k1 = load_keys(keys, token, live, key_scale, scale_row, dtype, WIDTH, REST, SIZE, FORMAT)
-        logits = tl.dot(q1, k1, logits, input_precision="ieee")
-    if SOFT_CAP:
-        x = logits * (scale / soft_cap)
-        e = tl.exp(-2.0 * tl.abs(x))
-        tanh = (1.0 - e) / (1.0 + e)
-        logits = tl.where(x < 0, -tanh, tanh) * (soft_cap * LOG2E)
-    else:
-        logits = logits * (scale * LOG2E)
-    if bias is not None:
-        logits += bias
-    logits = tl.where(visible, logits, float("-inf"))
-    highest = tl.maximum(top, tl.max(logits, 1))
-    base = tl.where(highest == float("-inf"), 0.0, highest)  # a row that has seen nothing yet
-    weight = tl.exp2(logits - base[:, None])
-    shrink = tl.exp2(top - base)
-    total = total * shrink + tl.sum(weight, 1)
-    if value_scale is not None:
-        weight *= value_scale[None, :]
-    weight = weight.to(dtype)
-    v0 = load_values(values, token, live, dtype, 0, WIDTH, SIZE, FORMAT)
-    acc0 = tl.dot(weight, v0, acc0 * shrink[:, None], input_precision="ieee")
-    if REST:
-        v1 = load_values(values, token, live, dtype, WIDTH, REST, SIZE, FORMAT)
-        acc1 = tl.dot(weight, v1, acc1 * shrink[:, None], input_precision="ieee")
-    return highest, total, acc0, acc1
