@@ -10,7 +10,7 @@ import torch
 
 from mem_triton.ops.attention_inputs import HeadInputs
 from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch
-from tests.support.aot import TARGETS, Resources, check_budget, check_traffic, compile_for
+from tests.support.aot import TARGETS, Resources, check_budget, check_traffic, compile_for, types_of
 from tests.support.aot_suite import Suite, needs_the_compiler
 
 pytestmark = [needs_the_compiler, pytest.mark.kernels]
@@ -20,7 +20,6 @@ LAYERS = {  # query heads, KV heads, head size, norms, corrected parts, state
     "llama3-8b": (32, 8, 128, False, "qkv", DeltaRuleSpec(8, 4)),
     "d80-r32": (40, 8, 80, False, "qv", DeltaRuleSpec(32, 1)),
 }
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 REGISTERS = {"qwen3-4b": 104, "llama3-8b": 128, "d80-r32": 168}
 OCCUPANCY = {"qwen3-4b": 16, "llama3-8b": 16, "d80-r32": 12}  # warps at a time
 
@@ -34,7 +33,7 @@ class Case(NamedTuple):
 CASES = list(itertools.starmap(Case, itertools.product(LAYERS, (True, False), TARGETS)))
 
 
-def arguments(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
+def arguments(case: Case) -> dict[str, Any]:
     """The kernel's arguments as the launcher makes them, on small tensors of the right types and strides."""
     from mem_triton.ops.attention_inputs import launch
 
@@ -84,19 +83,15 @@ def compile_case(case: Case) -> Resources:
     from mem_triton.ops.attention_inputs.kernels import inputs_kernel
     from mem_triton.ops.tuning.attention_inputs import warps
 
-    values, constants = arguments(case)
-    types = {}
-    for name, value in values.items():
-        if value is None:
-            constants[name] = None
-        elif isinstance(value, torch.Tensor):
-            types[name] = TYPES[value.dtype]
-        else:
-            types[name] = (
-                "fp32" if isinstance(value, float) else "i32" if value % 16 or name == "num_rows" else "i32:16"
-            )
-    count = warps(constants["PAIR_BLOCK"], constants["ROWS"])
+    values = arguments(case)
+    types = {name: types_of(value, integer, name) for name, value in values.items()}
+    constants = {name: types.pop(name) for name in list(types) if types[name] is None}
+    count = warps(values["LAYER"].PAIR_BLOCK.value, values["LAYER"].ROWS.value)
     return compile_for(case.target, inputs_kernel, types, constants, num_warps=count, **launch.OPTIONS)
+
+
+def integer(name: str, value: int) -> str:
+    return "i32" if value % 16 or name == "num_rows" else "i32:16"
 
 
 suite = Suite(compile_case, CASES, always=[Case("llama3-8b", True, target) for target in ("sm90", "gfx942")])
@@ -115,12 +110,12 @@ def test_the_step_and_three_kinds_of_heads_read_what_they_must(target: str):
     token = (2 * spec.heads * spec.rank + 2 * spec.read_width) * 2  # q and k of each head, v and beta of each row
     least = {
         "qkv": (2 * 3 * head, 0),
-        "delta": (3 * head * spec.read_width, 0),
-        "cos_sin": (2 * head, 0),
+        "inputs.delta": (3 * head * spec.read_width, 0),
+        "inputs.cos_sin": (2 * head, 0),
         "projections": (token, 0),
-        "state_cache": (2 * state, 0),
-        "initial_states": (state, 0),
-        "last_states": (state, 0),
+        "batch.state_cache": (2 * state, 0),
+        "batch.initial_states": (state, 0),
+        "batch.last_states": (state, 0),
         "reads": (spec.read_width * 4, 0),
         "rounded": (spec.read_width * 2, 0),
     }

@@ -20,7 +20,6 @@ VARIANTS = {  # spec fields, projection dtype, optional tensors given
     "msw": (dict(heads=4, rankwise_gates=False, couple_lambda=False, update_mode="lambda_outside"), "*fp32", False),
     "odd": (dict(heads=3, update_mode="no_lambda", normalize_qk=False), "*fp16", True),
 }
-OPTIONAL = ("initial_states", "initial_slot", "write_enabled", "last_states")
 REGISTER_BUDGET = {4: 72, 8: 128, 16: 128, 32: 192}  # of 255; a program is one warp, so only spills would cost time
 OCCUPANCY = {  # warps at a time, of programs of one warp; 32 is the most
     "recurrent": {4: 32, 8: 24, 16: 24, 32: 16},
@@ -61,10 +60,10 @@ def least_bytes(case: Case) -> dict[str, tuple[int, int]]:
     token = heads * rank * (1 if maps else 2) + rows + gates * (2 if maps else 1)
     least = {
         "projections": (0, token * (4 if projections == "*fp32" else 2)),
-        "state_cache": (state, 0 if maps else state),  # a state is stored where a cell ends
+        "batch.state_cache": (state, 0 if maps else state),  # a state is stored where a cell ends
     }
     if optional:
-        least |= {"initial_states": (state, 0)} | ({} if maps else {"last_states": (state, 0)})
+        least |= {"batch.initial_states": (state, 0)} | ({} if maps else {"batch.last_states": (state, 0)})
     if maps:
         least["maps"] = (state * (rank + 2), 0)  # chunk 0 stores start and end, any other its map
     else:
@@ -75,7 +74,7 @@ def least_bytes(case: Case) -> dict[str, tuple[int, int]]:
 
 
 def compile_case(case: Case, **options) -> Resources:
-    from mem_triton.ops.delta_rule import kernels, launch
+    from mem_triton.ops.delta_rule import kernels, launch, operands
     from mem_triton.ops.tuning.delta_rule import select
 
     fields, projections, optional = VARIANTS[case.variant]
@@ -83,18 +82,17 @@ def compile_case(case: Case, **options) -> Resources:
     chunked = case.kernel != "recurrent"
     kernel = kernels.chunk_maps_kernel if case.kernel == "chunk_maps" else kernels.recurrent_kernel
     rows, warps = launch.program_shape(config, spec, chunked)
-    constants = launch.constants(spec, block_size=16, tokens_per_state=16)
-    constants.update(ROWS=rows, CHUNK=config.chunk if chunked else 0)
-    arguments = {"projections": projections}
-    for name in kernel.arg_names:
-        if (name in OPTIONAL and not optional) or (name == "maps" and not chunked):
-            constants[name] = None
-        elif name in ("block_table", "query_start_loc", "seq_lens", "initial_slot", "write_enabled"):
-            arguments[name] = "*i32"
-        elif name.startswith("stride_") or name == "num_rows":
-            arguments[name] = "i32"
-        elif name not in constants:
-            arguments.setdefault(name, "*fp32")
+    rule = operands.rule_of(spec, block_size=16, tokens_per_state=16)
+    constants = {"ROWS": rows, "CHUNK": config.chunk if chunked else 0}
+    i32, fp32 = "*i32", "*fp32"
+    optionals = (fp32, i32, i32, fp32) if optional else (None,) * 4
+    batch = operands.Batch(fp32, fp32, i32, i32, i32, *optionals, "i32", "i32")
+    arguments = {"projections": projections, "reads": fp32, "batch": batch, "maps": fp32, "RULE": rule}
+    arguments |= dict.fromkeys(("num_rows", "stride_token", "stride_read", "stride_table"), "i32")
+    if not chunked:
+        del arguments["maps"]
+        constants["maps"] = None
+    arguments = {name: value for name, value in arguments.items() if name in kernel.arg_names}
     return compile_for(case.target, kernel, arguments, constants, num_warps=warps, **launch.OPTIONS, **options)
 
 

@@ -118,7 +118,7 @@ def compile_case(case: Case, config: FusedConfig | None = None) -> Resources:
     return compile_for(case.target, kernels.attention_kernel, types, constants, **options)
 
 
-def integer(name: str) -> str:
+def integer(name: str, value: int) -> str:
     """An integer's type: nearly all strides are multiples of 16."""
     aligned = "stride" in name and name not in ("table.stride", "stride_block_table", "stride_lse")
     return "i32:16" if aligned else "i32"

@@ -118,7 +118,7 @@ def compile_case(case: Case, **changes) -> Resources:
     return compile_for(case.target, kernel, found, constants, **options)
 
 
-def integer(name: str) -> str:
+def integer(name: str, value: int) -> str:
     """An integer's type: but for those of a log-sum-exp, strides are multiples of 16."""
     aligned = "stride" in name and name not in LSE_STRIDES
     return "i32:16" if aligned else "i32"

@@ -101,10 +101,10 @@ def compile_for(
     return _measure(target, compiled, names)
 
 
-def types_of(value: Any, integer: Callable[[str], str], name: str = "") -> Any:
+def types_of(value: Any, integer: Callable[[str, int], str], name: str = "") -> Any:
     """What ``compile_for`` takes for an argument of a launch: tensors become pointers, numbers stay numbers.
 
-    integer: the type of an integer by its name, "table.stride" for one in a tuple.
+    integer: the type of an integer by its name, "table.stride" for one in a tuple, and its value.
     """
     if isinstance(value, tuple):
         return type(value)(*(types_of(x, integer, f"{name}.{field}") for field, x in value._asdict().items()))
@@ -112,7 +112,7 @@ def types_of(value: Any, integer: Callable[[str], str], name: str = "") -> Any:
         return POINTERS[value.dtype]
     if isinstance(value, float):
         return "fp32"
-    return integer(name) if isinstance(value, int) and not isinstance(value, bool) else value
+    return integer(name, value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 POINTERS = {

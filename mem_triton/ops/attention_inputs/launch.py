@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from mem_triton.ops.attention_inputs.kernels import inputs_kernel
 from mem_triton.ops.attention_inputs.types import HeadInputs
+from mem_triton.ops.common.constants import constants
 from mem_triton.ops.common.kept import kept
 from mem_triton.ops.delta_rule import launch as delta_rule_launch
+from mem_triton.ops.delta_rule.operands import batch_of, rule_of
 from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
 from mem_triton.ops.delta_rule.types import StateBatch
 from mem_triton.ops.tuning import attention_inputs as tuning
@@ -50,11 +54,12 @@ def prepare(
         return
     if step and counter is None:
         counter = counter_for(qkv.device, rows)
-    arguments, constants = kernel_arguments(
+    arguments = kernel_arguments(
         qkv, projections, reads, rounded, inputs, batch, spec, block_size, tokens_per_state, counter if step else None
     )
-    warps = tuning.warps(constants["PAIR_BLOCK"], constants["ROWS"])
-    inputs_kernel[(rows if step else tokens, heads)](**arguments, **constants, num_warps=warps, **OPTIONS)
+    layer = arguments["LAYER"]
+    warps = tuning.warps(layer.PAIR_BLOCK.value, layer.ROWS.value)
+    inputs_kernel[(rows if step else tokens, heads)](**arguments, num_warps=warps, **OPTIONS)
 
 
 def counter_for(device: torch.device, rows: int) -> Tensor:
@@ -75,46 +80,72 @@ def kernel_arguments(
     block_size: int,
     tokens_per_state: int,
     counter: Tensor | None,
-) -> tuple[dict, dict]:
-    """The kernel's runtime and compile-time arguments by name; with a counter the kernel advances the states itself."""
-    first, heads = inputs.touched()
-    pairs = (inputs.rotated or inputs.head_dim // 2 * 2) // 2
-    rest = inputs.head_dim - 2 * pairs
-    power = lambda n: 1 << (n - 1).bit_length()  # noqa: E731
-    arguments = {
+) -> dict[str, Any]:
+    """The kernel's arguments by name; with a counter the kernel advances the states itself."""
+    stride_cos_sin = inputs.cos_sin.stride(0) if inputs.cos_sin is not None else 0
+    return {
         "qkv": qkv,
         "projections": projections,
         "reads": reads,
         "rounded": rounded,
-        "delta": inputs.delta,
-        "q_norm": inputs.q_norm,
-        "k_norm": inputs.k_norm,
-        "cos_sin": inputs.cos_sin,
-        **batch._asdict(),
+        "inputs": Inputs(inputs.delta, inputs.q_norm, inputs.k_norm, inputs.cos_sin, inputs.eps, stride_cos_sin),
+        "batch": batch_of(batch),
         "counter": counter,
         "num_rows": batch.seq_lens.shape[0],
-        "eps": inputs.eps,
         "stride_qkv": qkv.stride(0),
         "stride_token": projections.stride(0),
         "stride_read": reads.stride(0),
-        "stride_cos_sin": inputs.cos_sin.stride(0) if inputs.cos_sin is not None else 0,
-        "stride_block": batch.state_cache.stride(0),
-        "stride_cell": batch.state_cache.stride(1),
         "stride_table": batch.block_table.stride(0),
+        "LAYER": layer_of(inputs, spec.read_width, counter is not None),
+        "RULE": rule_of(spec, block_size, tokens_per_state),
     }
-    constants = {
-        "Q_HEADS": inputs.heads,
-        "KV_HEADS": inputs.kv_heads,
-        "HEAD_DIM": inputs.head_dim,
-        "FIRST": first,
-        "PROGRAMS": heads,
-        **{f"CORRECT_{x.upper()}": x in inputs.corrects for x in "qkv"},
-        "STEP": counter is not None,
-        "PAIRS": pairs,
-        "PAIR_BLOCK": power(pairs),
-        "REST_BLOCK": power(rest) if rest else 0,
-        "INTERLEAVED": inputs.interleaved,
-        "ROWS": power(spec.read_width),
-        **delta_rule_launch.constants(spec, block_size, tokens_per_state),
-    }
-    return arguments, constants
+
+
+class Inputs(NamedTuple):
+    """Tensors of ``HeadInputs``, each of which may be None."""
+
+    delta: Any
+    q_norm: Any
+    k_norm: Any
+    cos_sin: Any
+    eps: Any
+    stride_cos_sin: Any
+
+
+class Layer(NamedTuple):
+    """Compile-time numbers of a layer."""
+
+    Q_HEADS: Any
+    KV_HEADS: Any
+    HEAD_DIM: Any
+    FIRST: Any  # head that anything happens to
+    PROGRAMS: Any  # heads from there on
+    CORRECT_Q: Any
+    CORRECT_K: Any
+    CORRECT_V: Any
+    STEP: Any
+    PAIRS: Any  # of channels
+    PAIR_BLOCK: Any
+    REST_BLOCK: Any
+    INTERLEAVED: Any
+    ROWS: Any
+
+
+def layer_of(inputs: HeadInputs, read_width: int, step: bool) -> Layer:
+    pairs = (inputs.rotated or inputs.head_dim // 2 * 2) // 2
+    rest = inputs.head_dim - 2 * pairs
+    power = lambda n: 1 << (n - 1).bit_length()  # noqa: E731
+    numbers = (
+        inputs.heads,
+        inputs.kv_heads,
+        inputs.head_dim,
+        *inputs.touched(),
+        *(x in inputs.corrects for x in "qkv"),
+        step,
+        pairs,
+        power(pairs),
+        power(rest) if rest else 0,
+        inputs.interleaved,
+        power(read_width),
+    )
+    return constants(Layer, *numbers)

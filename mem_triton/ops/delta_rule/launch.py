@@ -7,26 +7,13 @@ from torch import Tensor
 
 from mem_triton.ops.common.architecture import architecture
 from mem_triton.ops.delta_rule.kernels import chunk_maps_kernel, recurrent_kernel
-from mem_triton.ops.delta_rule.reference import MODES, DeltaRuleSpec
+from mem_triton.ops.delta_rule.operands import batch_of, rule_of
+from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
 from mem_triton.ops.delta_rule.types import StateBatch
 from mem_triton.ops.tuning.delta_rule import DeltaRuleConfig, select
 
 # enable_fp_fusion is pinned: Triton is about to change its default, which would change the last bits.
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
-
-
-def constants(spec: DeltaRuleSpec, block_size: int, tokens_per_state: int) -> dict[str, int]:
-    """The kernels' compile-time arguments that an adapter and a cache layout fix."""
-    return {
-        "RANK": spec.rank,
-        "HEADS": spec.heads,
-        "RANKWISE": spec.rankwise_gates,
-        "COUPLED": spec.couple_lambda,
-        "MODE": MODES[spec.update_mode],
-        "NORMALIZE": spec.normalize_qk,
-        "BLOCK_SIZE": block_size,
-        "TOKENS_PER_STATE": tokens_per_state,
-    }
 
 
 def program_shape(config: DeltaRuleConfig, spec: DeltaRuleSpec, chunked: bool) -> tuple[int, int]:
@@ -51,9 +38,6 @@ def step_rows(
     """
     config = config or select(architecture(projections.device), spec.rank)
     tokens, num_rows = projections.shape[0], batch.seq_lens.shape[0]
-    states = batch[:-1]  # all but last_states, which the first launch does not write
-    strides = (*batch.state_cache.stride()[:2], batch.block_table.stride(0))
-    fixed = constants(spec, block_size, tokens_per_state)
     if num_rows == 0 or tokens == 0:
         return
     chunk = config.chunk if max_query_len > config.max_recurrent else 0
@@ -63,31 +47,19 @@ def step_rows(
     if chunk:
         maps = projections.new_empty(tokens // chunk + 1, spec.state_size, spec.rank + 1, dtype=torch.float32)
     grid = (slots, -(-spec.read_width // rows))
-    options = {"num_warps": warps, **OPTIONS}
+    arguments = {
+        "projections": projections,
+        "batch": batch_of(batch),
+        "maps": maps,
+        "num_rows": num_rows,
+        "stride_token": projections.stride(0),
+        "stride_table": batch.block_table.stride(0),
+        "RULE": rule_of(spec, block_size, tokens_per_state),
+        "ROWS": rows,
+        "CHUNK": chunk,
+        "num_warps": warps,
+        **OPTIONS,
+    }
     if chunk:
-        chunk_maps_kernel[grid](
-            projections,
-            *states,
-            maps,
-            num_rows,
-            projections.stride(0),
-            *strides,
-            **fixed,
-            ROWS=rows,
-            CHUNK=chunk,
-            **options,
-        )
-    recurrent_kernel[grid](
-        projections,
-        reads,
-        *batch,
-        maps,
-        num_rows,
-        projections.stride(0),
-        reads.stride(0),
-        *strides,
-        **fixed,
-        ROWS=rows,
-        CHUNK=chunk,
-        **options,
-    )
+        chunk_maps_kernel[grid](**arguments)
+    recurrent_kernel[grid](reads=reads, stride_read=reads.stride(0), **arguments)

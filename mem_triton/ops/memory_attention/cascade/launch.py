@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mem_triton.ops import denylist
 from mem_triton.ops.common.architecture import architecture
+from mem_triton.ops.common.constants import constants
 from mem_triton.ops.memory_attention.arguments.types import AttentionCall
 from mem_triton.ops.memory_attention.cascade.memory_only_kernel import memory_only_kernel
 from mem_triton.ops.memory_attention.cascade.merge_kernel import ROWS, WARPS, merge_kernel
@@ -16,7 +17,6 @@ from mem_triton.ops.memory_attention.fused.launch import OPTIONS, workspace_for
 from mem_triton.ops.memory_attention.fused.operands import (
     Output,
     Splits,
-    constants,
     head_of,
     logits_of,
     output_of,

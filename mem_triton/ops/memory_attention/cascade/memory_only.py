@@ -100,8 +100,7 @@ NOTHING = torch.finfo(torch.float32).min  # the log-sum-exp before any key: as g
 
 def _attend_in_torch(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] and log-sum-exp [T, Hq] in fp32, vectorised as in ``paged_torch``."""
-    query, pages, table, shared = call.query, call.pages, call.table, call.shared
-    scale, soft_cap = call.scale, call.soft_cap
+    query, pages, shared = call.query, call.pages, call.shared
     _, query_heads, size = query.shape
     heads = (shared if pages is None else pages).keys.shape[-3]
     out, lse = torch.zeros(query.shape), torch.full(query.shape[:2], -torch.inf)
@@ -111,9 +110,9 @@ def _attend_in_torch(call: AttentionCall) -> tuple[Tensor, Tensor]:
         q = query[picked].float().view(len(rows.row), rows.queries, heads, -1, size).permute(2, 0, 3, 1, 4)
         state = (torch.zeros(q.shape), torch.full(q.shape[:-1], NOTHING))
         if shared is not None:
-            paged_torch.add_shared(state, q, shared, slot, rows.positions(), scale, soft_cap)
+            paged_torch.add_shared(state, q, call, slot, rows.positions())
         if pages is not None:
-            paged_torch.add_pages(state, q, pages, table, slot, rows.positions(), scale, soft_cap)
+            paged_torch.add_pages(state, q, call, slot, rows.positions())
         value, log_sum = state
         log_sum = log_sum.masked_fill(log_sum == NOTHING, -torch.inf)
         out[picked] = value.permute(1, 3, 0, 2, 4).reshape(-1, query_heads, size)

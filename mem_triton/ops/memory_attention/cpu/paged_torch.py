@@ -18,9 +18,7 @@ from mem_triton.ops.memory_attention.arguments.packing import unpack_keys, unpac
 from mem_triton.ops.memory_attention.arguments.types import (
     AttentionCall,
     MemoryPages,
-    MemoryTable,
     PagedContext,
-    SharedSegment,
 )
 from mem_triton.ops.memory_attention.cpu.torch_parts import buckets, clear, dequantise, gather, merge, softmax
 
@@ -48,19 +46,19 @@ class Rows(NamedTuple):
 
 def attend(call: AttentionCall, skipped: np.ndarray | None = None) -> None:
     """Attend a call that is already checked. skipped: a flag for each row that is not attended."""
-    query, context, out, scale, row_slot, pages, table, shared, soft_cap, sinks, lse, _ = call
+    query, context, out, sinks, lse = call.query, call.context, call.out, call.sinks, call.lse
     kv_heads, size = context.keys.shape[1], query.shape[2]
-    slots = None if row_slot is None else row_slot.numpy()
+    slots = None if call.row_slot is None else call.row_slot.numpy()
     for rows in split(context.query_start_loc.numpy(), context.seq_lens.numpy(), kv_heads * size, skipped):
         tokens, count = rows.tokens(), rows.queries
         q = query[tokens].float().view(len(rows.row), count, kv_heads, -1, size).permute(2, 0, 3, 1, 4)  # [Hkv,n,G,T,D]
-        state = _attend_context(q, context, rows, scale, soft_cap)
+        state = _attend_context(q, context, rows, call.scale, call.soft_cap)
         if slots is not None:
             slot = slots[rows.row]
-            if shared is not None:
-                add_shared(state, q, shared, slot, rows.positions(), scale, soft_cap)
-            if pages is not None:
-                add_pages(state, q, pages, table, slot, rows.positions(), scale, soft_cap)
+            if call.shared is not None:
+                add_shared(state, q, call, slot, rows.positions())
+            if call.pages is not None:
+                add_pages(state, q, call, slot, rows.positions())
         value, log_sum = state
         if sinks is not None:
             total = torch.logaddexp(log_sum, sinks.view(kv_heads, 1, -1, 1))
@@ -124,10 +122,10 @@ def _blocks(context: PagedContext, picked: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_shared(
-    state: tuple[Tensor, Tensor], q: Tensor, shared: SharedSegment, slot: np.ndarray, positions: np.ndarray,
-    scale: float, soft_cap: float,
-) -> None:  # fmt: skip
-    known = np.maximum(slot, 0)
+    state: tuple[Tensor, Tensor], q: Tensor, call: AttentionCall, slot: np.ndarray, positions: np.ndarray
+) -> None:
+    """Merge the shared segment into ``state``, of queries of rows with these slots at these positions."""
+    shared, known = call.shared, np.maximum(slot, 0)
     first, end = shared.first.numpy()[known, None], shared.end.numpy()[known, None]
     visible = (slot >= 0)[:, None] & (first <= positions) & (positions < end)  # [n, T]
     pick = np.flatnonzero(visible.any(1))
@@ -136,7 +134,7 @@ def add_shared(
     keys, values = dequantise(shared.keys, shared.values, shared.key_scale, shared.value_scale)  # [Hkv, S, D]
     some = q if len(pick) == len(slot) else q[:, torch.from_numpy(pick)]
     flat = some.reshape(len(q), 1, -1, 1, q.shape[-1])  # the queries of all rows at once
-    value, log_sum = softmax(flat, keys.unsqueeze(1), values.unsqueeze(1), None, scale, soft_cap)
+    value, log_sum = softmax(flat, keys.unsqueeze(1), values.unsqueeze(1), None, call.scale, call.soft_cap)
     log_sum = log_sum.view(some.shape[:-1]) + shared.bias  # [Hkv, n, G, T]
     if not visible[pick].all():
         log_sum.masked_fill_(torch.from_numpy(~visible[pick])[:, None], -math.inf)
@@ -144,9 +142,10 @@ def add_shared(
 
 
 def add_pages(
-    state: tuple[Tensor, Tensor], q: Tensor, pages: MemoryPages, table: MemoryTable, slot: np.ndarray,
-    positions: np.ndarray, scale: float, soft_cap: float,
-) -> None:  # fmt: skip
+    state: tuple[Tensor, Tensor], q: Tensor, call: AttentionCall, slot: np.ndarray, positions: np.ndarray
+) -> None:
+    """Merge each row's pages into ``state``, of queries of rows with these slots at these positions."""
+    pages, table = call.pages, call.table
     known, size = np.maximum(slot, 0), pages.keys.shape[2]
     page, tokens, first, end = (x.numpy()[known] for x in table[:4])  # [n, M]
     bias = None if table.bias is None else table.bias.numpy()[known]
@@ -173,7 +172,7 @@ def add_pages(
             worth = np.float32(0) if bias is None else bias[index][:, None, :, None]
             mask = np.where(filled[:, None] & seen[..., None], worth, np.float32(-np.inf))  # [n, T, C, P]
             mask = torch.from_numpy(mask.reshape(len(pick), -1, keys.shape[2]))
-        value, log_sum = softmax(q[:, torch.from_numpy(pick)], keys, values, mask, scale, soft_cap)
+        value, log_sum = softmax(q[:, torch.from_numpy(pick)], keys, values, mask, call.scale, call.soft_cap)
         merge(state, pick, value, log_sum)
 
 

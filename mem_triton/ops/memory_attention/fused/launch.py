@@ -8,13 +8,13 @@ import torch
 
 from mem_triton.ops import denylist
 from mem_triton.ops.common.architecture import architecture
+from mem_triton.ops.common.constants import constants
 from mem_triton.ops.common.kept import kept
 from mem_triton.ops.memory_attention.arguments.types import AttentionCall, PagedContext
 from mem_triton.ops.memory_attention.fused.kernels import attention_kernel
 from mem_triton.ops.memory_attention.fused.operands import (
     Splits,
     channel_parts,
-    constants,
     context_of,
     head_of,
     is_quantised,

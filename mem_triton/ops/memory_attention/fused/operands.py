@@ -8,13 +8,12 @@ attributes of these names. What is absent as a whole is a tuple of None: Triton 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+from mem_triton.ops.common.constants import constant, constants
 from mem_triton.ops.memory_attention.arguments.types import AttentionCall, MemoryPages, SharedSegment
 
 FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}
@@ -111,12 +110,6 @@ def channel_parts(size: int) -> tuple[int, int]:
     return width, max(16, 1 << (rest - 1).bit_length()) if rest else 0
 
 
-@functools.lru_cache(maxsize=1024, typed=True)  # True is 1 otherwise
-def constants(kind: type, *numbers: int) -> Any:
-    """A ``kind`` of compile-time numbers."""
-    return kind(*map(tl.constexpr, numbers))
-
-
 def head_of(size: int, group: int) -> Head:
     return constants(Head, group, size, *channel_parts(size))
 
@@ -132,14 +125,14 @@ def output_of(call: AttentionCall, sinks: Tensor | None = None) -> Output:
 
 def context_of(call: AttentionCall) -> Context:
     keys, values, block_table = call.context[:3]
-    return Context(keys, values, block_table, *keys.stride()[:3], tl.constexpr(keys.shape[2]))
+    return Context(keys, values, block_table, *keys.stride()[:3], constant(keys.shape[2]))
 
 
 def pages_of(call: AttentionCall) -> Pages:
     if call.pages is None:
         return Pages(*(None,) * len(Pages._fields))
     keys, values, key_scale, value_scale = call.pages
-    shape = tl.constexpr(keys.shape[2]), tl.constexpr(FORMATS.get(keys.dtype, 0))
+    shape = constant(keys.shape[2]), constant(FORMATS.get(keys.dtype, 0))
     return Pages(_bits(keys), _bits(values), key_scale, value_scale, *keys.stride()[:3], *shape)
 
 
@@ -161,7 +154,7 @@ def segment_of(call: AttentionCall, tokens: int | None = None) -> Segment:
         float(bias),
         tokens,
         *keys.stride()[:2],
-        tl.constexpr(FORMATS.get(keys.dtype, 0)),
+        constant(FORMATS.get(keys.dtype, 0)),
     )
 
 
