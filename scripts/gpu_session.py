@@ -31,14 +31,16 @@ WHEELS = (
     "typing-inspection==0.4.5",
     "usearch==2.26.6",
     "numkong==7.8.6",
+    "hypothesis==6.170.17",
+    "sortedcontainers==2.4.0",
 )
 """What the tests and benchmarks of the kernels import and the machine lacks; pydantic's two must fit each other."""
 
 PYTEST = ["{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
 BENCH = ["{python}", "-m", "benchmarks.kernels", "--limit-minutes", "8", "--save", "--folder", "{out}"]
 KERNELS = [
-    f"tests/gpu/test_{name}_gpu.py"
-    for name in ("delta_rule", "attention_inputs", "memory_attention", "memory_selection", "reposition")
+    *(f"tests/gpu/test_{name}_gpu.py" for name in ("delta_rule", "attention_inputs", "memory_attention")),
+    *(f"tests/ops/test_{name}.py" for name in ("memory_selection", "reposition_pages")),
 ]
 LONG = "tests/gpu/test_memory_attention_gpu.py::test_a_long_segment_is_split_and_merged_by_the_last_program"
 SANITIZE = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all", "--tool"]

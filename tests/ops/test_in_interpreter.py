@@ -1,4 +1,5 @@
-"""Runs ``tests/ops/interpreter`` under Triton's interpreter, each file in a process of its own."""
+"""Runs tests that interpret kernels, each file in a process of its own: those of ``tests/ops/interpreter``, and those
+of other files that are marked so (see ``tests/support/places.py``)."""
 
 from __future__ import annotations
 
@@ -14,11 +15,19 @@ from tests.support.zygote import Zygote
 
 pytestmark = pytest.mark.kernels
 
-FOLDER = Path(__file__).parent / "interpreter"
+FOLDER = Path(__file__).parent
 TIMEOUT = 1800.0  # seconds of a file
 
 
-FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
+def interprets(path: Path) -> bool:
+    return path.parent != FOLDER or "\nfrom tests.support.places import" in path.read_text()
+
+
+FILES = sorted(
+    path.relative_to(FOLDER).as_posix()
+    for path in (*FOLDER.glob("test_*.py"), *FOLDER.glob("interpreter/test_*.py"))
+    if interprets(path)
+)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -28,7 +37,7 @@ def test_in_interpreter(name: str) -> None:
 
 @pytest.mark.slow
 def test_8192_tokens_in_interpreter() -> None:
-    run_in_interpreter("test_delta_rule_kernels.py", "slow")
+    run_in_interpreter("interpreter/test_delta_rule_kernels.py", "slow")
 
 
 def run_in_interpreter(name: str, marker: str) -> None:

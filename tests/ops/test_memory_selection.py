@@ -1,4 +1,4 @@
-"""``select_tokens`` on the CPU against the specification in fp64, and the facts about it."""
+"""``select_tokens`` against the specification in fp64, wherever it runs, and the facts about it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,152 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mem_triton.ops.memory_selection import reference, select_tokens, selection_torch, selection_weights
+from mem_triton.ops.memory_selection.selection_torch import top_tokens
 from mem_triton.ops.reposition import RotaryEmbedding, rotate
 from tests.ops.selection_case import SelectionCase, assert_picks, assert_weights, make_case
+from tests.support.interp import sanitize
+from tests.support.places import by_kernels, cases, device_of, everywhere, on_gpu
 
 MODES = reference.MODES
 
 
-def select(case: SelectionCase, keep: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    return select_tokens(case.q, case.k, keep=keep, valid=case.valid, mode=case.mode, scale=case.scale)
+def weights_of(case: SelectionCase, place: str, order: str = "forward") -> torch.Tensor:
+    """The runner. In the interpreter NaN stands in the output until it is written, and no finding may be made."""
+    if place != "interpreter":
+        q, k, valid = (None if x is None else x.to(device_of(place)) for x in (case.q, case.k, case.valid))
+        return selection_weights(q, k, valid, scale=case.scale, mode=case.mode).cpu()
+    from mem_triton.ops.memory_selection import launch
+
+    empty, torch.empty = torch.empty, lambda *shape, **kw: torch.full(shape, torch.nan, **kw)
+    try:
+        with sanitize(order) as findings:
+            weights = launch.log_weights(case.q, case.k, case.valid, case.scale, case.mode == "softmax")
+    finally:
+        torch.empty = empty
+    assert not findings, "\n".join(findings)
+    return weights
+
+
+def select(case: SelectionCase, keep: int = 8, place: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    if place == "interpreter":
+        return top_tokens(weights_of(case, place), case.flags, keep), case.flags.sum(1).clamp(max=keep).int()
+    q, k, valid = (None if x is None else x.to(device_of(place)) for x in (case.q, case.k, case.valid))
+    indices, count = select_tokens(q, k, keep=keep, valid=valid, mode=case.mode, scale=case.scale)
+    return indices.cpu(), count.cpu()
+
+
+def check(case: SelectionCase, place: str, keep: int = 8, order: str = "forward") -> None:
+    weights = weights_of(case, place, order)
+    assert_weights(weights, case)
+    if place == "interpreter":
+        picks = top_tokens(weights, case.flags, keep), case.flags.sum(1).clamp(max=keep).int()
+    else:
+        picks = select(case, keep, place)
+    assert_picks(*picks, case, keep)
+
+
+SMALL = [((5, 1), 80), ((4, 2), 128), ((2, 2), 32), ((2, 1), 96)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("heads,head_dim", SMALL)
+@everywhere
+def test_every_shape(mode, heads, head_dim, place):
+    check(make_case([40, 17], 44, heads=heads, head_dim=head_dim, prefix=3, mode=mode), place, order="shuffle")
+
+
+LENGTHS = {"cpu": (1, 16, 100, 200), "interpreter": (1, 16, 100, 128, 200), "gpu": (1, 16, 100, 128, 200)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place,tokens", cases(*((place, n) for place, lengths in LENGTHS.items() for n in lengths)))
+def test_every_length_and_dtype(dtype, tokens, place):
+    check(make_case([tokens], heads=(2, 1), dtype=dtype), place, order="reverse")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 37, 128, 512, 700])  # the last one by torch
+@pytest.mark.parametrize("heads,head_dim", [((40, 8), 80), ((32, 8), 128), ((6, 2), 32)])
+@on_gpu
+def test_the_shapes_of_models(mode, dtype, tokens, heads, head_dim, place):
+    check(make_case([tokens, tokens // 2], heads=heads, head_dim=head_dim, dtype=dtype, mode=mode), place)
+
+
+@everywhere
+def test_without_flags_all_tokens_count(place):
+    case = make_case([30, 30])
+    all_valid = SelectionCase(case.q, case.k, None, case.scale, case.mode)
+    assert torch.equal(weights_of(all_valid, place), weights_of(case, place))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=3),
+    padding=st.integers(0, 4),
+    prefix=st.integers(0, 3),
+    heads=st.sampled_from([(1, 1), (6, 2)]),
+    head_dim=st.sampled_from([1, 8, 20, 40]),
+    size=st.sampled_from([0.1, 1.0, 10.0]),
+    mode=st.sampled_from(MODES),
+)
+@by_kernels
+def test_any_references_by_the_kernel(lengths, padding, prefix, heads, head_dim, size, mode, place):
+    tokens, shape = max(max(lengths) + prefix + padding, 1), {"heads": heads, "head_dim": head_dim, "prefix": prefix}
+    check(make_case(lengths, tokens, **shape, size=size, mode=mode), place)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@by_kernels
+def test_b3_padding_changes_no_bit(mode, place):
+    """Up to the next power of two of tokens a program's sums run in the same order, with zeros behind."""
+    case = make_case([20, 31], mode=mode)
+    padded = make_case([20, 31], 32, mode=mode)
+    padded.q[:, :31], padded.k[:, :31] = case.q, case.k
+    assert torch.equal(weights_of(padded, place)[..., :31], weights_of(case, place))
+
+
+@everywhere
+def test_the_oracle_sees_a_wrong_weight_and_a_wrong_pick(place):
+    """Negative control: one log weight by a thousandth, a scale, a pick exchanged for the next best."""
+    case = make_case([40])
+    weights = weights_of(case, place)
+    spoiled = weights.clone()
+    spoiled[0, 1, 7] += 1e-3
+    with pytest.raises(AssertionError):
+        assert_weights(spoiled, case)
+    with pytest.raises(AssertionError):
+        assert_weights(weights_of(SelectionCase(case.q, case.k, case.valid, case.scale * 1.01, case.mode), place), case)
+    picks = top_tokens(weights, case.flags, 8)
+    worst = int(weights[0, 0].argmin())
+    picks[0, 0] = torch.tensor(sorted({*picks[0, 0].tolist()[1:], worst}))
+    with pytest.raises(AssertionError):
+        assert_picks(picks, torch.tensor([8], dtype=torch.int32), case, 8)
+
+
+@everywhere
+def test_equal_tokens_weigh_the_same_and_runs_are_bit_equal(place):
+    g = torch.Generator().manual_seed(0)
+    words, text = torch.randn(6, 3, 64, generator=g), torch.randint(6, (128,), generator=g)
+    case = SelectionCase(words[text][None, :, :2], words[text][None, :, 2:], None, 64**-0.5, "softmax")
+    weights = weights_of(case, place)
+    assert all(len(weights[0, 0][text == word].unique()) == 1 for word in range(6))
+    assert torch.equal(weights_of(case, place), weights)
+
+
+@on_gpu
+def test_no_host_sync(place):
+    case = make_case([128, 90])
+    q, k, valid = (x.to(device_of(place)) for x in (case.q, case.k, case.flags))
+    select_tokens(q, k, valid=valid)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        select_tokens(q, k, valid=valid)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- on a CPU ---------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

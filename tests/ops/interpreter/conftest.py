@@ -1,15 +1,6 @@
-"""These tests run kernels in Triton's interpreter, which must be chosen before triton is imported.
+"""Only a process that interprets Triton collects this folder; ``tests/ops/conftest.py`` installs the interpreter."""
 
-``tests/ops/test_in_interpreter.py`` runs this folder in a process of its own; to run it by hand::
+from tests.support.places import INTERPRETED
 
-    TRITON_INTERPRET=1 pytest tests/ops/interpreter
-"""
-
-import os
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.support import interp
-
-    interp.install()
-else:
+if not INTERPRETED:
     collect_ignore_glob = ["test_*.py"]
