@@ -39,8 +39,11 @@ WHEELS = (
 PYTEST = ["{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
 BENCH = ["{python}", "-m", "benchmarks.kernels", "--limit-minutes", "8", "--save", "--folder", "{out}"]
 KERNELS = [
-    *(f"tests/gpu/test_{name}_gpu.py" for name in ("delta_rule", "attention_inputs", "memory_attention")),
-    *(f"tests/ops/test_{name}.py" for name in ("memory_selection", "reposition_pages")),
+    "tests/gpu/test_memory_attention_gpu.py",
+    *(
+        f"tests/ops/test_{name}.py"
+        for name in ("delta_rule_paged", "attention_inputs", "memory_selection", "reposition_pages")
+    ),
 ]
 LONG = "tests/gpu/test_memory_attention_gpu.py::test_a_long_segment_is_split_and_merged_by_the_last_program"
 SANITIZE = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all", "--tool"]

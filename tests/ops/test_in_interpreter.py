@@ -37,7 +37,7 @@ def test_in_interpreter(name: str) -> None:
 
 @pytest.mark.slow
 def test_8192_tokens_in_interpreter() -> None:
-    run_in_interpreter("interpreter/test_delta_rule_kernels.py", "slow")
+    run_in_interpreter("test_delta_rule_paged.py", "slow")
 
 
 def run_in_interpreter(name: str, marker: str) -> None:
