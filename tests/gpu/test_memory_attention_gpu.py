@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mem_triton.ops.memory_attention import FOREVER, Policy, add_memory, memory_attention, memory_only_attention
 from mem_triton.ops.memory_attention.cascade.merge import merge_states
-from tests.ops.attention_case import FP8, INT8, AttentionCase, assert_matches, expected, make_case
+from tests.ops.attention_case import FP8, INT8, AttentionCase, assert_matches, expected, make_case, to_device
 from tests.ops.cascade_case import assert_close, assert_same_bits, memory_expected, untouched_tokens
 
 pytestmark = [
@@ -40,21 +38,6 @@ def make(batch: str = "mixed", kind: str = "bf16", **changes) -> AttentionCase:
     windows = [(0, FOREVER), (0, 1), (0, 1), (3, 40), (0, FOREVER), (0, 1), (0, 0), (0, FOREVER)]
     arguments = {"memories": PAGES, "shared": 700, "shared_range": windows, "padding_tokens": 3, "heads": (8, 2)}
     return make_case(ROWS[batch], dtype=dtype, page_dtype=page_dtype, **{**arguments, **changes})
-
-
-def moved(value: Any, device: str) -> Any:
-    """Tensors, and tuples of them, on another device with their strides."""
-    if isinstance(value, Tensor):
-        place = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-        return place.copy_(value)
-    if isinstance(value, tuple):
-        return type(value)(*(moved(x, device) for x in value))
-    return value
-
-
-def to_device(case: AttentionCase, device: str = "cuda") -> AttentionCase:
-    names = ("query", "context", "out", "lse", "row_slot", "pages", "table", "shared", "sinks")
-    return replace(case, **{name: moved(getattr(case, name), device) for name in names})
 
 
 def attend(case: AttentionCase, route: str) -> None:

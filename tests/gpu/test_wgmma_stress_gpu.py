@@ -16,8 +16,7 @@ from mem_triton.ops.memory_attention.cascade import launch as cascade_launch
 from mem_triton.ops.memory_attention.fused import launch
 from mem_triton.ops.tuning.memory_attention import select_pages, select_shared
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig, select
-from tests.gpu.test_memory_attention_gpu import to_device
-from tests.ops.attention_case import AttentionCase, assert_matches, expected, make_case
+from tests.ops.attention_case import AttentionCase, assert_matches, expected, make_case, to_device
 
 pytestmark = [
     pytest.mark.gpu,

@@ -62,6 +62,21 @@ class AttentionCase:
         return replace(self.fresh(), row_slot=None, pages=None, table=None, shared=None)
 
 
+def moved(value: Any, device: str) -> Any:
+    """Tensors, and tuples of them, on another device with their strides."""
+    if isinstance(value, Tensor):
+        place = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return place.copy_(value)
+    if isinstance(value, tuple):
+        return type(value)(*(moved(x, device) for x in value))
+    return value
+
+
+def to_device(case: AttentionCase, device: str = "cuda") -> AttentionCase:
+    names = ("query", "context", "out", "lse", "row_slot", "pages", "table", "shared", "sinks")
+    return replace(case, **{name: moved(getattr(case, name), device) for name in names})
+
+
 def make_case(
     rows: list[tuple[int, int]],
     *,

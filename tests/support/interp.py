@@ -91,6 +91,7 @@ def install() -> None:
     _repair_bf16_reductions()
     _repair_loop_bounds()
     _repair_masks()
+    _repair_constants_in_tuples()
     _patch_language_once_per_launch()
 
 
@@ -189,6 +190,12 @@ def _repair_masks() -> None:
     builder.create_masked_store = lambda self, pointers, value, mask, *rest: masked_store(
         self, pointers, value, boolean(mask), *rest
     )
+
+
+def _repair_constants_in_tuples() -> None:
+    """A kernel's own constants come as numbers, those in tuples do not: ``constant + tensor`` is then no tensor."""
+    convert = interpreter._implicit_cvt
+    interpreter._implicit_cvt = lambda arg: arg.value if isinstance(arg, tl.constexpr) else convert(arg)
 
 
 def _patch_language_once_per_launch() -> None:
