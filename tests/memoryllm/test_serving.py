@@ -14,12 +14,16 @@ from mem_triton.store.pool.pool import PagePool
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.memoryllm.layout import PoolLayout, layout_of, open_store
 from mem_triton.systems.memoryllm.pools import Pools
+from mem_triton.systems.memoryllm.projections import Projections
 from mem_triton.systems.memoryllm.records import PoolError
 from mem_triton.systems.memoryllm.residents import Residents
 from mem_triton.systems.memoryllm.rows import from_bytes, to_bytes
 from mem_triton.systems.memoryllm.section import MemoryLLMSection
 from mem_triton.systems.memoryllm.shape import PoolShape, PoolVersion
+from mem_triton.systems.memoryllm.update import Step, draw_dropped, updated
+from mem_triton.systems.memoryllm.worker import PoolWorker
 from mem_triton.systems.request import RequestError
+from tests.support.host import host
 
 
 def version(number: int, identity: str = "a" * 32) -> PoolVersion:
@@ -160,6 +164,17 @@ def test_a_write_that_another_one_overtook_is_not_committed(tmp_path):
             pools.rows_of(made)
 
 
+def test_a_pool_that_another_process_made_again_is_not_the_one_that_was_read(tmp_path):
+    shape = PoolShape(layers=2, rows=8, hidden=4, tokens=2, dtype="float32")
+    with Pools.create(tmp_path / "memory", shape, {}) as pools:
+        pools.add("main", torch.zeros(2, 8, 4))
+        reader = Pools.open(tmp_path / "memory")
+        assert not reader.rows("main").any()
+        pools.delete("main")
+        pools.add("main", torch.ones(2, 8, 4))
+        assert reader.rows("main").all()
+
+
 def test_a_reader_follows_a_writer_by_what_changed(tmp_path):
     """It reads one delta, and not all since the last snapshot; the rows are those of a reader that begins anew."""
     shape = PoolShape(layers=2, rows=8, hidden=4, tokens=2, dtype="float32", per_layer=True)
@@ -279,3 +294,73 @@ def test_requests_read_the_default_none_or_what_they_name(pool_bench, tmp_path):
     assert admit(pool_bench, store, {}, section={"default": "empty"}) is None, "until something is written"
     with pytest.raises(RequestError, match='mem_pool: pool "empty" has no rows yet'):
         admit(pool_bench, store, {"mem_pool": "empty"})
+
+
+class HostLayers:
+    """The layers of a model of transformers, as an engine gives its own."""
+
+    def __init__(self, model) -> None:
+        self.layers = model.get_decoder().layers
+        self.projected = 0
+
+    def project(self, layer, rows):
+        attention, given = self.layers[layer].self_attn, self.layers[layer].input_layernorm(rows)
+        self.projected += len(rows)
+        keys, values = attention.k_proj(given), attention.v_proj(given)
+        return tuple(x.view(len(rows), -1, attention.head_dim).transpose(0, 1) for x in (keys, values))
+
+
+@pytest.mark.parametrize("updates", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_c4_a_version_that_follows_another_is_to_the_bit_what_its_rows_give(pool_bench, updates, per_layer):
+    """Survivors keep what they had, however often rows are written; only new rows are projected."""
+    io, chance = HostLayers(pool_bench.oracle), torch.Generator().manual_seed(3)
+    bos, rows = torch.randn(3, 1, 128, generator=chance), torch.randn(3, 80, 128, generator=chance)
+    projections = Projections(io, bos, 16, torch.device("cpu"), torch.float32)
+    with torch.inference_mode():
+        made = [projections.whole(layer, rows[layer]) for layer in range(3)]
+        io.projected = 0
+        for _ in range(updates):
+            count = 16 if torch.rand(1, generator=chance) < 0.8 else 5
+            step = Step(
+                torch.randn(3, count, 128, generator=chance), draw_dropped(80, count, 3 if per_layer else 1, chance)
+            )
+            rows = updated(rows, step, 80)
+            made = [projections.after(layer, made[layer], [step]) for layer in range(3)]
+        assert io.projected == updates * 3 * 16
+        for layer in range(3):
+            keys, values = projections.whole(layer, rows[layer])
+            assert torch.equal(made[layer][0], keys) and torch.equal(made[layer][1], values)
+
+
+def test_workers_make_a_version_of_the_one_before_and_of_its_rows_alike(pool_bench, tmp_path):
+    """What lies in the pages is the same to the bit, after a compaction, too, which takes the deltas away."""
+    store = pool_bench.store(tmp_path)
+    section = MemoryLLMSection(pools=store, gib=0.002)
+    io = HostLayers(pool_bench.oracle)
+    follower, fresh = (PoolWorker(engine(pool_bench), section, host(range(3), layer_io=lambda: io)) for _ in range(2))
+    with Pools.open(store, writable=True) as pools:
+        for number in range(1, 5):
+            if number > 1:
+                with pools.writing("main", seed=number) as write:
+                    write.apply(torch.randn(3, 16, 128, generator=torch.Generator().manual_seed(number)))
+                    write.commit()
+            if number == 4:
+                pools.compact("main")
+            ref, pages = pools.exact("main").ref, [2 * number, 2 * number + 1]
+            for worker in (follower, fresh):
+                assert worker.fetch(ref) == {"error": None}
+                follows = worker is follower and 1 < number < 4
+                assert (worker._sources[ref].before is not None) == follows
+                for first, end in ((0, 2), (2, 3)):
+                    assert worker.place(ref, pages, first, end) == {"error": None}
+            fresh._newest.clear()
+            assert torch.equal(follower.pool.read(pages).data, fresh.pool.read(pages).data)
+    assert "is unknown" in follower.fetch(":nobody:0@1")["error"]
+
+
+def test_what_fails_beside_an_answer_has_its_status():
+    from mem_triton.store.errors import BankFullError, BankLockedError
+    from mem_triton.systems.memoryllm.injections import _status
+
+    assert [_status(error("x")) for error in (BankFullError, BankLockedError, PoolError)] == [507, 503, 500]

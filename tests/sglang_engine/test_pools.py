@@ -27,3 +27,18 @@ def test_c3_c4_c5_c8_texts_are_written_and_read(pool_bench, tmp_path):
 
 def test_c3_a_first_write_into_a_pool_without_rows(tmp_path):
     scenarios.texts_are_written_and_read(make_pool_bench(tmp_path / "bench", initialized=False), tmp_path, run_engine)
+
+
+def test_c2_versions_are_read_in_turn(pool_bench, tmp_path):
+    scenarios.versions_are_read_in_turn(pool_bench, tmp_path, run_engine)
+
+
+def test_control_without_pools_in_the_radix_keys(pool_bench, tmp_path):
+    tamper = "tests.sglang_engine.tamper:no_memory_in_radix_keys"
+    scenarios.without_pools_in_the_cache_keys_wrong_tokens_appear(pool_bench, tmp_path, run_engine, tamper)
+
+
+@pytest.mark.slow
+def test_tensor_parallel_ranks_write_and_read(pool_bench, tmp_path):
+    scenarios.every_row_reads_its_own_version(pool_bench, tmp_path / "read", run_engine, PAGE, tp_size=2)
+    scenarios.texts_are_written_and_read(pool_bench, tmp_path / "write", run_engine, tp_size=2)

@@ -189,6 +189,17 @@ def what_cannot_be_stored_is_not_acknowledged(server: ServerProcess, b: PoolBenc
     assert server.report(tell(server, TEXTS[0]))["pool"]["id"] == f"main@{number}"
 
 
+def others_change_the_store_between_writes(server: ServerProcess, b: PoolBench, store: Path) -> None:
+    """As `mem-triton pool` does: a fork is readable at once, and writes go on behind a compaction."""
+    server.report(tell(server, TEXTS[0]))
+    with Pools.open(store, writable=True, wait=10) as pools:
+        pools.fork("aside", "main")
+        pools.compact("main")
+    assert server.tokens(PROMPTS[0], fields={"mem_pool": "aside"}) == b.answer(store, PROMPTS[0], "aside")
+    written = server.report(tell(server, TEXTS[1]))["pool"]["id"]
+    assert server.tokens(PROMPTS[0]) == b.answer(store, PROMPTS[0], written)
+
+
 def a_writer_waits_until_its_readers_have_ended(server: ServerProcess, b: PoolBench, store: Path) -> None:
     """With two versions at most: the third is not there before a reader of one of the others has ended."""
     waits = server.metric("mem_triton:pool_writer_waits_total")

@@ -84,6 +84,10 @@ def test_what_cannot_be_stored_is_not_acknowledged(server, pool_bench, store):
     scenarios.what_cannot_be_stored_is_not_acknowledged(server, pool_bench, store)
 
 
+def test_others_change_the_store_between_writes(server, pool_bench, store):
+    scenarios.others_change_the_store_between_writes(server, pool_bench, store)
+
+
 def test_a_writer_waits_until_its_readers_have_ended(server, pool_bench, store):
     scenarios.a_writer_waits_until_its_readers_have_ended(server, pool_bench, store)
 

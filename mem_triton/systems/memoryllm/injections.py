@@ -68,6 +68,7 @@ class Injections:
         self._pools, self._section, self._residents = pools, section, residents
         self._bos, self._vocabulary = engine.hf_config.get("bos_token_id"), engine.hf_config["vocab_size"]
         self._stages, self._stride = len(engine.pp_spans), section.layers_per_step or pools.shape.layers
+        self._under_way = 0
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     def check(self, request: PoolRequest) -> None:
@@ -131,6 +132,7 @@ class Injections:
 
     async def _write(self, memory: Injecting, rpc: Rpc) -> None:
         request, chunk = memory.request, self._section.chunk
+        self._under_way += 1
         try:
             write = await asyncio.to_thread(self._begin, memory)
             for start in range(0, len(memory.ids), chunk):
@@ -142,6 +144,9 @@ class Injections:
         finally:
             if memory.forked and memory.version is None:
                 await asyncio.to_thread(self._pools.delete, request.inject, request.tenant)
+            self._under_way -= 1
+            if not self._under_way:  # now others may change the store
+                self._pools.close()
 
     def _begin(self, memory: Injecting) -> PoolWrite:
         request = memory.request

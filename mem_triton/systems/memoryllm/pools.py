@@ -13,9 +13,10 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ from mem_triton.store.files import WRITING, WriterLock, is_occupied, sync_folder
 from mem_triton.systems.memoryllm import records
 from mem_triton.systems.memoryllm.records import PoolError, damaged
 from mem_triton.systems.memoryllm.shape import PoolInfo, PoolShape, PoolState, PoolVersion
-from mem_triton.systems.memoryllm.update import updated
+from mem_triton.systems.memoryllm.update import Step, updated
 from mem_triton.systems.memoryllm.writing import PoolWrite
 
 STORE, WEIGHTS = "memory.json", "weights.safetensors"
@@ -50,7 +51,7 @@ class Pools:
     """
 
     def __init__(self, path: Path, shape: PoolShape, about: Mapping[str, Any]) -> None:
-        self.path, self.shape, self.about, self.max_pools = path, shape, about, MAX_POOLS
+        self.path, self.shape, self.about, self.max_pools, self.kept = path, shape, about, MAX_POOLS, KEPT
         self._newest: OrderedDict[str, PoolState] = OrderedDict()
         self._writing, self._caching = threading.RLock(), threading.Lock()
         self._lock: WriterLock | None = None
@@ -103,7 +104,7 @@ class Pools:
                 self._tidy()
 
     def close(self) -> None:
-        """Let the next writer in."""
+        """Let the next writer in; ``start_writing`` takes its turn again."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -128,11 +129,11 @@ class Pools:
 
     def resolve(self, reference: str, tenant: str = "") -> tuple[str, int]:
         """(name, version) of "main" or "main@2". Raises PoolError for what is not there."""
-        name, version = _split(reference)
+        name, version = records.split(reference)
         folder = self._folder(name, tenant)
         newest = self._newest_version(folder)
         if version is None:
-            if newest == 0:
+            if not newest:
                 raise PoolError(f'pool "{name}" has no rows yet; write a text into it first')
             return name, newest
         first = self._first_version(folder)
@@ -145,7 +146,7 @@ class Pools:
 
         own: a pool that the tenant may write.
         """
-        name, version = _split(reference)
+        name, version = records.split(reference)
         folder = self._folder(name, tenant, own)
         if version is not None or self._newest_version(folder):
             name, version = self.resolve(reference, tenant)
@@ -154,10 +155,22 @@ class Pools:
 
     def rows_of(self, version: PoolVersion) -> Tensor:
         """The rows of exactly this version. Raises PoolError if its pool is gone, whatever is called so now."""
+        self._exactly(version)
+        return self.rows(f"{version.name}@{version.version}", version.tenant)
+
+    def _exactly(self, version: PoolVersion) -> Path:
         folder = self._folder(version.name, version.tenant, own=True)
         if records.read_about(folder)[2] != version.identity:
             raise PoolError(f'pool "{version.name}" is gone; another one is called so now')
-        return self.rows(f"{version.name}@{version.version}", version.tenant)
+        return folder
+
+    def changes(self, version: PoolVersion, since: int) -> list[Step]:
+        """What makes this version of its pool's version ``since``, step by step. Raises PoolError as ``rows_of``."""
+        folder = self._exactly(version)
+        deltas = [records.read_delta(folder, number) for number in range(since + 1, version.version + 1)]
+        if any(two.before != one.link for one, two in pairwise(deltas)):
+            raise damaged(folder, "its versions do not follow one another")
+        return [step for delta in deltas for step in delta.steps]
 
     def rows(self, reference: str, tenant: str = "") -> Tensor:
         """The rows [L, N, d] of a version. Raises PoolError for what is not there, or damaged."""
@@ -168,7 +181,7 @@ class Pools:
         """Problems of every pool, each naming its file; empty if all is well."""
         problems = []
         for info in self.list():
-            folder = self.path / "pools" / _directory(info.name, info.tenant)
+            folder = self.path / "pools" / records.directory(info.name, info.tenant)
             try:
                 for version in info.snapshots or (0,):
                     self._replay(
@@ -228,7 +241,9 @@ class Pools:
                     raise PoolError(f'pool "{name}" was written meanwhile; write into its newest version')
                 yield
 
-        return PoolWrite(self.shape, folder, newest, seed, committing, partial(self._remember, folder.name))
+        return PoolWrite(
+            self.shape, folder, newest, seed, committing, partial(self._remember, records.read_about(folder)[2])
+        )
 
     def snapshot(self, name: str, tenant: str = "") -> str:
         """Store all rows of the newest version, so that later ones are found sooner; its reference."""
@@ -246,7 +261,7 @@ class Pools:
         """Keep the newest version alone; how many files went. The snapshot is on the disk before the first one goes."""
         with self._as_writer():
             reference = self.snapshot(name, tenant)
-            folder, newest = self._folder(name, tenant), _split(reference)[1]
+            folder, newest = self._folder(name, tenant), records.split(reference)[1]
             old = [
                 folder / records.file_name(version, kind)
                 for kind, found in records.versions(folder).items()
@@ -262,17 +277,15 @@ class Pools:
         """Take a pool out. One that is called the same later has another identity."""
         with self._as_writer():
             folder = self._folder(name, tenant, own=True)
-            gone = folder.with_name(f".deleted-{uuid.uuid4().hex}")
-            folder.rename(gone)
+            gone = folder.rename(folder.with_name(f".deleted-{uuid.uuid4().hex}"))
             sync_folder(folder.parent)
-            self._newest.pop(folder.name, None)
             shutil.rmtree(gone, ignore_errors=True)
 
-    def _remember(self, directory: str, state: PoolState) -> None:
+    def _remember(self, identity: str, state: PoolState) -> None:
         with self._caching:
-            self._newest[directory] = state
-            self._newest.move_to_end(directory)
-            while len(self._newest) > KEPT:
+            self._newest[identity] = state
+            self._newest.move_to_end(identity)
+            while len(self._newest) > self.kept:
                 self._newest.popitem(last=False)
 
     @contextmanager
@@ -285,7 +298,7 @@ class Pools:
     def _make(self, name: str, tenant: str, fill: Callable[[Path], object]) -> str:
         if not ids.is_name(name) or (tenant and not ids.is_name(tenant)):
             raise PoolError(f"pool {name[:200]!r}: a name must be {ids.NAME_RULE}")
-        folder = self.path / "pools" / _directory(name, tenant)
+        folder = self.path / "pools" / records.directory(name, tenant)
         if folder.exists():
             raise PoolError(f'pool "{name}" is taken; choose another name')
         if len(self.list()) >= self.max_pools:
@@ -321,7 +334,7 @@ class Pools:
         """own: not everybody's, which a tenant may read and not write."""
         whose = ([tenant] if own else [tenant, ""]) if ids.is_name(name) and (not tenant or ids.is_name(tenant)) else []
         for owner in whose:
-            folder = self.path / "pools" / _directory(name, owner)
+            folder = self.path / "pools" / records.directory(name, owner)
             if (folder / records.POOL).is_file():
                 return folder
         raise PoolError(
@@ -341,14 +354,13 @@ class Pools:
         return min(records.versions(folder)["snapshot"] or {1})
 
     def _state(self, folder: Path, version: int) -> PoolState:
-        here = self._newest.get(folder.name)
+        here = self._newest.get(identity := records.read_about(folder)[2])  # another process may have made it again
         if here is not None and here.version == version:
             return here
         start = max((v for v in records.versions(folder)["snapshot"] if v <= version), default=0)
-        after = here if here is not None and start <= here.version < version else None
-        state = self._replay(folder, start, version, after)
+        state = self._replay(folder, start, version, here if here and start <= here.version < version else None)
         if self._newest_version(folder) == version:
-            self._remember(folder.name, state)
+            self._remember(identity, state)
         return state
 
     def _replay(self, folder: Path, start: int, version: int, after: PoolState | None = None) -> PoolState:
@@ -379,20 +391,10 @@ class Pools:
                 shutil.rmtree(entry, ignore_errors=True)
             elif entry.is_dir():
                 for leftover in entry.glob(f"{WRITING}*"):
-                    leftover.unlink(missing_ok=True)
+                    with suppress(OSError):  # the write of that name will say what is wrong
+                        leftover.unlink()
 
 
 def _fresh_generator(folder: Path) -> Tensor:
     """The state with which a pool's own generator begins: of its identity, so that a replay gives the same."""
     return torch.Generator().manual_seed(int(records.read_about(folder)[2][:15], 16)).get_state()
-
-
-def _directory(name: str, tenant: str) -> str:
-    return f"{tenant}:{name}" if tenant else name
-
-
-def _split(reference: str) -> tuple[str, int | None]:
-    found = ids.split_reference(reference)
-    if found is None or not ids.is_name(found[0]):
-        raise PoolError(f'"{str(reference)[:200]}" names no pool; a pool is called "name" or "name@version"')
-    return found

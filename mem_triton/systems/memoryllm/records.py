@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mem_triton import ids
 from mem_triton.store.errors import BankError, not_written
 from mem_triton.store.files import write_durably
 from mem_triton.systems.memoryllm.update import Step
@@ -128,6 +129,19 @@ def read_about(folder: Path) -> tuple[str, str, str]:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged(folder / POOL, f"cannot be read ({error})") from None
     return about
+
+
+def directory(name: str, tenant: str) -> str:
+    """The folder's name of a pool."""
+    return f"{tenant}:{name}" if tenant else name
+
+
+def split(reference: str) -> tuple[str, int | None]:
+    """("main", 2) of "main@2", ("main", None) of "main". Raises PoolError for what names no pool."""
+    found = ids.split_reference(reference)
+    if found is None or not ids.is_name(found[0]):
+        raise PoolError(f'"{str(reference)[:200]}" names no pool; a pool is called "name" or "name@version"')
+    return found
 
 
 def damaged(path: Path, what: str) -> PoolError:

@@ -1,13 +1,16 @@
 """MemoryLLM's worker part: keys and values of versions in pages of the device, and the passes that write texts.
 
-A version's keys and values are made by the model's own norms and projections, a text's rows by its own decoder layers,
-both between two steps. The hidden rows stay on the host.
+A version's keys and values are made by the model's own norms and projections, of its new rows alone where the version
+before is known; a text's rows by its own decoder layers; both between two steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,12 +26,35 @@ from mem_triton.systems.base import StepBatch, WorkerHost, WorkerPart
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.memoryllm.convert import load_weights
 from mem_triton.systems.memoryllm.layout import layout_of, open_store
+from mem_triton.systems.memoryllm.projections import Projected, Projections
 from mem_triton.systems.memoryllm.records import PoolError
 from mem_triton.systems.memoryllm.rows import from_bytes, to_bytes
 from mem_triton.systems.memoryllm.section import MemoryLLMSection
 from mem_triton.systems.memoryllm.shape import PoolVersion
+from mem_triton.systems.memoryllm.update import Step
 from mem_triton.systems.memoryllm.write import WritePass, WriteWeights
 from mem_triton.systems.payload import SystemPayload
+
+KEPT = 2
+"""Pools of whose newest version keys before RoPE and values stay on the host."""
+
+
+@dataclass(frozen=True)
+class Newest:
+    """made: keys before RoPE and values of a version, by layer, on the host."""
+
+    version: int
+    made: Mapping[int, Projected]
+
+
+@dataclass
+class Source:
+    """What a version is made of: the one before and what changed since, or all rows [L, N, d]. made: see ``Newest``."""
+
+    before: Newest | None
+    steps: Sequence[Step]
+    rows: Tensor | None = None
+    made: dict[int, Projected] = field(default_factory=dict)
 
 
 class PoolLayer:
@@ -55,6 +81,7 @@ class PoolWorker(WorkerPart):
         }
         self._host, self._dtype = host, engine.dtype
         self.pools = open_store(engine, section)
+        self.pools.kept = 0  # rows are read once, and are not needed any more when a version is placed
         self._shape, self.layout = self.pools.shape, layout_of(engine, section, self.pools.shape)
         if self._shape.layers != sum(end - first for first, end in engine.pp_spans):
             raise ConfigError(f"mem_triton.memoryllm.pools: has {self._shape.layers} layers, the model another number")
@@ -75,8 +102,11 @@ class PoolWorker(WorkerPart):
         )
         self._read = {index: PoolLayer(self.tables, self.pool.layer(place)) for place, index in enumerate(self._layers)}
         self._held: dict[int, str] = {}  # page -> the version that lies there
-        self._rows: dict[str, Tensor] = {}  # of versions that are being placed
-        self._rows_lock = threading.Lock()
+        block = self._shape.tokens
+        self._projections = Projections(self._io, self._weights.bos, block, host.device, engine.dtype)
+        self._sources: dict[str, Source] = {}  # of versions that are being placed
+        self._newest: OrderedDict[str, Newest] = OrderedDict()  # by a pool's identity
+        self._lock = threading.Lock()
         self._writes: dict[str, WritePass] = {}
 
     def _load_weights(self) -> tuple[WriteWeights, dict[int, dict[str, tuple[Tensor, Tensor]]]]:
@@ -98,13 +128,23 @@ class PoolWorker(WorkerPart):
 
     def fetch(self, ref: str) -> dict[str, Any]:
         """Read a version's rows into this process, while steps run: {"error": None or why they could not be}."""
+        version = PoolVersion.of(ref)
+        with self._lock:
+            before = self._newest.get(version.identity)
         try:
-            rows = self.pools.rows_of(PoolVersion.of(ref))
+            source = self._source(version, before)
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"}
-        with self._rows_lock:
-            self._rows[ref] = rows
+        with self._lock:
+            self._sources[ref] = source
         return {"error": None}
+
+    def _source(self, version: PoolVersion, before: Newest | None) -> Source:
+        """What the workers make a version of: as little as has to be read. Raises PoolError."""
+        if before is not None and before.version < version.version:
+            with contextlib.suppress(PoolError):  # the store was compacted in between
+                return Source(before, self.pools.changes(version, before.version))
+        return Source(None, (), self.pools.rows_of(version))
 
     def place(self, ref: str, pages: list[int], first: int, end: int) -> dict[str, Any]:
         """Fill a version's pages in the layers [first, end), between two steps: {"error": None or why not}.
@@ -113,17 +153,19 @@ class PoolWorker(WorkerPart):
         """
         try:
             self._held |= dict.fromkeys(pages, ref)
-            rows = self._rows[ref]
+            source = self._sources[ref]
             with torch.inference_mode():
                 for place, layer in enumerate(self._layers):
                     if first <= layer < end:
-                        keys, values = self._keys_and_values(layer, rows[layer])
-                        self.pool.write_layer(place, pages, keys, values)
+                        keys, values = self._keys_and_values(layer, source)
+                        source.made[layer] = keys.cpu(), values.cpu()
+                        self.pool.write_layer(place, pages, self._placed(keys, self._ropes[layer]), values)
             if end >= self._shape.layers:
-                self._forget_rows(ref)
+                self._remember(PoolVersion.of(ref), source)
             return {"error": None}
         except Exception as error:
-            self._forget_rows(ref)
+            with self._lock:
+                self._sources.pop(ref, None)
             for page in pages:
                 self._held.pop(page, None)
             return {"error": f"{type(error).__name__}: {error}"}
@@ -168,21 +210,26 @@ class PoolWorker(WorkerPart):
             self._writes.pop(id, None)
             return {"error": f"{type(error).__name__}: {error}", "left": 0, "new": None}
 
-    def _keys_and_values(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """A version's keys where they are read, before the text, and its values: [Hkv, rows, D]."""
-        rows = rows.to(self._host.device, self._dtype, non_blocking=True)
-        if self._weights.bos is not None:
-            rows = torch.cat([self._weights.bos[layer], rows])
-        keys, values = self._io.project(layer, rows)
-        return self._placed(keys, self._ropes[layer]), values
+    def _keys_and_values(self, layer: int, source: Source) -> tuple[Tensor, Tensor]:
+        """A version's keys before RoPE and its values: [Hkv, rows, D]."""
+        if source.before is None:
+            return self._projections.whole(layer, source.rows[layer])
+        return self._projections.after(layer, source.before.made[layer], source.steps)
 
     def _placed(self, keys: Tensor, rope: RotaryEmbedding) -> Tensor:
         where = torch.arange(-keys.shape[1], 0, device=keys.device)
         return rotate(keys, where, rope)
 
-    def _forget_rows(self, ref: str) -> None:
-        with self._rows_lock:
-            self._rows.pop(ref, None)
+    def _remember(self, version: PoolVersion, source: Source) -> None:
+        """A version is placed: the one after it begins from what it has."""
+        with self._lock:
+            del self._sources[version.ref]
+            before = self._newest.get(version.identity)
+            if before is None or before.version < version.version:
+                self._newest[version.identity] = Newest(version.version, source.made)
+                self._newest.move_to_end(version.identity)
+            while len(self._newest) > KEPT:
+                self._newest.popitem(last=False)
 
     # Steps.
 
