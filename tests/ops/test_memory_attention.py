@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mem_triton.ops.memory_attention import FOREVER, Policy, memory_attention, reference
-from mem_triton.ops.memory_attention.cpu import paged_numba, paged_torch, torch_parts
+from mem_triton.ops.memory_attention.cpu import paged_torch, torch_parts
 from mem_triton.ops.tuning.memory_attention_fused import FusedConfig
 from tests.ops.attention_case import (
     FP8,
@@ -300,6 +300,8 @@ def test_sequences_longer_than_a_query_chunk(monkeypatch):
 
 
 def test_groups_are_bounded_in_memory(monkeypatch):
+    from mem_triton.ops.memory_attention.cpu import paged_numba  # a machine for kernels alone has no numba
+
     monkeypatch.setattr(paged_numba, "SHORT", 0)
     rows = [(1, n) for n in (3, 90, 17, 200, 45)]
     case = make_case(rows, memories=[[(8, 0, FOREVER)] * n for n in (1, 12, 2, 0, 7)])
