@@ -30,7 +30,7 @@ from benchmarks.recall.train_base import batch as context_batch
 from benchmarks.recall.train_base import forward as context_forward
 from benchmarks.recall.train_memory_forward import (
     KEEP,
-    LayerMemory,
+    EncodedLayer,
     forward,
     requests_memory,
     sink,
@@ -52,7 +52,7 @@ def written(
     texts: list[str],
     rows: Tensor,
     sharpness: float = 4.0,
-) -> dict[int, LayerMemory]:
+) -> dict[int, EncodedLayer]:
     """The memory of requests that read the texts ``rows[b]`` in one of the ways "sparse", "soft", "dense", "prefix"."""
     if kind == "prefix":
         return requests_memory(write_prefix(model, tokenizer, texts), {}, rows)
@@ -66,7 +66,7 @@ def answers(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     pairs: list[tuple[str, str]],
-    memory: dict[int, LayerMemory] | None,
+    memory: dict[int, EncodedLayer] | None,
 ) -> tuple[Tensor, Tensor]:
     """Logits [B, A, vocab] that predict each row's answer, and its tokens [B, A]."""
     prompts = tokenizer([prompt for prompt, _ in pairs])["input_ids"]

@@ -20,14 +20,14 @@ KEEP = 8
 
 
 @dataclass(frozen=True)
-class LayerMemory:
+class EncodedLayer:
     """What one layer reads: rotated keys and values [B, Hkv, M, D], and a logit bias [B, Hkv, M] (-inf: not there)."""
 
     keys: Tensor
     values: Tensor
     bias: Tensor
 
-    def take(self, rows: Tensor) -> LayerMemory:
+    def take(self, rows: Tensor) -> EncodedLayer:
         """For each request b the memories ``rows[b]`` [B, R] side by side; -1 for none."""
         missing = (rows < 0)[:, :, None, None]
 
@@ -36,7 +36,7 @@ class LayerMemory:
 
         chosen = rows.clamp_min(0)
         bias = self.bias[chosen].masked_fill(missing, -torch.inf)
-        return LayerMemory(joined(self.keys[chosen]), joined(self.values[chosen]), joined(bias))
+        return EncodedLayer(joined(self.keys[chosen]), joined(self.values[chosen]), joined(bias))
 
 
 def rotate(model: Qwen3ForCausalLM, x: Tensor, positions: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def rotate(model: Qwen3ForCausalLM, x: Tensor, positions: Tensor) -> Tensor:
 
 
 def forward(
-    model: Qwen3ForCausalLM, ids: Tensor, memory: dict[int, LayerMemory] | None = None, until: int | None = None
+    model: Qwen3ForCausalLM, ids: Tensor, memory: dict[int, EncodedLayer] | None = None, until: int | None = None
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
     """Final hidden states [B, T, d], and each layer's (queries, keys, values) [B, heads, T, D] before RoPE.
 
@@ -99,8 +99,8 @@ def write(
     keep: int | None,
     prefix: Sequence[int],
     sharpness: float | None = None,
-) -> dict[int, LayerMemory]:
-    """Each text encoded alone behind ``prefix``, in these layers: a LayerMemory of N rows each.
+) -> dict[int, EncodedLayer]:
+    """Each text encoded alone behind ``prefix``, in these layers: an EncodedLayer of N rows each.
 
     keep: tokens kept per KV head, None for all. sharpness: instead of dropping the others, lower their logits by
     ``sharpness * log(weight / weight of the last kept one)``, which tells the gradient what should have been kept.
@@ -125,39 +125,39 @@ def write(
                 positions = order[..., :keep].sort(-1).values
             index = positions[..., None].expand(*positions.shape, k.shape[3])
             k, v, bias = k.gather(2, index), v.gather(2, index), bias.gather(2, positions)
-        memory[layer] = LayerMemory(rotate(model, k, positions - REFERENCE_TOKENS), v, bias)
+        memory[layer] = EncodedLayer(rotate(model, k, positions - REFERENCE_TOKENS), v, bias)
     return memory
 
 
 def write_prefix(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
-) -> dict[int, LayerMemory]:
+) -> dict[int, EncodedLayer]:
     """Each text's whole KV in all layers, at the positions right before the context (kind "prefix")."""
     encoded = tokenizer(list(texts), padding=True, padding_side="right", return_tensors="pt")
     _, captured = forward(model, encoded.input_ids, until=len(model.model.layers))
     valid = encoded.attention_mask.bool()
     positions = (torch.arange(valid.shape[1]) - valid.sum(1, keepdim=True))[:, None]
     return {
-        layer: LayerMemory(
+        layer: EncodedLayer(
             rotate(model, k, positions), v, torch.zeros(k.shape[:3]).masked_fill(~valid[:, None], -torch.inf)
         )
         for layer, (_, k, v) in enumerate(captured)
     }
 
 
-def sink(model: Qwen3ForCausalLM, prefix: Sequence[int]) -> dict[int, LayerMemory]:
+def sink(model: Qwen3ForCausalLM, prefix: Sequence[int]) -> dict[int, EncodedLayer]:
     """The constant prefix in all layers, one row, before all references."""
     _, captured = forward(model, torch.tensor([list(prefix)]), until=len(model.model.layers))
     positions = torch.arange(len(prefix)) - REFERENCE_TOKENS - len(prefix)
     return {
-        layer: LayerMemory(rotate(model, k, positions), v, torch.zeros(k.shape[:3]))
+        layer: EncodedLayer(rotate(model, k, positions), v, torch.zeros(k.shape[:3]))
         for layer, (_, k, v) in enumerate(captured)
     }
 
 
 def requests_memory(
-    references: dict[int, LayerMemory], constant: dict[int, LayerMemory], rows: Tensor
-) -> dict[int, LayerMemory]:
+    references: dict[int, EncodedLayer], constant: dict[int, EncodedLayer], rows: Tensor
+) -> dict[int, EncodedLayer]:
     """What each of B requests reads: the constant prefix and the references ``rows[b]`` [B, R] (-1: none)."""
     first = torch.zeros(len(rows), 1, dtype=torch.long)
     memory = {layer: part.take(first) for layer, part in constant.items()}
@@ -165,6 +165,6 @@ def requests_memory(
         own = part.take(rows)
         if layer in memory:
             pairs = zip(vars(memory[layer]).values(), vars(own).values(), strict=True)
-            own = LayerMemory(*(torch.cat(pair, 2) for pair in pairs))
+            own = EncodedLayer(*(torch.cat(pair, 2) for pair in pairs))
         memory[layer] = own
     return memory

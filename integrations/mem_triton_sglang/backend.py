@@ -25,7 +25,7 @@ from mem_triton.ops.memory_attention import AttentionCall, PagedContext, memory_
 from mem_triton.runtime.worker.memory import attend_or_lose
 from mem_triton_sglang.hooks import check_hooks
 from mem_triton_sglang.step import Step, StepBuilder
-from mem_triton_sglang.worker import WorkerMemory, memory_of
+from mem_triton_sglang.worker import SGLangWorkerMemory, memory_of
 
 
 def create(runner: Any) -> AttentionBackend:
@@ -37,7 +37,7 @@ def create(runner: Any) -> AttentionBackend:
     backend = ATTENTION_BACKENDS[name](runner)
     memory = memory_of(runner.model)
     if memory is None:
-        raise ConfigError("--attention-backend mem_triton: no memory hangs at the model")
+        raise ConfigError("--attention-backend mem_triton: the model has no memory; was it loaded by another runner?")
     pool = runner.token_to_kv_pool
     if memory.has_segments and (type(pool) is not MHATokenToKVPool or pool.dtype != runner.dtype):
         raise ConfigError(
@@ -61,10 +61,13 @@ def create(runner: Any) -> AttentionBackend:
 
 
 class BackendWithMemory(AttentionBackend):
-    """Goes in front of a stock backend's class. mem_step: the step that runs, or is captured, now."""
+    """Overrides a stock backend: adds to its result what rows read of memory.
+
+    mem_step: the step that runs, or is captured, now.
+    """
 
     needs_cpu_seq_lens = True
-    mem_triton: WorkerMemory
+    mem_triton: SGLangWorkerMemory
     mem_steps: StepBuilder
     mem_step: Step | None = None
 

@@ -1,7 +1,7 @@
-"""Memory in a scheduler process: what hangs at its model, and how SGLang's requests reach it.
+"""Attaches memory to a scheduler process's model, and enters SGLang's requests into it.
 
-``WorkerMemory`` hangs as ``mem_triton`` at the runner's model, and at the pool of requests, which says when one leaves.
-A request enters with the first batch that processes its tokens; before each forward pass the batch's rows are
+The runner's model has it as its attribute ``mem_triton``; so has the pool of requests, which says when one leaves. A
+request enters with the first batch that processes its tokens; before each forward pass the batch's rows are
 written into the device tables that kernels read, on the stream of the forward passes.
 """
 
@@ -39,7 +39,7 @@ from mem_triton_sglang.states import DeltaStates
 logger = logging.getLogger("sglang.mem_triton")
 
 
-class WorkerMemory(BatchMemory):
+class SGLangWorkerMemory(BatchMemory):
     """states: recurrent states beside the KV cache, None without a system that has some. context: where requests' own
     keys and values lie.
 
@@ -102,7 +102,7 @@ def _positions(batch: Any) -> tuple[list[int], list[int]]:
     return first, [start + count - 1 for start, count in zip(first, batch.extend_lens or (), strict=True)]
 
 
-def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
+def attach_memory(runner: Any, config: MemTritonConfig) -> SGLangWorkerMemory:
     """Give a runner's model the memory that is configured. Raises ConfigError naming what does not fit."""
     if runner.use_mla_backend:
         raise ConfigError("mem_triton does not support multi-head latent attention (MLA): it has no keys by head")
@@ -111,7 +111,7 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> WorkerMemory:
     shape, ranks = shape_of(runner.server_args, runner.model_config), own_ranks()
     invariant = config.deterministic or runner.server_args.enable_deterministic_inference
     policy = Policy(batch_invariant=True) if invariant else None
-    memory = WorkerMemory(ContextReader(runner), stream_of(runner), policy)
+    memory = SGLangWorkerMemory(ContextReader(runner), stream_of(runner), policy)
 
     def attach_states(adapter: Any, tokens_per_state: int | None, lose: Callable[[BaseException], None]) -> Any:
         memory.states = attach(
@@ -146,7 +146,7 @@ def attention_layers(model: nn.Module) -> list[int]:
     return sorted(attentions)
 
 
-def memory_of(model: nn.Module) -> WorkerMemory | None:
+def memory_of(model: nn.Module) -> SGLangWorkerMemory | None:
     """What a runner's model got, None without a configuration."""
     return getattr(model, "mem_triton", None)
 
@@ -219,7 +219,7 @@ def before_free(pool: Any, request: Any) -> None:
 
 
 def after_request(result: Any, request: Any, *args: Any, **kwargs: Any) -> None:
-    """``Req.__init__``: memory fields without the front end's answer came in by a door that it does not watch."""
+    """``Req.__init__``: refuses memory fields that reached the scheduler past the front end."""
     note(request)
     fields = getattr(request.sampling_params, "custom_params", None) or {}
     asked = sorted(filter(is_memory_field, fields))

@@ -20,7 +20,7 @@ from mem_triton.systems.delta_mem import (
     load_adapter,
 )
 from mem_triton_transformers.call import ModelCall
-from mem_triton_transformers.layer import LayerMemory
+from mem_triton_transformers.layer import DeltaLayer
 from mem_triton_transformers.modes import BATCHING, check_generate, refuse_batching
 
 ATTRIBUTE = "_mem_triton"
@@ -34,7 +34,7 @@ class ModelMemory:
     config: DeltaMemConfig
     adapter: Callable[[], DeltaMemAdapter]
     call: ModelCall = field(default_factory=ModelCall)
-    layers: dict[str, LayerMemory] = field(default_factory=dict)
+    layers: dict[str, DeltaLayer] = field(default_factory=dict)
     handles: list[Any] = field(default_factory=list)
     undo: list[Callable[[], None]] = field(default_factory=list)
 
@@ -122,7 +122,7 @@ def attach(
         raise ValueError("this model has memory already: call remove_mem_triton(model) first")
     modules = attention_modules(model, memory.config)
     for name, weights in packed.items():
-        layer = LayerMemory(name, memory.config, weights, memory.call, trainable)
+        layer = DeltaLayer(name, memory.config, weights, memory.call, trainable)
         memory.layers[name] = memory.call.layers[name] = layer
         memory.handles += layer.attach(modules[name])
     chosen = {id(modules[name]) for name in packed}

@@ -24,7 +24,7 @@ class ModelCall:
     def __init__(self) -> None:
         self.write_enabled = True
         self.segments: dict[str, Tensor] | None = None  # for the next call: "message" and "sentence" ids [B, T]
-        self.layers: dict[str, Any] = {}  # name -> LayerMemory
+        self.layers: dict[str, Any] = {}  # name -> DeltaLayer
         self.contexts = Contexts()
         self._signatures: dict[nn.Module, inspect.Signature] = {}
         self._running: list[nn.Module] = []  # the calls in progress, outermost first

@@ -49,12 +49,12 @@ class MemorySegment:
 
 
 @dataclass
-class Reading:
+class CurrentReads:
     """What a model reads at present: ``rows[b]`` are batch row b's segments. May be exchanged between forwards."""
 
     base: Callable[..., Any]  # the attention function that memory is added to
     rows: list[list[MemorySegment]] = field(default_factory=list)
-    _layers: dict[int, _LayerMemory | None] = field(default_factory=dict)
+    _layers: dict[int, _LayerSegments | None] = field(default_factory=dict)
 
     def set(self, rows: Sequence[Sequence[MemorySegment]]) -> None:
         """Read these segments from the next forward on."""
@@ -66,22 +66,22 @@ class Reading:
                     )
         self.rows, self._layers = [list(row) for row in rows], {}
 
-    def layer(self, index: int) -> _LayerMemory | None:
+    def layer(self, index: int) -> _LayerSegments | None:
         """Layer ``index``'s memory, None if no row has any there."""
         if index not in self._layers:
-            self._layers[index] = _layer_memory(self.rows, index)
+            self._layers[index] = _layer_segments(self.rows, index)
         return self._layers[index]
 
 
 @dataclass(frozen=True)
-class _LayerMemory:
+class _LayerSegments:
     keys: Tensor  # [B, Hkv, M, D], rows padded to the longest
     values: Tensor
     first: Tensor  # int64 [B, M], query positions [first, end) see the key; padding: first == end
     end: Tensor
 
 
-def _layer_memory(rows: list[list[MemorySegment]], layer: int) -> _LayerMemory | None:
+def _layer_segments(rows: list[list[MemorySegment]], layer: int) -> _LayerSegments | None:
     parts = [[(s, s.layers.index(layer)) for s in row if layer in s.layers and s.block.tokens] for row in rows]
     longest = max((sum(s.block.tokens for s, _ in row) for row in parts), default=0)
     if longest == 0:
@@ -98,11 +98,11 @@ def _layer_memory(rows: list[list[MemorySegment]], layer: int) -> _LayerMemory |
             keys[b, :, at:to], values[b, :, at:to] = segment.block.keys[i], segment.block.values[i]
             first[b, at:to], end[b, at:to] = segment.first, segment.end
             at = to
-    return _LayerMemory(keys, values, first, end)
+    return _LayerSegments(keys, values, first, end)
 
 
 @contextmanager
-def read_memory(model: PreTrainedModel, rows: Sequence[Sequence[MemorySegment]]) -> Iterator[Reading]:
+def read_memory(model: PreTrainedModel, rows: Sequence[Sequence[MemorySegment]]) -> Iterator[CurrentReads]:
     """Within this context ``model`` attends to ``rows[b]`` in batch row b, in forward() and in generate().
 
     One softmax over the segments' keys and the context's causal ones (Memory³, arXiv 2407.01178, section 3.1); a layer
@@ -125,7 +125,7 @@ def read_memory(model: PreTrainedModel, rows: Sequence[Sequence[MemorySegment]])
             f"attn_implementation={implementation!r}: memory is added to eager and sdpa attention; "
             'call model.set_attn_implementation("sdpa") first'
         )
-    reading = Reading(_stock_attention(attentions[0], implementation))
+    reading = CurrentReads(_stock_attention(attentions[0], implementation))
     reading.set(rows)
     AttentionInterface.register(NAME + implementation, attend)
     AttentionMaskInterface.register(NAME + implementation, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
@@ -152,7 +152,7 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers calls. query: [B, Hq, T, D]; key, value: [B, Hkv, S, D]."""
-    reading: Reading = module.__dict__[READING]
+    reading: CurrentReads = module.__dict__[READING]
     memory = reading.layer(module.layer_idx)
     if memory is None:
         return reading.base(module, query, key, value, attention_mask, **kwargs)
@@ -228,7 +228,7 @@ def _on(model: PreTrainedModel, block: MemoryBlock) -> MemoryBlock:
 
 
 @contextmanager
-def read_plans(model: PreTrainedModel, bank: Bank, plans: Sequence[Sequence[Attachment]]) -> Iterator[Reading]:
+def read_plans(model: PreTrainedModel, bank: Bank, plans: Sequence[Sequence[Attachment]]) -> Iterator[CurrentReads]:
     """``read_memory`` of what ``plans[b]`` attaches to batch row b, out of a bank.
 
     Example::
@@ -244,7 +244,8 @@ def read_plans(model: PreTrainedModel, bank: Bank, plans: Sequence[Sequence[Atta
 def generate_with_retrieval(
     model: PreTrainedModel, bank: Bank, retriever: Any, prompt_ids: Sequence[int], max_new_tokens: int, **options: Any
 ) -> tuple[list[int], tuple[Attachment, ...]]:
-    """Greedy tokens of one request whose references are refreshed while it answers (§2.4), and its whole plan.
+    """Greedy tokens of one request whose references are refreshed while it answers, and its whole plan (Memory³, arXiv
+    2407.01178, section 3).
 
     retriever: a ``mem_triton.write.Retriever``; options go to its ``plan`` and ``extend`` (top_k, tenant). Stops only
     after ``max_new_tokens``.

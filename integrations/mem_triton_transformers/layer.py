@@ -20,7 +20,7 @@ from mem_triton.systems.delta_mem import DeltaMemConfig, DeltaMemLayerWeights
 from mem_triton_transformers.call import ModelCall
 
 
-class LayerMemory:
+class DeltaLayer:
     """State and hooks of one attention module.
 
     name: the module's name in the adapter. packed: gives the packed weights; called on every forward if trainable,

@@ -33,7 +33,7 @@ PATCHES: tuple[EnginePatch, ...] = (
     EnginePatch(
         target="the attention modules and their q_proj, k_proj, v_proj and o_proj",
         kind="hook",
-        sites=("layer.LayerMemory.attach: *",),
+        sites=("layer.DeltaLayer.attach: *",),
         what="Forward hooks of torch read and write the state, and add the corrections of δ-mem.",
         why="δ-mem corrects q, k and v before norm and RoPE, and the output after the projection.",
         upstream="Forward hooks are public in torch.",

@@ -38,7 +38,7 @@ class Step(NamedTuple):
 
 
 class BuilderWithMemory(AttentionMetadataBuilder):
-    """Goes in front of a stock builder: its metadata carries the step as ``mem_triton``."""
+    """Overrides a stock builder: adds the step to its metadata, as ``mem_triton``."""
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -69,7 +69,7 @@ class BuilderWithMemory(AttentionMetadataBuilder):
 
 
 class AttentionWithMemory(AttentionImpl):
-    """Goes in front of a stock implementation's class.
+    """Overrides a stock implementation: adds to its result what rows read of memory.
 
     mem_batch: which rows of the step read memory; None until it is connected. mem_segments: what this layer reads
     besides its context, None for nothing. mem_policy: how; None leaves that to each step's batch. mem_layout: how the

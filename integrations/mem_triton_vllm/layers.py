@@ -33,7 +33,7 @@ class _Corrected(StandIn):
     """A projection followed by a correction of its output.
 
     vLLM's own models call projections with [T, width] and get (output, bias); its transformers backend has a batch
-    dimension of 1 in front and gets the output alone.
+    dimension of 1 before those and gets the output alone.
     """
 
     def __init__(self, base: nn.Module, memory: DeltaMemory) -> None:

@@ -177,7 +177,7 @@ PATCHES: tuple[EnginePatch, ...] = (
         target="compilation_config.static_forward_context",
         kind="object",
         sites=("state_cache.DeltaStateCache.__init__: layers.*",),
-        what="The layer that stores states is entered in front of the attention layers.",
+        what="The layer that stores states is entered before the attention layers.",
         why="vLLM takes a group's block manager from the group's first layer, and it has to be the one that knows "
         "that a state is not there before its step is over.",
         upstream="Layers register themselves there as they are built; the order is theirs.",
@@ -209,7 +209,7 @@ PATCHES: tuple[EnginePatch, ...] = (
         target="model.get_model_state_cls",
         kind="extension",
         sites=("v2_runner.prepare: model.get_model_state_cls",),
-        what="The model names a ModelState class of ours, in front of the one that vLLM would have chosen.",
+        what="The model names a ModelState class of ours, derived from the one that vLLM would have chosen.",
         why="Memory has to know a step's requests and their rows.",
         upstream="This is Model Runner V2's extension point; it is not documented as stable.",
         until="No need.",

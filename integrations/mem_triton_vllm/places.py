@@ -27,7 +27,7 @@ from mem_triton.systems.request import carried_by
 logger = init_logger("vllm.mem_triton")
 
 RESERVED_SECONDS = 2.0
-"""How long a place is kept for a piece that does not come, because its client has left or its search hangs."""
+"""How long a place is kept for a continuation that does not come: its client has left, or its search is stuck."""
 _MARK = "_mem_triton"
 
 

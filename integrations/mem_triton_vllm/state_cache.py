@@ -122,7 +122,7 @@ class DeltaStateCache(nn.Module, AttentionLayerBase):
         layers = vllm_config.compilation_config.static_forward_context
         if layer_name in layers:
             raise ValueError(f"{layer_name} exists already: was the adapter attached twice?")
-        # In front of the attention layers: vLLM's scheduler picks a group's block manager by the group's first spec,
+        # Before the attention layers: vLLM's scheduler picks a group's block manager by the group's first spec,
         # and it must be the one that knows about states (kv_spec.py).
         others = dict(layers)
         layers.clear()

@@ -27,7 +27,7 @@ from mem_triton_vllm.service import BARRIER, CALL
 
 
 @dataclass(eq=False)
-class _Running:
+class _SteppedRequest:
     """A request with memory, from its submission to its last output. rest: the other arguments of ``add_request``.
 
     begun: the engine has it, or it waits for what others do too. error: what its caller has to hear at once.
@@ -54,7 +54,7 @@ class LLMEngineWithMemory(LLMEngine):
         """Tables of the requests with memory."""
         self.memory.barrier, self.memory.between_steps = self._barrier, self._between_steps
         self._loop = SteppedLoop()
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, _SteppedRequest] = {}
         self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}  # engine request -> its outputs
         self._ready: list[RequestOutput] = []  # outputs for the caller
         self._errors: list[BaseException] = []  # what the next step raises
@@ -79,7 +79,7 @@ class LLMEngineWithMemory(LLMEngine):
         except BaseException:
             self.memory.close(opened)
             raise
-        running = _Running(opened, prompt, prompt_ids, params, (args, kwargs))
+        running = _SteppedRequest(opened, prompt, prompt_ids, params, (args, kwargs))
         self._running[request_id] = running
         running.task = self._loop.spawn(self._serve(request_id, running))
         self._loop.run_until(lambda: running.begun or running.task.done())
@@ -87,7 +87,7 @@ class LLMEngineWithMemory(LLMEngine):
             raise running.error
         return running.internal_ids[-1] if running.internal_ids else request_id
 
-    async def _serve(self, request_id: str, running: _Running) -> None:
+    async def _serve(self, request_id: str, running: _SteppedRequest) -> None:
         """Serve one request to its last output."""
         opened = running.opened
 
@@ -123,7 +123,7 @@ class LLMEngineWithMemory(LLMEngine):
                 self._external_ids.pop(internal_id, None)
 
     async def _run(
-        self, prompt: Any, params: Any, run_id: str, running: _Running
+        self, prompt: Any, params: Any, run_id: str, running: _SteppedRequest
     ) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one engine request."""
         args, kwargs = running.rest

@@ -17,7 +17,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from mem_triton.config import MemTritonConfig
-from mem_triton_vllm.worker import WorkerMemory, attach_memory
+from mem_triton_vllm.worker import VLLMWorkerMemory, attach_memory
 
 if TYPE_CHECKING:
     from mem_triton_vllm.attention import BlockRow
@@ -50,7 +50,7 @@ def _attach_first(stock: Any) -> Any:
 def _track_rows(stock: Any) -> Any:
     @functools.wraps(stock)
     def _update_states(runner: GPUModelRunner, scheduler_output: Any) -> Any:
-        memory: WorkerMemory | None = getattr(runner.get_model(), "mem_triton", None)
+        memory: VLLMWorkerMemory | None = getattr(runner.get_model(), "mem_triton", None)
         if memory is None:
             return stock(runner, scheduler_output)
         with memory.lock:  # whoever looks from outside finds the batch before the update, or after it

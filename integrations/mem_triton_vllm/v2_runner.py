@@ -53,7 +53,7 @@ class MemoryModelState:
 
 
 def prepare(vllm_config: VllmConfig, model: nn.Module, config: MemTritonConfig) -> None:
-    """Have vLLM build its ModelState for ``model`` with the mixin in front."""
+    """Have vLLM build its ModelState for ``model`` with ``MemoryModelState`` as its first base."""
     stock = resolve_model_state_cls(vllm_config, model)
     name = f"Memory{stock.__name__}"
     model.get_model_state_cls = lambda: type(name, (MemoryModelState, stock), {"memory_config": config})

@@ -34,7 +34,7 @@ from mem_triton_vllm.shape import shape_of
 logger = init_logger("vllm.mem_triton")
 
 
-class WorkerMemory(BatchMemory):
+class VLLMWorkerMemory(BatchMemory):
     """What a worker of vLLM has; see ``BatchMemory``."""
 
     on_stream: StepStream
@@ -50,13 +50,13 @@ class WorkerMemory(BatchMemory):
 
 def attach_memory(
     vllm_config: VllmConfig, model: nn.Module, config: MemTritonConfig, block_row: BlockRow
-) -> WorkerMemory:
+) -> VLLMWorkerMemory:
     """Give a loaded model the memory that its configuration asks for. Raises ConfigError naming what does not fit.
 
     block_row: reads a running request's row of the engine's block table.
     """
     device = next(model.parameters()).device
-    memory = WorkerMemory()
+    memory = VLLMWorkerMemory()
     memory.on_stream = StepStream(device)
     reads_segments = Capability.SEGMENTS in registry.required(config.systems)
     attentions = attentions_of(vllm_config) if reads_segments else {}

@@ -14,7 +14,7 @@ from mem_triton.cli import output
 if TYPE_CHECKING:
     from mem_triton.store.bank import Bank
     from mem_triton.store.bank.fingerprint import Fingerprint
-    from mem_triton.store.bank.formats.trained import Trained
+    from mem_triton.store.bank.formats.trained import TrainedEntry
 
 Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
 
@@ -128,7 +128,7 @@ def _transformers() -> Any:
         raise ImportError(f'this import needs transformers ({error}): pip install "mem-triton[hf]"') from None
 
 
-def _encoded(trained: Trained, folder: Path) -> Trained:
+def _encoded(trained: TrainedEntry, folder: Path) -> TrainedEntry:
     """Input embeddings run through the model once, in fp32: the KV cache that they leave at 0...p-1."""
     import torch
 

@@ -105,14 +105,14 @@ def merge(
     residual is told. Whole models need --base for all methods but linear and slerp.
     """
     from mem_triton.systems.memo.merging.adapters import is_adapter, merge_adapters
-    from mem_triton.systems.memo.merging.arithmetic import MergeError, Recipe
+    from mem_triton.systems.memo.merging.arithmetic import MergeError, MergeRecipe
     from mem_triton.systems.memo.merging.checkpoints import merge_checkpoints
 
     try:
         numbers = tuple(float(one) for one in weights.split(",")) if weights else ()
     except ValueError:
         raise MergeError(f"--weights: numbers with commas between them, got {weights!r}") from None
-    recipe = Recipe(method, numbers, density, t, scale, seed)  # type: ignore[arg-type]
+    recipe = MergeRecipe(method, numbers, density, t, scale, seed)  # type: ignore[arg-type]
     kinds = {is_adapter(folder) for folder in models}
     if len(kinds) > 1:
         raise MergeError("MODELS: some are adapters and some whole models; merge the ones or the others")

@@ -12,7 +12,7 @@ from mem_triton.cli import output
 
 if TYPE_CHECKING:
     from mem_triton.systems.memo.reflections.ledger import Ledger
-    from mem_triton.systems.memo.reflections.pipeline import Progress
+    from mem_triton.systems.memo.reflections.pipeline import BuildProgress
     from mem_triton.systems.memo.reflections.settings import BuildSettings
 
 Number = Optional[int]  # noqa: UP045  typer reads annotations on Python 3.10
@@ -206,7 +206,7 @@ class Bar:
     def __exit__(self, *_: Any) -> None:
         self.bar.stop()
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: BuildProgress) -> None:
         if progress.step != self.step:
             self.step = progress.step
             self.bar.reset(self.task, total=progress.units, description=progress.step)

@@ -132,7 +132,7 @@ class Server:
         except (EOFError, OSError):
             pass
         except Exception:
-            logger.exception("mem_triton: a caller that sends what no front end does is hung up on")
+            logger.exception("mem_triton: closed the connection of a caller that sent what no front end sends")
         finally:
             with self._lock:
                 self._clients.discard(client)

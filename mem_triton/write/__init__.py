@@ -1,6 +1,6 @@
 """Write texts as keys and values: chunks, an encoder that runs the model, and a writer that commits to a bank.
 
-Sparse references are Memory³'s (arXiv 2407.01178, §2.3 and §3.1).
+Sparse references are Memory³'s (arXiv 2407.01178, section 3).
 """
 
 from mem_triton.write.chunking import Chunk, Document, DocumentError, chunks_of, read_documents

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from mem_triton.ops.reposition import rope_from_config
 from mem_triton.systems.explicit import worker_captures as module
-from mem_triton.systems.explicit.worker_captures import Captures
+from mem_triton.systems.explicit.worker_captures import WorkerCaptures
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,7 +27,7 @@ def captured_behind_a_long_step(folder: Path) -> torch.Tensor:
     """The values that were kept; the step that computes them, all ones, runs long after the request has left."""
     cache = torch.zeros(2, TOKENS, DIM, device="cuda")
     rope = rope_from_config({"model_type": "qwen3", "head_dim": DIM, "rope_theta": 10_000.0})
-    captures = Captures({0: rope}, 0, 0, lambda *_: (cache.clone(), cache.clone()))
+    captures = WorkerCaptures({0: rope}, 0, 0, lambda *_: (cache.clone(), cache.clone()))
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):  # as engines have one of their own
         torch.cuda._sleep(LONG)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mem_triton.systems.memo.merging import checkpoints
 from mem_triton.systems.memo.merging.adapters import merge_adapters, read_adapter
-from mem_triton.systems.memo.merging.arithmetic import METHODS, MergeError, Recipe, merge, slerp
+from mem_triton.systems.memo.merging.arithmetic import METHODS, MergeError, MergeRecipe, merge, slerp
 from mem_triton.systems.memo.merging.checkpoints import RECORD, merge_checkpoints
 
 BASE = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
@@ -24,7 +24,7 @@ C = BASE + torch.tensor([1.0, 6.0, -0.5, 0.3, -4.0, 2.0])
 
 
 def merged(method, models, base=BASE, **recipe):
-    return merge(Recipe(method, **recipe), models, base)
+    return merge(MergeRecipe(method, **recipe), models, base)
 
 
 def near(result, *expected):
@@ -74,23 +74,23 @@ def test_d7_ties_of_equal_and_opposite_changes_takes_the_positive_one():
 def test_d7_dare_keeps_the_expected_difference():
     wide, base = torch.ones(20000) * 3, torch.ones(20000)
     for method in ("dare_linear", "dare_ties"):
-        result = merge(Recipe(method, density=0.3), [wide], base) - base
+        result = merge(MergeRecipe(method, density=0.3), [wide], base) - base
         values = set(result.unique().tolist())
         assert len(values) == 2 and 0.0 in values and math.isclose(max(values), 2 / 0.3, rel_tol=1e-5)
         assert abs(float((result > 0).float().mean()) - 0.3) < 0.015
-        assert torch.allclose(merge(Recipe(method, density=1.0), [wide], base), wide)
-    both = merge(Recipe("dare_linear", density=0.5, weights=(0.5, 0.5)), [wide, wide], base) - base
+        assert torch.allclose(merge(MergeRecipe(method, density=1.0), [wide], base), wide)
+    both = merge(MergeRecipe("dare_linear", density=0.5, weights=(0.5, 0.5)), [wide, wide], base) - base
     assert set(both.unique().tolist()) == {0.0, 2.0, 4.0}  # each model drops values of its own
 
 
 def test_d7_what_dare_drops_depends_on_seed_and_name_alone():
     wide, base = torch.randn(500), torch.zeros(500)
-    once = merge(Recipe("dare_linear"), [wide], base, "x")
+    once = merge(MergeRecipe("dare_linear"), [wide], base, "x")
     before = torch.random.get_rng_state()
-    assert torch.equal(merge(Recipe("dare_linear"), [wide], base, "x"), once)
+    assert torch.equal(merge(MergeRecipe("dare_linear"), [wide], base, "x"), once)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert not torch.equal(merge(Recipe("dare_linear", seed=1), [wide], base, "x"), once)
-    assert not torch.equal(merge(Recipe("dare_linear"), [wide], base, "y"), once)
+    assert not torch.equal(merge(MergeRecipe("dare_linear", seed=1), [wide], base, "x"), once)
+    assert not torch.equal(merge(MergeRecipe("dare_linear"), [wide], base, "y"), once)
 
 
 def test_d7_slerp_is_the_arc():
@@ -117,24 +117,24 @@ def test_d7_slerp_of_parallel_opposite_and_zero_vectors_is_the_line():
 def test_d7_the_dtype_is_kept(method, dtype):
     """The authors' slerp of nearly parallel tensors in bf16 comes back in fp32."""
     near_a = A + 1e-3
-    result = merge(Recipe(method, density=0.5), [A.to(dtype), near_a.to(dtype)], BASE.to(dtype))
+    result = merge(MergeRecipe(method, density=0.5), [A.to(dtype), near_a.to(dtype)], BASE.to(dtype))
     assert result.dtype == dtype and result.shape == A.shape
 
 
 @given(st.sampled_from(["task", "ties", "dare_linear", "dare_ties"]), st.integers(1, 3), st.integers(0, 9))
 def test_d7_models_that_learned_nothing_merge_to_the_base(method, count, seed):
     base = torch.randn(7, 3, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(merge(Recipe(method), [base] * count, base), base)
+    assert torch.equal(merge(MergeRecipe(method), [base] * count, base), base)
 
 
 def test_d7_control_the_authors_mistake_is_another_result():
     """They pass the trained models alone, so that the first counts as the base and the real one is never subtracted
     (their model_merge/model.py, line 168): task becomes the plain mean, and ties the first model with a trimmed
     difference, without an election."""
-    mistaken = merge(Recipe("task", weights=(0.5,)), [B], A)
+    mistaken = merge(MergeRecipe("task", weights=(0.5,)), [B], A)
     assert torch.allclose(mistaken, (A + B) / 2)
     assert not torch.allclose(merged("task", [A, B]), mistaken)
-    mistaken = merge(Recipe("ties", density=0.34), [B], A)
+    mistaken = merge(MergeRecipe("ties", density=0.34), [B], A)
     trimmed = (B - A) * torch.tensor([1, 0, 0, 0, 1, 0])  # -6 and 2.9
     assert torch.allclose(mistaken, A + trimmed)
     with pytest.raises(AssertionError):
@@ -143,15 +143,15 @@ def test_d7_control_the_authors_mistake_is_another_result():
 
 def test_d7_recipes_that_cannot_be_are_refused_by_option():
     cases = [
-        (Recipe("sum"), 2, True, "--method"),
-        (Recipe("slerp"), 3, True, "takes two models, got 3"),
-        (Recipe("linear", weights=(1.0,)), 2, True, "--weights: 1 for 2"),
-        (Recipe("ties"), 2, False, "--base"),
-        (Recipe("ties", density=0), 2, True, "--density"),
-        (Recipe("slerp", t=2), 2, True, "--t"),
-        (Recipe("slerp", weights=(0.5, 0.5)), 2, True, "--weights: slerp"),
-        (Recipe("linear"), 0, True, "takes models"),
-        (Recipe("task", weights=(float("nan"), 1.0)), 2, True, "finite"),
+        (MergeRecipe("sum"), 2, True, "--method"),
+        (MergeRecipe("slerp"), 3, True, "takes two models, got 3"),
+        (MergeRecipe("linear", weights=(1.0,)), 2, True, "--weights: 1 for 2"),
+        (MergeRecipe("ties"), 2, False, "--base"),
+        (MergeRecipe("ties", density=0), 2, True, "--density"),
+        (MergeRecipe("slerp", t=2), 2, True, "--t"),
+        (MergeRecipe("slerp", weights=(0.5, 0.5)), 2, True, "--weights: slerp"),
+        (MergeRecipe("linear"), 0, True, "takes models"),
+        (MergeRecipe("task", weights=(float("nan"), 1.0)), 2, True, "finite"),
     ]
     for recipe, models, based, said in cases:
         with pytest.raises(MergeError, match=said):
@@ -178,7 +178,7 @@ def model(folder, seed, shards=1, **changes):
 def test_d7_checkpoints_merge_tensor_by_tensor_in_their_layout(tmp_path, shards):
     a, b = (model(tmp_path / name, seed, shards) for name, seed in (("a", 1), ("b", 2)))
     base = model(tmp_path / "base", 0)
-    told = merge_checkpoints(Recipe("ties", density=0.5), [a, b], base, tmp_path / "out")
+    told = merge_checkpoints(MergeRecipe("ties", density=0.5), [a, b], base, tmp_path / "out")
     assert told == {"tensors": 5, "changed": 4}
     out = {path.name for path in (tmp_path / "out").iterdir()}
     assert out == {path.name for path in a.iterdir()} | {RECORD}
@@ -187,7 +187,7 @@ def test_d7_checkpoints_merge_tensor_by_tensor_in_their_layout(tmp_path, shards)
     )
     for name in firsts:
         if name != "steps":
-            recipe = Recipe("ties", density=0.5)
+            recipe = MergeRecipe("ties", density=0.5)
             assert torch.equal(tensors[name], merge(recipe, [firsts[name], seconds[name]], bases[name], name))
             assert tensors[name].dtype == torch.bfloat16
     assert torch.equal(tensors["steps"], torch.tensor([7]))
@@ -208,11 +208,11 @@ def test_checkpoints_that_do_not_fit_are_named_and_nothing_is_left(tmp_path):
     others["broken/model.safetensors"] = broken
     for said, other in others.items():
         with pytest.raises(MergeError, match=said):
-            merge_checkpoints(Recipe("linear"), [a, other], None, tmp_path / "out")
+            merge_checkpoints(MergeRecipe("linear"), [a, other], None, tmp_path / "out")
         assert not [p for p in tmp_path.iterdir() if "out" in p.name]
     for path in (a, tmp_path / "a" / "config.json", tmp_path / "none" / "out"):
         with pytest.raises(MergeError, match="--out"):
-            merge_checkpoints(Recipe("linear"), [a, b], None, path)
+            merge_checkpoints(MergeRecipe("linear"), [a, b], None, path)
 
 
 def test_a_full_disk_leaves_no_half_model(tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_a_full_disk_leaves_no_half_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        merge_checkpoints(Recipe("linear"), [a, b], None, tmp_path / "out")
+        merge_checkpoints(MergeRecipe("linear"), [a, b], None, tmp_path / "out")
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]
 
 
@@ -250,7 +250,7 @@ def test_d7_adapters_that_are_added_are_exact(tmp_path, rslora):
     """As changes of the weights: factors side by side, rank 2 + 3; merging A and B apart has cross terms."""
     a = adapter(tmp_path / "a", 1, use_rslora=rslora)
     b = adapter(tmp_path / "b", 2, rank=3, modules=("q_proj",))
-    told = merge_adapters(Recipe("linear", weights=(0.25, -2.0)), [a, b], tmp_path / "out")
+    told = merge_adapters(MergeRecipe("linear", weights=(0.25, -2.0)), [a, b], tmp_path / "out")
     assert told["rank"] == 5 and told["residual"] < 1e-6
     first, second, out = deltas(a), deltas(b), deltas(tmp_path / "out")
     q, v = sorted(first)
@@ -264,7 +264,7 @@ def test_d7_adapters_that_are_added_are_exact(tmp_path, rslora):
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "slerp"])
 def test_d7_adapters_of_other_methods_are_merged_on_what_they_add(tmp_path, method):
     a, b = adapter(tmp_path / "a", 1), adapter(tmp_path / "b", 2)
-    recipe = Recipe(method, density=0.5)
+    recipe = MergeRecipe(method, density=0.5)
     whole = merge_adapters(recipe, [a, b], tmp_path / "whole", rank=6)
     assert whole["residual"] < 1e-5
     first, second, out = deltas(a), deltas(b), deltas(tmp_path / "whole")
@@ -293,7 +293,7 @@ def test_d7_a_merged_adapter_is_one_of_peft(tmp_path):
         )
         made.save_pretrained(tmp_path / str(seed))
         folders.append(tmp_path / str(seed))
-    merge_adapters(Recipe("task", weights=(0.5, 0.25)), folders, tmp_path / "out")
+    merge_adapters(MergeRecipe("task", weights=(0.5, 0.25)), folders, tmp_path / "out")
 
     def weights(folder):
         loaded = peft.PeftModel.from_pretrained(tiny_model(), folder).merge_and_unload()
@@ -335,7 +335,7 @@ def test_adapters_that_cannot_be_merged_are_named(tmp_path):
         save_file(tensors, tmp_path / folder / "adapter_model.safetensors")
     for said, other in cases.items():
         with pytest.raises(MergeError, match=said):
-            merge_adapters(Recipe("linear"), [a, other], tmp_path / "out")
+            merge_adapters(MergeRecipe("linear"), [a, other], tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
 

@@ -17,7 +17,7 @@ from mem_triton.systems.base import Outcome
 from mem_triton.systems.explicit.captures import Capture, Captures
 from mem_triton.systems.explicit.chat import ChatFrame
 from mem_triton.systems.explicit.frontend import ExplicitFrontEnd, Reading
-from mem_triton.systems.explicit.worker_captures import Captures as WorkerCaptures
+from mem_triton.systems.explicit.worker_captures import WorkerCaptures
 from mem_triton.systems.params import RequestParams
 from mem_triton.systems.registry import parse_request
 from tests.store.bank_case import DIM, LAYERS, block, spec
@@ -93,4 +93,4 @@ class Served:
         """What captures have left behind."""
         files = [path.name for path in self.captures.folder.iterdir()]
         worker = self.worker
-        return files + list(worker._files) + list(worker._residents) + list(self.captures._running)
+        return files + list(worker._files) + list(worker._requests) + list(self.captures._running)

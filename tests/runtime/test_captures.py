@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config, rotate
 from mem_triton.systems.explicit import worker_captures as module
-from mem_triton.systems.explicit.worker_captures import Captures
+from mem_triton.systems.explicit.worker_captures import WorkerCaptures
 from mem_triton.systems.payload import CaptureOrder
 
 HEADS, TOKENS, DIM, LAYERS = 2, 5, 8, (1, 3)
@@ -30,16 +30,16 @@ def rotated(request_id: str, layer: int, tokens: int) -> tuple[torch.Tensor, tor
     return rotate(keys, torch.arange(tokens), ROPE), values
 
 
-def make(read=rotated) -> Captures:
+def make(read=rotated) -> WorkerCaptures:
     ropes: dict[int, RotaryEmbedding] = dict.fromkeys(LAYERS, ROPE)
-    return Captures(ropes, first_head=4, rank=1, read_context=read)
+    return WorkerCaptures(ropes, first_head=4, rank=1, read_context=read)
 
 
 def carried(folder: Path, lease: str, tokens: int = TOKENS) -> CaptureOrder:
     return CaptureOrder(lease, str(folder), tokens)
 
 
-def answer(captures: Captures, lease: str) -> dict:
+def answer(captures: WorkerCaptures, lease: str) -> dict:
     return captures.outcome(lease).result(20)
 
 
@@ -167,7 +167,7 @@ def test_fault18_a_capture_that_nobody_asks_for_leaves_nothing(tmp_path, when):
     if when == "once it is written":
         captures.drop(["lease"])
     captures._writer.submit(int).result(20)  # behind what was being written
-    assert not list(tmp_path.iterdir()) and not captures._residents and not captures._files
+    assert not list(tmp_path.iterdir()) and not captures._requests and not captures._files
     captures.enter("next", carried(tmp_path, "other"))
     captures.set_rows(["next"], [TOKENS - 1])
     captures.leave("next")

@@ -9,7 +9,7 @@ def cells_forget_prefixes() -> None:
     """Every state vanishes when a request arrives that finds its prefix cached."""
     from mem_triton_sglang import worker
 
-    stock, known = worker.WorkerMemory.before_step, set()
+    stock, known = worker.SGLangWorkerMemory.before_step, set()
 
     def before_step(self: Any, batch: Any) -> None:
         starts = batch.prefix_lens if batch.forward_mode.is_extend() else [0] * len(batch.reqs)
@@ -18,7 +18,7 @@ def cells_forget_prefixes() -> None:
         known.update(r.rid for r in batch.reqs)
         stock(self, batch)
 
-    worker.WorkerMemory.before_step = before_step
+    worker.SGLangWorkerMemory.before_step = before_step
 
 
 def correction_on_every_rank() -> None:

@@ -109,10 +109,10 @@ def test_states_are_part_of_a_tokens_bytes(page, states):
 
     from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
     from mem_triton_sglang.states import DeltaStates
-    from mem_triton_sglang.worker import WorkerMemory, after_cell_size
+    from mem_triton_sglang.worker import SGLangWorkerMemory, after_cell_size
 
     delta = DeltaStates(DeltaRuleSpec(8, 1), slots=None, layers=2, page_size=page)
-    memory = WorkerMemory(None)
+    memory = SGLangWorkerMemory(None)
     memory.states = delta
     model = SimpleNamespace(mem_triton=memory)
     assert after_cell_size(1024, None, SimpleNamespace(model=model), 2) == 1024 + states

@@ -1,4 +1,4 @@
-"""Faults of our own code in workers and schedulers, one after the other in one real engine (fault 1 of issue 12)."""
+"""Faults of our own code in workers and schedulers, one after the other in one real engine."""
 
 from __future__ import annotations
 

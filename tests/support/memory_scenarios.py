@@ -246,7 +246,7 @@ def a_full_pool_ends_the_refreshes_and_not_the_answer(m: MemoryBench, run: Run, 
     greedy = reference(3) + reference(9) + reference(14)
     rounds = [[ask(p, 60) for p in prompts], [ask(greedy, 8, mem_top_k=64), ask(PROMPTS[0], mem_top_k=0)]]
     result = run(m.model, rounds, memory=section, **options)
-    more, plain = result["rounds"][1]  # of issue 12, fault 1: what is asked for takes dozens of pages in one step
+    more, plain = result["rounds"][1]  # what is asked for takes dozens of pages in one step
     assert "did not fit" in more["memory"]["retrieval"] and tokens(result, 1)[1] == m.generate(PROMPTS[0])
     assert more["tokens"] == m.with_plan(greedy, [Attachment(*p) for p in seen(more)], 8) and plain["tokens"]
     for prompt, found in zip(prompts, result["rounds"][0], strict=True):

@@ -1,7 +1,7 @@
 """Random requests from many clients, some of whom leave at any moment, against one real server: what must hold after.
 
-The harness that finds faults of the kinds of issue 12: wrong answers, answers of HTTP 500, pages and sessions that stay
-taken, memory and metrics that grow. Every run is a seed, which a failure prints.
+It finds wrong answers, answers of HTTP 500, pages and sessions that stay taken, memory and metrics that grow. Every
+run is a seed, which a failure prints.
 """
 
 from __future__ import annotations

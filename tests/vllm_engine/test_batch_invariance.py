@@ -31,7 +31,7 @@ class Stock(AttentionImpl):
 @pytest.mark.parametrize(("configured", "variable"), [(True, "0"), (False, "1"), (False, "0")])
 def test_the_option_or_vllms_own_mode_turns_it_on(configured, variable, monkeypatch):
     hosts = []
-    monkeypatch.setattr(worker.WorkerMemory, "attach", lambda self, config, shape, host: hosts.append(host))
+    monkeypatch.setattr(worker.VLLMWorkerMemory, "attach", lambda self, config, shape, host: hosts.append(host))
     monkeypatch.setattr(worker, "shape_of", lambda _: None)
     monkeypatch.setattr(worker, "get_tensor_model_parallel_rank", lambda: 0)
     attention = SimpleNamespace(impl=SimpleNamespace())

@@ -34,7 +34,7 @@ class TrainingError(ValueError):
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Where a run is. step: steps done. stage: of the curriculum. right: moving average of exact replies in it."""
 
     step: int = 0
@@ -48,7 +48,7 @@ def save(
     adapter: DeltaMemAdapter,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: RunProgress,
     identity: Mapping[str, Any],
 ) -> Path:
     """Write a checkpoint and remove old ones. identity: what must be the same when the run goes on. Raises OSError."""
@@ -79,7 +79,7 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
-def latest(out: Path, identity: Mapping[str, Any]) -> tuple[DeltaMemAdapter, dict[str, Tensor], Progress] | None:
+def latest(out: Path, identity: Mapping[str, Any]) -> tuple[DeltaMemAdapter, dict[str, Tensor], RunProgress] | None:
     """The newest checkpoint that can be read: adapter, moments, progress. None if there is none.
 
     Raises TrainingError if it is of another model, other data or another recipe, or if all are damaged.
@@ -88,7 +88,7 @@ def latest(out: Path, identity: Mapping[str, Any]) -> tuple[DeltaMemAdapter, dic
     for folder in reversed(found):
         try:
             state = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
-            progress, before = Progress(**state["progress"]), state["identity"]
+            progress, before = RunProgress(**state["progress"]), state["identity"]
             moments = safetensors.torch.load_file(folder / "training_state.safetensors")
             adapter = load_adapter(folder)
         except (OSError, ValueError, KeyError, TypeError, AdapterError, safetensors.SafetensorError) as error:

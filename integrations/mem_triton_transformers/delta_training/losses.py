@@ -16,7 +16,7 @@ from mem_triton_transformers.delta_training.forward import Replies, SessionRunne
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BatchLoss:
     """loss: a scalar with its graph. recalled: mean loss of tokens that only the memory can know, None without any.
     exact: which rows' replies are right throughout [B]; None where that says nothing."""
 
@@ -25,7 +25,7 @@ class Outcome:
     exact: Tensor | None = None
 
 
-def memory_loss(runner: SessionRunner, recipe: Recipe, rng: random.Random, sessions: Sequence[Session]) -> Outcome:
+def memory_loss(runner: SessionRunner, recipe: Recipe, rng: random.Random, sessions: Sequence[Session]) -> BatchLoss:
     """Loss of replies to questions about what was told: from the state alone, or with all of it in the prompt too.
 
     With it in the prompt, the state is one's own or empty, half each. The losses that compare memories apply to the
@@ -37,7 +37,7 @@ def memory_loss(runner: SessionRunner, recipe: Recipe, rng: random.Random, sessi
     if not state_only:
         states = runner.zeros(count) if empty else runner.tell(told)
         answers = runner.ask([session.context or session.asked for session in sessions], states, True)
-        return Outcome(answers.losses().mean())
+        return BatchLoss(answers.losses().mean())
     runner.gate_target = recipe.sparsity_target if recipe.sparsity else None
     states = runner.tell(told)
     runner.gate_target = None
@@ -52,7 +52,7 @@ def memory_loss(runner: SessionRunner, recipe: Recipe, rng: random.Random, sessi
     loss = loss + comparisons(runner, recipe, sessions, states, write, answers)
     if recipe.sparsity:
         loss = loss + recipe.sparsity * runner.gate_excess()
-    return Outcome(loss, None if recalled is None else recalled.item(), answers.exact(count))
+    return BatchLoss(loss, None if recalled is None else recalled.item(), answers.exact(count))
 
 
 def comparisons(
@@ -80,13 +80,13 @@ def comparisons(
 
 def keep_loss(
     runner: SessionRunner, recipe: Recipe, plain: Sequence[Session], others: Sequence[Session] | None
-) -> Outcome:
+) -> BatchLoss:
     """How far replies that have nothing to do with the memory move from the frozen model's.
 
     others: sessions whose told requests fill the memory before; None for an empty one.
     """
     states = runner.zeros(len(plain)) if others is None else runner.tell([session.told for session in others])
-    return Outcome(recipe.keep * kept(runner, [session.asked for session in plain], states, True))
+    return BatchLoss(recipe.keep * kept(runner, [session.asked for session in plain], states, True))
 
 
 def kept(runner: SessionRunner, requests: Sequence[Request], states: States | None, write: bool) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mem_triton.systems.delta_mem.training.conversations import Chat, Conversation, Message
+from mem_triton.systems.delta_mem.training.conversations import Chat, ChatMessage, Conversation
 from mem_triton.systems.delta_mem.training.tokens import prompt_text
 
 BATCH = 64
@@ -50,7 +50,7 @@ def with_replies(
         progress(min(begin + BATCH, len(missing)), len(missing))
 
     def answered(chat: Chat) -> Chat:
-        return (*chat, Message("assistant", known[keys[chat]])) if chat in keys else chat
+        return (*chat, ChatMessage("assistant", known[keys[chat]])) if chat in keys else chat
 
     return [
         Conversation(tuple(map(answered, c.told)), answered(c.asked), c.stage, c.group, c.where) for c in conversations

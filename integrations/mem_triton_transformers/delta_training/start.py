@@ -26,7 +26,7 @@ GATE_THERE, GATE_ELSEWHERE = -3.9, -8.0
 VALUE_SIZE, SHARED_DIMS, OUTPUT_SIZE = 12.0, 48, 4.0
 
 
-class Pairs:
+class CodedPairs:
     """Activations of one layer. asking, there: [N, d] each; tokens: [N]; told: [M, d], places: which of them hold
     something that is asked for."""
 
@@ -59,7 +59,7 @@ def closed_form(
 
 
 def _tensors(
-    model: PreTrainedModel, config: DeltaMemConfig, pairs: Pairs, layers: int, generator: torch.Generator
+    model: PreTrainedModel, config: DeltaMemConfig, pairs: CodedPairs, layers: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     asking, there = torch.stack(pairs.asking), torch.stack(pairs.there)
     heads, rank, width = config.num_state_heads, config.rank, asking.shape[-1]
@@ -87,9 +87,9 @@ def _tensors(
     }
 
 
-def _pairs(model: PreTrainedModel, names: Sequence[str], sessions: Sequence[Session]) -> dict[str, Pairs]:
+def _pairs(model: PreTrainedModel, names: Sequence[str], sessions: Sequence[Session]) -> dict[str, CodedPairs]:
     """What asks and what answers, in the inputs of the attention of each named layer."""
-    found = {name: Pairs() for name in names}
+    found = {name: CodedPairs() for name in names}
     for begin in range(0, len(sessions), ROWS):
         batch = sessions[begin : begin + ROWS]
         told = [request.ids for session in batch for request in session.told]

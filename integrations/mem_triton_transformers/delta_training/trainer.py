@@ -20,11 +20,11 @@ from mem_triton.systems.delta_mem import DeltaMemAdapter
 from mem_triton.systems.delta_mem.training.recipe import Recipe
 from mem_triton.systems.delta_mem.training.tokens import Session
 from mem_triton_transformers.delta_training import checkpoint
-from mem_triton_transformers.delta_training.checkpoint import Progress, TrainingError
+from mem_triton_transformers.delta_training.checkpoint import RunProgress, TrainingError
 from mem_triton_transformers.delta_training.evaluate import evaluate
 from mem_triton_transformers.delta_training.forward import SessionRunner
 from mem_triton_transformers.delta_training.journal import Journal
-from mem_triton_transformers.delta_training.losses import Outcome, keep_loss, memory_loss
+from mem_triton_transformers.delta_training.losses import BatchLoss, keep_loss, memory_loss
 from mem_triton_transformers.memory import set_memory_write
 from mem_triton_transformers.training import adapter_from, trainable_adapter
 
@@ -79,7 +79,7 @@ class Trainer:
             betas=(recipe.beta1, recipe.beta2),
             weight_decay=recipe.weight_decay,
         )
-        self.progress = before[2] if before else Progress()
+        self.progress = before[2] if before else RunProgress()
         if before:
             checkpoint.restore(self.optimizer, self.parameters, before[1])
         elif start is not None:
@@ -189,7 +189,7 @@ class Trainer:
             progress.stage, progress.right = progress.stage + 1, 0.0
         return line
 
-    def _part(self, rng: random.Random) -> tuple[str, Outcome, int]:
+    def _part(self, rng: random.Random) -> tuple[str, BatchLoss, int]:
         """The loss of one group of rows, its kind, and the tokens of its rows."""
         recipe, data, stage = self.recipe, self.data, self.progress.stage
         plain = bool(data.plain) and rng.random() < recipe.plain_share

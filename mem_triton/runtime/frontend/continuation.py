@@ -1,10 +1,10 @@
-"""A request whose references change while it answers: served as several engine requests, seen as one.
+"""Serves a request whose references change while it answers as several engine requests; its client sees one.
 
-After every ``every`` generated tokens new references are fetched for what was just said (Memory³ §2.4). The engine gets
-the next tokens as a continuation of the text so far, with the references of every part. Its prefix cache holds all of
-that but the last block, so nothing is computed twice, no running request waits for a retrieval, and preemption, tensor
-parallelism and prefix keys see ordinary requests with ordinary plans. Its scheduler is told that they are one answer
-(``place``), which keeps its turn between two of them.
+After every ``every`` generated tokens new references are fetched for what was just said (Memory³, arXiv 2407.01178,
+section 3). The engine gets the next tokens as a continuation of the text so far, with the references of every part.
+Its prefix cache holds all of that but the last block, so nothing is computed twice, no running request waits for a
+retrieval, and preemption, tensor parallelism and prefix keys see ordinary requests with ordinary plans. Its scheduler
+is told that they are one answer (``place``), which keeps its turn between two of them.
 
 Which tokens belong to which engine request is decided here; how an engine's outputs are put together is its own matter.
 """

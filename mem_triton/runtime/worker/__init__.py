@@ -1,1 +1,1 @@
-"""A worker's half of memory, engine-neutral: what hangs at the model and beside its KV cache."""
+"""Keeps a worker's memory, engine-neutral: what the model reads, and what lies beside its KV cache."""

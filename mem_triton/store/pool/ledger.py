@@ -11,7 +11,7 @@ from mem_triton.store.pool import metrics
 
 
 @dataclass
-class Entry:
+class LedgerEntry:
     """pages: in order. tokens: it fills so many of them. owners: who needs it; it stays while there are any."""
 
     pages: tuple[int, ...]
@@ -35,7 +35,7 @@ class PageLedger:
 
     def __init__(self, num_pages: int, page_bytes: int, tier: str) -> None:
         self.num_pages, self.page_bytes, self.tier = num_pages, page_bytes, tier
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, LedgerEntry] = {}
         self.evictions = 0
         self.idle_pages = 0
         self._free = list(range(num_pages))  # a heap: the lowest pages first, so that entries get neighbours
@@ -65,7 +65,7 @@ class PageLedger:
         while self.free_pages < count:
             self._evict()
         pages = tuple(heapq.heappop(self._free) for _ in range(count))
-        self.entries[ref] = Entry(pages, tokens)
+        self.entries[ref] = LedgerEntry(pages, tokens)
         metrics.POOL_USED_BYTES.labels(self.tier).inc(count * self.page_bytes)
         return pages
 
@@ -99,7 +99,7 @@ class PageLedger:
         return True
 
     @staticmethod
-    def _may_go(entry: Entry) -> bool:
+    def _may_go(entry: LedgerEntry) -> bool:
         return entry.ready and not entry.owners
 
     def _settle(self, ref: str) -> None:

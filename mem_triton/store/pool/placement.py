@@ -1,8 +1,8 @@
 """Where memory lies on the line of positions: before the context, which starts at 0 where the engine puts it.
 
 RoPE is relative, so keys rotated to negative positions are read as text that came earlier, and the engine need not
-know. Memory³'s references lie side by side in one interval (parallel positions, arXiv 2407.01178 §3.1); a prefix ends
-at -1; the constant prefix of a bank ("sink") lies before all references.
+know. Memory³'s references lie side by side in one interval (parallel positions, arXiv 2407.01178, section 3); a prefix
+ends at -1; the constant prefix of a bank ("sink") lies before all references.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class Run(Protocol):
 
 
 @dataclass
-class _Resident:
+class _TableRow:
     slot: int
     plan: tuple[Attachment, ...]
     runs: Mapping[str, Run]  # by reference
@@ -47,7 +47,7 @@ class MemoryTables:
     page_tokens: int
     device: torch.device
     _free: list[int] = field(init=False)
-    _residents: dict[str, _Resident] = field(init=False, default_factory=dict)
+    _requests: dict[str, _TableRow] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         def zeros(*shape: int) -> Tensor:
@@ -64,26 +64,26 @@ class MemoryTables:
 
     def enter(self, request_id: str, plan: tuple[Attachment, ...], runs: Mapping[str, Run]) -> None:
         """Register a request that joins the batch. plan: () for a plain one. runs: where each reference lies."""
-        if plan and request_id not in self._residents:
-            self._residents[request_id] = _Resident(self._free.pop(), plan, runs)
+        if plan and request_id not in self._requests:
+            self._requests[request_id] = _TableRow(self._free.pop(), plan, runs)
 
     def leave(self, request_id: str) -> None:
         """Forget a request that left the batch."""
-        resident = self._residents.pop(request_id, None)
-        if resident is not None:
-            self._free.append(resident.slot)
+        running = self._requests.pop(request_id, None)
+        if running is not None:
+            self._free.append(running.slot)
 
     def __contains__(self, request_id: object) -> bool:
         """Whether a request in the batch reads memory."""
-        return request_id in self._residents
+        return request_id in self._requests
 
     def readers(self, pages: Iterable[int]) -> list[str]:
         """The requests in the batch that read one of these pages."""
         wanted = set(pages)
         return [
             id
-            for id, resident in self._residents.items()
-            if any(not wanted.isdisjoint(run.pages) for run in resident.runs.values())
+            for id, running in self._requests.items()
+            if any(not wanted.isdisjoint(run.pages) for run in running.runs.values())
         ]
 
     def set_rows(
@@ -98,22 +98,22 @@ class MemoryTables:
         faults: takes the requests whose pages cannot be written, with the reasons; their rows have no memory then.
         Without it the first one raises RuntimeError.
         """
-        if not self._residents and self._rows_are_plain:
+        if not self._requests and self._rows_are_plain:
             return
         rows = []
         for request_id, start, end in zip(request_ids, first, last, strict=True):
-            resident = self._residents.get(request_id)
+            running = self._requests.get(request_id)
             try:
-                if resident is not None:
-                    self._show(resident, int(start), int(end))
+                if running is not None:
+                    self._show(running, int(start), int(end))
             except Exception as error:
                 if faults is None:
                     raise
-                faults[request_id], resident = error, None
-            rows.append(-1 if resident is None else resident.slot)
+                faults[request_id], running = error, None
+            rows.append(-1 if running is None else running.slot)
         rows += [-1] * (self.slots - len(rows))
         self.row_slot.copy_(self._staged(rows), non_blocking=True)
-        self._rows_are_plain = not self._residents
+        self._rows_are_plain = not self._requests
 
     def forget_rows(self) -> None:
         """After a failure: no row of the coming step has memory."""
@@ -123,15 +123,15 @@ class MemoryTables:
         """Dummy and warm-up batches: no row has memory."""
         self.set_rows([], [], [])
 
-    def _show(self, resident: _Resident, first: int, last: int) -> None:
-        visible = tuple(i for i, a in enumerate(resident.plan) if a.first <= last and a.end > first)
-        if visible == resident.visible:
+    def _show(self, running: _TableRow, first: int, last: int) -> None:
+        visible = tuple(i for i, a in enumerate(running.plan) if a.first <= last and a.end > first)
+        if visible == running.visible:
             return
-        columns = [c for i in visible for c in self._columns(resident.plan[i], resident.runs)]
+        columns = [c for i in visible for c in self._columns(running.plan[i], running.runs)]
         if len(columns) > self.max_pages:
             raise RuntimeError(f"{len(columns)} memory pages are seen in one step, the tables hold {self.max_pages}")
-        resident.visible = visible
-        slot = resident.slot
+        running.visible = visible
+        slot = running.slot
         if columns:
             self._rows[:, slot, : len(columns)].copy_(self._staged(columns).T, non_blocking=True)
         self._counts[slot : slot + 1].copy_(self._staged([len(columns)]), non_blocking=True)

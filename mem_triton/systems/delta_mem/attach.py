@@ -1,7 +1,7 @@
 """Attach memory to a loaded model, engine-neutral: which modules, which weights, and this rank's share of them.
 
-An engine checks what it cannot serve, makes its own place for the states, and hangs each layer's ``DeltaMemory`` at the
-projections in its own way::
+An engine checks what it cannot serve, makes its own place for the states, and gives each layer's projections its
+``DeltaMemory`` in its own way::
 
     modules = attention_modules(model, Attention, "δ-mem")
     layers = DeltaLayers(adapter, modules, shape, rank, device)

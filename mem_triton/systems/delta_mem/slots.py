@@ -21,7 +21,7 @@ LAST_STATES = 2
 
 
 @dataclass
-class _Resident:
+class _StateRow:
     lease: str | None
     write: bool
     slot: int  # -1: starts from zeros and commits nothing
@@ -55,14 +55,14 @@ class StateSlots:
         self.row_slot = torch.full((slots,), -1, dtype=torch.int32, device=device)
         self.row_write = torch.full((slots,), int(writes), dtype=torch.int32, device=device)
         self._free = list(range(slots))
-        self._residents: dict[str, _Resident] = {}  # request id -> its place in the batch
+        self._requests: dict[str, _StateRow] = {}  # request id -> its place in the batch
         self._left: OrderedDict[str, tuple[int, Tensor]] = OrderedDict()  # lease -> last position, [layers, 2, size]
         self._left_limit = 4 * slots
         self._rows_are_plain = True
 
     def enter(self, request_id: str, state: StateRef | None) -> None:
         """Register a request that joins the batch. state: None for a plain one."""
-        if state is None or request_id in self._residents:
+        if state is None or request_id in self._requests:
             return
         lease, slot = state.handle, -1
         if lease is not None:
@@ -75,44 +75,44 @@ class StateSlots:
                 if self.initial.is_cuda:
                     states = states.pin_memory()
                 self.initial[:, slot].copy_(states, non_blocking=True)
-        self._residents[request_id] = _Resident(lease, state.write, slot)
+        self._requests[request_id] = _StateRow(lease, state.write, slot)
 
     def leave(self, request_id: str) -> None:
         """Forget a request that left the batch; its last states wait for ``take``."""
-        resident = self._residents.pop(request_id, None)
-        if resident is None or resident.slot < 0:
+        running = self._requests.pop(request_id, None)
+        if running is None or running.slot < 0:
             return
-        if resident.write and resident.last_position >= 0:
-            self._left[resident.lease] = (resident.last_position, self.last[:, resident.slot].clone())
+        if running.write and running.last_position >= 0:
+            self._left[running.lease] = (running.last_position, self.last[:, running.slot].clone())
             while len(self._left) > self._left_limit:
                 self._left.popitem(last=False)
-        self._free.append(resident.slot)
+        self._free.append(running.slot)
 
     def set_rows(self, request_ids: Sequence[str], last_positions: Sequence[int]) -> None:
         """Write the batch's order into the device tables.
 
         last_positions: per row, the position of the last token that the coming step processes.
         """
-        if not self._residents and self._rows_are_plain:
+        if not self._requests and self._rows_are_plain:
             return
         slots, writes = [], []
         for request_id, position in zip(request_ids, last_positions, strict=True):
-            resident = self._residents.get(request_id)
-            slots.append(-1 if resident is None else resident.slot)
-            writes.append(self._plain_writes if resident is None else int(resident.write))
-            if resident is not None:
-                resident.last_position = int(position)
+            running = self._requests.get(request_id)
+            slots.append(-1 if running is None else running.slot)
+            writes.append(self._plain_writes if running is None else int(running.write))
+            if running is not None:
+                running.last_position = int(position)
         padding = len(self.row_slot) - len(slots)
         table = torch.tensor([slots + [-1] * padding, writes + [self._plain_writes] * padding], dtype=torch.int32)
         if self.row_slot.is_cuda:
             table = table.pin_memory()
         self.row_slot.copy_(table[0], non_blocking=True)
         self.row_write.copy_(table[1], non_blocking=True)
-        self._rows_are_plain = not self._residents
+        self._rows_are_plain = not self._requests
 
     def __contains__(self, request_id: object) -> bool:
         """Whether a request in the batch says something about its state."""
-        return request_id in self._residents
+        return request_id in self._requests
 
     def forget_rows(self) -> None:
         """After a failure: no row of the coming step starts from a state or leaves one."""
@@ -121,9 +121,9 @@ class StateSlots:
 
     def drop_request(self, request_id: str) -> None:
         """A request has lost its memory: it goes on as a plain one, and leaves no state."""
-        resident = self._residents.pop(request_id, None)
-        if resident is not None and resident.slot >= 0:
-            self._free.append(resident.slot)
+        running = self._requests.pop(request_id, None)
+        if running is not None and running.slot >= 0:
+            self._free.append(running.slot)
 
     def clear_rows(self) -> None:
         """Dummy and warm-up batches: no row starts from a state or leaves one."""
@@ -146,11 +146,11 @@ class StateSlots:
         if lease in self._left:
             last, states = self._left.pop(lease)
         else:
-            resident = next((r for r in self._residents.values() if r.lease == lease and r.slot >= 0), None)
-            if resident is None:
+            running = next((r for r in self._requests.values() if r.lease == lease and r.slot >= 0), None)
+            if running is None:
                 raise KeyError(f"no state is held for lease {lease}")
-            last, states = resident.last_position, self.last[:, resident.slot]
-            resident.write = False  # taken: leaving the batch keeps nothing
+            last, states = running.last_position, self.last[:, running.slot]
+            running.write = False  # taken: leaving the batch keeps nothing
         position = position if last - LAST_STATES < position <= last else max(last - LAST_STATES + 1, 0)
         return position, states[:, position % LAST_STATES].clone()
 

@@ -20,7 +20,7 @@ from mem_triton.store.bank.formats.cartridge import read_cartridge
 from mem_triton.store.bank.formats.locate import Form, locate
 from mem_triton.store.bank.formats.peft import read_peft, write_peft
 from mem_triton.store.bank.formats.trained import (
-    Trained,
+    TrainedEntry,
     block_of,
     cache_of,
     check_attention,
@@ -45,7 +45,7 @@ INTERLEAVED = {
 
 def read_trained(
     source: str, model: Fingerprint, form: Form = "auto", file: str | None = None, revision: str | None = None
-) -> Trained:
+) -> TrainedEntry:
     """What a folder, a file or a repository holds. Raises ArtifactError naming the file and the field."""
     kind, path = locate(source, form, file, revision)
     return read_peft(path, model) if kind == "peft" else read_cartridge(path, model)
@@ -58,7 +58,7 @@ def model_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def check_base(trained: Trained, models: Sequence[str], force: bool) -> str | None:
+def check_base(trained: TrainedEntry, models: Sequence[str], force: bool) -> str | None:
     """What to say of an artifact that names another model than ``models``, the names of this one; None if it fits.
 
     Raises ArtifactError for an adapter of peft unless ``force``. What stands beside a cartridge is known to be stale
@@ -106,7 +106,7 @@ def check_bank(spec: BankSpec) -> str | None:
 
 
 def entry_of(
-    parts: Sequence[Trained], id: str, spec: BankSpec, config: Mapping[str, Any], source: str, revision: str | None
+    parts: Sequence[TrainedEntry], id: str, spec: BankSpec, config: Mapping[str, Any], source: str, revision: str | None
 ) -> NewEntry:
     """One or several artifacts, composed, as an entry to be written.
 

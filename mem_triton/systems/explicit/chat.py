@@ -1,6 +1,6 @@
 """What of a chat is worth keeping: its turns, each closed, without the system prompt of the chat that it comes from.
 
-A kept chat is read in front of another one, which brings its own system prompt and asks for its own answer. Where a
+A kept chat is read before another one, which brings its own system prompt and asks for its own answer. Where a
 turn begins and ends is learnt from the tokenizer's chat template by rendering a chat of known words.
 """
 

@@ -83,7 +83,7 @@ class BankHead:
         )
 
     def join(self, plan: Sequence[Attachment], tokens: Mapping[str, int], prompt_ids: Sequence[int]) -> Joined:
-        """The plan with the head in front, if there is a plan and a head."""
+        """The plan that begins with the head, if there is a plan and a head."""
         if not plan or not self.tokens:
             return Joined(tuple(plan), tokens)
         dropped, note = self.repeated(prompt_ids)

@@ -229,8 +229,8 @@ class ReadingPlans:
         return most_pages(plan, lambda ref: self.residency.pages_for(tokens[ref]), self.longest_step)
 
     def find(self, reading: Reading, prompt_ids: Sequence[int]) -> tuple[Attachment, ...]:
-        """What a request retrieves: each chunk of its prompt is a query (Memory³ §2.4), or what it asks, for references
-        that are read like text. Changes nothing."""
+        """What a request retrieves: each chunk of its prompt is a query (Memory³, arXiv 2407.01178, section 3),
+        or what it asks, for references that are read like text. Changes nothing."""
         if not reading.top_k:
             return ()
         every = self.section.retrieval.every

@@ -1,7 +1,7 @@
 """Searches of a bank on behalf of requests: in threads of their own, each with a deadline.
 
-An embedder may be an endpoint that is down or hangs. Then a request is answered without references and says so; it
-takes no thread from commits and captures, and requests that search nothing never notice.
+An embedder may be an endpoint that is down or does not answer. Then a request is answered without references and says
+so; it takes no thread from commits and captures, and requests that search nothing never notice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Found:
 
 
 class Searches:
-    """A bounded pool of search threads. A thread whose search hangs is lost to it until the search returns.
+    """A bounded pool of search threads. A thread is lost to it until its search returns.
 
     While all threads hang, searches fail at once instead of queueing behind them.
 

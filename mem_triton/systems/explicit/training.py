@@ -22,7 +22,7 @@ VECTORS = 1 << 18
 """Keys, and as many values, to learn from: enough for codes of 12 bits; more takes minutes more."""
 
 
-class _Enough(Exception):
+class _EnoughVectors(Exception):
     """So many blocks will do."""
 
 
@@ -36,10 +36,10 @@ def train_product_codec(
     vectors: int = VECTORS,
     batch_size: int = 1,
 ) -> bytes:
-    """The state of a product quantiser (§2.5 of the paper) trained on the first of ``documents``; for ``Bank.create``.
+    """Train a product quantiser on the first of ``documents`` (Memory³, arXiv 2407.01178, section 3).
 
-    Writes them into a bank that is thrown away, until there are ``vectors`` keys. Raises CodecError if all documents
-    together are too few.
+    Returns its state, for ``Bank.create``. Writes the documents into a bank that is thrown away, until there are
+    ``vectors`` keys. Raises CodecError if all documents together are too few.
     """
     spec = bank_spec(config, fingerprint, codec=EXACT_CODECS.get(fingerprint.dtype, "fp32"))
     heads = len(spec.layers) * spec.kv_heads
@@ -50,11 +50,11 @@ def train_product_codec(
         counted[1] += sum(bank.resolve(ref).tokens for ref in report.added[counted[0] :])
         counted[0] = len(report.added)
         if counted[1] * heads >= vectors:
-            raise _Enough
+            raise _EnoughVectors
 
     with tempfile.TemporaryDirectory() as folder, Bank.create(Path(folder) / "samples", spec) as bank:
         writer = Writer(bank, encoder, tokenizer, config, batch_size=batch_size)
-        with contextlib.suppress(_Enough):
+        with contextlib.suppress(_EnoughVectors):
             writer.write(documents, progress=stop)
         refs = [entry.ref for entry in bank.list(limit=1 << 30)]
         codec = ProductCodec()

@@ -27,12 +27,12 @@ from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.explicit.head import head_end
 from mem_triton.systems.explicit.layout import GIB, layout_of
 from mem_triton.systems.explicit.section import MemorySection
-from mem_triton.systems.explicit.worker_captures import Captures
+from mem_triton.systems.explicit.worker_captures import WorkerCaptures
 from mem_triton.systems.payload import SystemPayload
 
 
 @dataclass(frozen=True)
-class LayerMemory:
+class BankSegments:
     """What one attention layer reads besides its context."""
 
     tables: MemoryTables
@@ -78,13 +78,13 @@ class ExplicitMemory(WorkerPart):
         self.loader = PageLoader(self.pool, read, host_bytes=int(section.host_gib * GIB))
         self._held: dict[int, str] = {}  # page -> the entry that it was ordered for last
         self._held_back: list[tuple[PageLoad, Future[str | None]]] = []  # orders for pages that are still read
-        self.captures = Captures(own, heads.start, host.rank, host.read_kv)
+        self.captures = WorkerCaptures(own, heads.start, host.rank, host.read_kv)
         sinks = self._sinks(ropes, heads, shape.dtype, device)
         self._layers = {}
         for index in layers:
             pages = self.pool.layer(list(own).index(index)) if index in own else None
             if pages is not None or index in sinks:
-                self._layers[index] = LayerMemory(self.tables, pages, sinks.get(index))
+                self._layers[index] = BankSegments(self.tables, pages, sinks.get(index))
 
     def _sinks(
         self, ropes: Mapping[int, RotaryEmbedding], heads: slice, dtype: torch.dtype, device: torch.device
@@ -110,7 +110,7 @@ class ExplicitMemory(WorkerPart):
             for i, index in enumerate(indices)
         }
 
-    def segments(self, layer: int) -> LayerMemory | None:
+    def segments(self, layer: int) -> BankSegments | None:
         return self._layers.get(layer)
 
     def load_page(self, *load: Any) -> Future[dict[str, Any]]:

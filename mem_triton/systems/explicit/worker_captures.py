@@ -32,14 +32,14 @@ KEPT_ANSWERS = 256
 
 
 @dataclass
-class _Resident:
+class _Capturing:
     lease: str
     file: Path
     prompt_tokens: int
     last_position: int = -1
 
 
-class Captures:
+class WorkerCaptures:
     """The worker's prompts to keep. ropes: this rank's memory layers, by their index in the model.
 
     first_head: this rank's first KV head. rank: among all workers, for the file's name.
@@ -49,7 +49,7 @@ class Captures:
         self, ropes: Mapping[int, RotaryEmbedding], first_head: int, rank: int, read_context: ReadContext
     ) -> None:
         self.ropes, self.first_head, self.rank, self.read_context = ropes, first_head, rank, read_context
-        self._residents: dict[str, _Resident] = {}  # request id -> what to keep of it
+        self._requests: dict[str, _Capturing] = {}  # request id -> what to keep of it
         self._files: dict[str, Future[str]] = {}  # lease -> file being written
         self._asked: dict[str, Future[dict[str, str]]] = {}  # lease -> who wants to know of its file
         self._dropped: OrderedDict[str, None] = OrderedDict()  # leases that nobody asks for any more
@@ -57,35 +57,35 @@ class Captures:
 
     def enter(self, request_id: str, order: CaptureOrder | None) -> None:
         """Register a request that asks to be kept; nothing without an order."""
-        if order is not None and request_id not in self._residents and order.handle not in self._dropped:
+        if order is not None and request_id not in self._requests and order.handle not in self._dropped:
             file = Path(order.folder) / f"{order.handle}.{self.rank}.safetensors"
-            self._residents[request_id] = _Resident(order.handle, file, order.tokens)
+            self._requests[request_id] = _Capturing(order.handle, file, order.tokens)
 
     def set_rows(self, request_ids: Sequence[str], last: Sequence[int]) -> None:
         """The positions that the coming step reaches."""
-        for request_id, position in zip(request_ids, last, strict=True) if self._residents else ():
-            if request_id in self._residents:
-                self._residents[request_id].last_position = int(position)
+        for request_id, position in zip(request_ids, last, strict=True) if self._requests else ():
+            if request_id in self._requests:
+                self._requests[request_id].last_position = int(position)
 
     def leave(self, request_id: str) -> None:
         """Copy the prompt of a request that leaves the batch, unless it was preempted before its prompt was done."""
-        resident = self._residents.pop(request_id, None)
-        if resident is not None and resident.last_position >= resident.prompt_tokens - 1:
-            self._copy(request_id, resident)
-            if (asked := self._asked.pop(resident.lease, None)) is not None:
-                self._files[resident.lease].add_done_callback(functools.partial(_tell, asked))
+        running = self._requests.pop(request_id, None)
+        if running is not None and running.last_position >= running.prompt_tokens - 1:
+            self._copy(request_id, running)
+            if (asked := self._asked.pop(running.lease, None)) is not None:
+                self._files[running.lease].add_done_callback(functools.partial(_tell, asked))
 
     def drop_request(self, request_id: str) -> None:
         """Forget a request that is not to be kept any more."""
-        if (resident := self._residents.pop(request_id, None)) is not None:
-            self._refuse(resident.lease)
+        if (running := self._requests.pop(request_id, None)) is not None:
+            self._refuse(running.lease)
 
     def drop(self, leases: Sequence[str]) -> None:
         """Forget captures, whatever has become of them: their files go, and requests that still run keep nothing."""
         for lease in leases:
             self._dropped[lease] = None
             self._refuse(lease)
-            self._residents = {i: r for i, r in self._residents.items() if r.lease != lease}
+            self._requests = {i: r for i, r in self._requests.items() if r.lease != lease}
             if (future := self._files.pop(lease, None)) is not None:
                 future.add_done_callback(_remove)
         while len(self._dropped) > KEPT_ANSWERS:
@@ -98,7 +98,7 @@ class Captures:
             self._files[lease].add_done_callback(functools.partial(_tell, answer))
             return answer
         self._asked[lease] = answer
-        if all(resident.lease != lease for resident in self._residents.values()):
+        if all(running.lease != lease for running in self._requests.values()):
             self._refuse(lease)  # else it has ended, and the worker will be told
         return answer
 
@@ -106,18 +106,18 @@ class Captures:
         if (asked := self._asked.pop(lease, None)) is not None:
             asked.set_result({"error": f"no prompt is held for lease {lease}"})
 
-    def _copy(self, request_id: str, resident: _Resident) -> None:
+    def _copy(self, request_id: str, running: _Capturing) -> None:
         try:
             copies = [
-                (index, *self.read_context(request_id, index, resident.prompt_tokens), rope)
+                (index, *self.read_context(request_id, index, running.prompt_tokens), rope)
                 for index, rope in self.ropes.items()
             ]
         except torch.OutOfMemoryError as error:  # the device has no room for the copy: no reason to end the engine
-            self._files[resident.lease] = future = Future()
+            self._files[running.lease] = future = Future()
             future.set_exception(error)
         else:
-            self._files[resident.lease] = self._writer.submit(
-                _write, resident.file, copies, self.first_head, _mark(copies)
+            self._files[running.lease] = self._writer.submit(
+                _write, running.file, copies, self.first_head, _mark(copies)
             )
         while len(self._files) > KEPT_ANSWERS:
             self._files.pop(next(iter(self._files)))

@@ -37,7 +37,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Adapter:
+class LinearAdapters:
     """A linear's adapters: what is served is ``weight + read``, and writing adds ``up @ down`` to that. fp32."""
 
     read: Tensor
@@ -84,7 +84,7 @@ class Checkpoint:
             if name not in MEMORY and ".lora_" not in name:
                 yield name.replace(".base_layer", ""), name
 
-    def adapter(self, name: str) -> Adapter | None:
+    def adapter(self, name: str) -> LinearAdapters | None:
         """What adapters add to a linear's weight, by its name in a Llama; None if it has none."""
         stem = name.removesuffix(".weight")
         if f"{stem}.lora_A.default.weight" not in self.names:
@@ -97,9 +97,9 @@ class Checkpoint:
 
         down, up = factors("default")
         if not self.config.get("add_decoder_lora"):
-            return Adapter(up @ down, down[:0], up[:, :0])
+            return LinearAdapters(up @ down, down[:0], up[:, :0])
         read_down, read_up = factors("decoder_adapter")
-        return Adapter(read_up @ read_down, torch.cat([down, read_down]), torch.cat([up, -read_up], 1))
+        return LinearAdapters(read_up @ read_down, torch.cat([down, read_down]), torch.cat([up, -read_up], 1))
 
     def _shape(self, dtype: str) -> PoolShape:
         where = f"{self.folder}/config.json"

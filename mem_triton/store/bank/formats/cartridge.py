@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mem_triton.store.bank.fingerprint import Fingerprint
 from mem_triton.store.bank.formats.pickled import load_pickled
-from mem_triton.store.bank.formats.trained import TRAIN_AGAIN, Trained, check_numbers
+from mem_triton.store.bank.formats.trained import TRAIN_AGAIN, TrainedEntry, check_numbers
 from mem_triton.store.errors import ArtifactError
 
 STEP = re.compile(r"cache-step(\d+)\.pt")
@@ -37,7 +37,7 @@ def best_name(names: Iterable[str]) -> str | None:
     return max(steps)[1] if steps else None
 
 
-def read_cartridge(file: Path, model: Fingerprint) -> Trained:
+def read_cartridge(file: Path, model: Fingerprint) -> TrainedEntry:
     """A cartridge for ``model``. Raises ArtifactError naming the tensor that does not fit."""
     held = load_pickled(file, [nn.ParameterList])
     first = "fixed" if "fixed_keys" in held else "frozen"
@@ -63,7 +63,7 @@ def read_cartridge(file: Path, model: Fingerprint) -> Trained:
         raise ArtifactError(f"{file}: {keys.shape[2]} rows of keys, {values.shape[2]} of values; save it again")
     fixed = lists[f"{first}_keys"]
     frozen = fixed[0].shape[1] if fixed else 0
-    return Trained("cartridge", str(file), keys, values, frozen=frozen, base_model=_base_model(file.parent))
+    return TrainedEntry("cartridge", str(file), keys, values, frozen=frozen, base_model=_base_model(file.parent))
 
 
 def _tensors(file: Path, name: str, held: Any, model: Fingerprint) -> list[Tensor]:

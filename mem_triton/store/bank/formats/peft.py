@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mem_triton.store.bank.fingerprint import Fingerprint
 from mem_triton.store.bank.formats.pickled import load_pickled
-from mem_triton.store.bank.formats.trained import TRAIN_AGAIN, Trained, check_model_shape, check_numbers
+from mem_triton.store.bank.formats.trained import TRAIN_AGAIN, TrainedEntry, check_model_shape, check_numbers
 from mem_triton.store.errors import ArtifactError, not_written
 from mem_triton.store.files import is_occupied, read_object, write_durably
 
@@ -29,7 +29,7 @@ KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
 EMBEDDINGS = ("PROMPT_TUNING", "P_TUNING")
 
 
-def read_peft(folder: Path, model: Fingerprint) -> Trained:
+def read_peft(folder: Path, model: Fingerprint) -> TrainedEntry:
     """An adapter for ``model``. Raises ArtifactError naming the file and the field that does not fit."""
     config = read_object(folder / CONFIG, "give a folder as peft saves it", ArtifactError)
     kind = config.get("peft_type")
@@ -62,7 +62,7 @@ def read_peft(folder: Path, model: Fingerprint) -> Trained:
     if kind in EMBEDDINGS:
         check_model_shape(where, "token_dim", config.get("token_dim"), model, "hidden_size")
         embeddings = _tensor(folder, (rows, model.hidden_size))
-        return Trained(f"peft {kind}", str(folder), None, None, embeddings, base_model=base)
+        return TrainedEntry(f"peft {kind}", str(folder), None, None, embeddings, base_model=base)
     heads, width = config.get("num_attention_heads"), config.get("token_dim")
     check_model_shape(where, "num_attention_heads (KV heads)", heads, model, "kv_heads")
     if type(width) is not int or width != heads * model.head_dim:
@@ -71,7 +71,7 @@ def read_peft(folder: Path, model: Fingerprint) -> Trained:
         )
     flat = _tensor(folder, (rows, 2 * model.num_layers * width))
     halves = flat.view(rows, model.num_layers, 2, heads, model.head_dim).permute(2, 1, 3, 0, 4)  # [2, L, Hkv, p, D]
-    return Trained(f"peft {kind}", str(folder), *(x.contiguous() for x in halves), frozen=frozen, base_model=base)
+    return TrainedEntry(f"peft {kind}", str(folder), *(x.contiguous() for x in halves), frozen=frozen, base_model=base)
 
 
 def write_peft(folder: Path, keys: Tensor, values: Tensor, *, frozen: int, base_model: str | None) -> None:

@@ -24,7 +24,7 @@ TRAIN_AGAIN = "import it with the model that it was trained with"
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedEntry:
     """What a file holds. form: "peft CARTRIDGE", "cartridge", ...; file: for messages.
 
     keys, values: fp32 [L, Hkv, p, D], keys rotated for 0...p-1; None in a file of input embeddings, fp32 [p, hidden],
@@ -55,7 +55,7 @@ class Trained:
         return digest.hexdigest()
 
 
-def block_of(trained: Trained, ropes: Sequence[RotaryEmbedding]) -> MemoryBlock:
+def block_of(trained: TrainedEntry, ropes: Sequence[RotaryEmbedding]) -> MemoryBlock:
     """The block that a bank keeps: keys before RoPE. ropes: of every layer."""
     where = torch.arange(trained.rows)
     keys = torch.stack([unrotate(k, where, rope) for k, rope in zip(trained.keys, ropes, strict=True)])
@@ -70,7 +70,7 @@ def cache_of(block: MemoryBlock, ropes: Sequence[RotaryEmbedding]) -> tuple[Tens
     return keys, block.values.float()
 
 
-def composed(parts: Sequence[Trained]) -> Trained:
+def composed(parts: Sequence[TrainedEntry]) -> TrainedEntry:
     """Artifacts one after the other as one, as peft's ``compose_cartridge_adapters`` has them.
 
     Every part keeps its own rotation 0...p-1, and the text starts behind the sum of all rows. Read side by side, as

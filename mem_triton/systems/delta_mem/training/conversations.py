@@ -32,7 +32,7 @@ class DataError(ValueError):
 
 
 @dataclass(frozen=True)
-class Message:
+class ChatMessage:
     """One message of a chat."""
 
     role: str
@@ -43,7 +43,7 @@ class Message:
         return {"role": self.role, "content": self.content}
 
 
-Chat = tuple[Message, ...]
+Chat = tuple[ChatMessage, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Conversation:
 
     def in_context(self) -> Chat:
         """All that was told and the question in one chat; later system messages go."""
-        messages: list[Message] = []
+        messages: list[ChatMessage] = []
         for chat in (*self.told, self.asked):
             messages += [m for m in chat if m.role != "system" or not messages]
         return tuple(messages)
@@ -165,7 +165,7 @@ def _chat(messages: Any, where: str) -> Chat:
         except UnicodeEncodeError as error:
             half = error.object[error.start]
             raise DataError(f"{where}[{i}].content holds half of a surrogate pair ({half!r}); correct it") from None
-        chat.append(Message(role, content))
+        chat.append(ChatMessage(role, content))
     turns = [m.role for m in chat if m.role != "system"]
     if any(m.role == "system" for m in chat[1:]):
         raise DataError(f"{where} has a system message that is not its first")

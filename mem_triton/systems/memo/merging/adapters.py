@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mem_triton.systems.memo.merging.arithmetic import MergeError, Recipe, merge_differences, slerp
+from mem_triton.systems.memo.merging.arithmetic import MergeError, MergeRecipe, merge_differences, slerp
 from mem_triton.systems.memo.merging.checkpoints import new_folder, write_record
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,7 +40,7 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class PeftAdapter:
     """A LoRA adapter. modules: by the module's name as its file has it."""
 
     folder: Path
@@ -54,7 +54,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path) -> PeftAdapter:
     """Read an adapter. Raises MergeError naming the file for one that is damaged, or is no plain LoRA."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise MergeError(f"{folder / WEIGHTS}: {other[0]} is no factor of a linear layer; it cannot be merged")
     if not modules:
         raise MergeError(f"{folder / WEIGHTS}: holds no LoRA factors")
-    return Adapter(folder, config, modules, next(iter(tensors.values())).dtype)
+    return PeftAdapter(folder, config, modules, next(iter(tensors.values())).dtype)
 
 
 def _scaling(config: dict[str, Any], module: str, rank: int, folder: Path) -> float:
@@ -95,7 +95,7 @@ def _scaling(config: dict[str, Any], module: str, rank: int, folder: Path) -> fl
         raise MergeError(f"{folder / CONFIG}: lora_alpha is no number: {error}") from None
 
 
-def merge_adapters(recipe: Recipe, folders: list[Path], out: Path, rank: int | None = None) -> dict[str, Any]:
+def merge_adapters(recipe: MergeRecipe, folders: list[Path], out: Path, rank: int | None = None) -> dict[str, Any]:
     """Merge adapters of one base model into the new folder ``out``; returns rank and residual.
 
     rank: of the result; None is the sum of the ranks, which is exact for sums. A weight that one adapter leaves alone
@@ -128,7 +128,7 @@ def merge_adapters(recipe: Recipe, folders: list[Path], out: Path, rank: int | N
     return told
 
 
-def _check_alike(adapters: list[Adapter]) -> None:
+def _check_alike(adapters: list[PeftAdapter]) -> None:
     first = adapters[0]
     for other in adapters[1:]:
         bases = [adapter.config.get("base_model_name_or_path") for adapter in (first, other)]
@@ -140,20 +140,20 @@ def _check_alike(adapters: list[Adapter]) -> None:
                 raise MergeError(f"{name}: has another shape in {other.folder} than in {first.folder}")
 
 
-def _of(adapter: Adapter, name: str, adapters: list[Adapter]) -> Factors:
+def _of(adapter: PeftAdapter, name: str, adapters: list[PeftAdapter]) -> Factors:
     if (found := adapter.modules.get(name)) is not None:
         return found
     other = next(one.modules[name] for one in adapters if name in one.modules)
     return Factors(other.a.new_zeros(0, other.a.shape[1]), other.b.new_zeros(other.b.shape[0], 0))
 
 
-def _cat(recipe: Recipe, parts: list[Factors]) -> Factors:
+def _cat(recipe: MergeRecipe, parts: list[Factors]) -> Factors:
     weights = [recipe.scale * w if recipe.method == "task" else w for w in recipe.weights_of(len(parts))]
     scaled = [part.b * weight for part, weight in zip(parts, weights, strict=True)]
     return Factors(torch.cat([part.a for part in parts]), torch.cat(scaled, 1))
 
 
-def _delta(recipe: Recipe, parts: list[Factors], name: str) -> Tensor:
+def _delta(recipe: MergeRecipe, parts: list[Factors], name: str) -> Tensor:
     deltas = [part.delta for part in parts]
     if recipe.method == "slerp":
         return slerp(deltas[0], deltas[1], recipe.t)
@@ -178,7 +178,7 @@ def _tensors(made: dict[str, Factors], rank: int) -> dict[str, Tensor]:
     return found
 
 
-def _config(adapters: list[Adapter], made: dict[str, Factors], rank: int) -> dict[str, Any]:
+def _config(adapters: list[PeftAdapter], made: dict[str, Factors], rank: int) -> dict[str, Any]:
     """The first adapter's configuration with the rank, a scaling of 1, and every module that is changed."""
     modules = sorted({name.rpartition(".")[2] for name in made})
     return adapters[0].config | {

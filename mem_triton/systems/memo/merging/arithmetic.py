@@ -30,7 +30,7 @@ class MergeError(ValueError):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MergeRecipe:
     """How to merge. weights: one a model, () for the method's own. density: share of a difference that is kept.
 
     t: where on the arc from the first to the second model, of slerp. scale: of the merged difference. seed: of DARE.
@@ -67,7 +67,7 @@ class Recipe:
         return list(self.weights) or [1 / models if self.method == "linear" else 1.0] * models
 
 
-def merge(recipe: Recipe, tensors: Sequence[Tensor], base: Tensor | None = None, name: str = "") -> Tensor:
+def merge(recipe: MergeRecipe, tensors: Sequence[Tensor], base: Tensor | None = None, name: str = "") -> Tensor:
     """One tensor of the merged model, in the first one's dtype; computed in fp32, or fp64 where it is that.
 
     name: the tensor's; what DARE drops depends on it, not on the order of tensors.
@@ -86,7 +86,7 @@ def merge(recipe: Recipe, tensors: Sequence[Tensor], base: Tensor | None = None,
     return (start + recipe.scale * merged).to(tensors[0].dtype)
 
 
-def merge_differences(recipe: Recipe, differences: list[Tensor], weights: Tensor, name: str) -> Tensor:
+def merge_differences(recipe: MergeRecipe, differences: list[Tensor], weights: Tensor, name: str) -> Tensor:
     """The merged difference from the base. weights: [K, 1, ...]."""
     kept = torch.stack([_pruned(recipe, one, f"{name}/{i}") for i, one in enumerate(differences)])
     if recipe.method in ("task", "dare_linear"):
@@ -107,7 +107,7 @@ def elect(kept: Tensor, weights: Tensor) -> Tensor:
     return torch.where(share > 0, (turned * agree).sum(0) / share.clamp(min=torch.finfo(kept.dtype).tiny), 0.0)
 
 
-def _pruned(recipe: Recipe, difference: Tensor, name: str) -> Tensor:
+def _pruned(recipe: MergeRecipe, difference: Tensor, name: str) -> Tensor:
     """What is kept of a difference: all, its greatest values, or random ones, scaled up by what was dropped."""
     from peft.utils.merge_utils import prune
 

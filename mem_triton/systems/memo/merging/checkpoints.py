@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mem_triton.store.files import is_occupied
-from mem_triton.systems.memo.merging.arithmetic import MergeError, Recipe, merge
+from mem_triton.systems.memo.merging.arithmetic import MergeError, MergeRecipe, merge
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 RECORD = "mem_triton_merge.json"
 """What a merged folder says of how it was made."""
 
 
-class Checkpoint:
+class ModelTensors:
     """A folder of safetensors; tensors are read one at a time. Raises MergeError naming folder and fault."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
@@ -61,15 +61,15 @@ def _files(folder: Path) -> list[str]:
     raise MergeError(f"{folder}: holds no {SINGLE} and no {INDEX}; only safetensors are merged")
 
 
-def merge_checkpoints(recipe: Recipe, folders: list[Path], base: Path | None, out: Path) -> dict[str, Any]:
+def merge_checkpoints(recipe: MergeRecipe, folders: list[Path], base: Path | None, out: Path) -> dict[str, Any]:
     """Merge models into the new folder ``out``, which is there whole or not at all; returns what was done.
 
     Configuration and tokenizer are those of the first model. Raises MergeError naming option, folder or tensor.
     """
     recipe.check(len(folders), base is not None)
     with ExitStack() as stack, new_folder(out) as made:
-        models = [Checkpoint(folder, stack) for folder in folders]
-        start = Checkpoint(base, stack) if base is not None else None
+        models = [ModelTensors(folder, stack) for folder in folders]
+        start = ModelTensors(base, stack) if base is not None else None
         _check_alike([*models, *([start] if start else [])])
         changed = 0
         for file, names in models[0].layout.items():
@@ -90,7 +90,7 @@ def merge_checkpoints(recipe: Recipe, folders: list[Path], base: Path | None, ou
     return told
 
 
-def _check_alike(checkpoints: list[Checkpoint]) -> None:
+def _check_alike(checkpoints: list[ModelTensors]) -> None:
     first = checkpoints[0]
     for other in checkpoints[1:]:
         if different := sorted(first.names ^ other.names):
@@ -98,7 +98,7 @@ def _check_alike(checkpoints: list[Checkpoint]) -> None:
             raise MergeError(f"{different[0]}: only {where} has it; {first.folder} and {other.folder} are other models")
 
 
-def _merged(recipe: Recipe, name: str, models: list[Checkpoint], base: Checkpoint | None) -> Tensor:
+def _merged(recipe: MergeRecipe, name: str, models: list[ModelTensors], base: ModelTensors | None) -> Tensor:
     tensors = [model[name] for model in models]
     start = base[name] if base is not None else None
     for checkpoint, tensor in zip([*models, base], [*tensors, start], strict=True):
@@ -112,7 +112,9 @@ def _merged(recipe: Recipe, name: str, models: list[Checkpoint], base: Checkpoin
     return merge(recipe, tensors, start, name).contiguous()
 
 
-def write_record(folder: Path, recipe: Recipe, folders: list[Path], base: Path | None, told: Mapping[str, Any]) -> None:
+def write_record(
+    folder: Path, recipe: MergeRecipe, folders: list[Path], base: Path | None, told: Mapping[str, Any]
+) -> None:
     """Say beside the weights how they were made."""
     said = {
         "recipe": asdict(recipe),

@@ -46,7 +46,7 @@ class Generator(Protocol):
 
 
 @dataclass(frozen=True)
-class Progress:
+class BuildProgress:
     """How far a build is: the step, its units that have ended, all of them, and what was spent."""
 
     step: str
@@ -56,7 +56,7 @@ class Progress:
     seconds: float
 
 
-Watch = Callable[[Progress], None]
+Watch = Callable[[BuildProgress], None]
 
 
 class Stopped(Exception):
@@ -98,7 +98,7 @@ class Build:
             async with free:
                 await self._unit(unit)
                 ended += 1
-                self.watch(Progress(step, ended, len(units), self.spent, time.monotonic() - self.began))
+                self.watch(BuildProgress(step, ended, len(units), self.spent, time.monotonic() - self.began))
 
         async with asyncio.TaskGroup() as group:
             for unit in units:
