@@ -9,7 +9,7 @@ bank's constant prefix, their memory pages and their paged context.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -165,26 +165,38 @@ class BackendWithMemory(AttentionBackend):
             out = torch.empty_like(q)
         else:
             out = stock()
-        heads = (-1, layer.tp_q_head_num, layer.qk_head_dim)
-
-        def attend(only_readers: bool = not self._alone, **read: Any) -> None:
-            call = AttentionCall(
-                q.reshape(heads),
-                self._context(layer, step),
-                out.view(heads),
-                layer.scaling,
-                soft_cap=layer.logit_cap or 0.0,
-                sinks=sinks,
-                only_readers=only_readers,
-                **read,
-            )
-            memory_attention(call, policy=self.mem_triton.policy)
-
-        otherwise = functools.partial(attend, only_readers=False) if self._alone else lambda: out.copy_(stock())
+        attend = functools.partial(self.mem_attend, q, out, layer, step, sinks=sinks)
+        otherwise = functools.partial(attend, {}) if self._alone else lambda: out.copy_(stock())
         attend_or_lose(
-            functools.partial(attend, **read), otherwise, lambda error: self.mem_triton.lose_step(error, False)
+            functools.partial(attend, read, only_readers=not self._alone),
+            otherwise,
+            lambda error: self.mem_triton.lose_step(error, False),
         )
         return out
+
+    def mem_attend(
+        self,
+        q: Tensor,
+        out: Tensor,
+        layer: RadixAttention,
+        step: Step,
+        read: Mapping[str, Any],
+        only_readers: bool = False,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Memory and context of a step's rows in one softmax. q, out: [tokens, Hq * D]. read: what the layer reads."""
+        heads = (-1, layer.tp_q_head_num, layer.qk_head_dim)
+        call = AttentionCall(
+            q.reshape(heads),
+            self._context(layer, step),
+            out.view(heads),
+            layer.scaling,
+            soft_cap=layer.logit_cap or 0.0,
+            sinks=sinks,
+            only_readers=only_readers,
+            **read,
+        )
+        memory_attention(call, policy=self.mem_triton.policy)
 
     def _context(self, layer: RadixAttention, step: Step) -> PagedContext:
         size = self.mem_steps.page_size

@@ -11,6 +11,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from mem_triton.runtime.frontend.continuation import Continuation
+from mem_triton.runtime.frontend.fixed import WATERMARKS, fixed_by
 from mem_triton.runtime.frontend.text import TextOfTokens
 
 LOGPROBS = ("output_token_logprobs", "output_top_logprobs", "output_token_ids_logprobs")
@@ -73,55 +74,28 @@ CUTTABLE_FIELDS = frozenset(
 
 
 def fixed(obj: GenerateReqInput, params: dict[str, Any]) -> str | None:
-    """Why this request's references cannot be refreshed while it answers, None if they can.
-
-    A continuation starts a new engine request, so whatever SGLang counts over the answer would start over. So does what
-    a parameter or field asks that is not among those known to be cuttable, later versions' among them.
-    """
-    penalties = (params.get("frequency_penalty"), params.get("presence_penalty"))
-    grammars = (params.get(name) for name in ("json_schema", "regex", "ebnf", "structural_tag"))
-    reasons = {
-        "stop strings": bool(params.get("stop") or params.get("stop_regex")),
-        "structured outputs": any(grammars),
-        "penalties": any(penalties) or params.get("repetition_penalty") not in (None, 1),
-        "prompt log-probabilities": bool(obj.return_logprob) and (obj.logprob_start_len or 0) >= 0,
-        "min_new_tokens": bool(params.get("min_new_tokens")),
-        "a thinking budget": obj.max_thinking_tokens is not None,
-        "custom logit processors": bool(obj.custom_logit_processor),
-        "watermarks": bool(obj.watermark or params.get("watermark")),
-        "sampling masks": bool(obj.return_sampling_mask),
-        "flat log-probabilities": bool(obj.return_flat_raw_output_top_logprobs),
-        "hidden states or routed experts": bool(
-            obj.return_hidden_states or obj.return_routed_experts or obj.return_indexer_topk
-        ),
-    }
-    return next((name for name, present in reasons.items() if present), None) or next(_others(obj, params), None)
+    """Why this request's references cannot be refreshed while it answers, None if they can."""
+    return fixed_by(_parameters(obj, params), CUTTABLE) or fixed_by(_fields(obj), CUTTABLE_FIELDS)
 
 
 def fixed_by_engine(server_args: Any) -> str | None:
     """Why no request of this server can have its references refreshed, None if they can."""
-    return "watermarks" if server_args.enable_watermark else None
+    return WATERMARKS if server_args.enable_watermark else None
 
 
-def _others(obj: GenerateReqInput, params: dict[str, Any]) -> Iterator[str]:
-    """Names of SGLang's parameters and fields that say something and are not known to be cuttable."""
+def _parameters(obj: GenerateReqInput, params: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value, SGLang's default) of the sampling parameters, and of log-probabilities of the prompt."""
     plain = SamplingParams()
+    yield "prompt_logprobs", bool(obj.return_logprob) and (obj.logprob_start_len or 0) >= 0, False
     for name in SamplingParams.__struct_fields__:
-        if name not in CUTTABLE and _differs(params.get(name), getattr(plain, name)):
-            yield name
+        yield name, params.get(name), getattr(plain, name)
+
+
+def _fields(obj: GenerateReqInput) -> Iterator[tuple[str, Any, Any]]:
+    """(name, value, SGLang's default) of the request's fields."""
     for field in dataclasses.fields(GenerateReqInput):
         default = None if field.default is dataclasses.MISSING else field.default
-        if field.name not in CUTTABLE_FIELDS and _differs(getattr(obj, field.name), default):
-            yield field.name
-
-
-def _differs(value: Any, default: Any) -> bool:
-    if value is None or value is default:
-        return False
-    try:
-        return bool(value != default and (value or default))  # an empty list says no more than none
-    except (RuntimeError, ValueError):  # arrays
-        return True
+        yield field.name, getattr(obj, field.name), default
 
 
 class ContinuedAnswer(Continuation):

@@ -5,6 +5,7 @@ SGLang makes its attention backend after the KV cache and before its graphs; it 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
@@ -12,11 +13,11 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.radix_attention import RadixAttention
+from torch import Tensor
 
-from mem_triton.ops.memory_attention import AttentionCall, memory_attention
 from mem_triton.runtime.worker.modules import attention_modules
-from mem_triton.runtime.worker.warmup import Batch, batches
-from mem_triton.systems.delta_mem.folding import empty_projections
+from mem_triton.runtime.worker.warmup import Batch, batches, padding
+from mem_triton.systems.delta_mem.warmup import launch
 from mem_triton_sglang.shape import shape_of
 from mem_triton_sglang.step import Step
 
@@ -35,7 +36,8 @@ def warm_up(backend: Any, runner: Any) -> None:
     # Block tables are as wide as a step's longest row; only one as wide as they come lets short queries be divided.
     widths = (1, backend.mem_steps.max_pages)
     for batch, width in itertools.product(batches(group, shape.max_requests, shape.max_step_tokens), widths):
-        step = _padding(backend, batch, width)
+        rows = padding(batch.rows, width, backend.mem_steps.req_to_token.device)
+        step = Step(rows.block_table, rows.query_start_loc, rows.seq_lens, batch.longest)
         if memory.states is not None and memory.states.layers:
             _advance(memory.states, batch, step, shape.dtype)
         for layer in layers.values():
@@ -43,38 +45,18 @@ def warm_up(backend: Any, runner: Any) -> None:
     logger.info("mem_triton: kernels are compiled, in %.1f s", time.perf_counter() - begun)
 
 
-def _padding(backend: Any, batch: Batch, width: int) -> Step:
-    """A step in which nobody asks anything. width: of its block table."""
-    ints = {"dtype": torch.int32, "device": backend.mem_steps.req_to_token.device}
-    blocks = torch.zeros(batch.rows, width, **ints)
-    return Step(blocks, torch.zeros(batch.rows + 1, **ints), torch.zeros(batch.rows, **ints), batch.longest)
-
-
 def _advance(states: Any, batch: Batch, step: Step, dtype: torch.dtype) -> None:
-    spec, device = states.spec, step.seq_lens.device
-    reads = torch.empty(batch.tokens, spec.read_width, device=device)
-    bias = torch.zeros(spec.bias_width, device=device)
-    if 0 not in states.inputs:
-        projections = torch.empty(batch.tokens, spec.projection_width, dtype=dtype, device=device)
-        states.advance(0, projections, bias, reads, step)
-        return
-    widths = states.inputs[0].width, spec.projection_width
-    rounded = reads.to(dtype)
-    for qkv, projections in empty_projections(batch.tokens, *widths, dtype, device):
-        states.prepare(0, qkv, projections, bias, reads, rounded, step)
+    def prepare(qkv: Tensor, projections: Tensor, bias: Tensor, reads: Tensor) -> None:
+        states.prepare(0, qkv, projections, bias, reads, reads.to(dtype), step)
+
+    advance = functools.partial(states.advance, 0, step=step)
+    width = states.inputs[0].width if 0 in states.inputs else None
+    launch(states.spec, batch.tokens, dtype, step.seq_lens.device, advance, prepare, width)
 
 
 def _attend(backend: Any, layer: RadixAttention, batch: Batch, step: Step, dtype: torch.dtype) -> None:
     heads = (batch.tokens, layer.tp_q_head_num, layer.qk_head_dim)
     queries = torch.empty(heads, dtype=dtype, device=step.seq_lens.device)
-    memory = backend.mem_triton.segments(layer.layer_id)
-    call = AttentionCall(
-        queries,
-        backend._context(layer, step),
-        torch.empty_like(queries),
-        layer.scaling,
-        soft_cap=layer.logit_cap or 0.0,
-        only_readers=backend.mem_triton.policy is None,
-        **({} if memory is None else memory.read(batch.rows)),
-    )
-    memory_attention(call, policy=backend.mem_triton.policy)
+    memory, alone = backend.mem_triton.segments(layer.layer_id), backend.mem_triton.policy is not None
+    read = {} if memory is None else memory.read(batch.rows)
+    backend.mem_attend(queries, torch.empty_like(queries), layer, step, read, only_readers=not alone)

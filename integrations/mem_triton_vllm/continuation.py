@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 from vllm.config import VllmConfig
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from mem_triton.runtime.frontend.continuation import Continuation
+from mem_triton.runtime.frontend.fixed import PROCESSORS, WATERMARKS, fixed_by
 from mem_triton_vllm.answer_text import CONTEXT, AnswerText
 
 CUTTABLE = frozenset(
@@ -48,41 +47,17 @@ CUTTABLE = frozenset(
 
 
 def fixed(params: SamplingParams) -> str | None:
-    """Why this request's references cannot be refreshed while it answers, None if they can.
-
-    A continuation starts a new engine request, so whatever the engine counts over the answer would start over. So does
-    what a parameter asks that is not among ``CUTTABLE``, later versions' parameters among them.
-    """
-    reasons = {
-        "several answers (n)": params.n != 1,
-        "stop strings": bool(params.stop),
-        "structured outputs": params.structured_outputs is not None,
-        "presence or frequency penalties": bool(params.presence_penalty or params.frequency_penalty),
-        "prompt log-probabilities": params.prompt_logprobs is not None,
-        "min_tokens": params.min_tokens > 0,
-        "bad_words": bool(params.bad_words),
-    }
-    named = next((name for name, present in reasons.items() if present), None)
-    return named or next((name for name in said_parameters(params) if name not in CUTTABLE), None)
-
-
-def said_parameters(params: SamplingParams) -> list[str]:
-    """Names of the parameters that are not vLLM's defaults."""
-    plain, names = SamplingParams(), SamplingParams.__struct_fields__
-    return [name for name in names if _differs(getattr(params, name), getattr(plain, name))]
-
-
-def _differs(value: Any, plain: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return True
-    return value != plain and bool(value or plain)  # an empty list says no more than none
+    """Why this request's references cannot be refreshed while it answers, None if they can."""
+    plain = SamplingParams()
+    names = SamplingParams.__struct_fields__
+    return fixed_by(((name, getattr(params, name), getattr(plain, name)) for name in names), CUTTABLE)
 
 
 def fixed_by_engine(vllm_config: VllmConfig) -> str | None:
     """Why no request of this engine can have its references refreshed, None if they can."""
     if vllm_config.model_config.logits_processors:
-        return "custom logits processors"
-    return "watermarks" if getattr(vllm_config, "watermark_config", None) is not None else None
+        return PROCESSORS
+    return WATERMARKS if getattr(vllm_config, "watermark_config", None) is not None else None
 
 
 class ContinuedAnswer(Continuation):

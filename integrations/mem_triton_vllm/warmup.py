@@ -6,6 +6,7 @@ cache is there, and has it compile them. After that its monitor (``--jit-monitor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.warmup.jit_warmup import JitWarmupRegistry
 
-from mem_triton.runtime.worker.warmup import Batch, batches
-from mem_triton.systems.delta_mem.folding import empty_projections
+from mem_triton.runtime.worker.warmup import Batch, batches, padding
+from mem_triton.systems.delta_mem.warmup import launch
 from mem_triton_vllm.backend import Step
 from mem_triton_vllm.state_cache import DeltaStateCache, DeltaStateMetadata
 
@@ -53,7 +54,7 @@ class MemoryKernels:
     def _attend(self, layer: Any, batch: Batch) -> None:
         impl, cache = layer.impl, layer.kv_cache
         heads = torch.empty(batch.tokens, impl.num_heads, impl.head_size, dtype=layer.dtype, device=cache.device)
-        step = Step(batch.tokens, batch.longest, *self._padding(batch, cache.device))
+        step = Step(batch.tokens, batch.longest, *padding(batch.rows, self._width, cache.device))
         if impl.mem_merges:
             log_sum = torch.empty(impl.num_heads, batch.tokens, device=cache.device)
             impl.mem_add(layer, heads, step, heads, [log_sum])
@@ -61,28 +62,19 @@ class MemoryKernels:
             impl.mem_attend(heads, cache, step, heads, only_readers=impl.mem_policy is None)
 
     def _step_states(self, layer: DeltaStateCache, batch: Batch) -> None:
-        device, spec, dtype = layer.kv_cache.device, layer.spec, self.config.model_config.dtype
-        starts, lengths, blocks = self._padding(batch, device)
-        metadata = DeltaStateMetadata(starts, lengths, blocks, batch.longest)
-        bias = torch.zeros(spec.bias_width, device=device)
-        reads = torch.empty(batch.tokens, spec.read_width, device=device)
-        if layer.inputs is None:
-            apart = torch.empty(batch.tokens, spec.projection_width, dtype=dtype, device=device)
-            layer.step(apart, bias, reads, metadata)
-            return
-        widths = layer.inputs.width, spec.projection_width
-        for qkv, projections in empty_projections(batch.tokens, *widths, dtype, device):
-            layer.prepare(qkv, projections, bias, reads, metadata)
-
-    def _padding(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """query_start_loc, seq_lens and block table of a batch in which nobody asks anything."""
-        blocks = -(-self.config.model_config.max_model_len // self.config.cache_config.block_size)
-        ints = {"dtype": torch.int32, "device": device}
-        return (
-            torch.zeros(batch.rows + 1, **ints),
-            torch.zeros(batch.rows, **ints),
-            torch.zeros(batch.rows, blocks, **ints),
+        device, dtype = layer.kv_cache.device, self.config.model_config.dtype
+        metadata = DeltaStateMetadata(*padding(batch.rows, self._width, device), batch.longest)
+        step, prepare = (
+            functools.partial(layer.step, metadata=metadata),
+            functools.partial(layer.prepare, metadata=metadata),
         )
+        width = layer.inputs and layer.inputs.width
+        launch(layer.spec, batch.tokens, dtype, device, step, prepare, width)
+
+    @property
+    def _width(self) -> int:
+        """Of block tables: the blocks of the longest request."""
+        return -(-self.config.model_config.max_model_len // self.config.cache_config.block_size)
 
 
 def register(vllm_config: VllmConfig) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mem_triton.systems.delta_mem.folding import ALIGNMENT, empty_projections, fold
+from mem_triton.systems.delta_mem.folding import ALIGNMENT, fold
+from mem_triton.systems.delta_mem.warmup import launch
 
 SIZES, HIDDEN, PROJECTIONS = (32, 16, 16), 24, 26
 WIDTH = sum(SIZES)
@@ -77,7 +78,10 @@ def test_what_is_no_plain_matrix_is_left_alone(memory, change):
 
 def test_a_warm_up_has_the_strides_of_the_real_thing(memory):
     out = fold(Linear(False), memory, Linear, Plain)(torch.randn(3, HIDDEN))
-    (qkv, projections), (alone, apart) = empty_projections(3, WIDTH, PROJECTIONS, torch.float32, torch.device("cpu"))
+    made = []
+    spec = SimpleNamespace(read_width=4, bias_width=2, projection_width=PROJECTIONS)
+    launch(spec, 3, torch.float32, torch.device("cpu"), None, lambda *tensors: made.append(tensors[:2]), WIDTH)
+    (qkv, projections), (alone, apart) = made
     assert qkv.stride() == projections.stride() == out.stride()
     assert projections.storage_offset() == WIDTH and projections.shape == apart.shape == (3, PROJECTIONS)
     assert alone.shape == qkv.shape and alone.is_contiguous() and apart.is_contiguous()

@@ -147,8 +147,9 @@ def test_a_seed_moves_on_with_the_requests():
         ({"repetition_penalty": 1.0, "frequency_penalty": 0}, {}, None),
         ({"min_new_tokens": 2}, {}, "min_new_tokens"),
         ({}, {"return_logprob": True, "logprob_start_len": 0}, "prompt log"),
-        ({}, {"custom_logit_processor": "x"}, "logit processors"),
+        ({}, {"custom_logit_processor": "x"}, "logits processors"),
         ({}, {"return_hidden_states": True}, "hidden states"),
+        ({}, {"max_thinking_tokens": 0}, "a thinking budget"),
     ],
 )
 def test_what_a_continuation_would_start_over_keeps_one_piece(params, fields, reason):

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 BORDERS = (16, 32, 64, 4096)
 """Rows of queries x query heads of a KV head, up to which the tables choose one tile and above which another."""
 CHUNKS = (64, 128, 256)
@@ -21,6 +24,20 @@ class Batch(NamedTuple):
     tokens: int
     rows: int
     longest: int
+
+
+class Padding(NamedTuple):
+    """The tables of a batch in which nobody asks anything; int32."""
+
+    query_start_loc: Tensor  # [rows + 1]
+    seq_lens: Tensor  # [rows]
+    block_table: Tensor  # [rows, width]
+
+
+def padding(rows: int, width: int, device: torch.device) -> Padding:
+    """Make the tables of ``rows`` rows of padding. width: of the block table."""
+    shapes = (rows + 1,), (rows,), (rows, width)
+    return Padding(*(torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes))
 
 
 def batches(group: int, max_rows: int, max_tokens: int) -> list[Batch]:

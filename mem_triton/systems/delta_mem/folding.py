@@ -53,15 +53,3 @@ def fold(base: nn.Module, memory: DeltaMemory, linear: type[nn.Module], method: 
 def columns(width: int, projections: int) -> int:
     """Of a folded projection: q | k | v, δ-mem's, and zeros up to the next multiple of ALIGNMENT."""
     return -(-(width + projections) // ALIGNMENT) * ALIGNMENT
-
-
-def empty_projections(
-    tokens: int, width: int, projections: int, dtype: torch.dtype, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """q | k | v and δ-mem's projections, of one matmul and of two: for a warm-up, as kernels see their strides.
-
-    [tokens, width] and [tokens, projections] each, without values.
-    """
-    whole = torch.empty(tokens, columns(width, projections), dtype=dtype, device=device)
-    apart = [torch.empty(tokens, n, dtype=dtype, device=device) for n in (width, projections)]
-    return [(whole[:, :width], whole[:, width : width + projections]), (apart[0], apart[1])]
