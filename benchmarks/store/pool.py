@@ -97,7 +97,7 @@ class Bench:
         """Seconds until the pages may be read."""
         begin = time.perf_counter()
         ticket = self.residency.request("benchmark", {ref: self.sizes[ref] for ref in refs})
-        under_way = {load.ref: self.loader.load(load.ref, load.pages) for load in self.residency.take_loads()}
+        under_way = {load.ref: self.loader.load(load) for load in self.residency.take_loads()}
         for ref, over in under_way.items():
             if error := over.result():
                 raise RuntimeError(error)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mem_triton.store.pool.loader import PageLoader
+from mem_triton.store.pool.page_load import PageLoad
 from mem_triton.store.pool.pool import PagePool
 from tests.runtime.loading_case import DIM, HEADS, LAYERS, PAGE, SOON, Disk, placed, records
 
@@ -34,7 +35,7 @@ def loader(pool):
 
 def load(loader: PageLoader, ref: str) -> None:
     """Fill both pages with an entry, and wait until they are."""
-    assert loader.load(ref, [0, 1]).result(SOON) is None
+    assert loader.load(PageLoad(ref, [0, 1], SIZES[ref])).result(SOON) is None
 
 
 def holds(pool: PagePool, ref: str) -> bool:

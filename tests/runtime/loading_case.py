@@ -130,7 +130,7 @@ class Bench:
 
     def start(self, load: PageLoad) -> Future[str | None]:
         """Give the worker an order."""
-        return self.loader.load(load.ref, load.pages)
+        return self.loader.load(load)
 
     def wait(self, ticket: Ticket) -> str:
         """Its state once it is ready or failed."""

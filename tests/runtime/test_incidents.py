@@ -8,8 +8,8 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import Future
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ import torch
 from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
 from mem_triton.runtime.incidents import VARIABLE, IncidentLog, Incidents, make_file
 from mem_triton.runtime.worker.memory import BatchMemory, attend_or_lose
+from mem_triton.store.pool import loader
+from mem_triton.store.pool.page_load import PageLoad
 from mem_triton.store.pool.tables import MemoryTables
 from mem_triton.systems.base import RequestMemory
 from mem_triton.systems.delta_mem.slots import StateSlots
@@ -32,6 +34,21 @@ def path(tmp_path, monkeypatch):
     return tmp_path / "incidents.jsonl"
 
 
+class Filled:
+    """A fetcher that fills pages at once."""
+
+    def __init__(self, pool, read, *, over, **_) -> None:
+        self.loaded, self._over = [], over
+        self.copies = SimpleNamespace(mark=lambda: None, join=lambda copied: None)
+
+    def start(self, load: PageLoad) -> None:
+        self.loaded.append((load.ref, list(load.pages)))
+        self._over(load)
+
+    def stats(self) -> dict[str, int]:
+        return {}
+
+
 def explicit() -> ExplicitMemory:
     """One without a bank, a pool or an engine."""
     memory = object.__new__(ExplicitMemory)
@@ -39,16 +56,9 @@ def explicit() -> ExplicitMemory:
     memory.captures = SimpleNamespace(
         enter=lambda *_: None, leave=lambda *_: None, set_rows=lambda *_: None, drop_request=lambda *_: None
     )
-    loaded = []
-
-    def load(ref: str, pages: list[int]) -> Future:
-        loaded.append((ref, pages))
-        done = Future()
-        done.set_result(None)
-        return done
-
-    memory.loader = SimpleNamespace(load=load, before_step=lambda: None, stats=dict)
-    memory.loaded, memory._held, memory._held_back = loaded, {}, []
+    with mock.patch.object(loader, "Fetcher", Filled):
+        memory.loader = loader.PageLoader(None, None, readers=lambda pages: memory.tables.readers(pages))
+    memory.loaded = memory.loader._fetcher.loaded
     memory._host = SimpleNamespace(exclusive=contextlib.nullcontext)
     return memory
 

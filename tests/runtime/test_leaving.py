@@ -104,7 +104,7 @@ def test_fault02_control_an_answer_that_leaves_with_its_client_wedges_the_entry(
 
     async def own_task(self, pending, alive=None) -> None:
         for load in self._residency.take_loads():
-            await self._call("load_page", *load)
+            await self._call("load_page", *load.order)
             self._residency.loaded(load.ref)
         while pending():
             await asyncio.sleep(0.001)

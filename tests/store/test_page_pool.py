@@ -9,6 +9,7 @@ import torch
 
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.pool.loader import PageLoader
+from mem_triton.store.pool.page_load import PageLoad
 from mem_triton.store.pool.pool import PagePool
 
 L, H, D, P = 2, 3, 16, 4
@@ -69,12 +70,13 @@ def test_a_slow_load_holds_nobody_up_and_an_error_is_an_answer():
         return blocks[ref]
 
     loader = PageLoader(p, source, host_bytes=1 << 20)
-    over = {ref: loader.load(ref, [page]) for page, ref in enumerate(("slow@1", "quick@1", "bad@1"))}
+    over = {ref: loader.load(PageLoad(ref, [page], 4)) for page, ref in enumerate(("slow@1", "quick@1", "bad@1"))}
     assert over["quick@1"].result(20) is None and over["bad@1"].result(20) == "OSError: disk on fire"
-    assert loader.load("slow@1", [0]) is over["slow@1"], "an order that is under way changes nothing"
+    again = loader.load(PageLoad("slow@1", [0], 4))  # an order that is under way changes nothing
     assert torch.equal(read(p, [1], 4)[0], blocks["quick@1"].keys) and not read(p, [0], 4)[0].any()
     go.set()
-    assert over["slow@1"].result(20) is None and torch.equal(read(p, [0], 4)[0], blocks["slow@1"].keys)
+    assert over["slow@1"].result(20) is again.result(20) is None and loader.stats()["misses.host"] == 3
+    assert torch.equal(read(p, [0], 4)[0], blocks["slow@1"].keys)
     loader.close()
 
 
@@ -88,7 +90,7 @@ def test_the_host_keeps_what_left_the_device_until_its_bytes_are_spent():
 
     loader = PageLoader(p, source, host_bytes=2 * p.pack(block(4)).nbytes, workers=1)
     for ref in ("1@1", "2@1", "1@1", "3@1", "1@1", "2@1"):  # the third pushes 2 out, which was used longest ago
-        assert loader.load(ref, [int(ref[0])]).result(20) is None
+        assert loader.load(PageLoad(ref, [int(ref[0])], 4)).result(20) is None
     assert reads == ["1@1", "2@1", "3@1", "2@1"]
     assert torch.equal(read(p, [1], 4)[0], block(4, 1).keys)
     loader.close()

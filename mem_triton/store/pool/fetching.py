@@ -11,15 +11,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.pool import metrics
 from mem_triton.store.pool.ledger import PageLedger
+from mem_triton.store.pool.page_load import PageLoad
 from mem_triton.store.pool.pages import Packed
 from mem_triton.store.pool.pool import PagePool
 from mem_triton.store.pool.streams import copies_for
@@ -32,28 +30,10 @@ _COPYING = "copying"
 """Owner of a host entry that is being filled or copied."""
 
 
-@dataclass
-class Fetch:
-    """One entry on its way into its pages.
-
-    after: marks of the steps that may still read what lies in the pages. host_pages: where the host cache has it. When
-    it is over, ``copied`` is the finished copy's mark, or ``error`` says why there is none; ``done`` is for who waits.
-    """
-
-    ref: str
-    pages: Sequence[int]
-    after: Sequence[Any] = ()
-    host_pages: Sequence[int] | None = None
-    copied: Any = None
-    error: str | None = None
-    began: float = field(default_factory=time.perf_counter)
-    done: Future[str | None] = field(default_factory=Future)
-
-
 class Fetcher:
-    """Fetches entries for one pool; at most one fetch of an entry may be under way.
+    """Fetches entries for one pool; at most one load of an entry may be under way.
 
-    read: an entry placed for this process (its layers, heads and positions), from disk. over: told of each fetch, once
+    read: an entry placed for this process (its layers, heads and positions), from disk. over: told of each load, once
     its pages are filled or it has failed, from the background. host_bytes: of the host cache, allocated here,
     page-locked if the pool is on a GPU. workers: threads that read from disk, as many slow reads as do not delay
     another.
@@ -64,7 +44,7 @@ class Fetcher:
         pool: PagePool,
         read: Callable[[str], MemoryBlock],
         *,
-        over: Callable[[Fetch], None],
+        over: Callable[[PageLoad], None],
         host_bytes: int = 0,
         workers: int = 2,
     ) -> None:
@@ -77,8 +57,8 @@ class Fetcher:
         self._on_gpu = pool.device.type == "cuda"
         self._records = pool.layout.empty(self._host.num_pages, pinned=self._on_gpu)
         self._lock, self._closed = threading.Lock(), False
-        self._disk_queue: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
-        self._host_queue: queue.SimpleQueue[Fetch | None] = queue.SimpleQueue()
+        self._disk_queue: queue.SimpleQueue[PageLoad | None] = queue.SimpleQueue()
+        self._host_queue: queue.SimpleQueue[PageLoad | None] = queue.SimpleQueue()
         self._sources = [self._disk_queue] * workers + [self._host_queue]
         self._threads = [
             threading.Thread(target=self._work, args=(source,), name=f"mem_triton-fetch-{i}", daemon=True)
@@ -87,15 +67,16 @@ class Fetcher:
         for thread in self._threads:
             thread.start()
 
-    def start(self, fetch: Fetch) -> None:
+    def start(self, load: PageLoad) -> None:
         """Begin as soon as a thread is free; returns at once."""
+        load.began = time.perf_counter()
         with self._lock:
-            hit = self._host.is_ready(fetch.ref)
+            hit = self._host.is_ready(load.ref)
             if hit:
-                self._host.pin(fetch.ref, _COPYING)
-                fetch.host_pages = self._host.entries[fetch.ref].pages
+                self._host.pin(load.ref, _COPYING)
+                load.host_pages = self._host.entries[load.ref].pages
             self.tally.add(metrics.POOL_HITS if hit else metrics.POOL_MISSES, "hits" if hit else "misses", "host")
-        (self._host_queue if hit else self._disk_queue).put(fetch)
+        (self._host_queue if hit else self._disk_queue).put(load)
 
     def stats(self) -> dict[str, int]:
         """Counts since the start, and the host cache's pages now."""
@@ -120,22 +101,22 @@ class Fetcher:
             for ref in list(self._host.entries):
                 self._host.drop(ref)
 
-    def _work(self, source: queue.SimpleQueue[Fetch | None]) -> None:
+    def _work(self, source: queue.SimpleQueue[PageLoad | None]) -> None:
         if self._on_gpu:
             torch.cuda.set_device(self._pool.device)  # a thread's own; else page-locking would touch the first GPU
-        while (fetch := source.get()) is not None:
-            batch = [fetch] + (self._those_behind(fetch) if source is self._host_queue else [])
+        while (load := source.get()) is not None:
+            batch = [load] + (self._those_behind(load) if source is self._host_queue else [])
             try:
                 self._do(batch)
             except Exception as problem:  # the thread lives on: others queue behind it
                 logger.exception("mem_triton: entries could not be loaded")
-                for fetch in batch:
-                    fetch.error = f"{type(problem).__name__}: {problem}"
-                    self._over(fetch)
+                for load in batch:
+                    load.error = f"{type(problem).__name__}: {problem}"
+                    self._over(load)
 
-    def _those_behind(self, fetch: Fetch) -> list[Fetch]:
+    def _those_behind(self, load: PageLoad) -> list[PageLoad]:
         """Small host hits that wait as well: one copy order and one wait for all of them."""
-        batch, pages = [], len(fetch.pages)
+        batch, pages = [], len(load.pages)
         while pages * self._pool.layout.page_bytes < BATCH_BYTES and not self._host_queue.empty():
             more = self._host_queue.get()  # nobody else takes from this queue
             if more is None:
@@ -145,62 +126,62 @@ class Fetcher:
             pages += len(more.pages)
         return batch
 
-    def _do(self, batch: Sequence[Fetch]) -> None:
+    def _do(self, batch: Sequence[PageLoad]) -> None:
         begun = [] if self._closed else list(batch)
-        self._copy([(fetch, source) for fetch in begun if (source := self._source(fetch)) is not None])
-        for fetch in begun:
-            if fetch.error is None and self._closed:
+        self._copy([(load, source) for load in begun if (source := self._source(load)) is not None])
+        for load in begun:
+            if load.error is None and self._closed:
                 continue
             with self._lock:
-                self._count(fetch)
-            self._over(fetch)
+                self._count(load)
+            self._over(load)
         with self._lock:
-            for fetch in batch:
-                self._host.unpin(fetch.ref, _COPYING)
+            for load in batch:
+                self._host.unpin(load.ref, _COPYING)
 
-    def _source(self, fetch: Fetch) -> tuple[Packed, Sequence[int] | None] | None:
+    def _source(self, load: PageLoad) -> tuple[Packed, Sequence[int] | None] | None:
         """Records on the host, and which of them; None if they could not be had."""
-        if fetch.host_pages is not None:
-            return self._records, fetch.host_pages
+        if load.host_pages is not None:
+            return self._records, load.host_pages
         try:
-            return self._from_disk(fetch)
+            return self._from_disk(load)
         except Exception as problem:  # whatever it is: the thread lives on, and whoever needs the entry hears of it
-            fetch.error = f"{type(problem).__name__}: {problem}"
+            load.error = f"{type(problem).__name__}: {problem}"
             return None
 
-    def _copy(self, sources: Sequence[tuple[Fetch, tuple[Packed, Sequence[int] | None]]]) -> None:
+    def _copy(self, sources: Sequence[tuple[PageLoad, tuple[Packed, Sequence[int] | None]]]) -> None:
         if self._closed or not sources:
             return
 
         def write() -> None:
-            for fetch, (packed, rows) in sources:
-                self._pool.write(fetch.pages, packed, rows)
+            for load, (packed, rows) in sources:
+                self._pool.write(load.pages, packed, rows)
 
-        marks = {id(mark): mark for fetch, _ in sources for mark in fetch.after if mark is not None}
+        marks = {id(mark): mark for load, _ in sources for mark in load.after if mark is not None}
         try:
             copied, error = self.copies.run(write, marks.values()), None
         except Exception as problem:
             copied, error = None, f"{type(problem).__name__}: {problem}"
-        for fetch, _ in sources:
-            fetch.copied, fetch.error = copied, error
+        for load, _ in sources:
+            load.copied, load.error = copied, error
 
-    def _count(self, fetch: Fetch) -> None:
-        self.tally.counts["failed" if fetch.error else "fetched"] += 1
-        if fetch.error:
+    def _count(self, load: PageLoad) -> None:
+        self.tally.counts["failed" if load.error else "fetched"] += 1
+        if load.error:
             metrics.POOL_FAILURES.inc()
             return
-        tier = "disk" if fetch.host_pages is None else "host"
-        self.tally.add(metrics.POOL_BYTES, "bytes", tier, len(fetch.pages) * self._pool.layout.page_bytes)
-        metrics.POOL_FETCH_SECONDS.labels(tier).observe(time.perf_counter() - fetch.began)
+        tier = "disk" if load.host_pages is None else "host"
+        self.tally.add(metrics.POOL_BYTES, "bytes", tier, len(load.pages) * self._pool.layout.page_bytes)
+        metrics.POOL_FETCH_SECONDS.labels(tier).observe(time.perf_counter() - load.began)
 
-    def _from_disk(self, fetch: Fetch) -> tuple[Packed, Sequence[int] | None]:
+    def _from_disk(self, load: PageLoad) -> tuple[Packed, Sequence[int] | None]:
         """The entry's records, and which of them; in the host cache if there is room."""
-        block, layout = self._read(fetch.ref), self._pool.layout
-        if layout.pages_for(block.tokens) != len(fetch.pages):
-            raise ValueError(f"{block.tokens} tokens on disk, {len(fetch.pages)} pages were reserved for it")
-        rows = self._reserve_on_host(fetch.ref, len(fetch.pages), block.tokens)
+        block, layout = self._read(load.ref), self._pool.layout
+        if layout.pages_for(block.tokens) != len(load.pages):
+            raise ValueError(f"{block.tokens} tokens on disk, {len(load.pages)} pages were reserved for it")
+        rows = self._reserve_on_host(load.ref, len(load.pages), block.tokens)
         try:
-            packed = layout.pack(block, layout.empty(len(fetch.pages), pinned=self._on_gpu and rows is None))
+            packed = layout.pack(block, layout.empty(len(load.pages), pinned=self._on_gpu and rows is None))
             if rows is None:
                 return packed, None
             index = torch.tensor(rows)
@@ -209,10 +190,10 @@ class Fetcher:
         except BaseException:
             with self._lock:
                 if rows is not None:
-                    self._host.drop(fetch.ref)
+                    self._host.drop(load.ref)
             raise
         with self._lock:
-            self._host.fill(fetch.ref)
+            self._host.fill(load.ref)
         return self._records, rows
 
     def _reserve_on_host(self, ref: str, count: int, tokens: int) -> tuple[int, ...] | None:

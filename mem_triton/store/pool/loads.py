@@ -108,7 +108,7 @@ class PageLoads:
 
     async def _carry(self, load: PageLoad) -> None:
         try:
-            answers = await self._call("load_page", *load)
+            answers = await self._call("load_page", *load.order)
         except BaseException as error:  # it is ordered again when somebody waits again
             self._residency.put_back([load])
             if not isinstance(error, Exception):

@@ -1,17 +1,42 @@
-"""The load of one entry into its pages: what the front end decides, and what every worker is told."""
+"""The load of one entry into its pages: what the front end decides, and what becomes of it on a worker."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
 
 
-class PageLoad(NamedTuple):
-    """Names an entry that all workers load. Crosses processes as a plain list or tuple of its fields.
+@dataclass(eq=False)
+class PageLoad:
+    """Names an entry that all workers load, and follows it on each.
 
-    ref: "id@version". pages: of the pool, in the entry's order; they are nobody else's until the load is over.
-    tokens: how many of the pages' tokens it fills.
+    ref: "id@version". pages: of the pool, in the entry's order; they are nobody else's until the load is over. tokens:
+    how many of the pages' tokens it fills. These three are the ``order``, which crosses processes.
+
+    On a worker, after: marks of the steps that may still read what lies in the pages. host_pages: where the host cache
+    has it. began: when a thread was asked for it. When it is over, ``copied`` is the finished copy's mark, or ``error``
+    says why there is none; ``over`` is done then, with ``error``.
     """
 
     ref: str
-    pages: list[int]
+    pages: Sequence[int]
     tokens: int
+    after: Sequence[Any] = ()
+    host_pages: Sequence[int] | None = None
+    copied: Any = None
+    error: str | None = None
+    began: float = field(default_factory=time.perf_counter)
+    over: Future[str | None] = field(default_factory=Future)
+
+    @property
+    def order(self) -> tuple[str, list[int], int]:
+        """What a worker is told: ``PageLoad(*order)`` is its own."""
+        return self.ref, list(self.pages), self.tokens
+
+    def end(self, error: str | None) -> None:
+        """Tell who waits; what fails after its end changes nothing."""
+        if not self.over.done():
+            self.over.set_result(error)

@@ -146,7 +146,7 @@ class Residency:
         for ref, count in missing.items():
             pages = ledger.reserve(ref, count, ticket.tokens[ref])
             ledger.pin(ref, ticket.owner)
-            self._loads[ref] = PageLoad(ref, list(pages), ticket.tokens[ref])
+            self._loads[ref] = PageLoad(ref, pages, ticket.tokens[ref])
         ticket.pages = {ref: ledger.entries[ref].pages for ref in ticket.tokens}
         self._settle(ticket)
         return True

@@ -75,9 +75,8 @@ class ExplicitMemory(WorkerPart):
             placed = place(block, list(own.values()), spec.kind, spec.reference_tokens)
             return tempered(placed, self.layout.temperature)
 
-        self.loader = PageLoader(self.pool, read, host_bytes=int(section.host_gib * GIB))
-        self._held: dict[int, str] = {}  # page -> the entry that it was ordered for last
-        self._held_back: list[tuple[PageLoad, Future[str | None]]] = []  # orders for pages that are still read
+        host_bytes = int(section.host_gib * GIB)
+        self.loader = PageLoader(self.pool, read, host_bytes, readers=self.tables.readers)
         self.captures = WorkerCaptures(own, heads.start, host.rank, host.read_kv)
         sinks = self._sinks(ropes, heads, shape.dtype, device)
         self._layers = {}
@@ -113,14 +112,14 @@ class ExplicitMemory(WorkerPart):
     def segments(self, layer: int) -> BankSegments | None:
         return self._layers.get(layer)
 
-    def load_page(self, *load: Any) -> Future[dict[str, Any]]:
-        """Fill an entry's pages in the background, behind the steps that are queued; see ``PageLoad``.
+    def load_page(self, *order: Any) -> Future[dict[str, Any]]:
+        """Fill an entry's pages in the background, behind the steps that are queued; see ``PageLoad.order``.
 
         Answered when they are filled: {"error": None, or why they could not be, "stats": the loader's counts}.
         """
         answer: Future[dict[str, Any]] = Future()
         with self._host.exclusive():
-            over = self.load(PageLoad(*load))
+            over = self.loader.load(PageLoad(*order))
         over.add_done_callback(lambda over: answer.set_result({"error": over.result(), "stats": self.loader.stats()}))
         return answer
 
@@ -142,24 +141,10 @@ class ExplicitMemory(WorkerPart):
             f"pages of {layout.page_tokens} tokens ({self.pool.nbytes / GIB:.2f} GiB), {layout.dtype}"
         )
 
-    def load(self, load: PageLoad, over: Future[str | None] | None = None) -> Future[str | None]:
-        """Start to fill pages with an entry, as soon as no request of the batch reads them.
-
-        The front end gives pages away when a request is over for it; the engine may run it a step longer. over: done
-        when they are filled, with None, or with the reason why they could not be.
-        """
-        over = over or Future()
-        if self.tables.readers(load.pages):
-            self._held_back.append((load, over))
-            return over
-        self._held |= dict.fromkeys(load.pages, load.ref)
-        self.loader.load(load.ref, load.pages).add_done_callback(lambda done: over.set_result(done.result()))
-        return over
-
     def enter(self, request_id: str, payload: SystemPayload) -> None:
         """A request joins the batch. Raises RuntimeError if its pages were given away in the meantime."""
         for ref, run in payload.pages.items():
-            if any(self._held.get(page) != ref for page in run.pages):
+            if not self.loader.holds(ref, run.pages):
                 raise RuntimeError(f"the pages of {ref} hold something else by now")
         self.tables.enter(request_id, payload.plan, payload.pages)
         self.captures.enter(request_id, payload.capture)
@@ -167,7 +152,7 @@ class ExplicitMemory(WorkerPart):
     def leave(self, request_id: str) -> None:
         """A request is about to leave the batch; its KV is still its own."""
         self.tables.leave(request_id)
-        self._load_held_back()
+        self.loader.retry()
         self.captures.leave(request_id)
 
     def begin_step(self, step: StepBatch) -> dict[str, Exception]:
@@ -188,13 +173,8 @@ class ExplicitMemory(WorkerPart):
     def drop_request(self, request_id: str) -> None:
         """A request has lost its memory: it goes on as a plain one, and nothing of it is kept."""
         self.tables.leave(request_id)
-        self._load_held_back()
+        self.loader.retry()
         self.captures.drop_request(request_id)
-
-    def _load_held_back(self) -> None:
-        held_back, self._held_back = self._held_back, []
-        for load, over in held_back:
-            self.load(load, over)
 
 
 def _part(block: MemoryBlock, layers: Sequence[int], heads: slice) -> MemoryBlock:
