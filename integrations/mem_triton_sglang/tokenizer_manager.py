@@ -122,12 +122,8 @@ class TokenizerManagerWithMemory(FixedWeights):
 
     async def release_memory_occupation(self, obj: Any, request: Any = None) -> None:
         await self.memory.gate.shut()
-        try:
+        with self.memory.gate.reopened(unless=lambda: bool(self._released)):
             await super().release_memory_occupation(obj, request)
-        except BaseException:
-            if not self._released:
-                self.memory.gate.open()
-            raise
         self._released |= set(obj.tags or GPU_MEMORY_ALL_TYPES)
 
     async def resume_memory_occupation(self, obj: Any, request: Any = None) -> None:

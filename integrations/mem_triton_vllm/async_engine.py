@@ -69,11 +69,8 @@ class AsyncLLMWithMemory(AsyncLLM):
     async def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> None:
         weights.check_sleep(level)
         await self.memory.gate.shut()
-        try:
+        with self.memory.gate.reopened():
             await super().sleep(level, *args, **kwargs)
-        except BaseException:
-            self.memory.gate.open()
-            raise
 
     async def wake_up(self, *args: Any, **kwargs: Any) -> Any:
         woken = await super().wake_up(*args, **kwargs)

@@ -180,11 +180,8 @@ class LLMEngineWithMemory(LLMEngine):
         shutting = self._loop.spawn(self.memory.gate.shut())
         self._loop.run_until(shutting.done)
         shutting.result()
-        try:
+        with self.memory.gate.reopened():
             super().sleep(level, *args, **kwargs)
-        except BaseException:
-            self.memory.gate.open()
-            raise
 
     def wake_up(self, *args: Any, **kwargs: Any) -> Any:
         woken = super().wake_up(*args, **kwargs)

@@ -59,12 +59,16 @@ class EmbedderError(BankError):
     """An embedder that is unknown, not installed, cannot be reached or answers nonsense."""
 
 
-def not_written(path: Path, error: Exception) -> BankError:
-    """What to raise when a file of a bank could not be written; of a library's error, too, that hides the disk's."""
+COMPACT = "Delete entries and run `mem-triton bank compact`, which work on a full disk, or make room otherwise"
+"""How an open bank gets room."""
+
+
+def not_written(path: Path, error: Exception, room: str = "Make room on that disk, or choose another") -> BankError:
+    """What to raise when a file could not be written; of a library's error, too, that hides the disk's.
+
+    room: how there will be room on a full disk.
+    """
     full = (errno.ENOSPC, errno.EDQUOT)
     if getattr(error, "errno", None) in full or any(f"(os error {code})" in str(error) for code in full):
-        return BankFullError(
-            f"{path}: {os.strerror(errno.ENOSPC)}; nothing was changed. Delete entries and run `mem-triton bank "
-            "compact`, which work on a full disk, or make room otherwise"
-        )
+        return BankFullError(f"{path}: {os.strerror(errno.ENOSPC)}; nothing was changed. {room}")
     return BankError(f"{path}: {error}; nothing was changed")

@@ -18,6 +18,10 @@ WRITING = ".writing-"
 """Start of the name of a file that is not finished; after a crash nobody refers to it."""
 
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+"""Files of a model's weights: which of several holds each tensor, or the one that holds them all."""
+
+
 def is_occupied(path: Path) -> bool:
     """Whether something is at a path that a new folder is to have; an empty folder is nothing."""
     return path.exists() and (not path.is_dir() or any(path.iterdir()))
@@ -27,11 +31,38 @@ def read_object(path: Path, fix: str, refused: type[ValueError]) -> dict[str, An
     """Read a JSON object of somebody else's. Raises ``refused`` naming the file, what is wrong, and ``fix``."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise refused(f"{path}: {error}; {fix}") from None
+    except (ValueError, RecursionError) as error:
+        raise refused(f"{path}: cannot be read as JSON: {error}; {fix}") from None
     if not isinstance(data, dict):
-        raise refused(f"{path}: holds no object; {fix}")
+        raise refused(f"{path}: holds {kind_of(data)}, expected an object; {fix}")
     return data
+
+
+def kind_of(value: Any) -> str:
+    """Name the kind of a JSON value for a message."""
+    kinds = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
+    return kinds.get(type(value), "a number")
+
+
+def indexed_files(folder: Path, fix: str, refused: type[ValueError]) -> dict[str, str] | None:
+    """Read which file of a folder of weights holds each tensor; None if it has no index.
+
+    Raises ``refused`` naming the index or the file that is damaged or missing, and ``fix``.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        return None
+    found = read_object(path, fix, refused).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise refused(f"{path}: weight_map is no object of file names; {fix}")
+    for name in found.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise refused(f"{path}: weight_map: {str(name)[:60]!r} is no name of a file beside it; {fix}")
+    if missing := sorted(name for name in set(found.values()) if not (folder / name).is_file()):
+        raise refused(f"{folder}: {missing[0]} is missing; {fix}")
+    return found
 
 
 def sync_folder(folder: Path) -> None:

@@ -187,11 +187,11 @@ class ChatPart:
         """Raise RequestError for what cannot be answered, before anything is asked."""
 
     async def answer(self, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-        """A request's answer: HTTP status and body. Cancelling it cancels what it asks."""
+        """Answer a request that ``check`` has passed: HTTP status and body. Cancelling it cancels what it asks."""
         raise NotImplementedError
 
     def stream(self, body: Mapping[str, Any]) -> AsyncIterator[str]:
-        """A request's answer as server-sent events."""
+        """Answer a request that ``check`` has passed, by server-sent events."""
         raise NotImplementedError
 
     async def close(self) -> None:

@@ -190,7 +190,7 @@ def test_fault16_an_adapter_says_whose_requests_it_is_for_and_a_server_overrides
         ("\x00\x01", "cannot be read as JSON"),
         ("[" * 100_000, "cannot be read as JSON"),
         ("[]", "holds a list, expected an object"),
-        ("null", "holds a NoneType, expected an object"),
+        ("null", "holds null, expected an object"),
         ('{"scope": "session"}', 'scope is \'session\', expected "all" or "sessions"'),
         ('{"scope": null}', "scope is None"),
         ('{"scope": ["all"]}', r"scope is \['all'\]"),

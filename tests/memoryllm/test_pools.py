@@ -185,8 +185,8 @@ def test_a_full_disk_refuses_the_write_and_later_ones_work(pools, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(records, "save_file", full)
-        with pytest.raises(BankFullError):
-            write(pools)
+        with pytest.raises(BankFullError, match=r"nothing was changed. Make room on that disk"):
+            write(pools)  # no word of entries or banks: there are none
     assert torch.equal(pools.rows("main"), before) and write(pools) == "main@2"
 
 

@@ -117,7 +117,7 @@ def restore(
 
 
 def identity_of(recipe: Recipe, model: str, data: str) -> dict[str, Any]:
-    """What a run that goes on must share with the one before. model, data: digests."""
+    """What a run that goes on must share with the one before. model: its fingerprint. data: a digest."""
     return {"recipe": recipe.model_dump(), "model": model, "data": data}
 
 

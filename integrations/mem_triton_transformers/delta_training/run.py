@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.systems.delta_mem import DeltaMemAdapter, save_adapter
 from mem_triton.systems.delta_mem.training.conversations import read_conversations
 from mem_triton.systems.delta_mem.training.recipe import Recipe
@@ -62,7 +62,7 @@ def train(
     config = recipe.adapter_config(model.config.num_hidden_layers)
     attention_dims(model, config)  # refuses a model without the projections before anything is computed
     digest = hashlib.sha256(repr([rows, aside]).encode()).hexdigest()
-    identity = identity_of(recipe, model_digest(model), digest)
+    identity = identity_of(recipe, model_fingerprint(folder).model_dump_json(), digest)
     replies = partial(with_replies, model, tokenizer, most=recipe.reply_tokens, path=out / "replies.jsonl")
     rows, aside = (
         replies(some, progress=lambda done, total: say(f"own replies: {done} of {total}")) for some in (rows, aside)
@@ -136,11 +136,3 @@ def load(folder: Path, dtype: str, device: str | None) -> tuple[PreTrainedModel,
         raise ValueError(f"MODEL: {folder} has no chat template, so a conversation has no tokens: train a chat model")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval().requires_grad_(False).to(device), tokenizer
-
-
-def model_digest(model: PreTrainedModel) -> str:
-    """Tells models apart: the configuration, and a sum over each tensor."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item()!r}".encode())
-    return digest.hexdigest()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 SHUT_SECONDS = 60.0
@@ -15,6 +16,8 @@ class Gate:
 
     answer = await gate.through(client.call, "take_state")
     await gate.shut()                     # once nothing is under way any more
+    with gate.reopened():
+        engine.sleep()
     ...
     gate.open()
     """
@@ -41,6 +44,19 @@ class Gate:
             await asyncio.wait_for(self._until(lambda: not self._inside), seconds)
         except BaseException:
             self.open()
+            raise
+
+    @contextlib.contextmanager
+    def reopened(self, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Within it an engine goes to sleep behind the gate, which opens again if that raises.
+
+        unless: whether the engine sleeps all the same, because a part of it did before.
+        """
+        try:
+            yield
+        except BaseException:
+            if not unless():
+                self.open()
             raise
 
     def open(self) -> None:

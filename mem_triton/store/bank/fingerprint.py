@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from mem_triton.store.errors import FingerprintError
+from mem_triton.store.files import SINGLE, indexed_files, kind_of, read_object
 
 SAMPLES = 4
 SAMPLE_BYTES = 256
@@ -77,15 +78,10 @@ def model_fingerprint(folder: str | Path) -> Fingerprint:
     """
     folder = Path(folder)
     where = f"{folder}/config.json"
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FingerprintError(f"{where}: {error}; give a model folder as transformers saves it") from None
-    if not isinstance(config, dict):
-        raise FingerprintError(f"{where}: holds {_kind(config)}, expected an object; give a model folder")
+    config = read_object(folder / "config.json", "give a model folder as transformers saves it", FingerprintError)
     text = config.get("text_config") or config  # models that also see or hear keep their language part here
     if not isinstance(text, dict):
-        raise FingerprintError(f"{where}: text_config holds {_kind(text)}, expected an object")
+        raise FingerprintError(f"{where}: text_config holds {kind_of(text)}, expected an object")
     names = config.get("architectures") or text.get("architectures") or [config.get("model_type")]
     if not isinstance(names, list) or not isinstance(names[0], (str, type(None))):
         raise FingerprintError(f"{where}: architectures is {_short(names)}, expected a list of names")
@@ -122,10 +118,6 @@ def model_fingerprint(folder: str | Path) -> Fingerprint:
         dtype=dtype,
         weights=weights,
     )
-
-
-def _kind(value: Any) -> str:
-    return {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(type(value), "a number")
 
 
 def _short(value: Any) -> str:
@@ -180,13 +172,12 @@ def _plain(value: Any) -> Any:
 
 def _weights(folder: Path) -> tuple[str, str]:
     """(hash of the tensors, the dtype of most of their bytes)."""
-    index = folder / "model.safetensors.index.json"
+    indexed = indexed_files(folder, "fetch or save the model again", FingerprintError)
     try:
-        if index.exists():
-            files = [folder / name for name in _indexed(index)]
+        if indexed is not None:
+            files = [folder / name for name in sorted(set(indexed.values()))]
         else:
-            single = folder / "model.safetensors"
-            files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+            files = [folder / SINGLE] if (folder / SINGLE).exists() else sorted(folder.glob("*.safetensors"))
         if not files:
             raise FingerprintError(f"{folder}: no *.safetensors; convert the model's weights to safetensors")
         tensors = dict(entry for path in files for entry in _tensors(path))
@@ -205,18 +196,6 @@ def _weights(folder: Path) -> tuple[str, str]:
     return digest.hexdigest()[:32], {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(most, most)
 
 
-def _indexed(index: Path) -> list[str]:
-    """Files that an index of weights names. Raises ValueError."""
-    data = json.loads(index.read_text(encoding="utf-8"))
-    names = data.get("weight_map") if isinstance(data, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{index.name}: weight_map is no object of file names")
-    for name in names.values():
-        if Path(name).name != name:
-            raise ValueError(f"{index.name}: {_short(name)} is no name of a file beside it")
-    return sorted(set(names.values()))
-
-
 def _tensors(path: Path) -> list[tuple[str, tuple[str, list[int], int, bytes]]]:
     """(name, (dtype, shape, bytes, hash of samples)) of each tensor of a safetensors file. Raises ValueError."""
     found = []
@@ -231,7 +210,7 @@ def _tensors(path: Path) -> list[tuple[str, tuple[str, list[int], int, bytes]]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path.name} is no safetensors file: {error}") from None
         if not isinstance(header, dict):
-            raise ValueError(f"{path.name}: its header is {_kind(header)}, expected an object")
+            raise ValueError(f"{path.name}: its header is {kind_of(header)}, expected an object")
         for name, tensor in header.items():
             if name == "__metadata__":
                 continue

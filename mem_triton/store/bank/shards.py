@@ -28,7 +28,7 @@ from mem_triton.ops.block_codec import Codec, codec_from_state, get_codec
 from mem_triton.store.bank.checksums import part_checksums
 from mem_triton.store.bank.spec import EXACT_CODECS, BankSpec
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.errors import BankError, not_written
+from mem_triton.store.errors import COMPACT, BankError, not_written
 from mem_triton.store.files import write_durably
 
 NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
@@ -122,7 +122,7 @@ class Shards:
             write_durably(path, lambda temporary: save_file(tensors, temporary, metadata=header))
             return Shard(path.name, path.stat().st_size, file_sha256(path), len(rows))
         except (OSError, SafetensorError) as error:
-            raise not_written(path, error) from None
+            raise not_written(path, error, COMPACT) from None
 
     def raw(self, name: str, row: int) -> Row:
         """One entry's tensors, undecoded. Raises FileNotFoundError if the shard is gone, BankError if it is damaged."""

@@ -30,6 +30,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from mem_triton.schema import ConfigError, nearest_name_hint
+from mem_triton.store.files import read_object
 from mem_triton.systems.delta_mem.config import DeltaMemConfig
 from mem_triton.systems.delta_mem.layer import AttentionDims, DeltaMemLayerWeights, pack_layer, tensor_shapes
 from mem_triton.systems.delta_mem.section import Scope
@@ -201,14 +202,9 @@ _DOWNLOADS = [CONFIG_FILE, SCOPE_FILE, *TENSOR_FILES.values()]
 def _read_scope(folder: Path) -> Scope:
     """What the adapter's ``mem_triton.json`` says, "all" without one."""
     path, fix = folder / SCOPE_FILE, 'write {"scope": "sessions"} or {"scope": "all"} into it, or remove it'
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return "all"
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read as JSON: {error}; {fix}") from None
-    if not isinstance(data, dict):
-        raise AdapterError(f"{path} holds a {type(data).__name__}, expected an object; {fix}")
+    data = read_object(path, fix, AdapterError)
     if unknown := sorted(set(data) - {"scope"}):
         raise AdapterError(f"{path}: unknown key {unknown[0]!r:.80}.{nearest_name_hint(unknown[0], ['scope'])}")
     if (scope := data.get("scope", "all")) not in get_args(Scope):

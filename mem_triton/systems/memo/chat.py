@@ -98,7 +98,6 @@ class MemoChat(ChatPart):
         start(self._question(body), self._settings(body))
 
     async def answer(self, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-        self.check(body)
         progress: list[str] = []
         try:
             async with self._turn():
@@ -117,7 +116,6 @@ class MemoChat(ChatPart):
 
     async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[str]:
         """Events as they come. Whoever stops reading and closes the iterator cancels what is asked."""
-        self.check(body)
         head = self._head("chat.completion.chunk")
         parts: asyncio.Queue[str | None] = asyncio.Queue()
 

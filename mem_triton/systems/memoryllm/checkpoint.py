@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mem_triton.store.files import read_object
+from mem_triton.store.files import SINGLE, indexed_files, read_object
 from mem_triton.systems.memoryllm.records import PoolError
 from mem_triton.systems.memoryllm.shape import PoolShape
 
@@ -33,7 +33,7 @@ OWN_KEYS = (
 )
 """Keys of the configuration that no Llama has."""
 PEFT = "base_model.model."
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+AGAIN = "fetch the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Checkpoint:
             with safe_open(self.folder / self.files[self.names[name]], framework="pt") as file:
                 return file.get_tensor(self.names[name])
         except (OSError, SafetensorError, LookupError) as error:
-            raise PoolError(f"{self.folder}: {name}: {error}; fetch the checkpoint again") from None
+            raise PoolError(f"{self.folder}: {name}: {error}; {AGAIN}") from None
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Of a tensor as it is stored."""
@@ -144,7 +144,7 @@ class Checkpoint:
             wanted["bos_embedding"] = (shape.layers, 1, shape.hidden)
         for name, expected in wanted.items():
             if name not in self.names:
-                raise PoolError(f"{self.folder}: has no tensor {name}; fetch the checkpoint again")
+                raise PoolError(f"{self.folder}: has no tensor {name}; {AGAIN}")
             with safe_open(self.folder / self.files[self.names[name]], framework="pt") as file:
                 found = tuple(file.get_slice(self.names[name]).get_shape())
             if found != tuple(expected):
@@ -159,25 +159,17 @@ class Checkpoint:
             wanted_names = [f"{stem}.lora_{x}.{adapter}.weight" for x in "AB" for adapter in adapters]
             for other in [*wanted_names, f"{stem}.base_layer.weight"]:
                 if other not in self.names:
-                    raise PoolError(f"{self.folder}: has no tensor {other}; fetch the checkpoint again")
+                    raise PoolError(f"{self.folder}: has no tensor {other}; {AGAIN}")
             if not self.lora:
                 raise PoolError(f"{self.folder}/config.json: lora_config is missing, and {name} is there")
 
 
 def _files(folder: Path) -> dict[str, str]:
     """File of each tensor, whether there is an index of them or one file."""
+    if (found := indexed_files(folder, AGAIN, PoolError)) is not None:
+        return found
     try:
-        if (folder / INDEX).exists():
-            found = read_object(folder / INDEX, "fetch the checkpoint again", PoolError).get("weight_map")
-            if not isinstance(found, dict) or any(Path(str(name)).name != name for name in found.values()):
-                raise PoolError(f"{folder / INDEX}: weight_map names no files beside it; fetch it again")
-            missing = sorted(name for name in set(found.values()) if not (folder / name).exists())
-            if missing:
-                raise PoolError(f"{folder}: {missing[0]} is missing; fetch the checkpoint again")
-            return found
         with safe_open(folder / SINGLE, framework="pt") as file:
             return dict.fromkeys(file.keys(), SINGLE)
-    except PoolError:
-        raise
-    except (OSError, SafetensorError, ValueError) as error:
-        raise PoolError(f"{folder / SINGLE}: {error}; fetch the checkpoint again") from None
+    except (OSError, SafetensorError) as error:
+        raise PoolError(f"{folder / SINGLE}: {error}; {AGAIN}") from None

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.store.errors import not_written
-from mem_triton.store.files import is_occupied, write_durably
-from mem_triton.systems.memoryllm.checkpoint import INDEX, MEMORY, OWN_KEYS, SINGLE, Checkpoint
+from mem_triton.store.files import INDEX, SINGLE, is_occupied, write_durably
+from mem_triton.systems.memoryllm.checkpoint import MEMORY, OWN_KEYS, Checkpoint
 from mem_triton.systems.memoryllm.pools import WEIGHTS, Pools
 from mem_triton.systems.memoryllm.records import PoolError
 

@@ -15,10 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mem_triton.store.files import is_occupied
+from mem_triton.store.files import INDEX, SINGLE, indexed_files, is_occupied
 from mem_triton.systems.memo.merging.arithmetic import MergeError, MergeRecipe, merge
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 RECORD = "mem_triton_merge.json"
 """What a merged folder says of how it was made."""
 
@@ -48,14 +47,8 @@ class ModelTensors:
 
 
 def _files(folder: Path) -> list[str]:
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise MergeError(f"{folder / INDEX}: damaged: {error}") from None
-        if bad := [name for name in names if not isinstance(name, str) or "/" in name or not (folder / name).is_file()]:
-            raise MergeError(f"{folder / INDEX}: names {bad[0]!r}, which is not there")
-        return names
+    if (found := indexed_files(folder, "fetch or save the model again", MergeError)) is not None:
+        return sorted(set(found.values()))
     if (folder / SINGLE).is_file():
         return [SINGLE]
     raise MergeError(f"{folder}: holds no {SINGLE} and no {INDEX}; only safetensors are merged")
