@@ -79,7 +79,7 @@ def attach(
         heads = attention.tp_q_head_num, attention.tp_k_head_num
         memory = layers.memory(name, *heads, step, fuse=False, rounded=rounded)
         if launches:
-            states.inputs[index] = memory.head_inputs(*heads, attention.qk_head_dim)
+            states.prepare_layer(index, memory.head_inputs(*heads, attention.qk_head_dim))
             prepare = functools.partial(_prepare, states, index, lose)
             how = _prepare_in_one_launch(module.qkv_proj, memory, prepare, folds=adapter.scope == "all")
         else:

@@ -23,9 +23,10 @@ from torch import Tensor
 from mem_triton.config import ConfigError
 from mem_triton.ops.memory_attention import AttentionCall, PagedContext, memory_attention
 from mem_triton.runtime.worker.memory import attend_or_lose
+from mem_triton_sglang.held import memory_of
 from mem_triton_sglang.hooks import check_hooks
 from mem_triton_sglang.step import Step, StepBuilder
-from mem_triton_sglang.worker import SGLangWorkerMemory, memory_of
+from mem_triton_sglang.worker import SGLangWorkerMemory
 
 
 def create(runner: Any) -> AttentionBackend:
@@ -46,8 +47,7 @@ def create(runner: Any) -> AttentionBackend:
         )
     stock = type(backend)
     backend.__class__ = type(f"{stock.__name__}WithMemory", (BackendWithMemory, stock), {})
-    backend.mem_triton = memory
-    backend.mem_steps = StepBuilder(runner.req_to_token_pool.req_to_token, pool.page_size)
+    backend.mem_connect(memory, StepBuilder(runner.req_to_token_pool.req_to_token, pool.page_size))
     if torch.device(runner.device).type == "cpu":
         if memory.has_segments:
             from mem_triton.ops.memory_attention.cpu import paged_numba
@@ -70,6 +70,10 @@ class BackendWithMemory(AttentionBackend):
     mem_triton: SGLangWorkerMemory
     mem_steps: StepBuilder
     mem_step: Step | None = None
+
+    def mem_connect(self, memory: SGLangWorkerMemory, steps: StepBuilder) -> None:
+        """Read memory from now on; SGLang's own constructor has built this object."""
+        self.mem_triton, self.mem_steps = memory, steps
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)

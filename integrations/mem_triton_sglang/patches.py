@@ -85,7 +85,7 @@ PATCHES: tuple[EnginePatch, ...] = (
     EnginePatch(
         target="sglang.srt.model_executor.model_runner.ModelRunner.initialize",
         kind="hook",
-        sites=(*_REGISTRY, "worker.after_initialize: runner.model.mem_triton"),
+        sites=(*_REGISTRY, "held.give: holder.mem_triton"),
         what="Memory is attached to the model, as its attribute mem_triton, after weights and LoRA are there.",
         why="Device memory for pages and states has to be taken before the KV cache is sized.",
         upstream=_SEEN,
@@ -103,7 +103,7 @@ PATCHES: tuple[EnginePatch, ...] = (
     EnginePatch(
         target="sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool",
         kind="hook",
-        sites=(*_REGISTRY, "worker.after_alloc: runner.req_to_token_pool.mem_triton"),
+        sites=(*_REGISTRY, "held.give: holder.mem_triton"),
         what="States are allocated for as many pages as the KV cache has, and the channel to the front end is opened.",
         why="Only now it is known how many pages there are.",
         upstream=_SEEN,

@@ -18,6 +18,7 @@ from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
 from mem_triton.systems.payload import Place, place_of
 from mem_triton_sglang.carrier import carried_of
+from mem_triton_sglang.held import memory_of
 
 logger = logging.getLogger("sglang.mem_triton")
 
@@ -81,7 +82,7 @@ def note(request: Any) -> None:
 
 
 def _of(scheduler: Any) -> Places | None:
-    return getattr(getattr(scheduler.req_to_token_pool, "mem_triton", None), "places", None)
+    return getattr(memory_of(scheduler.req_to_token_pool), "places", None)
 
 
 @_harmless

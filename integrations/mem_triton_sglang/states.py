@@ -28,6 +28,10 @@ class DeltaStates:
         self.cells: Tensor | None = None
         self.inputs: dict[int, HeadInputs] = {}  # layers whose corrections are added in the launch that steps
 
+    def prepare_layer(self, layer: int, inputs: HeadInputs) -> None:
+        """From now on the launch that steps a layer's states also does this to its heads (``prepare``)."""
+        self.inputs[layer] = inputs
+
     @property
     def bytes_per_token(self) -> int:
         """Share of the states in a token's memory, rounded up."""

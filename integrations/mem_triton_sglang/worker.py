@@ -31,6 +31,7 @@ from mem_triton_sglang.attach import attach, check_attention
 from mem_triton_sglang.carrier import carried_of, has_carried, is_memory_field
 from mem_triton_sglang.configuration import configured
 from mem_triton_sglang.context import ContextReader
+from mem_triton_sglang.held import give, memory_of
 from mem_triton_sglang.layer_io import layers_of
 from mem_triton_sglang.places import Places, note
 from mem_triton_sglang.shape import shape_of
@@ -146,11 +147,6 @@ def attention_layers(model: nn.Module) -> list[int]:
     return sorted(attentions)
 
 
-def memory_of(model: nn.Module) -> SGLangWorkerMemory | None:
-    """What a runner's model got, None without a configuration."""
-    return getattr(model, "mem_triton", None)
-
-
 @dataclass(frozen=True)
 class Ranks:
     """tp: this process among those that split heads; world: among all that hold a part of the model."""
@@ -181,7 +177,7 @@ def after_initialize(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Non
     config = configured()
     if config is not None and not runner.is_draft_worker:
         logger.info("%s", installation(__file__))
-        runner.model.mem_triton = attach_memory(runner, config)
+        give(runner.model, attach_memory(runner, config))
 
 
 def after_cell_size(result: int, configurator: Any, kvc: Any, num_layers: int) -> int:
@@ -198,7 +194,7 @@ def after_alloc(result: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
     if memory.states is not None:
         pool = runner.token_to_kv_pool
         memory.states.allocate(pool.size + pool.page_size, pool.device)
-    runner.req_to_token_pool.mem_triton = memory
+    give(runner.req_to_token_pool, memory)
     from mem_triton.runtime.worker.service import serve_memory
 
     serve_memory(memory, own_ranks().world, memory.orders)
@@ -213,7 +209,7 @@ def after_init_new(result: Any, cls: Any, batch: Any, model_runner: Any, **kwarg
 
 def before_free(pool: Any, request: Any) -> None:
     """``ReqToTokenPool.free``: a request leaves, however it ended."""
-    memory = getattr(pool, "mem_triton", None)
+    memory = memory_of(pool)
     if memory is not None:
         memory.end_request(request)
 

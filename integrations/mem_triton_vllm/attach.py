@@ -58,25 +58,18 @@ def attach(
     how = "no layer of it is on this rank"
     for index, name in enumerate(layers.weights):
         module = modules[name]
-        cache = DeltaStateCache(
-            vllm_config,
-            f"{module.attn.layer_name}.delta_state",
-            layers.spec,
-            tokens_per_state,
-            layers.slots,
-            index,
-            lose,
-        )
-        step = functools.partial(torch.ops.mem_triton.delta_rule_layer, layer_name=cache.layer_name)
+        layer_name = f"{module.attn.layer_name}.delta_state"
+        step = functools.partial(torch.ops.mem_triton.delta_rule_layer, layer_name=layer_name)
         memory = layers.memory(name, module.attn.num_heads, module.attn.num_kv_heads, step, fuse=fuse, linear=linear)
         obstacle = fused_inputs.obstacle(module, device, adapter.scope)
+        inputs = None if obstacle else fused_inputs.head_inputs(module, memory)
+        DeltaStateCache(vllm_config, layer_name, layers.spec, tokens_per_state, layers.slots, index, lose, inputs)
         if obstacle:
             module.qkv_proj = QKVWithMemory(module.qkv_proj, memory)
             how = f"the model's own norm and RoPE, as {obstacle}"
         else:
-            cache.inputs = fused_inputs.head_inputs(module, memory)
             prepare = functools.partial(
-                torch.ops.mem_triton.attention_inputs_layer, gate_bias=memory.gate_bias, layer_name=cache.layer_name
+                torch.ops.mem_triton.attention_inputs_layer, gate_bias=memory.gate_bias, layer_name=layer_name
             )
             how = fused_inputs.install(module, memory, prepare)
         module.o_proj = OutputWithMemory(module.o_proj, memory)

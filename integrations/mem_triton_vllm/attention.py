@@ -45,9 +45,7 @@ def attentions_of(vllm_config: VllmConfig) -> dict[int, Any]:
 def connect(attentions: Mapping[int, Any], memory: BatchMemory, policy: Policy | None) -> None:
     """Give each layer what it reads. policy: of all of them, see ``backend.AttentionWithMemory``."""
     for index, attention in attentions.items():
-        attention.impl.mem_segments = memory.segments(index)
-        attention.impl.mem_policy = policy
-        attention.impl.mem_batch = memory
+        attention.impl.mem_connect(memory, memory.segments(index), policy)
 
 
 def read_context(

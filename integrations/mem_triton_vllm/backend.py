@@ -71,15 +71,19 @@ class BuilderWithMemory(AttentionMetadataBuilder):
 class AttentionWithMemory(AttentionImpl):
     """Overrides a stock implementation: adds to its result what rows read of memory.
 
-    mem_batch: which rows of the step read memory; None until it is connected. mem_segments: what this layer reads
+    mem_batch: which rows of the step read memory; None until ``mem_connect``. mem_segments: what this layer reads
     besides its context, None for nothing. mem_policy: how; None leaves that to each step's batch. mem_layout: how the
-    KV cache lies.
+    KV cache lies, said by the builder.
     """
 
     mem_batch: BatchMemory | None = None
     mem_segments: LayerSegments | None = None
     mem_policy: Policy | None = None
     mem_layout: CacheLayout | None = None
+
+    def mem_connect(self, batch: BatchMemory, segments: LayerSegments | None, policy: Policy | None) -> None:
+        """Read memory from now on; vLLM has built this object before there was any."""
+        self.mem_batch, self.mem_segments, self.mem_policy = batch, segments, policy
 
     def forward(
         self,

@@ -166,7 +166,7 @@ PATCHES: tuple[EnginePatch, ...] = (
     EnginePatch(
         target="attention layers: impl.mem_batch, impl.mem_segments, impl.mem_policy, impl.mem_layout",
         kind="object",
-        sites=("attention.connect: attention.*", "backend.BuilderWithMemory.*"),
+        sites=("backend.BuilderWithMemory.*",),
         what="A layer's attention is told which pages and segments it reads, how its batches are computed, and whom "
         "to tell of an exception.",
         why="vLLM builds the backend's objects itself, before the memory is there.",
@@ -197,8 +197,7 @@ PATCHES: tuple[EnginePatch, ...] = (
         kind="object",
         sites=(
             "v1_runner.prepare: model.mem_triton_pending",
-            "v1_runner._attach_first.get_kv_cache_spec: model.mem_triton",
-            "v2_runner.MemoryModelState.__init__: model.mem_triton",
+            "held.give: model.mem_triton",
         ),
         what="The worker's memory is an attribute of the model.",
         why="Worker methods and runners find it there; they have the model and nothing else in common.",

@@ -100,7 +100,8 @@ class DeltaStateCache(nn.Module, AttentionLayerBase):
     """One decoder layer's states: a cell of H*r*r floats for every ``tokens_per_state`` tokens of a KV block.
 
     Cell (block, i) holds the state after the last processed token of that span. ``slots`` is shared by all layers of
-    the worker; ``index`` is this layer's place in it.
+    the worker; ``index`` is this layer's place in it. ``inputs`` is what ``prepare`` does to the layer's heads, None
+    where the model's own norm and RoPE do it. vLLM's compilation context keeps the layer, by its name.
     """
 
     def __init__(
@@ -112,12 +113,12 @@ class DeltaStateCache(nn.Module, AttentionLayerBase):
         slots: StateSlots,
         index: int,
         lose: Lose,
+        inputs: HeadInputs | None = None,
     ) -> None:
         super().__init__()
-        self.lose = lose
+        self.lose, self.inputs = lose, inputs
         self.layer_name, self.spec, self.tokens_per_state = layer_name, spec, tokens_per_state
         self.slots, self.index = slots, index
-        self.inputs: HeadInputs | None = None  # what ``prepare`` does to the layer's heads
         self.kv_cache = torch.tensor([])
         layers = vllm_config.compilation_config.static_forward_context
         if layer_name in layers:

@@ -17,6 +17,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from mem_triton.config import MemTritonConfig
+from mem_triton_vllm.held import give, memory_of
 from mem_triton_vllm.worker import VLLMWorkerMemory, attach_memory
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ def _attach_first(stock: Any) -> Any:
     def get_kv_cache_spec(runner: GPUModelRunner) -> Any:
         model = runner.get_model()
         config = getattr(model, "mem_triton_pending", None)
-        if config is not None and not hasattr(model, "mem_triton"):
+        if config is not None and memory_of(model) is None:
             with set_default_torch_dtype(runner.model_config.dtype):
-                model.mem_triton = attach_memory(runner.vllm_config, model, config, _block_rows(runner))
+                give(model, attach_memory(runner.vllm_config, model, config, _block_rows(runner)))
         return stock(runner)
 
     return get_kv_cache_spec
@@ -50,7 +51,7 @@ def _attach_first(stock: Any) -> Any:
 def _track_rows(stock: Any) -> Any:
     @functools.wraps(stock)
     def _update_states(runner: GPUModelRunner, scheduler_output: Any) -> Any:
-        memory: VLLMWorkerMemory | None = getattr(runner.get_model(), "mem_triton", None)
+        memory: VLLMWorkerMemory | None = memory_of(runner.get_model())
         if memory is None:
             return stock(runner, scheduler_output)
         with memory.lock:  # whoever looks from outside finds the batch before the update, or after it

@@ -14,6 +14,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from mem_triton.config import MemTritonConfig
+from mem_triton_vllm.held import give
 from mem_triton_vllm.worker import attach_memory
 
 
@@ -26,7 +27,7 @@ class MemoryModelState:
         super().__init__(vllm_config, model, *args)
         with set_default_torch_dtype(vllm_config.model_config.dtype):  # attached here: LoRA has wrapped the layers
             self.memory = attach_memory(vllm_config, model, self.memory_config, self._block_row)
-        model.mem_triton = self.memory
+        give(model, self.memory)
         self._row_of: dict[str, int] = {}  # request id -> its row in vLLM's block tables
 
     def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:

@@ -34,7 +34,8 @@ def test_the_option_or_vllms_own_mode_turns_it_on(configured, variable, monkeypa
     monkeypatch.setattr(worker.VLLMWorkerMemory, "attach", lambda self, config, shape, host: hosts.append(host))
     monkeypatch.setattr(worker, "shape_of", lambda _: None)
     monkeypatch.setattr(worker, "get_tensor_model_parallel_rank", lambda: 0)
-    attention = SimpleNamespace(impl=SimpleNamespace())
+    told = []
+    attention = SimpleNamespace(impl=SimpleNamespace(mem_connect=lambda *given: told.append(given)))
     monkeypatch.setattr(worker, "has_one_front_end", lambda _: False)
     monkeypatch.setattr(worker, "attentions_of", lambda _: {0: attention})
     monkeypatch.setattr(worker, "attach", lambda *args, batch_invariant: batch_invariant)
@@ -44,7 +45,8 @@ def test_the_option_or_vllms_own_mode_turns_it_on(configured, variable, monkeypa
     on = configured or variable == "1"
     (host,) = hosts
     assert host.attach_states() == on == host.deterministic
-    assert attention.impl.mem_policy == (Policy(batch_invariant=True) if on else None)
+    ((memory, _, policy),) = told
+    assert isinstance(memory, worker.VLLMWorkerMemory) and policy == (Policy(batch_invariant=True) if on else None)
 
 
 @pytest.mark.parametrize("on", [True, False])
