@@ -269,3 +269,29 @@ def test_the_formatter_has_its_way():
     files = {path.relative_to(ROOT).as_posix() for path in tracked("*.py") if unformatted(path.read_text())}
     assert sorted(files - UNFORMATTED) == []
     assert unformatted("x = [\n    1, 2,\n]  # fmt: " + "skip")
+
+
+ENGINE_ROLES = ("integrations/mem_triton_vllm/", "integrations/mem_triton_sglang/")
+"""Both engines may have a class of one name, for one role."""
+
+
+def twice(files: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """Names of classes that stand for several: (file, source text) of each module. Private ones count, too."""
+    found: dict[str, set[str]] = {}
+    for name, text in files:
+        place = next((ENGINE_ROLES[0] for engine in ENGINE_ROLES if name.startswith(engine)), name)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, set()).add(place)
+    return {name: sorted(places) for name, places in found.items() if len(places) > 1}
+
+
+def test_one_class_has_one_name():
+    files = [*tracked("mem_triton/*.py"), *tracked("integrations/*.py")]
+    assert twice([(str(path.relative_to(ROOT)), path.read_text()) for path in files]) == {}
+
+
+def test_a_second_class_of_one_name_would_be_seen():
+    one = "class A: pass"
+    assert twice([("mem_triton/a.py", one), ("integrations/mem_triton_vllm/b.py", one)])["A"]
+    assert twice([(f"{engine}b.py", one) for engine in ENGINE_ROLES]) == {}

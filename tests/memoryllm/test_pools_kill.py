@@ -19,7 +19,7 @@ from mem_triton.store import files
 from mem_triton.systems.memoryllm import records
 from mem_triton.systems.memoryllm.pools import Pools, PoolShape
 from mem_triton.systems.memoryllm.records import PoolError
-from mem_triton.systems.memoryllm.update import Step, draw_dropped, updated
+from mem_triton.systems.memoryllm.update import UpdateStep, draw_dropped, updated
 
 SHAPE = PoolShape(layers=2, rows=64, hidden=32, tokens=8, dtype="float32")
 KILLS = 200
@@ -41,7 +41,7 @@ class Expected:
         while len(self.rows) <= version:
             n = len(self.rows)
             dropped = draw_dropped(64, 8, 1, torch.Generator().manual_seed(n))
-            self.rows.append(updated(self.rows[-1], Step(delta_of(n), dropped), 64))
+            self.rows.append(updated(self.rows[-1], UpdateStep(delta_of(n), dropped), 64))
         return self.rows[version]
 
 

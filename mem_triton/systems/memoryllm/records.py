@@ -22,7 +22,7 @@ from torch import Tensor
 from mem_triton import ids
 from mem_triton.store.errors import BankError, not_written
 from mem_triton.store.files import write_durably
-from mem_triton.systems.memoryllm.update import Step
+from mem_triton.systems.memoryllm.update import UpdateStep
 
 NAME = re.compile(r"(\d{10})\.(snapshot|delta)\.safetensors")
 FORMAT = "mem_triton.pool.v1"
@@ -47,7 +47,7 @@ class Snapshot:
 class Delta:
     """What a version changed, step by step; before: the chain's hash at the version before it."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[UpdateStep, ...]
     state: Tensor
     link: str
     before: str
@@ -86,7 +86,9 @@ def write_snapshot(folder: Path, version: int, rows: Tensor, state: Tensor, link
     return link or digest
 
 
-def write_delta(folder: Path, version: int, steps: Sequence[Step], state: Tensor, before: str, tokens: int) -> str:
+def write_delta(
+    folder: Path, version: int, steps: Sequence[UpdateStep], state: Tensor, before: str, tokens: int
+) -> str:
     """Store what a version changed; the chain's hash at it. before: that of the version before, "" for the first."""
     tensors = {"generator": state}
     for i, step in enumerate(steps):
@@ -115,7 +117,7 @@ def read_delta(folder: Path, version: int) -> Delta:
     before, tokens, count = (about.get(name, "") for name in ("before", "tokens", "steps"))
     if digest_of(tensors, "delta", version, before, tokens) != about.get("link"):
         raise damaged(path, "has changed since it was written")
-    steps = tuple(Step(tensors[f"{i}.delta"], tensors.get(f"{i}.dropped")) for i in range(int(count)))
+    steps = tuple(UpdateStep(tensors[f"{i}.delta"], tensors.get(f"{i}.dropped")) for i in range(int(count)))
     return Delta(steps, tensors["generator"], about["link"], before, int(tokens))
 
 

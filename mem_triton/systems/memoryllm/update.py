@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Step:
+class UpdateStep:
     """One update. delta: [L, n, d], the new rows; dropped: int32 [1 or L, n], which go; None for a pool's first rows.
 
     One list of dropped rows is that of all layers.
@@ -28,7 +28,7 @@ def draw_dropped(rows: int, count: int, lists: int, generator: torch.Generator) 
     return torch.stack(found).to(torch.int32)
 
 
-def updated(rows: Tensor | None, step: Step, total: int) -> Tensor:
+def updated(rows: Tensor | None, step: UpdateStep, total: int) -> Tensor:
     """The pool [L, total, d] after a step. rows: before it, None for one that has none yet.
 
     Survivors keep their order, and the new rows stand behind them. First rows are repeated until the pool is full.

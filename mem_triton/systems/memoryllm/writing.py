@@ -12,7 +12,7 @@ from torch import Tensor
 from mem_triton.systems.memoryllm import records
 from mem_triton.systems.memoryllm.records import PoolError
 from mem_triton.systems.memoryllm.shape import PoolShape, PoolState
-from mem_triton.systems.memoryllm.update import Step, draw_dropped, updated
+from mem_triton.systems.memoryllm.update import UpdateStep, draw_dropped, updated
 
 
 class PoolWrite:
@@ -34,7 +34,7 @@ class PoolWrite:
         self._shape, self._folder, self._before = shape, folder, state
         self._committing, self._remember = committing, remember
         self.rows, self.tokens = state.rows, 0
-        self.steps: list[Step] = []
+        self.steps: list[UpdateStep] = []
         self._own = torch.Generator()
         self._own.set_state(state.generator)
         self._draws = self._own if seed is None else torch.Generator().manual_seed(seed)
@@ -58,7 +58,7 @@ class PoolWrite:
         if self.rows is not None:
             lists = shape.layers if shape.per_layer else 1
             dropped = draw_dropped(shape.rows, delta.shape[1], lists, self._draws)
-        step = Step(delta, dropped)
+        step = UpdateStep(delta, dropped)
         self.rows = updated(self.rows, step, shape.rows)
         self.steps.append(step)
         self.tokens += tokens
