@@ -108,9 +108,9 @@ def make_model(name: str, folder: Path, dtype: torch.dtype, seed: int = 0) -> Ma
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in SHAPES:
-        from mem_triton.cli.settings import model_folder
+        from mem_triton.cli.settings import folder_of
 
-        path = model_folder(name)
+        path = folder_of(name)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
         return Made(name, path, dtype, loaded)
     shape = dict(SHAPES[name])

@@ -57,9 +57,9 @@ def create(
     ] = "lexical",
 ) -> None:
     """Make an empty bank for a model. `mem-triton write` does it too, if there is none."""
-    from mem_triton.cli.settings import head_of, kind_of, model_folder, new_bank, write_config
+    from mem_triton.cli.settings import folder_of, head_of, kind_of, new_bank, write_config
 
-    folder = model_folder(model)
+    folder = folder_of(model)
     kind = kind_of(folder, kind, layers, keep, prefix_text)
     if prefix_text is None:
         prefix_text = head_of(folder, kind, head, system)
@@ -334,7 +334,7 @@ def export(
 
 
 def _export_peft(bank: Bank, id: str, out: Path, model: str | None, tenant: str | None) -> str:
-    from mem_triton.cli.settings import model_folder
+    from mem_triton.cli.settings import folder_of
     from mem_triton.store.bank.fingerprint import model_fingerprint
     from mem_triton.systems.explicit.artifacts import export_peft, model_config
 
@@ -342,7 +342,7 @@ def _export_peft(bank: Bank, id: str, out: Path, model: str | None, tenant: str 
     if tenant is not None:
         bank.resolve(id, tenant=tenant)
     if model is not None:
-        folder = model_folder(model)
+        folder = folder_of(model)
         bank.check_model(model_fingerprint(folder))
         config = model_config(folder)
     return export_peft(bank, id, out, config, model)

@@ -29,7 +29,7 @@ def memoryllm(
     pool: Annotated[str, typer.Option(help='With --back: the pool that becomes its own, "name" or "name@2".')] = "main",
 ) -> None:
     """Make an ordinary Llama (DST/model) and its pools (DST/memory) of a MemoryLLM checkpoint (arXiv 2402.04624)."""
-    from mem_triton.cli.settings import OptionError, model_folder
+    from mem_triton.cli.settings import OptionError, folder_of
     from mem_triton.systems.memoryllm import convert
 
     if dtype not in convert.DTYPES:
@@ -39,6 +39,6 @@ def memoryllm(
             raise OptionError("--dtype: goes without --back; a checkpoint keeps the model's")
         convert.convert_back(Path(source), target, pool)
         return print(f"wrote {target}, a checkpoint of the authors' code with the rows of {pool}")
-    reference = convert.convert(model_folder(source), target, dtype)
+    reference = convert.convert(folder_of(source), target, dtype)
     rows = reference or "main, which has no rows yet: write a text into it"
     print(f"wrote {target / 'model'} and {target / 'memory'}; its pool is {rows}")

@@ -43,7 +43,7 @@ def import_trained(
     Those are PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING and P_TUNING. What is imported is checked against the model, kept
     in fp32, and read by requests that name the entry in mem_ids.
     """
-    from mem_triton.cli.settings import OptionError, model_folder
+    from mem_triton.cli.settings import OptionError, folder_of
     from mem_triton.ids import ID_RULE, id_from, is_id
     from mem_triton.store.bank.fingerprint import model_fingerprint
     from mem_triton.store.bank.formats.locate import FORMS
@@ -59,7 +59,7 @@ def import_trained(
         raise OptionError("--id, --file and --revision are of one SOURCE; import them one by one, or --compose them")
     if compose and id is None:
         raise OptionError("--id: a composed entry needs one")
-    folder = model_folder(model)
+    folder = folder_of(model)
     fingerprint = model_fingerprint(folder)
     config = artifacts.model_config(folder)
     names = [model, str(config.get("_name_or_path") or "")]

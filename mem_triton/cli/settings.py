@@ -21,7 +21,7 @@ class OptionError(ValueError):
     """An option that means nothing; the message names it."""
 
 
-def model_folder(model: str) -> Path:
+def folder_of(model: str) -> Path:
     """The model's own files: a local folder, or the Hugging Face cache's."""
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise OptionError(f"MODEL: there is no folder {model}")
@@ -159,7 +159,7 @@ def write_config(base: WriteConfig | None = None, **given: Any) -> WriteConfig:
 
 def new_bank(path: Path, model: str, config: WriteConfig, *, codec: str = "auto", embedder: str = "lexical") -> Bank:
     """An empty bank for a model, open for writing. codec: "auto" is the model's own precision."""
-    return create_bank(path, model_fingerprint(model_folder(model)), config, codec=codec, embedder=embedder)
+    return create_bank(path, model_fingerprint(folder_of(model)), config, codec=codec, embedder=embedder)
 
 
 def create_bank(

@@ -65,7 +65,7 @@ def delta(
     The same command goes on with a run that was stopped or killed, with the same result. What it writes into OUT: the
     adapter, a model card, the log with the evaluations, the loss curve.
     """
-    from mem_triton.cli.settings import check_encoding, model_folder
+    from mem_triton.cli.settings import check_encoding, folder_of
     from mem_triton.systems.delta_mem.training.recipe import recipe_of
 
     recipe = recipe_of(
@@ -94,7 +94,7 @@ def delta(
         dtype=dtype,
     )
     check_encoding(recipe.dtype, device)
-    folder = model_folder(model)
+    folder = folder_of(model)
     try:  # by name: the engine-neutral package does not depend on the integrations
         training = importlib.import_module("mem_triton_transformers.delta_training.run")
         shown = importlib.import_module("mem_triton_transformers.delta_training.evaluate").one_line

@@ -80,9 +80,9 @@ def write(
         OptionError,
         check_encoding,
         create_bank,
+        folder_of,
         head_of,
         kind_of,
-        model_folder,
         write_config,
     )
     from mem_triton.cli.sources import SUFFIXES, Reader, sources_of
@@ -107,7 +107,7 @@ def write(
         )
     if prune and not folders:
         raise OptionError("--prune: FILES names no folder that files could be gone from")
-    folder = model_folder(model)
+    folder = folder_of(model)
     fingerprint = model_fingerprint(folder)
     given: dict[str, Any] = {
         "kind": kind,

@@ -14,7 +14,7 @@ STATE = {
     "sglang": {"attach", "states", "warmup"},
 }
 """Where an engine gives the capability STATE: states of sequences and corrections around projections."""
-_WORKERS = ("worker", "worker_captures", "slots", "attach", "layer_memory", "folding")
+_WORKERS = ("worker", "worker_captures", "slots", "attach", "layer_memory", "folding", "warmup")
 WORKER = ("mem_triton.runtime.worker", *(f"{system}.{part}" for system in SYSTEMS for part in _WORKERS))
 
 

@@ -84,7 +84,7 @@ class Residency:
 
     def pin(self, tokens: Mapping[str, int]) -> Ticket:
         """Claim entries for as long as the engine lives."""
-        return self.request(_FOREVER, tokens)
+        return self.request(_PINNED, tokens)
 
     def take_loads(self) -> list[PageLoad]:
         """Loads that the workers have not been told of; each is handed out once."""
@@ -131,7 +131,7 @@ class Residency:
     def _pages_kept_from(self, tokens: Mapping[str, int]) -> int:
         """Pages that stay with entries pinned for ever, which are not among ``tokens``."""
         entries = self._ledger.entries.items()
-        return sum(len(e.pages) for ref, e in entries if _FOREVER in e.owners and ref not in tokens)
+        return sum(len(e.pages) for ref, e in entries if _PINNED in e.owners and ref not in tokens)
 
     def _admit(self, ticket: Ticket) -> bool:
         """Give the ticket all its pages, or none."""
@@ -168,4 +168,4 @@ class Residency:
             ticket.state = "ready" if all(map(self._ledger.is_ready, ticket.tokens)) else "loading"
 
 
-_FOREVER = "for ever"
+_PINNED = "the engine"
