@@ -16,8 +16,8 @@ def _pick_newest(self: Any, lease: str, position: int) -> tuple[int, Any]:
     if lease in self._left:
         last, states = self._left.pop(lease)
     else:
-        resident = next(r for r in self._residents.values() if r.lease == lease)
-        last, states = resident.last_position, self.last[:, resident.slot]
+        running = next(r for r in self._requests.values() if r.lease == lease)
+        last, states = running.last_position, self.last[:, running.slot]
     return position, states[:, last % 2].clone()
 
 

@@ -105,7 +105,11 @@ def without_pins_eviction_breaks_a_running_request(b: MemoryBench, run: Run, no_
     batch = [ask(PROMPTS[0], 40, "alpha"), ask(PROMPTS[1], 40, "beta")]
     expected = [b.after(PROMPTS[0], "alpha", count=40), b.after(PROMPTS[1], "beta", count=40)]
     assert tokens(run(b.model, [batch], memory=three_pages(b), **options)) == expected
-    assert tokens(run(b.model, [batch], memory=three_pages(b), tamper=no_pins, **options)) != expected
+    broken = run(b.model, [batch], memory=three_pages(b), tamper=no_pins, errors_are_results=True, **options)
+    if "error" in broken["rounds"][0]:  # the worker saw it before the request joined the batch
+        assert "hold something else by now" in broken["output"]
+    else:
+        assert tokens(broken) != expected
 
 
 def without_memory_in_the_cache_keys_wrong_tokens_appear(b: MemoryBench, run: Run, tamper: str, **options: Any) -> None:
