@@ -154,7 +154,7 @@ REFUSED = {
 def test_what_cannot_be_served_is_refused_by_name_before_anything_is_asked(name):
     served = Served()
     with pytest.raises(RequestError) as error:
-        answered(served_chat(served), body(**{name: REFUSED[name]}))
+        served_chat(served).check(body(**{name: REFUSED[name]}))
     assert error.value.field == name and served.bodies == []
 
 
