@@ -1,4 +1,4 @@
-"""SGLang attention backend ``mem_triton``: the platform's stock backend, with memory.
+"""Adds memory to the attention backend that SGLang would have chosen, under the name ``mem_triton``.
 
 The stock backend is built as SGLang would build it and gets a class of its own that is ours and stock at once, so that
 whatever SGLang asks of it is answered as before. δ-mem only needs to know each step's batch. With explicit memory a

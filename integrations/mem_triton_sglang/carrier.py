@@ -1,4 +1,4 @@
-"""What the front end resolved, on its way to the workers: one string among a request's ``custom_params``.
+"""Packs what the front end resolved into one string among a request's ``custom_params``, and reads it in workers.
 
 SGLang's messages allow scalars, and lists or tables of scalars, there; deeper ones end the process that reads them.
 """

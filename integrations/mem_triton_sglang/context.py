@@ -1,4 +1,4 @@
-"""Where a running request's own keys and values lie, for prompts that are kept."""
+"""Reads a running request's own keys and values, for prompts that are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One answer out of several engine requests, as SGLang's clients see it: text, tokens, counts and log-probabilities."""
+"""Puts an answer together out of several engine requests, as SGLang's clients see it: text, tokens, logprobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hooks that give SGLang's front end a memory.
+"""Gives SGLang's front end a memory, by hooks.
 
 The first one's parts are imported when a server starts and not before: ``prometheus_client`` decides at its import
 where counts are kept, and SGLang, whose ``/metrics`` adds up the counts of its processes, tells it so only then.

@@ -1,4 +1,4 @@
-"""Where a scheduler process's memory is found: on a runner's model, and on the pool of its requests' rows."""
+"""Finds a scheduler process's memory on a runner's model, and on the pool of its requests' rows."""
 
 from __future__ import annotations
 

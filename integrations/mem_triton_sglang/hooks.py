@@ -1,4 +1,4 @@
-"""Where memory meets SGLang's code: every hook in one table, and a check that all of them were applied.
+"""Lists every hook on SGLang's code in one table, and checks that all of them were applied.
 
 SGLang only logs a hook that it cannot apply, and goes on without. Memory without one of them would answer wrongly, so
 each process that starts an engine with memory looks whether they are in place.

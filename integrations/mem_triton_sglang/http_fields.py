@@ -1,4 +1,4 @@
-"""Fields that SGLang's HTTP server would drop."""
+"""Refuses fields that SGLang's HTTP server would drop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An answer in several engine requests keeps its turn in SGLang's scheduler: newcomers do not overtake it at a refresh.
+"""Keeps the turn of an answer in several engine requests: newcomers do not overtake it in SGLang's scheduler.
 
 When a piece ends, its place in the batch stays reserved for the next one for a number of the scheduler's passes; the
 next one goes to the front of the queue, whatever the policy says of the others. Its prefix was used last, so that a

@@ -1,4 +1,4 @@
-"""Memory identity in SGLang's radix cache: KV after the first layer depends on the memory that its tokens saw.
+"""Adds memory's identity to SGLang's radix keys: KV after the first layer depends on the memory that its tokens saw.
 
 Why a hook: references may change every 64 tokens, so two requests share the tokens before their references part, while
 SGLang's ``extra_key`` parts whole requests. Upstream would need a key per page at the request; remove this file then.

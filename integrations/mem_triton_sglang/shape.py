@@ -1,4 +1,4 @@
-"""SGLang's configuration as memory reads it."""
+"""Reads SGLang's configuration as memory needs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""δ-mem's states beside SGLang's KV cache: one fp32 state a KV page and layer, as long as the page's tokens live.
+"""Keeps δ-mem's states beside SGLang's KV cache: an fp32 state a KV page and layer, as long as the page's tokens.
 
 The state of a page is the one after its last processed token. Whatever SGLang does with pages, sharing a prefix,
 retracting a request, evicting, it does with their states; no bookkeeping of ours can go wrong. SGLang's own pool for

@@ -1,4 +1,4 @@
-"""One step's batch as memory's kernels read it: where each row's context lies, and which tokens are its own."""
+"""Describes a step's batch as kernels read it: where each row's context lies, and which tokens are its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGLang's ``TokenizerManager``, which takes every request of its HTTP server and of ``Engine``, with memory.
+"""Takes every request of SGLang's HTTP server and of ``Engine`` with memory, in a ``TokenizerManager`` of our own.
 
 A request's fields are answered before the scheduler hears of it: its session is leased, its references are found and
 their pages filled. It travels on as an ordinary request, with what workers need among its ``custom_params`` and what

@@ -1,4 +1,4 @@
-"""Memory's kernels compiled before SGLang captures graphs and takes requests.
+"""Compiles memory's kernels before SGLang captures graphs and takes requests.
 
 SGLang makes its attention backend after the KV cache and before its graphs; it has no place where plugins warm up.
 """

@@ -1,4 +1,4 @@
-"""Text of an answer that is cut into several engine requests.
+"""Spells the text of an answer that is cut into several engine requests.
 
 vLLM starts a detokenizer with each engine request and its prompt. One that starts within a character prints the prompt
 (vllm-project/vllm#48853) and loses the character, so an answer that is cut has one of its own, from start to end.

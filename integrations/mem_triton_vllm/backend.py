@@ -1,4 +1,4 @@
-"""vLLM's own attention backend, with memory for the rows that read some.
+"""Adds memory to vLLM's own attention backend, for the rows that read some.
 
 The backend that vLLM has chosen for a layer gets a class of its own that is ours and stock at once: its builder, its
 metadata, its KV layout and cache update, its CUDA-graph support. A step in which no row reads memory is the stock step.

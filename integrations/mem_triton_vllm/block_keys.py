@@ -1,4 +1,4 @@
-"""Memory identity in vLLM's block hashes: KV after the first layer depends on the memory that its tokens saw.
+"""Adds memory's identity to vLLM's block hashes: KV after the first layer depends on the memory that its tokens saw.
 
 Why a patch: references may change every 64 tokens, so two requests share the blocks before their references part.
 vLLM's ``cache_salt`` covers whole requests (sessions use it), and its extra keys per block come from a function that no

@@ -1,4 +1,4 @@
-"""How a stock backend keeps keys and values in a KV-cache block: found out from what its own cache update writes."""
+"""Finds how a stock backend keeps keys and values in a KV-cache block, from what its own cache update writes."""
 
 from __future__ import annotations
 

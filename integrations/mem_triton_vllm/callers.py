@@ -1,4 +1,4 @@
-"""The HTTP headers of the request that a task of vLLM's server answers: its API key says for whom it speaks.
+"""Keeps the HTTP headers of the request that a task of vLLM's server answers: its API key names the tenant.
 
 vLLM's handlers do not hand them to the engine, but they call it in the context that they are called in.
 """

@@ -1,4 +1,4 @@
-"""One answer out of several of vLLM's requests: the parameters of each, and their outputs as one."""
+"""Puts an answer together out of several of vLLM's requests: the parameters of each, and their outputs as one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routes of the server: chat models of memory systems, beside vLLM's own.
+"""Serves chat models of memory systems, by routes beside vLLM's own.
 
 An endpoint plugin by vLLM's contract (``vllm/plugins/endpoint_plugins/interface.py``): a route of the same path and
 method takes the stock one's place. Requests for other models go to the stock handler as they came.

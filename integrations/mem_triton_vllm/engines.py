@@ -1,4 +1,4 @@
-"""Where vLLM's engines become their counterparts with memory: the constructors of the two classes."""
+"""Makes vLLM's engines their counterparts with memory, in the constructors of the two classes."""
 
 from __future__ import annotations
 

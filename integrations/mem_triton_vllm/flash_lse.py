@@ -1,4 +1,4 @@
-"""The log-sum-exp of vLLM's FlashAttention, which computes it in any case and drops it.
+"""Keeps the log-sum-exp of vLLM's FlashAttention, which computes it in any case and drops it.
 
 Why a patch: ``FlashAttentionImpl.forward`` calls ``flash_attn_varlen_func`` and cannot hand on its second result.
 What is patched: that name in the module of the backend, in workers with a bank. While ``collected`` runs, calls ask

@@ -1,4 +1,4 @@
-"""One kernel for all that stands between projection and attention, where vLLM would launch norm and RoPE.
+"""Launches one kernel between projection and attention, where vLLM would launch norm and RoPE.
 
 Why: a decode step of δ-mem is launches, not bytes; here its own ones take the place of the model's. Upstream: vLLM
 fuses q/k norm with RoPE by a compiler pass, with no place for a correction before them. It can go when there is one.

@@ -1,4 +1,4 @@
-"""Where a worker's memory is found: on the loaded model, which runners and worker methods have in common."""
+"""Finds a worker's memory on the loaded model, which runners and worker methods have in common."""
 
 from __future__ import annotations
 

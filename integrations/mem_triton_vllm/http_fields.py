@@ -1,4 +1,4 @@
-"""Fields that vLLM's HTTP server, or ``vllm run-batch``, would drop."""
+"""Refuses fields that vLLM's HTTP server, or ``vllm run-batch``, would drop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state's KV cache spec, and the block manager that keeps a step from reading states which that same step writes.
+"""Describes the states' KV cache, and manages its blocks so that no step reads states which that same step writes.
 
 vLLM may give a request blocks of a prefix that another request computes in the very same step: attention writes its KV
 before it reads any, so that is right for KV. A recurrent state is not there until the step is over. vLLM's own Mamba

@@ -1,4 +1,4 @@
-"""The two wrappers that carry δ-mem into a decoder layer: around ``qkv_proj`` and around ``o_proj``.
+"""Wraps ``qkv_proj`` and ``o_proj`` of a decoder layer, to correct by δ-mem what they give.
 
 Every dense vLLM decoder calls ``qkv_proj`` with its hidden states and ``o_proj`` with what it attended. The input of
 the first is the hidden state that δ-mem projects; its output is before q/k norm and RoPE, where Δq, Δk and Δv belong.

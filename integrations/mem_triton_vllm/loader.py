@@ -1,4 +1,4 @@
-"""``--load-format mem_triton``: vLLM's official loader hook, and the point where a worker gets its memory.
+"""Loads models under ``--load-format mem_triton``, vLLM's official hook, and prepares them for their memory.
 
 It loads the weights with any base format (``--model-loader-extra-config '{"base_load_format": "dummy"}'``), then makes
 sure that δ-mem is attached after LoRA and before the KV cache is planned.

@@ -1,4 +1,4 @@
-"""An answer in several engine requests keeps its turn in vLLM's scheduler: newcomers do not overtake it at a refresh.
+"""Keeps the turn of an answer in several engine requests: newcomers do not overtake it in vLLM's scheduler.
 
 When a piece ends, its place in the batch and its KV blocks stay reserved for the next one, for as long as a search and
 a load take; the next one goes to the front of the queue. So it is as if the request had never left.

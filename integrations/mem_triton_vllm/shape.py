@@ -1,4 +1,4 @@
-"""vLLM's configuration as memory reads it."""
+"""Reads vLLM's configuration as memory needs it."""
 
 from __future__ import annotations
 

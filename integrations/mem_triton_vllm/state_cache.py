@@ -1,4 +1,4 @@
-"""δ-mem's state as a side cache of vLLM's attention KV group, and the op that reads and writes it.
+"""Keeps δ-mem's states in a side cache of vLLM's attention KV group, and defines the op that reads and writes them.
 
 Why here: vLLM puts every full-attention spec of equal block size into one group with one block table. A state cell that
 belongs to a KV block is therefore shared, copied, evicted and reloaded together with it, so prefix caching, preemption,

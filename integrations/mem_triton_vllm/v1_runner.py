@@ -1,4 +1,4 @@
-"""Model Runner V1, which plain CPU builds of vLLM use because they have no Triton.
+"""Tells memory of a step's rows under Model Runner V1, which plain CPU builds of vLLM use: they have no Triton.
 
 Why a patch: V1 has no per-request extension point in the worker. Upstream's answer is Model Runner V2 (``ModelState``),
 see ``v2_runner``. Remove this file when vLLM's CPU worker runs V2 without Triton.

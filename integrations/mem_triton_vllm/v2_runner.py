@@ -1,4 +1,4 @@
-"""Model Runner V2 (the default on GPUs): memory through vLLM's ``ModelState``, its extension point for such things.
+"""Tells memory of a step's rows under Model Runner V2, the default on GPUs, through vLLM's ``ModelState``.
 
 A model may name its ModelState class with ``get_model_state_cls``. We mix into the class that vLLM would have chosen,
 so that what other models need (prompt embeddings, multimodal positions) stays as it is.

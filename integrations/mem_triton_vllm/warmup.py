@@ -1,4 +1,4 @@
-"""Memory's kernels in vLLM's JIT warm-up: compiled before CUDA graphs are captured and requests come.
+"""Compiles memory's kernels in vLLM's JIT warm-up, before CUDA graphs are captured and requests come.
 
 vLLM's ``JitWarmupRegistry`` asks each provider that was registered while a model was loaded for its keys, once the KV
 cache is there, and has it compile them. After that its monitor (``--jit-monitor-mode error``) allows no compilation.

@@ -1,4 +1,4 @@
-"""The weights stay those that the server was started with: what would change them while it runs is refused.
+"""Refuses what would change, while it runs, the weights that a server was started with.
 
 A bank's entries and sessions' states were computed with them, and nothing can tell what they would mean under others.
 vLLM changes weights by worker methods that its front end calls by name.

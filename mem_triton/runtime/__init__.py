@@ -1,1 +1,1 @@
-"""Engine-neutral serving logic: requests in, device tables out."""
+"""Serves requests with memory, engine-neutral: from a request's fields to tables on the device."""

@@ -1,4 +1,4 @@
-"""Calls from an engine's front end to its workers, past the engine: no call waits for a step, and no step for a call.
+"""Calls an engine's workers from its front end, past the engine: no call waits for a step, and no step for a call.
 
 Each worker process answers on a Unix socket of its own, in a folder that only this user can enter. Messages are
 msgpack; bytes travel as they are. A call goes to all ranks at once and gives one answer a rank, in their order. A

@@ -1,4 +1,4 @@
-"""Requests that lost their memory in a worker, because our own code raised there: how the front end hears of it.
+"""Tells the front end which requests lost their memory in a worker, because our own code raised there.
 
 An exception of ours never ends an engine. The worker goes on without the memory of the requests concerned and writes
 their ids into a file; the front end looks at it before it hands out an answer, fails those requests with the reason,

@@ -1,1 +1,1 @@
-"""Where memory lives: banks on disk, pages on the device, and the way between them."""
+"""Keeps memory: banks on disk, pages on the device, and the way between them."""

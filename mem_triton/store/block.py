@@ -1,4 +1,4 @@
-"""The unit that a bank stores and a pool holds: some tokens' keys and values in some layers."""
+"""Holds some tokens' keys and values in some layers: what a bank stores and a pool loads."""
 
 from __future__ import annotations
 

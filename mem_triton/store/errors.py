@@ -1,4 +1,4 @@
-"""What a bank refuses, and why."""
+"""Defines what a bank refuses, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the lock of the one writer."""
+"""Writes files that are there whole or not at all, reads those of others, and locks a second writer out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one message about a request's memory that crosses processes: from the front end to schedulers and workers.
+"""Defines the one message about a request's memory that crosses processes: to schedulers and workers.
 
 It travels with the request, so preemption, tensor parallelism and restarts of a step need nothing else. Keys and values
 of a request depend on it, and ``keys_between`` says on which part of it.

@@ -1,4 +1,4 @@
-"""What requests say about memory: the error of a bad field, and parsers of field values that systems share.
+"""Defines the error of a bad request field, and parsers of field values that systems share.
 
 The fields themselves belong to the systems (``MemorySystem.fields``); ``registry.parse_request`` reads them all.
 """

@@ -1,4 +1,4 @@
-"""The model that an engine really computes, compared with the folder that it serves.
+"""Compares the model that an engine really computes with the folder that it serves.
 
 An engine's options change what a folder says: RoPE, sizes and the like (vLLM's ``--hf-overrides``, SGLang's
 ``--json-model-override-args``), and the precision of the weights (``--quantization``). Keys and values that were

@@ -1,1 +1,1 @@
-"""The front end's half of memory, engine-neutral: sessions, references, and how an answer is cut."""
+"""Keeps the front end's half of memory, engine-neutral: sessions, references, and how an answer is cut."""

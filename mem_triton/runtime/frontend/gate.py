@@ -1,4 +1,4 @@
-"""Whether workers may be called: while an engine sleeps, the device memory that a call would touch is not there."""
+"""Holds calls to workers back while an engine sleeps: the device memory that a call would touch is not there."""
 
 from __future__ import annotations
 

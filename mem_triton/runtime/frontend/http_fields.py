@@ -1,4 +1,4 @@
-"""Memory's fields where an HTTP server would drop them: such a request is refused, not answered without its memory.
+"""Refuses requests whose memory fields an HTTP server would drop, instead of answering them without memory.
 
 Servers ignore fields that they do not know, and not every route hands a request's extra arguments on. This looks at a
 request's body before the routes do; one without a memory field costs a search for four bytes.

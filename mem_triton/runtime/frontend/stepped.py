@@ -1,4 +1,4 @@
-"""An event loop for engines that are stepped by their caller: it runs when it is told to, in the caller's thread.
+"""Runs an event loop for engines that are stepped by their caller: when it is told to, in the caller's thread.
 
 The coroutines of a request's memory are the same for all engines. One that has no event loop runs them here, between
 its own steps; no thread of its own ever touches them.

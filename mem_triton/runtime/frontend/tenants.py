@@ -1,4 +1,4 @@
-"""Whom a request speaks for: the tenant that its API key or a trusted proxy's header says.
+"""Finds the tenant of a request, by its API key or a trusted proxy's header.
 
 Without a binding in the configuration ``mem_tenant`` is a label: it sorts what belongs together, and whoever knows a
 tenant's name reads and writes what is that tenant's.

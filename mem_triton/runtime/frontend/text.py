@@ -1,4 +1,4 @@
-"""Text of an answer that is cut into several engine requests, made of all its tokens.
+"""Decodes the text of an answer that is cut into several engine requests, from all its tokens.
 
 An engine decodes each request by itself: one that starts within a character loses it, or prints what was before.
 """

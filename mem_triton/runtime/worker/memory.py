@@ -1,4 +1,4 @@
-"""A worker's memory of all systems: who enters the batch, who leaves, and how a step's rows stand.
+"""Keeps a worker's memory of all systems: who enters the batch, who leaves, and how a step's rows stand.
 
 No exception of ours passes: whatever raises costs the requests concerned their memory, which the front end hears of
 (``runtime.incidents``), and the step goes on. The front end's calls come in threads of their own (``service``); a lock

@@ -1,4 +1,4 @@
-"""The attention modules of a model that an engine has loaded, whatever their classes are called."""
+"""Finds the attention modules of a model that an engine has loaded, whatever their classes are called."""
 
 from __future__ import annotations
 

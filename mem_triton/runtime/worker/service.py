@@ -1,4 +1,4 @@
-"""What a worker process answers to the front end's calls over the channel (``runtime.channel``).
+"""Answers the front end's calls to a worker process, over the channel (``runtime.channel``).
 
 The calls come in on the channel's threads; what they may touch between two forward passes, a part touches inside
 ``WorkerHost.exclusive``.

@@ -1,4 +1,4 @@
-"""Batches that make every kernel compile before the first request: each brings out another launch configuration.
+"""Lists batches that make every kernel compile before the first request: each brings out another launch.
 
 All rows of such a batch are padding: a kernel is compiled and launched, finds nothing to do and touches nothing. So the
 very layers, caches and tables of the engine can be used, with the strides and alignments that serving will have.

@@ -1,4 +1,4 @@
-"""What of a plan fits a worker's tables and the pool: decided by the front end, before a request is admitted.
+"""Decides in the front end what of a plan fits a worker's tables and the pool, before a request is admitted.
 
 A step's tables hold the pages that any of its tokens sees, once for each stretch of tokens that sees them. The most
 that these can be follows from the plan alone, so a request that is admitted fits whatever the scheduler makes of it.

@@ -1,4 +1,4 @@
-"""Which entry lies in which pages of a tier, who needs it, and who makes room. Book-keeping: no tensors or threads."""
+"""Keeps which entry lies in which pages of a tier, who needs it, and who makes room. No tensors, no threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Page loads of an asyncio front end: one owner carries them between the residency and the workers.
+"""Carries page loads between the residency and the workers, in an asyncio front end.
 
 The tasks that carry loads belong to no request. Whoever waits for pages only looks at his tickets, when there is news
 of any, so that a client who leaves takes no answer with him that others wait for.

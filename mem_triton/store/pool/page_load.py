@@ -1,4 +1,4 @@
-"""The load of one entry into its pages: what the front end decides, and what becomes of it on a worker."""
+"""Names the load of one entry into its pages, and follows it on a worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a page of memory lies in bytes: one record with all its layers, so that fetching a page is one copy.
+"""Lays a page of memory out in bytes: one record with all its layers, so that fetching a page is one copy.
 
 A record is ``[L, Hkv, P, 2D]``, keys and values side by side. Where data are 8 bit wide, a second one holds the scales:
 fp32 ``[L, Hkv, D]`` of the keys' channels, then ``[L, Hkv, P]`` of the values' tokens. Host and device hold the same

@@ -1,4 +1,4 @@
-"""Where memory lies on the line of positions: before the context, which starts at 0 where the engine puts it.
+"""Places memory before the context, which starts at position 0 where the engine puts it.
 
 RoPE is relative, so keys rotated to negative positions are read as text that came earlier, and the engine need not
 know. Memory³'s references lie side by side in one interval (parallel positions, arXiv 2407.01178, section 3); a prefix

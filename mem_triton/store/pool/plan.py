@@ -1,4 +1,4 @@
-"""What a request reads from explicit memory: references, and the query positions that see each of them.
+"""Describes what a request reads from explicit memory: references, and the query positions that see each of them.
 
 Engine-neutral, made by the front end, sent along with the request, and obeyed by the workers::
 

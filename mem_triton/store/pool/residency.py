@@ -1,4 +1,4 @@
-"""Which entries are on the device, who needs them, and which pages they lie in: the front end's view of the pool.
+"""Decides which entries are on the device, for whom, and in which pages: the front end's view of the pool.
 
 The front end alone decides, as it does for sessions; workers load what they are told into the pages they are told. So
 every rank holds the same entry in the same pages, a hit costs no message at all, and a request reaches the scheduler

@@ -1,4 +1,4 @@
-"""Copies into pages: after the steps that still read what lay there, before the steps that read them next.
+"""Orders copies into pages: after the steps that still read what lay there, before those that read them next.
 
 A step is queued on a GPU long before it runs. Two orders keep pages and steps apart, and neither makes a step's thread
 wait. A copy waits, on its own stream, for the *marks* that were left when the pages were released. A step's stream

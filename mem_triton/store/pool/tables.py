@@ -1,4 +1,4 @@
-"""Worker-side tables of explicit memory: which pages each running request attends to, and from which positions.
+"""Keeps a worker's tables of explicit memory: the pages that each running request reads, from which positions.
 
 Engine-neutral. A request *enters* with its plan and the pages that hold it, and *leaves* when it is finished or
 preempted. Before each step the engine calls ``set_rows`` with the batch's order and positions; only the pages that the

@@ -1,4 +1,4 @@
-"""Adapters on disk: ``delta_mem_config.json`` and ``delta_mem_adapter.pt`` or ``.safetensors``, both ways.
+"""Reads and writes adapters: ``delta_mem_config.json`` and ``delta_mem_adapter.pt`` or ``.safetensors``.
 
 The folder is the one that the official code writes, for a finished adapter as for a trainer's ``checkpoint-<step>``.
 ``mem_triton.json`` may lie beside them: ``{"scope": "sessions"}`` says that the adapter was trained for requests that

@@ -1,4 +1,4 @@
-"""One matmul for a layer's q, k and v and, behind them, δ-mem's projections of the same hidden states."""
+"""Folds δ-mem's projections into the matmul of a layer's q, k and v, whose hidden states they share."""
 
 from __future__ import annotations
 

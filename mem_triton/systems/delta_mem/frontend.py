@@ -1,4 +1,4 @@
-"""δ-mem's front-end part: a request's session, its lease, and the commit of its last state.
+"""Leases a request's session and commits its last state: δ-mem's front-end part.
 
 Workers keep no session: the state that a request starts from travels with it, and its last state is fetched when it has
 ended normally.

@@ -1,4 +1,4 @@
-"""One layer of an adapter: the names and shapes of its tensors, and the packed form that engines compute with.
+"""Names the tensors of one layer of an adapter, and packs them as engines compute with them.
 
 Source: delta-Mem ``DeltaMemAttention``. With x the input of the attention module (after the input norm)::
 

@@ -1,4 +1,4 @@
-"""δ-mem in a decoder layer: what one layer's weights add to the projections around its attention.
+"""Adds what one layer's δ-mem gives to the projections around its attention.
 
 An engine calls ``read`` with the hidden state that goes into ``qkv_proj``, adds Δq, Δk and Δv to that projection's
 output, before q/k norm and RoPE, and Δo to the output of ``o_proj``: once, whole, over all tensor-parallel ranks.

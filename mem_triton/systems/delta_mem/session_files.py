@@ -1,4 +1,4 @@
-"""Files of sessions: one safetensors file each, whole or absent, checked when it is read, locked by its one writer.
+"""Keeps sessions in safetensors files: whole or absent, checked when they are read, locked by their one writer.
 
 The lock is the kernel's (``flock``), on a file beside the session's: it holds against every process on every machine
 that mounts the directory with locks, and a process that ends, however it ends, leaves none behind.

@@ -1,4 +1,4 @@
-"""Sessions: δ-mem states that outlive their requests.
+"""Keeps sessions: δ-mem states that outlive their requests.
 
 The store lives in the engine's front end. A request opens a lease, which carries the bytes of the state it starts
 from; when it ends normally its final state is committed as the session's next version, otherwise nothing changes.

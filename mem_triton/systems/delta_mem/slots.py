@@ -1,4 +1,4 @@
-"""Worker-side tables: which row of the running batch starts from which state, and where its last states go.
+"""Keeps a worker's state tables: which row of the batch starts from which state, and where its last states go.
 
 Engine-neutral. A request that says something about its memory *enters* when the engine puts it into the batch and
 *leaves* when it is finished or preempted. Between steps the engine calls ``set_rows`` with the batch's order; kernels

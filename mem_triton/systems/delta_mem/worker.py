@@ -1,4 +1,4 @@
-"""δ-mem's worker part: the states that running requests start from and leave behind."""
+"""Keeps the states that running requests start from and leave behind: δ-mem's worker part."""
 
 from __future__ import annotations
 

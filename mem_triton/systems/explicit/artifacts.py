@@ -1,4 +1,4 @@
-"""Trained keys and values as entries of a bank of whole texts, and back.
+"""Makes trained keys and values entries of a bank of whole texts, and back.
 
 An entry is read like a text that was written: ``mem_ids`` names it, and it lies directly before the text. What was
 imported is kept in fp32 and says in its metadata, under "trained", where it is from.

@@ -1,4 +1,4 @@
-"""``mem_capture`` in a front end: what a request says becomes an entry of the bank.
+"""Makes what a request says an entry of the bank: ``mem_capture`` in a front end.
 
 What is kept is text: the prompt, without an open turn and without a system prompt where it is a chat, and with the
 answer if the request asks for it. It is read once more, by an engine request of its own that nothing else takes part

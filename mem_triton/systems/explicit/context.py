@@ -1,4 +1,4 @@
-"""How much of a model's context a request's memory takes: what it names lies before its text, and counts like text.
+"""Counts how much of a model's context a request's memory takes: what it names lies before its text.
 
 RoPE is relative and memory lies at negative positions, so an engine never sees it in a prompt's length. A model that
 was trained on C tokens reads C at once, whichever of them are memory. Sparse references count the tokens they keep.

@@ -1,4 +1,4 @@
-"""The head of a bank's references in a request: read once, before all of them, and not repeated by its prompt.
+"""Reads the head of a bank's references once, before all of them, and drops it where a prompt repeats it.
 
 References of kind "parallel" are encoded under the head of a chat, as text between that head and the user's words. A
 request with some reads [head | references side by side | the rest of its prompt], as if they stood in the user's turn:

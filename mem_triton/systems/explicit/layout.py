@@ -1,4 +1,4 @@
-"""What the front end and every worker must see alike: the bank, the size of the pool and the shape of its tables.
+"""Computes what the front end and every worker must see alike: the bank, the pool's size, its tables' shape.
 
 Both compute it from the engine's shape, so that nothing about it has to be sent.
 """

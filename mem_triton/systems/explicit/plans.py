@@ -1,4 +1,4 @@
-"""What a request reads: ids are resolved, references retrieved, and their pages claimed.
+"""Plans what a request reads: resolves ids, takes retrieved references, and claims their pages.
 
 A request reads by a plan: immutable references, and the query positions that see each. The plan travels with it, so any
 worker can serve it at any time, and the keys of its prefix say what its KV depends on.

@@ -1,4 +1,4 @@
-"""One request's explicit memory, and what its answer says of it."""
+"""Holds one request's explicit memory, and what its answer says of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which references a text reads: each chunk of the prompt, and later of the answer, asks for its own."""
+"""Finds the references that a text reads: each chunk of the prompt, and later of the answer, asks for its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Searches of a bank on behalf of requests: in threads of their own, each with a deadline.
+"""Searches a bank on behalf of requests: in threads of their own, each with a deadline.
 
 An embedder may be an endpoint that is down or does not answer. Then a request is answered without references and says
 so; it takes no thread from commits and captures, and requests that search nothing never notice.

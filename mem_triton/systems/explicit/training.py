@@ -1,4 +1,4 @@
-"""A codec that has to be trained learns from the very blocks that a bank is going to store."""
+"""Trains a codec on the very blocks that a bank is going to store."""
 
 from __future__ import annotations
 

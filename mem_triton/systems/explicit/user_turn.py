@@ -1,4 +1,4 @@
-"""The last thing that a user said, out of a rendered chat: what a bank is searched for.
+"""Finds the last thing that a user said in a rendered chat: what a bank is searched for.
 
 Engines get chats as tokens, system prompt and earlier turns included. Where a user's turn begins and ends in them is
 learnt from the chat template itself, so that chats of every route and of Python's ``chat`` are read alike.

@@ -1,4 +1,4 @@
-"""Explicit memory's worker part: the pool of pages, the bank's constant prefix, the tables, the loader, the captures.
+"""Keeps a worker's pool of pages, constant prefix, tables, loader and captures: explicit memory's worker part.
 
 Made before the engine sizes its KV cache, so that the pool is accounted for and the cache gets what is left.
 """

@@ -1,4 +1,4 @@
-"""``mem_capture``: a bank's entry out of an engine request's own prompt.
+"""Writes a bank's entry out of an engine request's own prompt: ``mem_capture`` in a worker.
 
 The prompt's keys and values lie in the request's KV blocks until somebody else's step writes there. A worker copies
 them when it hears that the request left the batch, takes the rotation off the keys, and writes its layers and heads to
