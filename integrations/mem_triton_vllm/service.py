@@ -11,6 +11,8 @@ from typing import Any
 
 from vllm.v1.worker.worker_base import WorkerBase
 
+from mem_triton_vllm.held import memory_of
+
 BARRIER, CALL = "mem_triton_barrier", "mem_triton_call"
 """Names of the worker methods, for ``collective_rpc``."""
 
@@ -21,7 +23,7 @@ def barrier(self: WorkerBase) -> None:
 
 def call(self: WorkerBase, system: str, method: str, *args: Any) -> Any:
     """Answers a front end's call while no step runs or begins; see ``BatchMemory.call``."""
-    memory = self.get_model().mem_triton
+    memory = memory_of(self.get_model())
     with memory.exclusive():
         return memory.call(system, method, *args)
 
