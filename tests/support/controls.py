@@ -22,10 +22,12 @@ def _pick_newest(self: Any, lease: str, position: int) -> tuple[int, Any]:
 
 
 def no_pins() -> None:
-    """Pages of running requests may be taken from them."""
+    """Pages of running requests may be taken from them, and filled while they are read."""
     from mem_triton.store.pool.ledger import PageLedger
+    from mem_triton.store.pool.tables import MemoryTables
 
     PageLedger._may_go = staticmethod(lambda entry: entry.ready)
+    MemoryTables.readers = lambda self, pages: []  # else a load waits for them, where it comes late enough
 
 
 def pools_read_with_the_writing_adapter() -> None:
