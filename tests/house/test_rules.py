@@ -276,9 +276,9 @@ ENGINE_ROLES = ("integrations/mem_triton_vllm/", "integrations/mem_triton_sglang
 
 
 def twice(files: list[tuple[str, str]]) -> dict[str, list[str]]:
-    """Names of classes that stand for several: (file, source text) of each module. Private ones count, too."""
+    """Names of classes that stand for several: (file, source text) of each module. An op's classes are its own."""
     found: dict[str, set[str]] = {}
-    for name, text in files:
+    for name, text in (file for file in files if not file[0].startswith("mem_triton/ops/")):
         place = next((ENGINE_ROLES[0] for engine in ENGINE_ROLES if name.startswith(engine)), name)
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef):
