@@ -48,7 +48,7 @@ class Newest:
 
 
 @dataclass
-class Source:
+class RowSource:
     """What a version is made of: the one before and what changed since, or all rows [L, N, d]. made: see ``Newest``."""
 
     before: Newest | None
@@ -104,7 +104,7 @@ class PoolWorker(WorkerPart):
         self._held: dict[int, str] = {}  # page -> the version that lies there
         block = self._shape.tokens
         self._projections = Projections(self._io, self._weights.bos, block, host.device, engine.dtype)
-        self._sources: dict[str, Source] = {}  # of versions that are being placed
+        self._sources: dict[str, RowSource] = {}  # of versions that are being placed
         self._newest: OrderedDict[str, Newest] = OrderedDict()  # by a pool's identity
         self._lock = threading.Lock()
         self._writes: dict[str, WritePass] = {}
@@ -139,12 +139,12 @@ class PoolWorker(WorkerPart):
             self._sources[ref] = source
         return {"error": None}
 
-    def _source(self, version: PoolVersion, before: Newest | None) -> Source:
+    def _source(self, version: PoolVersion, before: Newest | None) -> RowSource:
         """What the workers make a version of: as little as has to be read. Raises PoolError."""
         if before is not None and before.version < version.version:
             with contextlib.suppress(PoolError):  # the store was compacted in between
-                return Source(before, self.pools.changes(version, before.version))
-        return Source(None, (), self.pools.rows_of(version))
+                return RowSource(before, self.pools.changes(version, before.version))
+        return RowSource(None, (), self.pools.rows_of(version))
 
     def place(self, ref: str, pages: list[int], first: int, end: int) -> dict[str, Any]:
         """Fill a version's pages in the layers [first, end), between two steps: {"error": None or why not}.
@@ -210,7 +210,7 @@ class PoolWorker(WorkerPart):
             self._writes.pop(id, None)
             return {"error": f"{type(error).__name__}: {error}", "left": 0, "new": None}
 
-    def _keys_and_values(self, layer: int, source: Source) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, layer: int, source: RowSource) -> tuple[Tensor, Tensor]:
         """A version's keys before RoPE and its values: [Hkv, rows, D]."""
         if source.before is None:
             return self._projections.whole(layer, source.rows[layer])
@@ -220,7 +220,7 @@ class PoolWorker(WorkerPart):
         where = torch.arange(-keys.shape[1], 0, device=keys.device)
         return rotate(keys, where, rope)
 
-    def _remember(self, version: PoolVersion, source: Source) -> None:
+    def _remember(self, version: PoolVersion, source: RowSource) -> None:
         """A version is placed: the one after it begins from what it has."""
         with self._lock:
             del self._sources[version.ref]
