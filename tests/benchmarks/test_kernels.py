@@ -93,7 +93,7 @@ def off(function: Callable, which: str | tuple[int, ...], factor: float = 1.05) 
         ("delta_rule", "delta_rule_paged", (2, 1), "delta_rule_paged"),
         ("attention_inputs", "attention_inputs", (0,), "attention_inputs"),
         ("attention_inputs", "norm_and_rope", "result", "norm and RoPE alone"),
-        ("memory_attention", "memory_attention", (2,), "fused"),
+        ("memory_attention", "memory_attention", (0, 2), "fused"),
         ("memory_selection", "selection_weights", "result", "selection_weights"),
         ("reposition", "reposition_pages", (0,), "reposition_pages"),
         ("block_codec", "dequantise_pages", "result", "int8 pages"),
