@@ -14,7 +14,8 @@ STATE = {
     "sglang": {"attach", "states", "warmup"},
 }
 """Where an engine gives the capability STATE: states of sequences and corrections around projections."""
-_WORKERS = ("worker", "worker_captures", "slots", "attach", "layer_memory", "folding", "warmup")
+_WORKERS = ("worker", "worker_captures", "slots", "attach", "layer_memory", "folding", "warmup", "projections")
+_FRONT_ENDS = ("frontend", "plans", "captures", "injections", "residents")
 WORKER = ("mem_triton.runtime.worker", *(f"{system}.{part}" for system in SYSTEMS for part in _WORKERS))
 
 
@@ -49,14 +50,20 @@ def reached(start: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("part", ["runtime.frontend.memory", "systems.delta_mem.frontend", "systems.explicit.frontend"])
+FRONT_ENDS = (
+    "runtime.frontend.memory",
+    *(f"systems.{name}.frontend" for name in ("delta_mem", "explicit", "memoryllm")),
+)
+
+
+@pytest.mark.parametrize("part", FRONT_ENDS)
 def test_front_ends_import_no_worker_s_code(part):
     assert [name for name in reached(f"mem_triton.{part}") if name.startswith(WORKER)] == []
 
 
-@pytest.mark.parametrize("part", ["runtime.worker.memory", "systems.delta_mem.worker", "systems.explicit.worker"])
+@pytest.mark.parametrize("part", [part.replace("frontend", "worker") for part in FRONT_ENDS])
 def test_workers_import_no_front_end_s_code(part):
-    front = ("mem_triton.runtime.frontend", *(f"{s}.{p}" for s in SYSTEMS for p in ("frontend", "plans", "captures")))
+    front = ("mem_triton.runtime.frontend", *(f"{s}.{p}" for s in SYSTEMS for p in _FRONT_ENDS))
     assert [name for name in reached(f"mem_triton.{part}") if name.startswith(front)] == []
 
 
