@@ -20,7 +20,7 @@ from mem_triton.systems.memoryllm.residents import Residents
 from mem_triton.systems.memoryllm.rows import from_bytes, to_bytes
 from mem_triton.systems.memoryllm.section import MemoryLLMSection
 from mem_triton.systems.memoryllm.shape import PoolShape, PoolVersion
-from mem_triton.systems.memoryllm.update import Step, draw_dropped, updated
+from mem_triton.systems.memoryllm.update import UpdateStep, draw_dropped, updated
 from mem_triton.systems.memoryllm.worker import PoolWorker
 from mem_triton.systems.request import RequestError
 from tests.support.host import host
@@ -322,7 +322,7 @@ def test_c4_a_version_that_follows_another_is_to_the_bit_what_its_rows_give(pool
         io.projected = 0
         for _ in range(updates):
             count = 16 if torch.rand(1, generator=chance) < 0.8 else 5
-            step = Step(
+            step = UpdateStep(
                 torch.randn(3, count, 128, generator=chance), draw_dropped(80, count, 3 if per_layer else 1, chance)
             )
             rows = updated(rows, step, 80)

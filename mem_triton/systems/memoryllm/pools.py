@@ -29,7 +29,7 @@ from mem_triton.store.files import WRITING, WriterLock, is_occupied, sync_folder
 from mem_triton.systems.memoryllm import records
 from mem_triton.systems.memoryllm.records import PoolError, damaged
 from mem_triton.systems.memoryllm.shape import PoolInfo, PoolShape, PoolState, PoolVersion
-from mem_triton.systems.memoryllm.update import Step, updated
+from mem_triton.systems.memoryllm.update import UpdateStep, updated
 from mem_triton.systems.memoryllm.writing import PoolWrite
 
 STORE, WEIGHTS = "memory.json", "weights.safetensors"
@@ -164,7 +164,7 @@ class Pools:
             raise PoolError(f'pool "{version.name}" is gone; another one is called so now')
         return folder
 
-    def changes(self, version: PoolVersion, since: int) -> list[Step]:
+    def changes(self, version: PoolVersion, since: int) -> list[UpdateStep]:
         """What makes this version of its pool's version ``since``, step by step. Raises PoolError as ``rows_of``."""
         folder = self._exactly(version)
         deltas = [records.read_delta(folder, number) for number in range(since + 1, version.version + 1)]

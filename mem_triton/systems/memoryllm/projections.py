@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mem_triton.systems.base import LayerIO
-from mem_triton.systems.memoryllm.update import Step
+from mem_triton.systems.memoryllm.update import UpdateStep
 
 Projected = tuple[Tensor, Tensor]
 """Keys and values of one layer, [Hkv, rows, D] each, the learned first row in front."""
@@ -38,7 +38,7 @@ class Projections:
             found.insert(0, self._project(layer, self._bos[layer]))
         return _joined(found)
 
-    def after(self, layer: int, before: Projected, steps: Sequence[Step]) -> Projected:
+    def after(self, layer: int, before: Projected, steps: Sequence[UpdateStep]) -> Projected:
         """Of the version that steps make of the one ``before``, which may lie on the host."""
         first = 0 if self._bos is None else 1
         keys, values = (part.to(self._device) for part in before)

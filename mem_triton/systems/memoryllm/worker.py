@@ -31,7 +31,7 @@ from mem_triton.systems.memoryllm.records import PoolError
 from mem_triton.systems.memoryllm.rows import from_bytes, to_bytes
 from mem_triton.systems.memoryllm.section import MemoryLLMSection
 from mem_triton.systems.memoryllm.shape import PoolVersion
-from mem_triton.systems.memoryllm.update import Step
+from mem_triton.systems.memoryllm.update import UpdateStep
 from mem_triton.systems.memoryllm.write import WritePass, WriteWeights
 from mem_triton.systems.payload import SystemPayload
 
@@ -52,7 +52,7 @@ class RowSource:
     """What a version is made of: the one before and what changed since, or all rows [L, N, d]. made: see ``Newest``."""
 
     before: Newest | None
-    steps: Sequence[Step]
+    steps: Sequence[UpdateStep]
     rows: Tensor | None = None
     made: dict[int, Projected] = field(default_factory=dict)
 
