@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import random
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,10 +32,10 @@ from tests.cli.fuzz_case import (
     spoil_tensor,
 )
 from tests.memory3.support import RECALL, TEXT
+from tests.support.soak import SECONDS, SEED
 
 ADAPTER = RECALL.parent / "adapter"
 SOON = 40
-MANY = 1500
 
 
 def outcome(arguments: list[str]) -> tuple[int, str, str]:
@@ -111,10 +114,20 @@ def test_fault22_spoilt_files_are_one_line(place, work):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(4))
-def test_fault22_soak_of_spoilt_arguments_and_files(place, work, part):
-    for seed in range(10_000 + part * MANY, 10_000 + (part + 1) * MANY):
-        run_one(place, work, seed, only_arguments=seed % 2 == 0)
+@pytest.mark.timeout(SECONDS + 600)
+def test_fault22_soak_of_spoilt_arguments_and_files(place, work):
+    """Other ones each time; a failure prints its seed."""
+    until, codes = time.monotonic() + SECONDS, Counter()
+    for seed in itertools.count(SEED):
+        try:
+            codes[run_one(place, work, seed, only_arguments=seed % 2 == 0)] += 1
+        except BaseException:
+            print(f"MEM_TRITON_SOAK_SEED={seed}")
+            raise
+        if time.monotonic() > until:
+            break
+    print(f"soak: seeds {SEED} to {seed}, {dict(codes)}")
+    assert codes[0] and codes[2]
 
 
 @pytest.mark.parametrize(

@@ -154,11 +154,15 @@ class Soak:
 
     async def _attack(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        async with httpx.AsyncClient(base_url=self.server.http.base_url, timeout=60) as http:
-            clients = [self._client(http, random.Random(f"{self.seed} {i}"), until) for i in range(CLIENTS)]
-            await asyncio.gather(*clients, self._control(http, until))
+        clients = [self._client(random.Random(f"{self.seed} {i}"), until) for i in range(CLIENTS)]
+        await asyncio.gather(*clients, self._control(until))
 
-    async def _client(self, http: httpx.AsyncClient, rng: random.Random, until: float) -> None:
+    def _connect(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.server.http.base_url, timeout=60, verify=False)
+
+    async def _client(self, rng: random.Random, until: float) -> None:
+        """One client with connections of its own, which are closed when it leaves: httpx may forget to."""
+        http = self._connect()
         while time.monotonic() < until and len(self.faults) < 20:
             path, body = self._request(rng)
             patience = rng.choice([0.0, 0.005, 0.02, 0.1, 0.3]) if rng.random() < 0.4 else 60
@@ -168,8 +172,11 @@ class Soak:
                 self.answers["left"] += 1
                 if patience == 60:
                     self._fault("no answer in 60 s", path, body)
+                await http.aclose()
+                http = self._connect()
             except httpx.HTTPError as error:
                 self._fault(repr(error), path, body)
+        await http.aclose()
 
     async def _ask(self, http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> None:
         content = json.dumps(body)
@@ -182,18 +189,22 @@ class Soak:
         if len(text) > 20_000 and said.status_code >= 400:
             self._fault(f"a message of {len(text)} characters", path, body)
 
-    async def _control(self, http: httpx.AsyncClient, until: float) -> None:
+    async def _control(self, until: float) -> None:
         """Right answers all the while."""
-        while time.monotonic() < until and len(self.faults) < 20:
-            for prompt, fields, tokens in self.right:
-                body = {"model": "m", "prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-                body |= {"return_token_ids": True, self.server.fields_in: fields}
-                said = await http.post("/v1/completions", json=body)
-                given = said.json()["choices"][0].get("token_ids") if said.status_code == 200 else said.text
-                if given != tokens:
-                    self._fault(f"{given} instead of {tokens}", "control", body)
-                self.answers["right"] += given == tokens
-            await asyncio.sleep(0.5)
+        async with self._connect() as http:
+            while time.monotonic() < until and len(self.faults) < 20:
+                for prompt, fields, tokens in self.right:
+                    body = {"model": "m", "prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+                    body |= {"return_token_ids": True, self.server.fields_in: fields}
+                    try:
+                        said = await http.post("/v1/completions", json=body)
+                        given = said.json()["choices"][0].get("token_ids") if said.status_code == 200 else said.text
+                    except httpx.HTTPError as error:
+                        given = repr(error)
+                    if given != tokens:
+                        self._fault(f"{given} instead of {tokens}", "control", body)
+                    self.answers["right"] += given == tokens
+                await asyncio.sleep(0.5)
 
     def _request(self, rng: random.Random) -> tuple[str, dict[str, Any]]:
         asked = {}
