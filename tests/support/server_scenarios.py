@@ -6,12 +6,16 @@ The oracles are those of ``session_scenarios`` and ``memory_scenarios``.
 from __future__ import annotations
 
 import concurrent.futures
+import os
+import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from safetensors import safe_open
 
 from tests.support.bench import Bench
 from tests.support.memory_bench import SECRET, MemoryBench, tokens_of
@@ -102,6 +106,40 @@ def a_busy_session_is_refused_and_an_aborted_one_commits_nothing(
     until(answered, "the session is still being written")
     assert server.metric("mem_triton:session_commits_total") == commits + 1, "the aborted request committed nothing"
     assert answers[-1].json()["choices"][0]["token_ids"] == second
+
+
+def servers_that_share_a_folder_lose_no_commit(
+    one: ServerProcess, other: ServerProcess, bench: Bench, prompts: Prompts, folder: Path
+) -> None:
+    """Both serve the same ``session_dir``: one goes on from what the other has committed, one alone writes at a time,
+    and a server that is killed holds nothing. Ends ``other``."""
+    bench.forget()
+    for server, prompt in zip((one, other, one, other), prompts, strict=True):
+        assert server.tokens(prompt, words=session("shared")) == bench.generate(prompt), "what the other has committed"
+
+    def tell(i: int) -> int:
+        return (one, other)[i % 2].complete(prompts[0], 4, words=session("shared")).status_code
+
+    answers = [status for _ in range(3) for status in at_once(4, tell)]
+    assert set(answers) <= {200, 400} and answers.count(200) >= 3
+    with safe_open(folder / "shared.safetensors", "pt") as file:
+        header = file.metadata()
+    assert int(header["version"]) == 4 + answers.count(200), "whatever was answered is committed, once"
+    bench.forget()
+    told = [(prompt, 12) for prompt in prompts] + [(prompts[0], 4)] * answers.count(200)
+    assert int(header["tokens"]) == sum(len(prompt) + count - 1 for prompt, count in told)
+    for prompt, count in told:
+        bench.generate(prompt, count)
+    asked = bench.generate(prompts[1], write=False)
+    running = other.stream(prompts[2], 3900, words=session("shared"))
+    next(running)
+    refused = one.complete(prompts[1], words=session("shared"))
+    assert refused.status_code == 400 and "being written by another request" in refused.text
+    for server in (one, other):
+        assert server.tokens(prompts[1], words=session("shared", mem_write=0)) == asked, "readers wait for nobody"
+    os.killpg(other.process.pid, signal.SIGKILL)
+    other.process.wait(30)
+    assert one.tokens(prompts[1], words=session("shared")) == bench.generate(prompts[1]), "free, and as it was"
 
 
 def stop_strings_end_normally(server: ServerProcess, bench: Bench, prompts: Prompts) -> None:

@@ -75,3 +75,11 @@ def test_chat_and_a_client_salt(server):
 
 def test_a_session_file_of_another_adapter_is_400(server, folder, prompts):
     scenarios.a_session_file_of_another_adapter_is_400(server, folder, prompts)
+
+
+def test_fault13_servers_that_share_a_folder_lose_no_commit(server, bench, prompts, folder, tmp_path):
+    other = Server(str(bench.model), str(tmp_path / "log"), memory_flags({**bench.memory, "session_dir": str(folder)}))
+    try:
+        scenarios.servers_that_share_a_folder_lose_no_commit(server, other.wait(), bench, prompts, folder)
+    finally:
+        other.stop()
