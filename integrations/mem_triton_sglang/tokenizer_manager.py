@@ -31,11 +31,11 @@ from mem_triton.runtime.frontend.memory import MemoryFrontEnd, MemoryLostError, 
 from mem_triton.runtime.incidents import VARIABLE, Incidents
 from mem_triton.store.pool.loads import MemoryLoadError
 from mem_triton.systems.base import Failure, FrontendServices, Outcome
-from mem_triton.systems.lora import lora_identity
 from mem_triton.systems.params import RequestParams
 from mem_triton.systems.payload import Place
 from mem_triton.systems.registry import count_refusal
 from mem_triton.systems.request import RequestError
+from mem_triton_sglang.adapters import KnownAdapters
 from mem_triton_sglang.carrier import is_memory_field, packed
 from mem_triton_sglang.continuation import ContinuedAnswer, fixed, fixed_by_engine
 from mem_triton_sglang.identity import extra_key_of
@@ -74,7 +74,7 @@ class _Running:
             raise ValueError(f"Request is disconnected from the client side; {self.obj.rid} waited for its memory")
 
 
-class TokenizerManagerWithMemory(FixedWeights):
+class TokenizerManagerWithMemory(FixedWeights, KnownAdapters):
     """Requests may have a session and read a bank. Bad fields are ValueErrors, which SGLang answers with HTTP 400."""
 
     def start_memory(self, config: MemTritonConfig) -> None:
@@ -92,6 +92,7 @@ class TokenizerManagerWithMemory(FixedWeights):
         self.memory.between_steps = BetweenSteps(client.call, super().generate_request)
         self._running: dict[str, _Running] = {}
         self._released: set[str] = set()  # kinds of device memory that are not there
+        self.know_adapters()
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -195,7 +196,7 @@ class TokenizerManagerWithMemory(FixedWeights):
             fixed_by = fixed_by_engine(self.server_args) or fixed(obj, obj.sampling_params)
             asked = RequestParams(
                 answers,
-                self._lora_of(obj),
+                self.identity_of(obj.lora_path) if obj.lora_path else "",
                 _unfit(obj),
                 fixed_by,
                 prompt_tokens=None if obj.input_ids is None else len(obj.input_ids),
@@ -212,11 +213,6 @@ class TokenizerManagerWithMemory(FixedWeights):
         self.memory.begin(obj.rid)
         self._running[obj.rid] = running = _Running(obj, request, opened, alone)
         return running
-
-    def _lora_of(self, obj: GenerateReqInput) -> str:
-        """Which LoRA adapter answers; its ``lora_path`` is the name under which it was loaded."""
-        loaded = self.lora_ref_cache.get(obj.lora_path) if obj.lora_path else None
-        return lora_identity(str(obj.lora_path or ""), loaded.lora_path if loaded is not None else None)
 
     def _close(self, running: _Running) -> None:
         if self._running.get(running.obj.rid) is running:

@@ -66,6 +66,15 @@ class AsyncLLMWithMemory(AsyncLLM):
         weights.check_call(method, *args, **kwargs)
         return await super().collective_rpc(method, *args, **kwargs)
 
+    async def add_lora(self, lora_request: Any) -> bool:
+        with self.memory.loading(lora_request):
+            return await super().add_lora(lora_request)
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        removed = await super().remove_lora(lora_id)
+        self.memory.loras.forget(lora_id)
+        return removed
+
     async def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> None:
         weights.check_sleep(level)
         await self.memory.gate.shut()

@@ -81,5 +81,7 @@ def _front_end(vllm_config: VllmConfig, config: MemTritonConfig, decode: Any, to
         return tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     services = FrontendServices(decode, tokenizer and render, tokenizer, obstacles(vllm_config))
+    loras = vllm_config.lora_config
     more = {"tokenizer": tokenizer, "fixed_all": fixed_by_engine(vllm_config)}
+    more["kept_loras"] = None if loras is None else loras.max_cpu_loras
     return VLLMFrontEnd.of(config, shape_of(vllm_config), services, **more)

@@ -7,11 +7,12 @@ travels with the request in ``extra_args``; what a KV cache needs to tell memori
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
 import sys
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -23,7 +24,7 @@ from mem_triton.runtime.frontend.memory import MemoryFrontEnd, Opened
 from mem_triton.runtime.frontend.tenants import Tenants
 from mem_triton.runtime.incidents import Incidents, make_file
 from mem_triton.systems.base import FrontendPart
-from mem_triton.systems.lora import lora_identity
+from mem_triton.systems.lora import LoadedAdapters, files_digest
 from mem_triton.systems.params import RequestParams
 from mem_triton.systems.payload import Place, encode
 from mem_triton.systems.registry import count_refusal
@@ -36,7 +37,7 @@ class VLLMFrontEnd(MemoryFrontEnd):
     """Opens and closes the memory of each request; one per engine front end.
 
     tokenizer: the model's, when it is asked for; None where an engine has none. fixed_all: why no answer of this engine
-    can have its references refreshed, None if they can.
+    can have its references refreshed, None if they can. kept_loras: how many LoRA adapters its workers keep.
 
     Example::
 
@@ -52,9 +53,11 @@ class VLLMFrontEnd(MemoryFrontEnd):
         tenants: Tenants | None = None,
         tokenizer: Callable[[], Any] | None = None,
         fixed_all: str | None = None,
+        kept_loras: int | None = None,
     ) -> None:
         super().__init__(parts, tenants, Incidents(make_file(), _external_id))
         self.tokenizer, self._fixed = tokenizer, fixed_all
+        self.loras = LoadedAdapters(kept_loras)
 
     def open_request(
         self, prompt: Any, params: Any, lora: Any = None, headers: Mapping[str, str] | None = None, chat: bool = False
@@ -78,7 +81,7 @@ class VLLMFrontEnd(MemoryFrontEnd):
         fixed_by = self._fixed or fixed(params)
         said = RequestParams(
             params.n,
-            lora_identity(lora.lora_name, lora.lora_path) if lora else "",
+            self.lora_of(lora) if lora else "",
             _unfit(prompt),
             fixed_by,
             _prompt_tokens(prompt),
@@ -90,6 +93,20 @@ class VLLMFrontEnd(MemoryFrontEnd):
             return self.open(params.extra_args, said)
         except RequestError as error:
             raise refused(error) from None
+
+    def lora_of(self, lora: Any) -> str:
+        """Which LoRA adapter answers. Workers read one that is loaded in place anew whenever they run it."""
+        if lora.load_inplace:
+            return f"{lora.lora_name}:{files_digest(lora.lora_path)}"
+        return self.loras.identity(lora.lora_int_id, lora.lora_name, lora.lora_path)
+
+    @contextlib.contextmanager
+    def loading(self, lora: Any) -> Iterator[None]:
+        """While workers load an adapter because they are told to; one that they have they do not read again."""
+        before = files_digest(lora.lora_path)
+        yield
+        if lora.load_inplace or not self.loras.knows(lora.lora_int_id):
+            self.loras.loaded(lora.lora_int_id, lora.lora_path, before)
 
     def carry(self, prompt: Any, params: Any, opened: Opened, place: Place | None = None) -> tuple[Any, Any]:
         """The salted prompt, and a copy of the parameters with what workers, block hashes and the scheduler need."""

@@ -175,6 +175,15 @@ class LLMEngineWithMemory(LLMEngine):
         weights.check_call(method, *args, **kwargs)
         return super().collective_rpc(method, *args, **kwargs)
 
+    def add_lora(self, lora_request: Any) -> bool:
+        with self.memory.loading(lora_request):
+            return super().add_lora(lora_request)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        removed = super().remove_lora(lora_id)
+        self.memory.loras.forget(lora_id)
+        return removed
+
     def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> None:
         weights.check_sleep(level)
         shutting = self._loop.spawn(self.memory.gate.shut())

@@ -13,6 +13,7 @@ import os
 import sys
 from typing import Any
 
+from tests.support.cases import overwrite_lora
 from tests.support.faults import VARIABLE, switch
 
 MARK = "CASE-RESULT "
@@ -31,6 +32,11 @@ def main() -> None:
         rounds = []
         for batch in case["rounds"]:
             switch(batch[0].get("fault"))
+            overwrite_lora(batch[0])
+            if batch[0].get("reload"):
+                lora = batch[0]["lora"]
+                engine.unload_lora_adapter(lora)
+                assert engine.load_lora_adapter(lora, lora).success
             if os.environ.get(VARIABLE):
                 rounds.append(engine.loop.run_until_complete(_one_by_one(engine, batch)))
                 continue

@@ -138,6 +138,15 @@ def test_a_session_file_of_another_adapter_is_400(server, folder, prompts):
     scenarios.a_session_file_of_another_adapter_is_400(server, folder, prompts)
 
 
+@pytest.mark.slow  # a second server, and vLLM's tests have it each time
+def test_fault13_servers_that_share_a_folder_lose_no_commit(server, bench, prompts, folder, tmp_path):
+    other = Server(bench.model, tmp_path / "log", {**bench.memory, "session_dir": str(folder)})
+    try:
+        scenarios.servers_that_share_a_folder_lose_no_commit(server, other.wait(), bench, prompts, folder)
+    finally:
+        other.stop()
+
+
 def test_sessions_survive_a_restart(server, bench, prompts, folder, start_server):
     bench.fresh(prompts[2])
     expected = bench.generate(prompts[3])

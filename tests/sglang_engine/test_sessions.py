@@ -34,6 +34,23 @@ def test_fault14_sessions_belong_to_the_model_as_it_was_computed(bench, prompts,
     )
 
 
+def test_fault14_an_overwritten_lora_is_another_one_when_it_is_loaded(lora_bench, prompts, tmp_path):
+    folder = str(tmp_path / "lora")
+    scenarios.an_overwritten_lora_is_another_one_when_it_is_loaded(
+        lora_bench,
+        prompts,
+        run_engine,
+        16,
+        tmp_path / "lora",
+        enable_lora=True,
+        max_lora_rank=8,
+        lora_paths={folder: folder},
+        lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        lora_backend="torch_native",
+        tamper="tests.sglang_engine.tamper:no_pinned_memory",
+    )
+
+
 def test_without_memory_in_the_radix_keys_tokens_are_wrong(bench, prompts):
     """Negative control."""
     scenarios.without_memory_in_the_cache_keys_tokens_are_wrong(

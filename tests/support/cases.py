@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from typing import Any
 
 
 def request(prompt: list[int], max_tokens: int = 12, **others: Any) -> dict[str, Any]:
-    """One request of a case; others: fields (mem_...), lora, stop_token_ids, and what else the engine's case reads."""
+    """One request of a case; others: fields (mem_...), lora, stop_token_ids, and what else the engine's case reads.
+
+    Before the round of a request with them, overwrite is a folder whose files replace those of its LoRA adapter, and
+    reload tells the engine to load the adapter anew.
+    """
     return {"prompt": prompt, "max_tokens": max_tokens, **others}
+
+
+def overwrite_lora(request: dict[str, Any]) -> None:
+    """What a request with ``overwrite`` asks for."""
+    if "overwrite" in request:
+        shutil.copytree(request["overwrite"], request["lora"], dirs_exist_ok=True)
 
 
 def result_of(process: subprocess.CompletedProcess[str], mark: str, fails: bool) -> Any:

@@ -4,10 +4,12 @@ carries the state over. run: an engine's ``run_engine``."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.support.bench import Bench
 from tests.support.cases import cached, tokens
@@ -65,6 +67,35 @@ def sessions_belong_to_the_model_as_it_was_computed(
     error = result["rounds"][0]["error"]
     assert "was made with another rope" in error and '"mem_reset": 1' in error, error
     assert len(tokens(result, 1)[0]) == 12, "other sessions are served"
+
+
+def an_overwritten_lora_is_another_one_when_it_is_loaded(
+    lora_bench: Bench, prompts: list[list[int]], run: Run, page: int, folder: Path, **options: Any
+) -> None:
+    """Its files change under a running engine: sessions and prefixes stay those of the weights that answer, until the
+    engine reads the new files. folder: where the adapter lies."""
+    told, asked, long, _ = prompts
+    shutil.copytree(lora_bench.lora, folder)
+    other = shutil.copytree(lora_bench.lora, folder.with_name("other"))
+    weights = {name: 2 * tensor for name, tensor in load_file(other / "adapter_model.safetensors").items()}
+    save_file(weights, other / "adapter_model.safetensors")
+
+    def with_lora(*requests: dict[str, Any], **before: Any) -> list[dict[str, Any]]:
+        return [{**request, "lora": str(folder), **before} for request in requests]
+
+    rounds = [
+        with_lora(ask(told, mem_session="alice"), ask(long)),
+        with_lora(ask(asked, mem_session="alice"), ask(long), overwrite=str(other)),
+        with_lora(ask(long), reload=True),
+        with_lora(ask(told, mem_session="alice")),
+    ]
+    result = run(lora_bench.model, rounds, memory=lora_bench.memory, errors_are_results=True, **options)
+    fresh = lora_bench.fresh(long)
+    assert tokens(result, 0) == [lora_bench.fresh(told), fresh]
+    assert tokens(result, 1) == [lora_bench.generate(asked), fresh], "the weights that were loaded"
+    assert cached(result, 1)[1] == whole_pages(long, page), "and their prefixes"
+    assert cached(result, 2) == [0] and tokens(result, 2) != [fresh], "the new weights find nothing of the old ones'"
+    assert '"alice" was told under LoRA adapter' in result["rounds"][3]["error"]
 
 
 def without_memory_in_the_cache_keys_tokens_are_wrong(

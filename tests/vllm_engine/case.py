@@ -11,6 +11,7 @@ import json
 import sys
 from typing import Any
 
+from tests.support.cases import overwrite_lora
 from tests.support.faults import switch
 
 MARK = "CASE-RESULT "
@@ -43,6 +44,9 @@ def main() -> None:
     rounds = []
     for batch in case["rounds"]:
         switch(batch[0].get("fault"))
+        overwrite_lora(batch[0])
+        if batch[0].get("reload"):
+            llm.llm_engine.add_lora(LoRARequest("l", 1, batch[0]["lora"], load_inplace=True))
         prompts = [{"prompt_token_ids": r["prompt"]} for r in batch]
         loras = [LoRARequest("l", 1, r["lora"]) if r.get("lora") else None for r in batch]
         try:

@@ -43,6 +43,13 @@ def test_fault14_sessions_belong_to_the_model_as_it_was_computed(bench, prompts,
     )
 
 
+def test_fault14_an_overwritten_lora_is_another_one_when_it_is_loaded(lora_bench, prompts, tmp_path):
+    options = {"enable_lora": True, "max_lora_rank": 8}
+    scenarios.an_overwritten_lora_is_another_one_when_it_is_loaded(
+        lora_bench, prompts, run_engine, 32, tmp_path / "lora", **options
+    )
+
+
 def test_without_memory_in_the_cache_key_tokens_are_wrong(bench, prompts):
     """Negative control."""
     scenarios.without_memory_in_the_cache_keys_tokens_are_wrong(
