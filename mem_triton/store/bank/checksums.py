@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from torch import Tensor
 BLOCK = 64
 """Words of 8 bytes that are added up before they are weighed; that is what makes it as cheap as reading."""
 MIX = np.uint64(0x9E3779B97F4A7C15)
+SMALL = 512
+"""Words of a part up to which compiled code is faster than torch (checksums_compiled)."""
 
 
 def part_checksums(row: int, tensors: Mapping[str, Tensor], layers: Sequence[int], heads: slice) -> np.ndarray:
@@ -26,14 +28,31 @@ def part_checksums(row: int, tensors: Mapping[str, Tensor], layers: Sequence[int
 
     They cover bytes, dtypes, shapes, names, the row's number, and which layer and head it is.
     """
-    place = np.array(layers, np.uint64)[:, None] << np.uint64(20) | np.arange(heads.start, heads.stop, dtype=np.uint64)
-    total = (place << np.uint64(20) | np.uint64(row)) * MIX
+    total = (_places(tuple(layers), heads.start, heads.stop) | np.uint64(row)) * MIX
     for name in sorted(tensors):
         tensor = tensors[name]
-        total = (total ^ (total >> np.uint64(29))) * MIX + _weighed(tensor) * _salt(
-            name, tensor.dtype, tensor.shape[2:]
-        )
+        salt = _salt(name, tensor.dtype, tensor.shape[2:])
+        size, rest = divmod(tensor.nbytes, 8 * max(1, total.size))
+        fits = tensor.shape[:2] == total.shape and tensor.is_contiguous() and not rest
+        if fits and size <= SMALL:
+            _compiled()(tensor.data_ptr(), size, salt, total.reshape(-1))
+        else:
+            total = (total ^ (total >> np.uint64(29))) * MIX + _weighed(tensor) * salt
     return (total ^ (total >> np.uint64(32))).astype(np.uint32)
+
+
+@cache
+def _compiled() -> Callable[[int, int, np.uint64, np.ndarray], None]:
+    from mem_triton.store.bank.checksums_compiled import mix_in  # not all that import a bank read blocks of it
+
+    return mix_in
+
+
+@lru_cache(64)
+def _places(layers: tuple[int, ...], first: int, end: int) -> np.ndarray:
+    """uint64 [L, H]: what a part's sum begins with, but for its row."""
+    place = np.array(layers, np.uint64)[:, None] << np.uint64(20) | np.arange(first, end, dtype=np.uint64)
+    return place << np.uint64(20)
 
 
 def _weighed(tensor: Tensor) -> np.ndarray:

@@ -1,0 +1,50 @@
+"""Weighs the words of small parts for ``checksums``, compiled by numba: one call a tensor, where torch takes several.
+
+A part of a few kilobytes costs less to add up than a single call of torch. Larger ones torch adds up faster.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+BLOCK = np.uint64(64)
+MIX = np.uint64(0x9E3779B97F4A7C15)
+ONE, SHIFT = np.uint64(1), np.uint64(29)
+
+
+@intrinsic
+def _words_at(typing, address):
+    """The int64 words that lie at an address."""
+    pointer = types.CPointer(types.int64)
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], ir.PointerType(ir.IntType(64)))
+
+    return pointer(types.int64), generate
+
+
+@njit("void(int64, int64, uint64, uint64[::1])", cache=True, nogil=True, error_model="numpy")
+def mix_in(address, count, salt, totals):
+    """Mix a tensor into the totals of its parts. address: of its ``len(totals)`` parts of ``count`` words of 8 bytes.
+
+    Indices are unsigned, so that the loop over a block becomes vector instructions.
+    """
+    words = carray(_words_at(address), (totals.shape[0], count))
+    whole = np.uint64(count) // BLOCK
+    for part in range(np.uint64(totals.shape[0])):
+        blocks, weight = np.uint64(0), np.uint64(0)
+        for block in range(whole):
+            block_sum, first = np.int64(0), np.uint64(block * BLOCK)
+            for i in range(BLOCK):
+                block_sum += words[part, first + i]
+            weight += MIX
+            blocks += np.uint64(block_sum) * (weight | ONE)
+        rest, weight = np.uint64(0), np.uint64(0)
+        for i in range(whole * BLOCK, np.uint64(count)):
+            weight += MIX
+            rest += np.uint64(words[part, i]) * (weight | ONE)
+        before = totals[part]
+        totals[part] = (before ^ (before >> SHIFT)) * MIX + (blocks + rest * MIX) * salt
