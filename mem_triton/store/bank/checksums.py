@@ -23,17 +23,21 @@ SMALL = 512
 """Words of a part up to which compiled code is faster than torch (checksums_compiled)."""
 
 
-def part_checksums(row: int, tensors: Mapping[str, Tensor], layers: Sequence[int], heads: slice) -> np.ndarray:
+def part_checksums(
+    row: int, tensors: Mapping[str, Tensor], layers: Sequence[int], heads: slice, often: bool = False
+) -> np.ndarray:
     """uint32 [L, H] of a row's tensors, each [L, H, ...], in the stored layers and KV heads of these indices.
 
-    They cover bytes, dtypes, shapes, names, the row's number, and which layer and head it is.
+    They cover bytes, dtypes, shapes, names, the row's number, and which layer and head it is. often: this process will
+    do it again and again, which compiled code is worth: importing numba takes half a second, and not before vLLM has
+    started.
     """
     total = (_places(tuple(layers), heads.start, heads.stop) | np.uint64(row)) * MIX
     for name in sorted(tensors):
         tensor = tensors[name]
         salt = _salt(name, tensor.dtype, tensor.shape[2:])
         size, rest = divmod(tensor.nbytes, 8 * max(1, total.size))
-        fits = tensor.shape[:2] == total.shape and tensor.is_contiguous() and not rest
+        fits = often and tensor.shape[:2] == total.shape and tensor.is_contiguous() and not rest
         if fits and size <= SMALL:
             _compiled()(tensor.data_ptr(), size, salt, total.reshape(-1))
         else:
@@ -43,7 +47,7 @@ def part_checksums(row: int, tensors: Mapping[str, Tensor], layers: Sequence[int
 
 @cache
 def _compiled() -> Callable[[int, int, np.uint64, np.ndarray], None]:
-    from mem_triton.store.bank.checksums_compiled import mix_in  # not all that import a bank read blocks of it
+    from mem_triton.store.bank.checksums_compiled import mix_in
 
     return mix_in
 

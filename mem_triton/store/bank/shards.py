@@ -126,7 +126,7 @@ class Shards:
 
     def raw(self, name: str, row: int) -> Row:
         """One entry's tensors, undecoded. Raises FileNotFoundError if the shard is gone, BankError if it is damaged."""
-        return self._rows(name, row, None, slice(0, self.spec.kv_heads))
+        return self._rows(name, row, None, slice(0, self.spec.kv_heads), often=False)
 
     def read(
         self,
@@ -136,10 +136,14 @@ class Shards:
         layers: Sequence[int] | None = None,
         heads: slice | None = None,
         codec: Codec | None = None,
+        often: bool = True,
     ) -> MemoryBlock:
-        """Part of one entry. layers: indices into the stored layers. Every tensor of a codec begins with [L, Hkv]."""
+        """Part of one entry. layers: indices into the stored layers. often: others will be read as well.
+
+        Every tensor of a codec begins with [L, Hkv].
+        """
         heads = heads or slice(0, self.spec.kv_heads)
-        tensors = self._rows(name, row, layers, heads)
+        tensors = self._rows(name, row, layers, heads, often)
         positions = tensors.pop("positions", None)
         try:
             keys, values = (codec or self.codec).decode(tensors, dtype)
@@ -149,7 +153,7 @@ class Shards:
             positions = torch.arange(keys.shape[2], dtype=torch.int32).expand(keys.shape[:3]).contiguous()
         return MemoryBlock(keys, values, positions)
 
-    def _rows(self, name: str, row: int, layers: Sequence[int] | None, heads: slice) -> Row:
+    def _rows(self, name: str, row: int, layers: Sequence[int] | None, heads: slice, often: bool) -> Row:
         """One row's tensors, or some layers and heads of them, as they were written."""
         file, names, checksums = self._file(name)
         mine = names.get(row)
@@ -166,7 +170,7 @@ class Shards:
             if checksums is not None and tensors["keys"].numel():
                 which = range(len(tensors["keys"])) if layers is None else layers
                 right = checksums[row][list(which), heads]
-                if not np.array_equal(part_checksums(row, tensors, which, heads), right):
+                if not np.array_equal(part_checksums(row, tensors, which, heads, often), right):
                     raise self._damaged(name, row, "has changed since it was written")
         except (SafetensorError, RuntimeError, LookupError, TypeError, OSError) as error:
             raise self._damaged(name, row, f"cannot be read ({error})") from None
