@@ -115,10 +115,10 @@ def servers_that_share_a_folder_lose_no_commit(
     and a server that is killed holds nothing. Ends ``other``."""
     bench.forget()
     for server, prompt in zip((one, other, one, other), prompts, strict=True):
-        assert server.tokens(prompt, words=session("shared")) == bench.generate(prompt), "what the other has committed"
+        assert server.tokens(prompt, fields=session("shared")) == bench.generate(prompt), "what the other has committed"
 
     def tell(i: int) -> int:
-        return (one, other)[i % 2].complete(prompts[0], 4, words=session("shared")).status_code
+        return (one, other)[i % 2].complete(prompts[0], 4, fields=session("shared")).status_code
 
     answers = [status for _ in range(3) for status in at_once(4, tell)]
     assert set(answers) <= {200, 400} and answers.count(200) >= 3
@@ -131,15 +131,15 @@ def servers_that_share_a_folder_lose_no_commit(
     for prompt, count in told:
         bench.generate(prompt, count)
     asked = bench.generate(prompts[1], write=False)
-    running = other.stream(prompts[2], 3900, words=session("shared"))
+    running = other.stream(prompts[2], 3900, fields=session("shared"))
     next(running)
-    refused = one.complete(prompts[1], words=session("shared"))
+    refused = one.complete(prompts[1], fields=session("shared"))
     assert refused.status_code == 400 and "being written by another request" in refused.text
     for server in (one, other):
-        assert server.tokens(prompts[1], words=session("shared", mem_write=0)) == asked, "readers wait for nobody"
+        assert server.tokens(prompts[1], fields=session("shared", mem_write=0)) == asked, "readers wait for nobody"
     os.killpg(other.process.pid, signal.SIGKILL)
     other.process.wait(30)
-    assert one.tokens(prompts[1], words=session("shared")) == bench.generate(prompts[1]), "free, and as it was"
+    assert one.tokens(prompts[1], fields=session("shared")) == bench.generate(prompts[1]), "free, and as it was"
 
 
 def stop_strings_end_normally(server: ServerProcess, bench: Bench, prompts: Prompts) -> None:
