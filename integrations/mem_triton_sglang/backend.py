@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mem_triton.config import ConfigError
 from mem_triton.ops.memory_attention import AttentionCall, PagedContext, memory_attention
+from mem_triton.ops.memory_attention.planned import PlannedLayer
 from mem_triton.runtime.worker.memory import attend_or_lose
 from mem_triton_sglang.held import memory_of
 from mem_triton_sglang.hooks import check_hooks
@@ -63,17 +64,18 @@ def create(runner: Any) -> AttentionBackend:
 class BackendWithMemory(AttentionBackend):
     """Overrides a stock backend: adds to its result what rows read of memory.
 
-    mem_step: the step that runs, or is captured, now.
+    mem_step: the step that runs, or is captured, now. mem_planned: what stays between steps, by layer.
     """
 
     needs_cpu_seq_lens = True
     mem_triton: SGLangWorkerMemory
     mem_steps: StepBuilder
     mem_step: Step | None = None
+    mem_planned: dict[int, PlannedLayer]
 
     def mem_connect(self, memory: SGLangWorkerMemory, steps: StepBuilder) -> None:
         """Read memory from now on; SGLang's own constructor has built this object."""
-        self.mem_triton, self.mem_steps = memory, steps
+        self.mem_triton, self.mem_steps, self.mem_planned = memory, steps, {}
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         super().init_forward_metadata(forward_batch)
@@ -189,8 +191,25 @@ class BackendWithMemory(AttentionBackend):
         sinks: Tensor | None = None,
     ) -> None:
         """Memory and context of a step's rows in one softmax. q, out: [tokens, Hq * D]. read: what the layer reads."""
+        make = functools.partial(self._call, q, out, layer, step, read, only_readers, sinks)
+        if not only_readers or self.mem_triton.policy is not None or not q.is_contiguous():
+            memory_attention(make(), policy=self.mem_triton.policy)
+            return
+        planned = self.mem_planned.setdefault(layer.layer_id, PlannedLayer())
+        planned.attend(q, out, self.token_to_kv_pool.get_key_buffer(layer.layer_id), step.plans, make)
+
+    def _call(
+        self,
+        q: Tensor,
+        out: Tensor,
+        layer: RadixAttention,
+        step: Step,
+        read: Mapping[str, Any],
+        only_readers: bool,
+        sinks: Tensor | None,
+    ) -> AttentionCall:
         heads = (-1, layer.tp_q_head_num, layer.qk_head_dim)
-        call = AttentionCall(
+        return AttentionCall(
             q.reshape(heads),
             self._context(layer, step),
             out.view(heads),
@@ -200,7 +219,6 @@ class BackendWithMemory(AttentionBackend):
             only_readers=only_readers,
             **read,
         )
-        memory_attention(call, policy=self.mem_triton.policy)
 
     def _context(self, layer: RadixAttention, step: Step) -> PagedContext:
         size = self.mem_steps.page_size

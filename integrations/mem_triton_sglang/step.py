@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mem_triton.ops.memory_attention.planned import Plans
+
 
 @dataclass
 class Step:
     """Rows of the packed batch. block_table: int32 [rows, pages]; query_start_loc: int32 [rows + 1]; seq_lens: int32
-    [rows], each row's length after this step; max_query_len: on the host. captured: part of a CUDA graph."""
+    [rows], each row's length after this step; max_query_len: on the host. captured: part of a CUDA graph. plans:
+    see ``PlannedLayer``."""
 
     block_table: Tensor
     query_start_loc: Tensor
     seq_lens: Tensor
     max_query_len: int
     captured: bool = False
+    plans: Plans = field(default_factory=dict)
 
 
 class StepBuilder:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +22,23 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 
 from mem_triton.config import ConfigError
 from mem_triton.ops.memory_attention import AttentionCall, PagedContext, Policy, add_memory, memory_attention
+from mem_triton.ops.memory_attention.planned import PlannedLayer, Plans
 from mem_triton.runtime.worker.memory import BatchMemory, attend_or_lose
 from mem_triton.systems.base import LayerSegments
 from mem_triton_vllm import flash_lse
 from mem_triton_vllm.cache_layout import CacheLayout, layout_of_cache
 
 
-class Step(NamedTuple):
-    """What memory needs of a step's batch; device tensors but for the two numbers."""
+@dataclass
+class Step:
+    """What memory needs of a step's batch; device tensors but for the two numbers. plans: see ``PlannedLayer``."""
 
     tokens: int  # without padding
     max_query_len: int
     query_start_loc: Tensor  # int32 [rows + 1]
     seq_lens: Tensor  # int32 [rows], length after this step
     block_table: Tensor  # int32 [rows, max_blocks]
+    plans: Plans = field(default_factory=dict)
 
 
 class BuilderWithMemory(AttentionMetadataBuilder):
@@ -64,7 +68,7 @@ class BuilderWithMemory(AttentionMetadataBuilder):
 
     def update_block_table(self, metadata: Any, blk_table: Tensor, slot_mapping: Tensor) -> Any:
         updated = super().update_block_table(metadata, blk_table, slot_mapping)
-        updated.mem_triton = Step(*metadata.mem_triton[:4], block_table=blk_table)
+        updated.mem_triton = replace(metadata.mem_triton, block_table=blk_table, plans={})
         return updated
 
 
@@ -73,17 +77,19 @@ class AttentionWithMemory(AttentionImpl):
 
     mem_batch: which rows of the step read memory; None until ``mem_connect``. mem_segments: what this layer reads
     besides its context, None for nothing. mem_policy: how; None leaves that to each step's batch. mem_layout: how the
-    KV cache lies, said by the builder.
+    KV cache lies, said by the builder. mem_planned: what stays between steps.
     """
 
     mem_batch: BatchMemory | None = None
     mem_segments: LayerSegments | None = None
     mem_policy: Policy | None = None
     mem_layout: CacheLayout | None = None
+    mem_planned: PlannedLayer
 
     def mem_connect(self, batch: BatchMemory, segments: LayerSegments | None, policy: Policy | None) -> None:
         """Read memory from now on; vLLM has built this object before there was any."""
         self.mem_batch, self.mem_segments, self.mem_policy = batch, segments, policy
+        self.mem_planned = PlannedLayer()
 
     def forward(
         self,
@@ -139,10 +145,23 @@ class AttentionWithMemory(AttentionImpl):
         read: dict[str, Any] | None = None,
     ) -> None:
         """Memory and context of a step's rows in one softmax. read: None for what the layer reads."""
-        if read is None:
-            read = self.mem_segments.read(len(step.seq_lens))
+        make = functools.partial(self._call, query, kv_cache, step, output, only_readers, read)
+        if only_readers and read is None and self.mem_policy is None:
+            self.mem_planned.attend(query, output, kv_cache, step.plans, make)
+        else:
+            memory_attention(make(), policy=self.mem_policy)
+
+    def _call(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        step: Step,
+        output: Tensor,
+        only_readers: bool,
+        read: dict[str, Any] | None,
+    ) -> AttentionCall:
         heads = (step.tokens, self.num_heads, self.head_size)
-        call = AttentionCall(
+        return AttentionCall(
             query[: step.tokens].view(heads),
             self.mem_context(kv_cache, step),
             output[: step.tokens].view(heads),
@@ -150,9 +169,8 @@ class AttentionWithMemory(AttentionImpl):
             soft_cap=_soft_cap(self),
             sinks=self._sinks,
             only_readers=only_readers,
-            **read,
+            **(self.mem_segments.read(len(step.seq_lens)) if read is None else read),
         )
-        memory_attention(call, policy=self.mem_policy)
 
     def mem_add(self, layer: Any, query: Tensor, step: Step, output: Tensor, log_sums: list[Tensor]) -> None:
         """Merge memory into what the stock backend has left. log_sums: [Hq, tokens], natural logarithms, one."""

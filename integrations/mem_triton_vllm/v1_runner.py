@@ -65,7 +65,8 @@ def _track_rows(stock: Any) -> Any:
             first = []
             for request_id in rows:
                 request = runner.requests[request_id]
-                memory.enter(request_id, request.sampling_params)
+                if not memory.is_inside(request_id):
+                    memory.enter(request_id, request.sampling_params)
                 first.append(request.num_computed_tokens)
             memory.begin_step(rows, first, [n + scheduled[r] - 1 for n, r in zip(first, rows, strict=True)])
             return result

@@ -261,13 +261,9 @@ def unformatted(text: str) -> bool:
     return "# fmt: " + "skip" in text or "# fmt: " + "off" in text
 
 
-UNFORMATTED = {"mem_triton/ops/memory_attention/cpu/numba_rows.py"}
-"""numba hands no tuple of arrays to threads, so their functions take each on its own."""
-
-
 def test_the_formatter_has_its_way():
     files = {path.relative_to(ROOT).as_posix() for path in tracked("*.py") if unformatted(path.read_text())}
-    assert sorted(files - UNFORMATTED) == []
+    assert sorted(files) == []
     assert unformatted("x = [\n    1, 2,\n]  # fmt: " + "skip")
 
 

@@ -292,6 +292,9 @@ def test_b7_the_memories_of_one_chunk_do_not_move_the_queries_of_another():
 
 
 def test_sequences_longer_than_a_query_chunk(monkeypatch):
+    from mem_triton.ops.memory_attention.cpu import paged_numba
+
+    monkeypatch.setattr(paged_numba, "takes", lambda call: False)
     monkeypatch.setattr(paged_torch, "QUERY_CHUNK", 16)
     case = make_case(
         [(50, 0), (17, 40), (16, 0), (1, 3)], memories=[[(8, 0, 20), (8, 30, FOREVER)], None, [(3, 0, 9)], None]
@@ -302,7 +305,7 @@ def test_sequences_longer_than_a_query_chunk(monkeypatch):
 def test_groups_are_bounded_in_memory(monkeypatch):
     from mem_triton.ops.memory_attention.cpu import paged_numba  # a machine for kernels alone has no numba
 
-    monkeypatch.setattr(paged_numba, "SHORT", 0)
+    monkeypatch.setattr(paged_numba, "takes", lambda call: False)
     rows = [(1, n) for n in (3, 90, 17, 200, 45)]
     case = make_case(rows, memories=[[(8, 0, FOREVER)] * n for n in (1, 12, 2, 0, 7)])
     after, sizes = run(case), []

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mem_triton.ops.memory_attention import FOREVER, memory_attention
 from mem_triton.ops.memory_attention.arguments.packing import Packing, learn, unpack_keys, unpack_values
-from mem_triton.ops.memory_attention.cpu import numba_bf16, paged_numba
+from mem_triton.ops.memory_attention.cpu import paged_numba
 from tests.ops.attention_case import AttentionCase, assert_matches, make_case, random_case
 
 KINDS = ("columns", "pairs", "other")
@@ -132,4 +132,4 @@ def test_what_is_no_order_is_refused():
 
 
 def test_the_instruction_is_found_where_it_is():
-    assert numba_bf16.supported() == ("avx512_bf16" in Path("/proc/cpuinfo").read_text())
+    assert paged_numba.supported() == ("avx512_bf16" in Path("/proc/cpuinfo").read_text())

@@ -194,7 +194,7 @@ def test_fault01_a_step_whose_rows_cannot_be_written_runs_without_memory(path, m
     memory.enter("a", lambda: reads("a@1", 0))
     memory.begin_step(["a"], [0], [3])
     monkeypatch.setattr(MemoryTables, "_staged", lambda self, values: 1 / 0)
-    memory.begin_step(["a", "plain"], [4, 0], [4, 3])
+    memory.begin_step(["plain", "a"], [0, 4], [3, 4])
     assert part.tables.row_slot.tolist() == [-1] * 4 and set(incidents.lost()) == {"a"}
 
 

@@ -93,6 +93,7 @@ def as_on_a_gpu() -> None:
 def memory_attention() -> None:
     """The fused attention kernel."""
     interp.install()
+    from mem_triton.ops.memory_attention import planned
     from mem_triton.ops.memory_attention.cpu import dispatch
     from mem_triton.ops.memory_attention.fused import launch
 
@@ -103,6 +104,7 @@ def memory_attention() -> None:
         _say("attention")
 
     dispatch.attend = attend
+    planned.PlannedLayer.attend = lambda self, query, out, cache, plans, make: planned.memory_attention(make())
 
 
 def by_token(call: Any) -> Any:

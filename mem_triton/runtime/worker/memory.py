@@ -77,6 +77,10 @@ class BatchMemory:
             raise LookupError(f"{system}.{method} is unknown; known are {known}")
         return part.calls[method](*args)
 
+    def is_inside(self, request_id: str) -> bool:
+        """Whether ``enter`` has nothing to do for a request."""
+        return request_id in self._inside
+
     @locked
     def enter(self, request_id: str, carried: Carried) -> None:
         """A request joins the batch; one that is there already, with its memory or without, stays as it is.
@@ -143,7 +147,10 @@ class BatchMemory:
         return "; ".join(part.describe() for part in self.parts.values())
 
     def _reading(self, request_ids: Sequence[str]) -> Sequence[bool]:
-        flags = [any(id in part for part in self._readers_of_segments) for id in request_ids]
+        flags: list[bool] = []
+        for part in self._readers_of_segments:
+            here = [id in part for id in request_ids]
+            flags = [a or b for a, b in zip(flags, here, strict=True)] if flags else here
         return flags if any(flags) else ()
 
     def _readers(self, request_ids: Iterable[str]) -> list[str]:

@@ -22,6 +22,8 @@ def most_pages(plan: Sequence[Attachment], pages_of: PagesOf, window: int) -> in
     parts = joined(plan)
     if not parts:
         return 0
+    if len({(a.first, a.end) for a in parts}) == 1:  # as named ones are: whoever sees one sees all
+        return sum(pages_of(a.ref) for a in parts)
     first, end = (np.array([getattr(a, name) for a in parts], np.int64) for name in ("first", "end"))
     pages = np.array([pages_of(a.ref) for a in parts], np.int64)
     begun, ended = np.argsort(first), np.argsort(end)

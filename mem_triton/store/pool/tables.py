@@ -32,6 +32,8 @@ class _TableRow:
     plan: tuple[Attachment, ...]
     runs: Mapping[str, Run]  # by reference
     visible: tuple[int, ...] | None = None  # which attachments the table shows now; None: nothing written yet
+    since: int = 0  # first position of a step from which on the table holds ...
+    until: int = 0  # ... and the first position that sees something else
 
 
 @dataclass
@@ -61,6 +63,7 @@ class MemoryTables:
         self.sink_end = zeros(self.slots) + FOREVER
         self._free = list(range(self.slots))
         self._rows_are_plain = True
+        self._written: list[int] = []  # what ``row_slot`` holds
 
     def enter(self, request_id: str, plan: tuple[Attachment, ...], runs: Mapping[str, Run]) -> None:
         """Register a request that joins the batch. plan: () for a plain one. runs: where each reference lies."""
@@ -104,7 +107,7 @@ class MemoryTables:
         for request_id, start, end in zip(request_ids, first, last, strict=True):
             running = self._requests.get(request_id)
             try:
-                if running is not None:
+                if running is not None and not (running.since <= start and end < running.until):
                     self._show(running, int(start), int(end))
             except Exception as error:
                 if faults is None:
@@ -112,12 +115,15 @@ class MemoryTables:
                 faults[request_id], running = error, None
             rows.append(-1 if running is None else running.slot)
         rows += [-1] * (self.slots - len(rows))
-        self.row_slot.copy_(self._staged(rows), non_blocking=True)
+        if rows != self._written:
+            self.row_slot.copy_(self._staged(rows), non_blocking=True)
+            self._written = rows
         self._rows_are_plain = not self._requests
 
     def forget_rows(self) -> None:
         """After a failure: no row of the coming step has memory."""
         self.row_slot.fill_(-1)
+        self._written = []
 
     def clear_rows(self) -> None:
         """Dummy and warm-up batches: no row has memory."""
@@ -125,12 +131,15 @@ class MemoryTables:
 
     def _show(self, running: _TableRow, first: int, last: int) -> None:
         visible = tuple(i for i, a in enumerate(running.plan) if a.first <= last and a.end > first)
+        coming = [a.first for a in running.plan if a.first > last] + [a.end for a in running.plan if a.end > first]
+        since_until = first, min(coming, default=FOREVER)
         if visible == running.visible:
+            running.since, running.until = since_until
             return
         columns = [c for i in visible for c in self._columns(running.plan[i], running.runs)]
         if len(columns) > self.max_pages:
             raise RuntimeError(f"{len(columns)} memory pages are seen in one step, the tables hold {self.max_pages}")
-        running.visible = visible
+        running.visible, (running.since, running.until) = visible, since_until
         slot = running.slot
         if columns:
             self._rows[:, slot, : len(columns)].copy_(self._staged(columns).T, non_blocking=True)

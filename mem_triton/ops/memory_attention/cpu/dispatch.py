@@ -1,4 +1,4 @@
-"""``memory_attention`` on a CPU: rows of few queries by numba, all others by torch."""
+"""``memory_attention`` on a CPU: by numba, and by torch what numba does not know."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ def attend(call: AttentionCall) -> None:
     # vLLM's start looks at all modules, and trips over numba's
     from mem_triton.ops.memory_attention.cpu import paged_numba
 
-    query, context, row_slot = call.query, call.context, call.row_slot
+    context, slots = call.context, None if call.row_slot is None else call.row_slot.numpy()
     starts = context.query_start_loc.numpy()
     counts = starts[1:] - starts[:-1]
     if call.only_readers:
-        counts = np.where(row_slot.numpy() < 0, 0, counts)
-    short = (counts > 0) & (counts <= paged_numba.SHORT) & paged_numba.takes(context, query, None, None)
-    compiled = call
-    if not paged_numba.takes(context, query, call.pages, call.shared):
-        if row_slot is not None:
-            short &= row_slot.numpy() < 0
+        counts = np.where(slots < 0, 0, counts)
+    compiled, here = call, counts
+    if not paged_numba.takes(call):
         compiled = call._replace(pages=None, table=None, shared=None)
-    if short.any():
-        paged_numba.attend(compiled, np.flatnonzero(short))
-    rest = counts * ~short
-    if rest.any():
-        paged_torch.attend(call, skipped=rest == 0)
+        plain = np.ones(len(counts), bool) if slots is None else slots < 0
+        here = np.where(plain & paged_numba.takes(compiled), counts, 0)
+    if here.any():
+        paged_numba.attend(compiled, here)
+    if (here < counts).any():
+        paged_torch.attend(call, skipped=here == counts)

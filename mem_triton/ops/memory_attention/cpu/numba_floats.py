@@ -8,7 +8,6 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 TILE = 128
-LANES = 16
 
 
 def _bits(builder, value, shift):
@@ -26,22 +25,6 @@ def as_float(typing, x):
         if signature.args[0] == types.uint16:
             return _bits(builder, builder.zext(args[0], ir.IntType(32)), 16)
         return _bits(builder, args[0], 0)
-
-    return types.float32(x), generate
-
-
-@intrinsic
-def low(typing, x):
-    """The first bf16 of a uint32."""
-    return types.float32(x), lambda context, builder, signature, args: _bits(builder, args[0], 16)
-
-
-@intrinsic
-def high(typing, x):
-    """The second bf16 of a uint32."""
-
-    def generate(context, builder, signature, args):
-        return _bits(builder, builder.and_(args[0], ir.Constant(ir.IntType(32), 0xFFFF0000)), 0)
 
     return types.float32(x), generate
 

@@ -1,190 +1,190 @@
-"""Rows of few queries, each KV head alone: memory and context in one softmax, tile by tile; see ``paged_numba``."""
+"""Blocks of queries of a row and a KV head: memory and context in one softmax, tile by tile; see ``paged_numba``."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import carray, njit, prange
 
 from mem_triton.ops.common.compiled import OPTIONS
-from mem_triton.ops.memory_attention.cpu.numba_bf16 import (
-    add_groups,
-    logits_of_groups,
-    words_of_keys,
-    words_of_values,
+from mem_triton.ops.memory_attention.cpu.numba_floats import TILE, as_float, rounded
+from mem_triton.ops.memory_attention.cpu.numba_lists import (
+    NEVER,
+    list_context,
+    list_memory,
+    number,
+    room_at,
+    room_bytes,
 )
-from mem_triton.ops.memory_attention.cpu.numba_floats import LANES, TILE, as_float, rounded
 from mem_triton.ops.memory_attention.cpu.numba_tiles import (
-    add_pairs,
-    add_rows,
+    COLUMNS,
+    FLOATS,
+    GROUP,
+    LISTED,
+    OF_PAIRS,
+    PAIRS,
+    ROWS,
+    address,
     as_bf16,
+    as_floats,
+    first_of_pair,
     fold,
-    logits_of_columns,
-    logits_of_pairs,
-    logits_of_rows,
+    keys_of_columns,
+    keys_of_rows,
+    multiply,
+    values_as_pairs,
 )
+from mem_triton.ops.memory_attention.cpu.numba_vectors import LANES, pointer
 
 
-@njit(**OPTIONS)
-def _attend_tile(kind, data, words, base, inside, strides, here, bias, softmax, room, fast):
-    """Attend ``here`` tokens from the ``inside``-th of a block on, whose KV head begins at ``base``."""
-    keys, values = data
-    key_words, value_words = words
-    block, token = strides
-    q, q_words, limit, scale, soft_cap, top, total, acc = softmax
-    logits, p16, p_words, scratch, row = room
-    many, size = q.shape
-    at = base + inside * token
-    if kind == 1:
-        logits_of_columns(q, keys, base + inside, block, here, logits)
+@njit(inline="always", **OPTIONS)
+def _attend_tile(kind, here, keys, values, layer, room):
+    """Attend ``here`` tokens, whose places, ranges and worth are listed. keys, values: addresses of packed ones."""
+    q, acc, logits, q16, p16, key_to, value_to, listed, seen, worth, top, total, position, reach, _ = room
+    many, p_row, block = len(q), 2 * q16.shape[1], layer.block
+    size, fast = layer.size, layer.dot != 0
+    key_at = address(listed)
+    value_at, logits_at, acc_at = key_at + 8 * TILE, address(logits), address(acc)
+    row, q_at, q16_at = 4 * TILE, address(q), address(q16)
+    data, step, turn = key_to, size * GROUP, GROUP
+    if layer.wide == 2 and not fast:
+        as_floats(kind, keys, values, listed[0], listed[1], here, size, block, key_to, value_to)
+    elif kind == ROWS:
+        if fast:
+            step //= 2
+        keys_of_rows(key_at, here, step // GROUP, key_to)
     elif fast:
-        half, flat = size // 2, logits.reshape(-1)
-        groups = (here + LANES - 1) // LANES
-        if kind == 2:
-            logits_of_groups(key_words, (base + inside * size) // 2, groups, half, q_words, many, flat, 0, TILE)
+        step //= 2
+        if kind == COLUMNS:
+            keys_of_columns(keys, 2 * block, here, size, key_to)
         else:
-            for group in range(groups):
-                n = group * LANES
-                words_of_keys(keys, at + n * token, token, min(LANES, here - n), size, scratch, n * half)
-            logits_of_groups(scratch, 0, groups, half, q_words, many, flat, 0, TILE)
-    elif kind == 2:
-        logits_of_pairs(q, key_words, (base + inside * size) // 2, here, logits)
+            data = keys
     else:
-        logits_of_rows(q, keys, at, token, here, logits, row)
-    fold(logits, here, limit, scale, bias, soft_cap, top, total, acc)
-    if not fast:
-        if kind == 2:
-            add_pairs(logits, value_words, base // 2 + inside * 8, block * 8, here, acc)
+        data, step, turn = keys, GROUP, 4 * block
+    for m in range(0, many, 4):
+        some = min(4, many - m)
+        groups = (reach[m // 4] + LANES - 1) // LANES
+        logits[m : m + some, : groups * LANES] = np.float32(0)
+        out = logits_at + m * row
+        if fast:
+            multiply(OF_PAIRS, data, step, turn, groups, size // 2, q16_at + m * p_row, p_row, out, row, some)
         else:
-            add_rows(logits, values, at, token, here, acc)
-        return
-    as_bf16(logits, here, p16)
-    pairs, half, flat, every = here // 2, TILE // 2, acc.reshape(-1), np.uint32(0xFFFFFFFF)
-    if kind != 2:
-        words_of_values(values, at, token, here, size, scratch, half * LANES)
-        add_groups(scratch, 0, half * LANES, (here + 1) // 2, every, p_words, 0, half, many, flat, size)
-        return
-    first, step = base // 2 + inside * 8, block * 8
-    add_groups(value_words, first, step, pairs, every, p_words, 0, half, many, flat, size)
-    if here % 2 == 1:  # its other token may be anything
-        add_groups(
-            value_words, first + pairs * LANES, step, 1, np.uint32(0xFFFF), p_words, pairs, half, many, flat, size
-        )
+            multiply(FLOATS, data, step, turn, groups, size, q_at + 4 * m * size, 4 * size, out, row, some)
+    fold(logits, reach, seen[0], seen[1], worth, position, layer.scale, layer.soft_cap, top, total, acc)
+    pairs, odd = np.int64(TILE // 2), kind == PAIRS and here % 2 == 1
+    if kind == PAIRS:
+        pairs, value_to = block // 2, values
+    elif fast:
+        values_as_pairs(value_at, here, size, value_to, pairs)
+    if fast:
+        as_bf16(logits, reach, p16)
+    for m in range(0, many, 4):
+        some = min(4, many - m)
+        turns, out = reach[m // 4], acc_at + 4 * m * size
+        if not fast:
+            p = logits_at + m * row
+            multiply(LISTED, value_at, GROUP, 0, size // LANES, turns, p, row, out, 4 * size, some)
+            continue
+        p, step, rest = address(p16) + m * p_row, pairs * GROUP, odd and turns == here
+        turns = turns // 2 if rest else (turns + 1) // 2
+        multiply(OF_PAIRS, value_to, step, GROUP, size // LANES, turns, p, p_row, out, 4 * size, some)
+        if rest:  # the other token of the last pair may be anything
+            first_of_pair(value_to + turns * GROUP, step, size, key_to)
+            p += 4 * turns
+            multiply(OF_PAIRS, key_to, GROUP, GROUP, size // LANES, 1, p, p_row, out, 4 * size, some)
 
 
-@njit(**OPTIONS)
-def _attend_one(
-    row, head, query, out, lse, shape, block_table, starts, lengths, slots, cache, words, of_context, page_data,
-    of_pages, entries, counts, bias, shared_data, of_shared, shared_range, shared_bias, scale, soft_cap, sinks, fast,
-):  # fmt: skip
-    """One row's queries of one KV head."""
-    heads, query_heads, size, query_row, query_head, out_row, out_head, lse_row, table_row, width = shape
-    begin, count = starts[row], starts[row + 1] - starts[row]
-    group, last = query_heads // heads, lengths[row] - 1
-    many, first = count * group, lengths[row] - count
-    q, acc = np.empty((many, size), np.float32), np.zeros((many, size), np.float32)
-    q16, p16 = np.empty((many, size), np.uint16), np.empty((many, TILE), np.uint16)
-    top, total = np.full(many, np.float32(-np.inf)), np.zeros(many, np.float32)
-    limit, log2e, one = np.empty(many, np.int64), np.float32(1.4426950408889634), np.float32(0)
-    for m in range(many):
-        at, target = (begin + m // group) * query_row + (head * group + m % group) * query_head, q[m]
-        source = query[at : at + size]
-        for d in range(size):
-            target[d] = as_float(source[d])
-    as_bf16(q, size, q16)
-    room = (
-        np.empty((many, TILE), np.float32), p16, p16.view(np.uint32).reshape(-1),
-        np.empty(max(size, 64) * TILE // 2, np.uint32), np.empty(size, np.float32),
-    )  # fmt: skip
-    softmax = (q, q16.view(np.uint32).reshape(-1), limit, scale, soft_cap, top, total, acc)
+@njit(inline="always", **OPTIONS)
+def _attend_block(row, begin, count, head, step, layer, query, out, lse, place):
+    """``count`` queries of a row from the ``begin``-th on, and one KV head.
 
-    slot = slots[row]
-    if slot >= 0 and of_shared[2] > 0:
-        for m in range(many):
-            position = first + m // group
-            sees = shared_range[0][slot] <= position and position < shared_range[1][slot]
-            limit[m] = of_shared[2] if sees else 0
-        if limit.max() > 0:
-            for n in range(0, of_shared[2], TILE):
-                here, strides = min(TILE, of_shared[2] - n), (0, of_shared[1])
-                if n > 0:
-                    limit -= TILE
-                base = head * of_shared[0]
-                _attend_tile(0, shared_data, words, base, n, strides, here, shared_bias, softmax, room, fast)
-    if slot >= 0 and len(counts) > 0:
-        for m in range(counts[slot]):
-            entry = np.int64(slot) * width + m
-            tokens, sees_from, sees_to = entries[1][entry], entries[2][entry], entries[3][entry]
-            if tokens == 0 or sees_from > last or sees_to <= first:
-                continue
-            for i in range(many):
-                position = first + i // group
-                limit[i] = tokens if sees_from <= position and position < sees_to else 0
-            worth = bias[entry] if len(bias) > 0 else one
-            base = np.int64(entries[0][entry]) * of_pages[0] + head * of_pages[1]
-            for n in range(0, tokens, TILE):
-                here, strides = min(TILE, tokens - n), (0, of_pages[2])
-                _attend_tile(0, page_data, words, base, n, strides, here, worth, softmax, room, fast)
-
-    block, n = of_context[1], 0
-    strides = (block, of_context[4])
-    while n <= last:
-        inside = n % block
-        here = min(min(block - inside, TILE), last + 1 - n)
-        base = np.int64(block_table[row * table_row + n // block]) * of_context[2] + head * of_context[3]
-        for m in range(many):
-            limit[m] = min(max(first + m // group + 1 - n, 0), here)
-        _attend_tile(of_context[0], cache, words, base, inside, strides, here, one, softmax, room, fast)
-        n += here
-
-    for m in range(many):
-        h = head * group + m % group
-        if len(sinks) > 0:
-            sink = sinks[h] * log2e
+    query, out, lse: addresses of token 0. place: of the room.
+    """
+    group, size, wide = layer.group, layer.size, layer.wide
+    start = number(step.starts, row)
+    first = number(step.lengths, row) - (number(step.starts, row + 1) - start) + begin
+    room = room_at(place, count * group, size)
+    q, acc, _, q16, _, _, _, listed, seen, worth, top, total, position, reach, cursor = room
+    at = query + ((start + begin) * layer.query_row + head * group * layer.query_head) * wide
+    for m in range(len(q)):
+        source, target = at + (m // group * layer.query_row + m % group * layer.query_head) * wide, q[m]
+        if wide == 4:
+            target[:] = carray(pointer(source), size, np.float32)
+        else:
+            x = carray(pointer(source), size, np.uint16)
+            for d in range(size):
+                target[d] = as_float(x[d])
+                q16[m, d] = x[d]
+        position[m] = first + m // group
+    acc[:], top[:], total[:] = np.float32(0), np.float32(-np.inf), np.float32(0)
+    slot = np.int64(number(step.slots, row)) if step.slots else np.int64(-1)
+    cursor[:] = 0
+    token, last = np.int64(0), first + count - 1
+    while True:
+        kind, keys, values, here = ROWS, np.int64(0), np.int64(0), 0
+        if slot >= 0:
+            here = list_memory(slot, head, step, layer, cursor, first, last, listed, seen, worth)
+        if here > 0:
+            reach[:] = here
+        elif token <= last:
+            slot, kind = np.int64(-1), layer.kind
+            here, base = list_context(row, head, step, layer, token, last, listed, seen, worth)
+            if kind == COLUMNS:
+                keys = base + token % layer.block * wide
+            elif kind == PAIRS:
+                keys, values = base + token % layer.block * size * 2, base + layer.values + token % layer.block * 32
+            for some in range(len(reach)):
+                m = min(4 * some + 3, len(q) - 1)
+                reach[some] = min(max(position[m] + 1 - token, 0), here)
+            token += here
+        else:
+            break
+        for n in range(here, TILE):
+            seen[0, n], worth[n] = NEVER, np.float32(0)
+        _attend_tile(kind, here, keys, values, layer, room)
+    log2e = np.float32(1.4426950408889634)
+    for m in range(len(q)):
+        h, token = head * group + m % group, start + begin + m // group
+        if layer.sinks:
+            sink = carray(pointer(layer.sinks), h + 1, np.float32)[h] * log2e
             highest = max(sink, top[m])
             shrink = np.float32(2) ** (top[m] - highest)
             total[m] = total[m] * shrink + np.float32(2) ** (sink - highest)
             top[m] = highest
             acc[m] *= shrink
-        share = np.float32(1) / total[m] if total[m] > 0 else np.float32(0)
-        at = (begin + m // group) * out_row + h * out_head
-        target, sums = out[at : at + size], acc[m]
-        for d in range(size):
-            target[d] = rounded(sums[d] * share, out[0])
-        if len(lse) > 0:
-            lse[(begin + m // group) * lse_row + h] = (
+        share, sums = np.float32(1) / total[m] if total[m] > 0 else np.float32(0), acc[m]
+        target = out + (token * layer.out_row + h * layer.out_head) * wide
+        if wide == 4:
+            y = carray(pointer(target), size, np.float32)
+            for d in range(size):
+                y[d] = sums[d] * share
+        else:
+            z = carray(pointer(target), size, np.uint16)
+            for d in range(size):
+                z[d] = rounded(sums[d] * share, np.uint16(0))
+        if lse:
+            place = token * layer.lse_row + h
+            carray(pointer(lse), place + 1, np.float32)[place] = (
                 (top[m] + math.log2(total[m])) / log2e if total[m] > 0 else -np.inf
             )
 
 
 @njit(**OPTIONS)
-def serial(query, out, lse, rows, shape, *rest):
-    heads = shape[0]
-    for i in range(len(rows) * heads):
-        _attend_one(rows[i // heads], i % heads, query, out, lse, shape, *rest)
+def attend_some(first, every, blocks, steps, layers, query, out, lse):
+    """Every ``every``-th block of queries and KV head from the ``first`` on."""
+    step, layer = steps[0], layers[0]
+    room = np.empty(room_bytes(blocks[:, 2].max() * layer.group, layer.size), np.uint8)
+    heads = layer.heads
+    for i in range(first, len(blocks) * heads, every):
+        row, begin, count = blocks[i // heads]
+        _attend_block(
+            np.int64(row), np.int64(begin), np.int64(count), i % heads, step, layer, query, out, lse, address(room)
+        )
 
 
 @njit(parallel=True, **OPTIONS)
-def parallel(
-    query, out, lse, rows, shape, block_table, starts, lengths, slots, cache, words, of_context, page_data, of_pages,
-    entries, counts, bias, shared_data, of_shared, shared_range, shared_bias, scale, soft_cap, sinks, fast,
-):  # fmt: skip
-    """The same by several threads; numba hands no tuples to them."""
-    heads, d1, d2, d3, d4, d5, d6, d7, d8, d9 = shape
-    k, v = cache
-    kw, vw = words
-    c0, c1, c2, c3, c4 = of_context
-    pk, pv = page_data
-    p0, p1, p2 = of_pages
-    e0, e1, e2, e3 = entries
-    sk, sv = shared_data
-    s0, s1, s2 = of_shared
-    r0, r1 = shared_range
-    for i in prange(len(rows) * heads):
-        _attend_one(
-            rows[i // heads], i % heads, query, out, lse, (heads, d1, d2, d3, d4, d5, d6, d7, d8, d9),
-            block_table, starts, lengths, slots, (k, v), (kw, vw), (c0, c1, c2, c3, c4), (pk, pv), (p0, p1, p2),
-            (e0, e1, e2, e3), counts, bias, (sk, sv), (s0, s1, s2), (r0, r1), shared_bias, scale, soft_cap, sinks,
-            fast,
-        )  # fmt: skip
+def parallel(threads, blocks, steps, layers, query, out, lse):
+    """The same by several threads."""
+    for thread in prange(threads):
+        attend_some(thread, threads, blocks, steps, layers, query, out, lse)
