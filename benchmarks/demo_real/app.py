@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import tempfile
 import time
@@ -58,7 +59,11 @@ def demo(
     head = record.about("a real model: documents as text and as memory", "python -m benchmarks.demo_real")
     dtype = dtype or ("bfloat16" if has_gpu() else "float32")
     with ExitStack() as stack:
-        logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mem_triton-demo-", delete=not keep_log)))
+        logs = Path(tempfile.mkdtemp(prefix="mem_triton-demo-"))
+        if keep_log:
+            stack.callback(console.print, f"[dim]the servers' logs: {logs}")
+        else:
+            stack.callback(shutil.rmtree, logs, ignore_errors=True)
         try:
             require_packages(served_by)
             make("smollm2", model := MODEL / f"smollm2-{dtype}", dtype)

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from benchmarks.common.client import Client, user
 from benchmarks.quality.scores import says
 
-TOLD = "Please note: I am Mara Stone. My locker is number 47. My dentist is Doctor Quist, my cat is called Biscuit."
+TOLD = (
+    "These are my notes. The locker of Mara Stone is number 47. The dentist of Mara Stone is Doctor Quist. "
+    "The cat of Mara Stone is called Biscuit."
+)
 ASKED = (
-    ("What is the number of my locker?", ("47",)),
-    ("Who is my dentist?", ("Doctor Quist", "Dr. Quist", "Quist")),
-    ("What is the name of my cat?", ("Biscuit",)),
+    ("What is the number of the locker of Mara Stone?", ("47",)),
+    ("Who is the dentist of Mara Stone?", ("Doctor Quist", "Dr. Quist", "Quist")),
+    ("What is the cat of Mara Stone called?", ("Biscuit",)),
 )
 ID = "mara"
 
