@@ -34,7 +34,7 @@ class Engine:
         engine.start_memory()
         engine.memory.call, engine.engine_core = self._call, None
         engine.collective_rpc = lambda *_: None  # the barrier
-        self.running = module._Running
+        self.running = module._SteppedRequest
         stock = module.LLMEngine
         monkeypatch.setattr(
             stock, "add_request", lambda _, id, prompt, params, *rest: (self.submitted.update({id: params}), id)[1]
