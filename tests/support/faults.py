@@ -30,7 +30,7 @@ SHARED = {
 VLLM = {
     **SHARED,
     "payload": "mem_triton_vllm.worker:carried_by",
-    "attention": "mem_triton_vllm.backend:memory_attention",
+    "attention": "mem_triton.ops.memory_attention.planned:PlannedLayer.attend",
     "step of states": "mem_triton_vllm.state_cache:DeltaStateCache.step",
     "block keys": "mem_triton_vllm.block_keys:memory_keys",
     "places": "mem_triton_vllm.places:place_of",
@@ -39,7 +39,7 @@ SGLANG = {
     **SHARED,
     "payload": "mem_triton_sglang.worker:carried_of",
     "positions": "mem_triton_sglang.worker:_positions",
-    "attention": "mem_triton_sglang.backend:memory_attention",
+    "attention": "mem_triton.ops.memory_attention.planned:PlannedLayer.attend",
     "step of states": "mem_triton_sglang.states:DeltaStates.advance",
     "radix keys": "mem_triton_sglang.radix_keys:seen_tokens",
     "places": "mem_triton_sglang.places:place_of",
@@ -103,4 +103,4 @@ def _raising(name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_concerned(name: str, args: tuple[Any, ...]) -> bool:
-    return name != "attention" or args[0].row_slot is not None  # without memory it is the engine's own attention
+    return name != "attention" or args[-1]().row_slot is not None  # without memory it is the engine's own attention

@@ -87,6 +87,8 @@ def _attention_as_on_a_gpu() -> None:
     from mem_triton.ops.memory_attention.cascade import batched
     from mem_triton.ops.memory_attention.cpu import dispatch
     from mem_triton.ops.memory_attention.fused import launch
+    from mem_triton.ops.memory_attention.op import memory_attention
+    from mem_triton.ops.memory_attention.planned import PlannedLayer
     from mem_triton.ops.memory_attention.policy import choose_for
 
     launch.architecture = lambda device: "sm90"
@@ -99,3 +101,4 @@ def _attention_as_on_a_gpu() -> None:
         path.attend(kernels_on_cpu.by_token(call))
 
     dispatch.attend = attend
+    PlannedLayer.attend = lambda self, query, out, cache, plans, make: memory_attention(make())

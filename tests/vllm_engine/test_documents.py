@@ -27,7 +27,7 @@ def test_options_of_every_server_are_vllms(line):
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(shlex.split(line)[2:])
     assert args.load_format == "mem_triton"
     config = parse_config(args.additional_config["mem_triton"])
-    assert config.delta or config.memory
+    assert config.delta or config.memory or config.memoryllm
 
 
 @pytest.fixture(scope="module")
