@@ -234,7 +234,8 @@ def test_fault24_turns_are_learnt_from_the_tokenizers_template(monkeypatch):
     monkeypatch.setattr(module, "shape_of", lambda *_: shape)
     monkeypatch.setattr(module.MemoryFrontEnd, "of", front_end)
     manager = object.__new__(module.TokenizerManagerWithMemory)
-    manager.server_args = manager.model_config = None
+    manager.server_args, manager.model_config = SimpleNamespace(max_loaded_loras=None), None
+    manager.lora_ref_cache = {}
     manager.tokenizer = tiny_tokenizer()
     monkeypatch.setattr(module, "Client", lambda ranks: SimpleNamespace(call=print))
     monkeypatch.setenv(module.VARIABLE, "/nowhere")
