@@ -108,107 +108,67 @@ def sglang_memory(section: dict[str, Any] | None, file: Path) -> MemoryFlags:
 
 def bench_latency(cell: Cell, iterations: int, warmup: int, result: Path) -> list[str]:
     """``vllm bench latency`` of one batch, without the engine's own arguments."""
-    return [
-        "--input-len",
-        str(cell.context),
-        "--output-len",
-        str(cell.output),
-        "--batch-size",
-        str(cell.batch),
-        "--num-iters",
-        str(iterations),
-        "--num-iters-warmup",
-        str(warmup),
-        "--output-json",
-        str(result),
-    ]
+    return _options(
+        input_len=cell.context,
+        output_len=cell.output,
+        batch_size=cell.batch,
+        num_iters=iterations,
+        num_iters_warmup=warmup,
+        output_json=result,
+    )
 
 
 def bench_throughput(cell: Cell, seed: int, result: Path) -> list[str]:
     """``vllm bench throughput`` of one batch of random prompts."""
-    return [
-        "--dataset-name",
-        "random",
-        "--random-input-len",
-        str(cell.context),
-        "--random-output-len",
-        str(cell.output),
-        "--num-prompts",
-        str(cell.batch),
-        "--seed",
-        str(seed),
-        "--output-json",
-        str(result),
-    ]
+    return _options(**_random_prompts("random", cell, cell.batch), seed=seed, output_json=result)
 
 
 def bench_serve(url: str, model: Path, cell: Cell, rounds: int, seed: int, result: Path) -> list[str]:
     """``vllm bench serve``: ``batch`` requests at once, each followed by the next one, ``rounds`` for each of them."""
-    return [
-        "--backend",
-        "vllm",
-        "--base-url",
-        url,
-        "--model",
-        NAME,
-        "--tokenizer",
-        str(model),
-        "--dataset-name",
-        "random",
-        "--random-input-len",
-        str(cell.context),
-        "--random-output-len",
-        str(cell.output),
-        "--num-prompts",
-        str(rounds * cell.batch),
-        "--max-concurrency",
-        str(cell.batch),
-        "--ignore-eos",
-        "--seed",
-        str(seed),
-        "--disable-tqdm",
-        "--percentile-metrics",
-        "ttft,tpot,itl",
-        "--save-result",
-        "--result-dir",
-        str(result.parent),
-        "--result-filename",
-        result.name,
-    ]
+    return _options(
+        **_client("vllm", url, model),
+        **_random_prompts("random", cell, rounds * cell.batch),
+        max_concurrency=cell.batch,
+        ignore_eos=True,
+        seed=seed,
+        disable_tqdm=True,
+        percentile_metrics="ttft,tpot,itl",
+        save_result=True,
+        result_dir=result.parent,
+        result_filename=result.name,
+    )
 
 
 def bench_sglang(url: str, model: Path, cell: Cell, rounds: int, seed: int, result: Path) -> list[str]:
     """``sglang.bench_serving``, likewise."""
-    return [
-        "--backend",
-        "sglang",
-        "--base-url",
-        url,
-        "--model",
-        NAME,
-        "--tokenizer",
-        str(model),
-        "--dataset-name",
-        "random-ids",
-        "--random-input-len",
-        str(cell.context),
-        "--random-output-len",
-        str(cell.output),
-        "--random-range-ratio",
-        "1.0",
-        "--tokenize-prompt",
-        "--num-prompts",
-        str(rounds * cell.batch),
-        "--max-concurrency",
-        str(cell.batch),
-        "--seed",
-        str(seed),
-        "--disable-tqdm",
-        "--warmup-requests",
-        "0",
-        "--output-file",
-        str(result),
-    ]
+    return _options(
+        **_client("sglang", url, model),
+        **_random_prompts("random-ids", cell, rounds * cell.batch),
+        random_range_ratio=1.0,
+        tokenize_prompt=True,
+        max_concurrency=cell.batch,
+        seed=seed,
+        disable_tqdm=True,
+        warmup_requests=0,
+        output_file=result,
+    )
+
+
+def _client(backend: str, url: str, model: Path) -> dict[str, Any]:
+    return {"backend": backend, "base_url": url, "model": NAME, "tokenizer": model}
+
+
+def _random_prompts(dataset: str, cell: Cell, count: int) -> dict[str, Any]:
+    lengths = {"random_input_len": cell.context, "random_output_len": cell.output}
+    return {"dataset_name": dataset, **lengths, "num_prompts": count}
+
+
+def _options(**values: Any) -> list[str]:
+    """Options by name: ``input_len=64`` is ``--input-len 64``, and True is the option alone."""
+    words = []
+    for name, value in values.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
 
 
 def typed(words: Sequence[str]) -> str:
