@@ -100,31 +100,11 @@ class BackendWithMemory(AttentionBackend):
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return super().get_cuda_graph_seq_len_fill_value() if self._stock_captures else 1
 
-    def forward_extend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layer: RadixAttention,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
-    ) -> Tensor:
-        stock = functools.partial(super().forward_extend, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        return self._forward(stock, q, k, v, layer, forward_batch, save_kv_cache, kwargs.get("sinks"))
+    def forward_extend(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._forward(super().forward_extend, *args, **kwargs)
 
-    def forward_decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layer: RadixAttention,
-        forward_batch: Any,
-        save_kv_cache: bool = True,
-        **kwargs: Any,
-    ) -> Tensor:
-        stock = functools.partial(super().forward_decode, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        return self._forward(stock, q, k, v, layer, forward_batch, save_kv_cache, kwargs.get("sinks"))
+    def forward_decode(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._forward(super().forward_decode, *args, **kwargs)
 
     @property
     def _is_stock_step(self) -> bool:
@@ -147,16 +127,19 @@ class BackendWithMemory(AttentionBackend):
 
     def _forward(
         self,
-        stock: Callable[[], Tensor],
+        forward: Callable[..., Tensor],
         q: Tensor,
         k: Tensor,
         v: Tensor,
         layer: RadixAttention,
         forward_batch: Any,
-        save_kv_cache: bool,
-        sinks: Tensor | None,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
     ) -> Tensor:
-        """The stock result, in which rows with memory have theirs. q: [tokens, Hq * D]; returns the same shape."""
+        """The stock result, in which rows with memory have theirs. forward: the stock method; q: [tokens, Hq * D],
+        returns the same shape.
+        """
+        stock = functools.partial(forward, q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if self._is_stock_step:
             return stock()
         if layer.attn_type != AttentionType.DECODER:
@@ -171,7 +154,7 @@ class BackendWithMemory(AttentionBackend):
             out = torch.empty_like(q)
         else:
             out = stock()
-        attend = functools.partial(self.mem_attend, q, out, layer, step, sinks=sinks)
+        attend = functools.partial(self.mem_attend, q, out, layer, step, sinks=kwargs.get("sinks"))
         otherwise = functools.partial(attend, {}) if self._alone else lambda: out.copy_(stock())
         attend_or_lose(
             functools.partial(attend, read, only_readers=not self._alone),
