@@ -6,24 +6,13 @@ A part of a few kilobytes costs less to add up than a single call of torch. Larg
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
+
+from mem_triton.ops.common.pointers import pointer
 
 BLOCK = np.uint64(64)
 MIX = np.uint64(0x9E3779B97F4A7C15)
 ONE, SHIFT = np.uint64(1), np.uint64(29)
-
-
-@intrinsic
-def _words_at(typing, address):
-    """The int64 words that lie at an address."""
-    pointer = types.CPointer(types.int64)
-
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], ir.PointerType(ir.IntType(64)))
-
-    return pointer(types.int64), generate
 
 
 @njit("void(int64, int64, uint64, uint64[::1])", cache=True, nogil=True, error_model="numpy")
@@ -32,7 +21,7 @@ def mix_in(address, count, salt, totals):
 
     Indices are unsigned, so that the loop over a block becomes vector instructions.
     """
-    words = carray(_words_at(address), (totals.shape[0], count))
+    words = carray(pointer(address), (totals.shape[0], count), np.int64)
     whole = np.uint64(count) // BLOCK
     for part in range(np.uint64(totals.shape[0])):
         blocks, weight = np.uint64(0), np.uint64(0)

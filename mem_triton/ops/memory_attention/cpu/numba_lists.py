@@ -7,9 +7,10 @@ import numpy as np
 from numba import carray, njit
 
 from mem_triton.ops.common.compiled import OPTIONS
+from mem_triton.ops.common.pointers import pointer
 from mem_triton.ops.memory_attention.cpu.numba_floats import TILE
 from mem_triton.ops.memory_attention.cpu.numba_tiles import ROWS
-from mem_triton.ops.memory_attention.cpu.numba_vectors import LANES, pointer
+from mem_triton.ops.memory_attention.cpu.numba_vectors import LANES
 
 NEVER = np.int32(2**31 - 1)
 

@@ -8,6 +8,7 @@ import numpy as np
 from numba import carray, njit, prange
 
 from mem_triton.ops.common.compiled import OPTIONS
+from mem_triton.ops.common.pointers import pointer
 from mem_triton.ops.memory_attention.cpu.numba_floats import TILE, as_float, rounded
 from mem_triton.ops.memory_attention.cpu.numba_lists import (
     NEVER,
@@ -35,7 +36,7 @@ from mem_triton.ops.memory_attention.cpu.numba_tiles import (
     multiply,
     values_as_pairs,
 )
-from mem_triton.ops.memory_attention.cpu.numba_vectors import LANES, pointer
+from mem_triton.ops.memory_attention.cpu.numba_vectors import LANES
 
 
 @njit(inline="always", **OPTIONS)

@@ -11,6 +11,7 @@ import numpy as np
 from numba import carray, njit
 
 from mem_triton.ops.common.compiled import OPTIONS
+from mem_triton.ops.common.pointers import pointer
 from mem_triton.ops.memory_attention.cpu.numba_floats import TILE, as_float, exp2, rounded
 from mem_triton.ops.memory_attention.cpu.numba_vectors import (
     LANES,
@@ -19,7 +20,6 @@ from mem_triton.ops.memory_attention.cpu.numba_vectors import (
     multiply_floats,
     multiply_listed,
     multiply_pairs,
-    pointer,
     total_of,
     transpose,
 )

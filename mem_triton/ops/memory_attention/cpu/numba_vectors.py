@@ -181,11 +181,3 @@ def interleave(typing, first, second, out, out_step):
             _store(builder, builder.bitcast(mixed, _WORDS), place)
 
     return types.void(*[types.int64] * 4), generate
-
-
-@intrinsic
-def pointer(typing, address):
-    """An address as ``numba.carray`` takes it."""
-    return types.voidptr(types.int64), lambda context, builder, signature, args: builder.inttoptr(
-        args[0], cgutils.voidptr_t
-    )
