@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit
 
+from mem_triton.ops.common.compiled import OPTIONS
 from mem_triton.ops.common.pointers import pointer
 
 BLOCK = np.uint64(64)
@@ -15,7 +16,7 @@ MIX = np.uint64(0x9E3779B97F4A7C15)
 ONE, SHIFT = np.uint64(1), np.uint64(29)
 
 
-@njit("void(int64, int64, uint64, uint64[::1])", cache=True, nogil=True, error_model="numpy")
+@njit("void(int64, int64, uint64, uint64[::1])", **OPTIONS)
 def mix_in(address, count, salt, totals):
     """Mix a tensor into the totals of its parts. address: of its ``len(totals)`` parts of ``count`` words of 8 bytes.
 
