@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,6 +84,9 @@ class Sglang:
 
 
 ENGINES: dict[str, Engine] = {"vllm": Vllm(), "sglang": Sglang()}
+
+EngineName = Enum("EngineName", {name: name for name in ENGINES}, type=str)
+"""The choices of a command line's ``--engine``."""
 
 
 def require_packages(engine: Engine) -> None:

@@ -1,20 +1,57 @@
-"""Several servers up at the same time, and all of them down at the end."""
+"""Several servers up at the same time and all of them down at the end; demos that clean up after themselves."""
 
 from __future__ import annotations
 
 import functools
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from benchmarks.common.server import Server, has_gpu
+from benchmarks.common.server import BenchmarkError, Server, has_gpu
 
 REST = 1.5  # seconds; vLLM's processes spin for a second after their last step, and would slow the others down
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def demonstration(console: Console, keep_log: bool, *failures: type[Exception]) -> Iterator[Path]:
+    """Give a demo a temporary folder for its servers' logs and end it with exit code 1 or 130 and one line if it fails.
+
+    failures: what else than BenchmarkError is told in a line. The folder is kept if ``keep_log``, or if the demo fails
+    after a server has written a log, which the error may name.
+    """
+    end_by_interrupt()
+    folder = Path(tempfile.mkdtemp(prefix="mem_triton-demo-"))
+    try:
+        yield folder
+    except (BenchmarkError, *failures) as error:
+        keep_log = keep_log or any(folder.glob("*.log"))
+        complain = Console(stderr=True, highlight=False)
+        complain.print(f"\n[bold red]The demo cannot go on.[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\nStopped; all servers are down.")
+        raise typer.Exit(130) from None
+    finally:
+        if keep_log:
+            console.print(f"\n[dim]the servers' logs: {folder}")
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_by_interrupt() -> None:
+    """Make a kill and a closed terminal clean up like Ctrl-C, which a shell's background jobs would not hear."""
+    for number in ENDINGS:
+        signal.signal(number, signal.default_int_handler)
 
 
 @contextmanager
@@ -48,9 +85,7 @@ def running(servers: list[Server], console: Console) -> Iterator[None]:
 @contextmanager
 def deaf() -> Iterator[None]:
     """No signal ends the clean-up: an impatient second Ctrl-C must not leave a server behind."""
-    before = {
-        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDINGS}
     try:
         yield
     finally:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import tempfile
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +13,9 @@ from rich.markup import escape
 
 from benchmarks.common import record
 from benchmarks.common.client import connected
-from benchmarks.common.engines import ENGINES, Engine, require_packages
-from benchmarks.common.running import REST, running
-from benchmarks.common.server import BenchmarkError, Server, choose_ports, has_gpu, require_folder
+from benchmarks.common.engines import ENGINES, Engine, EngineName, require_packages
+from benchmarks.common.running import REST, demonstration, running
+from benchmarks.common.server import Server, choose_ports, has_gpu, require_folder
 from benchmarks.demo import measure, report
 from mem_triton.store.bank import Bank
 from mem_triton.store.bank.fingerprint import model_fingerprint
@@ -29,9 +26,6 @@ RECALL = Path("benchmarks/recall")
 KINDS = (measure.NONE, measure.SESSION, measure.ENTRY)  # of the servers, in order
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-EngineName = Enum("EngineName", {name: name for name in ENGINES}, type=str)
 
 
 @app.command()
@@ -61,14 +55,9 @@ def demo(
     """
     served_by = ENGINES[engine.value]
     console = Console(record=svg is not None, width=110 if svg else None, highlight=False)
-    # A kill and a closed terminal clean up like Ctrl-C, which a shell's background jobs would not hear by themselves.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
     what = f"{served_by.target}: the same questions to stock {served_by.title} and to {served_by.title} with memory"
     head = record.about(what, "python -m benchmarks.demo")
-    logs = Path(tempfile.mkdtemp(prefix="mem_triton-demo-"))
-    keep = keep_log
-    try:
+    with demonstration(console, keep_log) as logs:
         require_packages(served_by)
         require_folder(model, "config.json", "--model", "model")
         require_folder(adapter, "delta_mem_config.json", "--adapter", "δ-mem adapter")
@@ -90,22 +79,6 @@ def demo(
             found = report.as_json(head, results, served_by, commands, record.digests(model, adapter))
             path = record.save(found, f"demo-{engine.value}")
             console.print(f"\nkept in {path.relative_to(record.ROOT)}")
-    except BenchmarkError as error:
-        keep = keep or any(logs.glob("*.log"))
-        Console(stderr=True, highlight=False).print(
-            f"\n[bold red]The demo cannot go on.[/] {escape(str(error))}", soft_wrap=True
-        )
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("\nStopped; all servers are down.")
-        raise typer.Exit(130) from None
-    finally:
-        if keep:
-            console.print(f"\n[dim]the servers' logs: {logs}")
-        else:
-            for file in sorted(logs.rglob("*"), reverse=True):
-                file.rmdir() if file.is_dir() else file.unlink()
-            logs.rmdir()
 
 
 def make_servers(

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import signal
-import tempfile
 import time
-from contextlib import ExitStack
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,12 +13,12 @@ from rich.markup import escape
 
 from benchmarks.common import record
 from benchmarks.common.client import connected
-from benchmarks.common.engines import ENGINES, Engine, require_packages
-from benchmarks.common.running import running
-from benchmarks.common.server import BenchmarkError, Server, choose_ports, has_gpu
+from benchmarks.common.engines import ENGINES, Engine, EngineName, require_packages
+from benchmarks.common.running import demonstration, running
+from benchmarks.common.server import Server, choose_ports, has_gpu
 from benchmarks.demo_real import conversation, documents, report
 from benchmarks.quality.app import bank_sizes, write_bank
-from benchmarks.quality.data import load
+from benchmarks.quality.data import Document, Question, load
 from mem_triton.cli.model import ModelError, make
 from mem_triton.store.bank import Bank
 from mem_triton.store.bank.fingerprint import model_fingerprint
@@ -33,8 +28,6 @@ MODEL = Path(".cache")
 AT_ONCE = 8
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-EngineName = Enum("EngineName", {name: name for name in ENGINES}, type=str)
 
 
 @app.command()
@@ -54,47 +47,33 @@ def demo(
     """
     served_by, begin = ENGINES[engine.value], time.monotonic()
     console = Console(record=svg is not None, width=110 if svg else None, highlight=False)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
     head = record.about("a real model: documents as text and as memory", "python -m benchmarks.demo_real")
     dtype = dtype or ("bfloat16" if has_gpu() else "float32")
-    with ExitStack() as stack:
-        logs = Path(tempfile.mkdtemp(prefix="mem_triton-demo-"))
-        if keep_log:
-            stack.callback(console.print, f"[dim]the servers' logs: {logs}")
-        else:
-            stack.callback(shutil.rmtree, logs, ignore_errors=True)
-        try:
-            require_packages(served_by)
-            make("smollm2", model := MODEL / f"smollm2-{dtype}", dtype)
-            texts, asked = load()
-            chosen = asked[:: max(1, len(asked) // questions)][:questions]
-            with console.status("writing the documents into a bank"):
-                bank = write_bank(model, logs, texts)
-            console.print(report.written(len(texts), bank_sizes(bank)))
-            servers = make_servers(served_by, model, dtype, bank, logs)
-            for server in servers:
-                console.print(f"[bold]{server.name:<13}[/] {escape(server.shown_command)}")
-            with running(servers, console):
-                course = _course(console, served_by, servers, texts, chosen, tokens, bank)
-                answers, talk = asyncio.run(course)
-            report.show_documents(console, answers, chosen)
-            report.show_conversation(console, talk)
-            console.print(f"[dim]{time.monotonic() - begin:.0f} s in all[/]")
-            if svg:
-                svg.parent.mkdir(parents=True, exist_ok=True)
-                console.save_svg(str(svg), title="make demo MODEL=smollm2")
-            if save:
-                facts = {"model": "smollm2", "dtype": dtype, "weights_sha256": record.digests(model)}
-                found = head | facts | {"engine": served_by.title, "bank": bank_sizes(bank)}
-                path = record.save(found | report.as_json(answers, talk), f"demo-real-{engine.value}")
-                console.print(f"kept in {path.relative_to(record.ROOT)}")
-        except (BenchmarkError, ModelError, OSError) as error:
-            console.print(f"\n[bold red]The demo cannot go on.[/] {escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            console.print("\nStopped; all servers are down.")
-            raise typer.Exit(130) from None
+    with demonstration(console, keep_log, ModelError, OSError) as logs:
+        require_packages(served_by)
+        make("smollm2", model := MODEL / f"smollm2-{dtype}", dtype)
+        texts, asked = load()
+        chosen = asked[:: max(1, len(asked) // questions)][:questions]
+        with console.status("writing the documents into a bank"):
+            bank = write_bank(model, logs, texts)
+        console.print(report.written(len(texts), bank_sizes(bank)))
+        servers = make_servers(served_by, model, dtype, bank, logs)
+        for server in servers:
+            console.print(f"[bold]{server.name:<13}[/] {escape(server.shown_command)}")
+        with running(servers, console):
+            course = _course(console, served_by, servers, texts, chosen, tokens, bank)
+            answers, talk = asyncio.run(course)
+        report.show_documents(console, answers, chosen)
+        report.show_conversation(console, talk)
+        console.print(f"[dim]{time.monotonic() - begin:.0f} s in all[/]")
+        if svg:
+            svg.parent.mkdir(parents=True, exist_ok=True)
+            console.save_svg(str(svg), title="make demo MODEL=smollm2")
+        if save:
+            facts = {"model": "smollm2", "dtype": dtype, "weights_sha256": record.digests(model)}
+            found = head | facts | {"engine": served_by.title, "bank": bank_sizes(bank)}
+            path = record.save(found | report.as_json(answers, talk), f"demo-real-{engine.value}")
+            console.print(f"kept in {path.relative_to(record.ROOT)}")
 
 
 def make_servers(engine: Engine, model: Path, dtype: str, bank: Path, folder: Path) -> list[Server]:
@@ -113,7 +92,13 @@ def make_servers(engine: Engine, model: Path, dtype: str, bank: Path, folder: Pa
 
 
 async def _course(
-    console: Console, engine: Engine, servers: list[Server], texts, chosen, tokens: int, bank: Path
+    console: Console,
+    engine: Engine,
+    servers: list[Server],
+    texts: dict[str, Document],
+    chosen: list[Question],
+    tokens: int,
+    bank: Path,
 ) -> tuple[list[documents.Way], conversation.Talk]:
     """Everything that is asked of the running servers."""
     stock, with_documents, with_talks = servers

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.common.record import RESULTS, ROOT, about, digests, save
-from benchmarks.common.running import REST, deaf
+from benchmarks.common.running import REST, deaf, end_by_interrupt
 from benchmarks.common.server import BenchmarkError, Launch, MemoryFlags, Server, choose_ports, has_gpu, spare_cores
 from benchmarks.engines import commands, made_up, memories, report, usage
 from benchmarks.engines.commands import Cell, Setting
@@ -297,8 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``python -m benchmarks.engines``."""
     args = parse(argv)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    end_by_interrupt()
     with tempfile.TemporaryDirectory(prefix="mem_triton-engines-") as temporary:
         folder = Path(temporary)
         if args.keep:
