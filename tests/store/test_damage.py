@@ -287,6 +287,35 @@ def test_fault19_a_changed_row_is_found_where_it_is_read(tmp_path, written, chan
     assert len(found) < len(right) and all(found[key] == right[key] for key in found)
 
 
+def test_fault19_a_damaged_count_of_revisions_hides_nothing(tmp_path, written):
+    shutil.copytree(written("fp32"), tmp_path / "bank")
+    db = sqlite3.connect(tmp_path / "bank" / "catalogue.sqlite")
+    db.execute("UPDATE meta SET value = -122 WHERE key = 'revision'")
+    db.commit()
+    db.close()
+    assert answers(tmp_path / "bank") == answers(written("fp32"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE meta SET key = 'digest:x' WHERE key = 'digest:spec'",
+        "UPDATE meta SET key = 'digest:x' WHERE key = 'digest:sink'",
+        "DELETE FROM digests WHERE seq = 4",
+        "UPDATE digests SET seq = 99 WHERE seq = 4",
+    ],
+)
+def test_fault19_a_digest_that_is_gone_is_damage_too(tmp_path, written, change):
+    """Two damages at once, of a row and of its digest: random changes of a whole file made them."""
+    shutil.copytree(written("fp32"), tmp_path / "bank")
+    db = sqlite3.connect(tmp_path / "bank" / "catalogue.sqlite")
+    assert db.execute(change).rowcount == 1
+    db.commit()
+    db.close()
+    right, found = answers(written("fp32")), answers(tmp_path / "bank")
+    assert len(found) < len(right) and all(found[key] == right[key] for key in found)
+
+
 def test_fault19_a_change_by_the_writer_is_signed_and_does_not_bless_what_was_damaged(tmp_path, written):
     shutil.copytree(written("fp32"), tmp_path / "bank")
     db = sqlite3.connect(tmp_path / "bank" / "catalogue.sqlite")
@@ -316,9 +345,7 @@ def test_fault19_a_change_by_the_writer_is_signed_and_does_not_bless_what_was_da
 def test_fault19_a_bank_without_digests_is_read_and_gets_them(tmp_path, written):
     shutil.copytree(written("fp32"), tmp_path / "bank")
     db = sqlite3.connect(tmp_path / "bank" / "catalogue.sqlite")
-    db.executescript(
-        "DROP TABLE digests; DELETE FROM meta WHERE key LIKE 'digest:%' OR key = 'spec'; PRAGMA user_version"
-    )
+    db.executescript("DROP TABLE digests; DELETE FROM meta WHERE key LIKE 'digest:%' OR key IN ('spec', 'unsigned')")
     db.close()
     assert answers(tmp_path / "bank") == answers(written("fp32"))
     with Bank.open(tmp_path / "bank", writable=True) as bank:

@@ -126,11 +126,7 @@ class Catalogue:
 
     def meta(self, key: str) -> Any:
         """A fact about the bank, None if it is not known."""
-        rows = self.read(
-            "SELECT m.value, coalesce((SELECT value FROM meta WHERE key = 'digest:' || m.key) = row_digest(m.value), 1)"
-            " FROM meta m WHERE key = ?",
-            key,
-        )
+        rows = self.read(f"SELECT {signing.FACT} FROM meta m WHERE key = ?", key)
         if rows and not rows[0][1]:
             raise signing.damaged(self.path, f"{key} has")
         return rows[0][0] if rows else None

@@ -1,7 +1,8 @@
 """Digests of a catalogue's rows: written by triggers with every change, looked at whenever a row is read.
 
-They lie in a table of their own, so that a row of an earlier version, which has none, is read as it was. A change of a
-row that is damaged leaves its digest as it was: what is wrong stays known to be wrong.
+They lie in a table of their own, so that a row of an earlier version, which has none, is read as it was; ``unsigned``
+in ``meta`` is the last row that may have none. A change of a row that is damaged leaves its digest as it was: what is
+wrong stays known to be wrong.
 """
 
 from __future__ import annotations
@@ -19,13 +20,21 @@ SIGNED = (
     "s.shard = {0}shard), {0}row, {0}created, {0}content_hash, {0}source, {0}metadata, {0}text, {0}token_ids)"
 )
 _STORED = "(SELECT d.entry FROM digests d WHERE d.seq = {0}seq)"
-_MATCHES = f"coalesce({_STORED} = {SIGNED}, 1)"
+_UNSIGNED = "(SELECT value FROM meta WHERE key = 'unsigned')"
+_MAY_LACK = f"coalesce({{0}}seq <= {_UNSIGNED}, 1)"
+_MATCHES = f"coalesce({_STORED} = {SIGNED}, {_MAY_LACK})"
 INTACT = _MATCHES.format("entries.")
 """1 if a row of ``entries`` is as it was written, 0 if not."""
-VECTOR = "v.seq, v.vector, (SELECT d.vector FROM digests d WHERE d.seq = v.seq)"
+VECTOR = (
+    "v.seq, v.vector, coalesce((SELECT d.vector FROM digests d WHERE d.seq = v.seq), "
+    f"CASE WHEN NOT {_MAY_LACK.format('v.')} THEN -2 END)"
+)
 """Columns of ``vectors v`` for ``check_vectors``."""
-SEALED = ("bank", "codec_state", "sink", "spec", "dim", "features")
+SEALED = ("bank", "codec_state", "sink", "spec", "dim", "features", "unsigned")
 """Keys of ``meta`` that have a digest beside them, under "digest:KEY"."""
+_DIGEST = "(SELECT value FROM meta WHERE key = 'digest:' || m.key)"
+FACT = f"m.value, coalesce({_DIGEST} = row_digest(m.value), m.key NOT IN {SEALED} OR {_UNSIGNED} IS NULL)"
+"""A value of ``meta m``, and 1 if it is as it was written."""
 
 _KEEP = "ON CONFLICT (seq) DO UPDATE SET"
 _VECTOR = "INSERT INTO digests (seq, vector) VALUES (NEW.seq, vector_digest(NEW.seq, NEW.vector)) "
@@ -52,8 +61,32 @@ def prepare(db: sqlite3.Connection, writable: bool) -> None:
         db.execute(f"CREATE TABLE IF NOT EXISTS {TABLE}")
         for trigger in TRIGGERS:
             db.execute(f"CREATE TEMP TRIGGER {trigger}")
+        if not db.execute("SELECT 1 FROM meta WHERE key = 'unsigned'").fetchone():
+            _sign_the_rest(db)
     elif not db.execute("SELECT 1 FROM main.sqlite_master WHERE name = 'digests'").fetchone():
         db.execute(f"CREATE TEMP TABLE {TABLE}")
+
+
+def _sign_the_rest(db: sqlite3.Connection) -> None:
+    """Sign the facts of a bank of an earlier version and keep which rows have no digest. A full disk puts it off."""
+    outer = db.in_transaction
+    try:
+        db.execute("SAVEPOINT sign_the_rest")
+        db.execute(
+            f"INSERT INTO meta SELECT 'digest:' || m.key, row_digest(m.value) FROM meta m WHERE m.key IN {SEALED} "
+            f"AND {_DIGEST} IS NULL"
+        )
+        unsigned = (
+            "SELECT seq FROM entries LEFT JOIN digests d USING (seq) LEFT JOIN vectors v USING (seq) "
+            "WHERE d.entry IS NULL OR v.vector IS NOT NULL AND d.vector IS NULL"
+        )
+        db.execute(f"INSERT INTO meta SELECT 'unsigned', coalesce(max(seq), 0) FROM ({unsigned})")
+        db.execute("RELEASE sign_the_rest")
+    except sqlite3.OperationalError as error:
+        if outer or error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            raise
+        if db.in_transaction:
+            db.execute("ROLLBACK")
 
 
 def vector_digest(seq: Any, vector: Any) -> int:

@@ -59,7 +59,7 @@ def graph_digest(path: Path, tenant: str, through: int, count: int) -> str:
 class _Scope:
     """What this process knows of one tenant. tail: float32 [n, dim] of the entries behind the graph."""
 
-    revision: int = -1
+    revision: int | None = None
     file: str | None = None
     graph: Index | None = None
     through: int = 0  # newest entry that is in graph or tail
@@ -118,7 +118,7 @@ class VectorIndex:
         """What there is of a tenant as of ``revision`` or later."""
         with self._lock:
             scope = self._scopes.get(tenant) or _Scope()
-            if scope.revision >= revision:
+            if scope.revision is not None and scope.revision >= revision:
                 return scope
             file = self._registered(tenant)
             if file is not None and file[0] != scope.file:
