@@ -21,7 +21,7 @@ def changed(bank: Path, sql: str, *values: object) -> None:
     db = sqlite3.connect(bank / "catalogue.sqlite")
     db.execute(sql, values)
     db.execute("DELETE FROM digests")
-    db.execute("DELETE FROM meta WHERE key LIKE 'digest:%'")
+    db.execute("DELETE FROM meta WHERE key LIKE 'digest:%' OR key = 'unsigned'")
     db.commit()
     db.close()
 
