@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,10 +93,11 @@ def test_every_size_and_group_in_bf16(size, group):
         check(case, kind)
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_any_batch_without_the_instruction(seed, monkeypatch):
-    """The way of other CPUs, which this one may have to stand in for."""
-    monkeypatch.setattr(paged_numba, "_HAS_DOT", False)
+@pytest.mark.parametrize("dot", [True, False])
+@pytest.mark.parametrize("seed", range(20))
+def test_any_batch_with_and_without_the_instruction(seed, dot, monkeypatch):
+    """The ways of other CPUs, for which this one may have to stand in."""
+    monkeypatch.setattr(paged_numba, "HAS_DOT", dot)
     case = random_case(random.Random(seed))
     after = case.fresh()
     memory_attention(after.call())
@@ -132,4 +136,33 @@ def test_what_is_no_order_is_refused():
 
 
 def test_the_instruction_is_found_where_it_is():
-    assert paged_numba.supported() == ("avx512_bf16" in Path("/proc/cpuinfo").read_text())
+    assert ("avx512_bf16" in Path("/proc/cpuinfo").read_text()) == paged_numba.HAS_DOT
+
+
+def test_pairs_are_multiplied_on_a_cpu_without_the_instruction():
+    """LLVM ends a process that writes an instruction which its CPU lacks: every server on an older CPU."""
+    environment = os.environ | {"NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
+    done = subprocess.run([sys.executable, "-c", _PAIRS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", "11.0"], "1 + 2 * 3 + 1 * 4"
+
+
+_PAIRS = """
+import numpy as np
+from numba import njit
+from mem_triton.ops.memory_attention.cpu.numba_vectors import HAS_DOT, multiply_pairs
+
+@njit
+def run(data, word, out):
+    multiply_pairs(1, 1, data, 64, 64, 1, word, 4, out, 64)
+
+def halves(first, second):
+    return np.array([first, second], np.float32).view(np.uint32) >> 16
+
+words = np.tile(halves(2, 1).astype(np.uint16), 16)
+word = halves(3, 4).astype(np.uint16)
+out = np.ones(16, np.float32)
+run(words.ctypes.data, word.ctypes.data, out.ctypes.data)
+assert (out == out[0]).all()
+print(HAS_DOT, out[0])
+"""

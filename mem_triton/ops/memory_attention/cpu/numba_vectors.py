@@ -9,9 +9,12 @@ from __future__ import annotations
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 binding.initialize_native_asmparser()  # for the instruction VDPBF16PS by its name
+HAS_DOT = "+avx512bf16" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+"""Whether numba compiles for a CPU with the instruction VDPBF16PS; for another one LLVM would end the process."""
 LANES = 16
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _WORDS, _SUMS, _HALVES = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES), ir.VectorType(_I16, 2 * LANES)
@@ -36,13 +39,24 @@ def _spread(builder, word):
 
 
 def _added(builder, sums, words, word, pairs):
-    """sums + the products of each lane of ``words`` with ``word``; of pairs of bf16 by VDPBF16PS (Intel's manual,
-    volume 2C), both products."""
-    if pairs:
+    """sums + the products of each lane of ``words`` with ``word``; of pairs of bf16 both products, by VDPBF16PS
+    (Intel's manual, volume 2C) where the CPU has it."""
+    flags, word = ("contract",), _spread(builder, word)
+    if pairs and HAS_DOT:
         kind = ir.FunctionType(_SUMS, [_WORDS, _WORDS, _SUMS])
-        return builder.asm(kind, "vdpbf16ps $2, $1, $0", "=v,v,v,0", [words, _spread(builder, word), sums], False)
-    flags = ("contract",)
-    return builder.fadd(builder.fmul(words, _spread(builder, word), flags=flags), sums, flags=flags)
+        return builder.asm(kind, "vdpbf16ps $2, $1, $0", "=v,v,v,0", [words, word, sums], False)
+    if pairs:
+        for a, b in zip(_halves(builder, words), _halves(builder, word), strict=True):
+            sums = builder.fadd(builder.fmul(a, b, flags=flags), sums, flags=flags)
+        return sums
+    return builder.fadd(builder.fmul(words, word, flags=flags), sums, flags=flags)
+
+
+def _halves(builder, words):
+    """Pairs of bf16 as two vectors of floats: the second of each pair, and the first."""
+    high = builder.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * LANES))
+    low = builder.shl(words, ir.Constant(_WORDS, [16] * LANES))
+    return builder.bitcast(high, _SUMS), builder.bitcast(low, _SUMS)
 
 
 def _sums(context, builder, args, many, groups, pairs, listed):

@@ -15,22 +15,13 @@ from torch import Tensor
 from mem_triton.ops.memory_attention.arguments.types import AttentionCall, PagedContext
 from mem_triton.ops.memory_attention.cpu.numba_rows import attend_some, parallel
 from mem_triton.ops.memory_attention.cpu.numba_tiles import COLUMNS, PAIRS, ROWS
+from mem_triton.ops.memory_attention.cpu.numba_vectors import HAS_DOT
 
 KINDS = {"rows": ROWS, "columns": COLUMNS, "pairs": PAIRS}
 BLOCK = 64
 """Queries times the heads of a group in a block, at most; a block of one query may have more."""
 
 
-def supported() -> bool:
-    """Whether this CPU has the instruction VDPBF16PS."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return any("avx512_bf16" in line for line in file if line.startswith("flags"))
-    except OSError:
-        return False
-
-
-_HAS_DOT = supported()
 _STEP = (
     "rows",
     "starts",
@@ -141,7 +132,7 @@ def layer_of(call: AttentionCall) -> np.ndarray:
     (_, query_heads, size), wide, packing = query.shape, query.element_size(), context.packing
     at: dict[str, float] = dict.fromkeys(_LAYER, 0)
     at |= {"heads": context.keys.shape[1], "group": query_heads // context.keys.shape[1], "size": size, "wide": wide}
-    at |= {"dot": wide == 2 and size % 32 == 0 and _HAS_DOT, "scale": call.scale, "soft_cap": call.soft_cap}
+    at |= {"dot": wide == 2 and size % 32 == 0 and HAS_DOT, "scale": call.scale, "soft_cap": call.soft_cap}
     at |= {"kind": KINDS["rows" if packing is None else packing.kind], "shared_bias": 0.0}
     at["block"] = context.keys.shape[2] if packing is None else packing.tokens
     strides = [wide * stride for stride in context.keys.stride()]
