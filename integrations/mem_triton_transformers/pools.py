@@ -65,6 +65,8 @@ def attach_pools(model: PreTrainedModel, section: Mapping[str, Any]) -> PreTrain
         extra = load_weights(reader.path)
     except PoolError as error:
         raise ConfigError(f"mem_triton.memoryllm.pools: {error}") from None
+    if reader.shape.long_term is not None:
+        raise ConfigError("mem_triton.memoryllm.pools: a store of M+, whose long-term rows are not read yet")
     _check_model(model, reader)
     bos = extra.get("bos_embedding") if reader.shape.bos else None
     names = {name.removeprefix("write.").rpartition(".")[0] for name in extra if name.startswith("write.")}

@@ -130,7 +130,7 @@ def test_the_tokenizer_puts_no_bos_before_a_text(tmp_path):
         ({"num_blocks": 0}, None, "num_blocks is 0"),
         ({"num_blocks": 5}, None, "num_memory_tokens is 32, num_blocks * num_tokens 40"),
         ({"num_blocks": 5, "num_memory_tokens": 40}, None, "memory is [3, 32, 32], config.json says [3, 40, 32]"),
-        ({"num_ltm_blocks": 10}, None, "num_ltm_blocks: this is M+"),
+        ({"num_ltm_blocks": 10}, None, "num_ltm_blocks: this is M+; use `mem-triton convert mplus`"),
         ({"lora_config": None}, None, "lora_config is missing"),
         ({"lora_config": {"r": 4}}, None, "lora_config has no r and lora_alpha"),
         ({"vocab_size": 97}, None, "model.embed_tokens.weight is [96, 32]"),

@@ -161,7 +161,7 @@ def test_a_write_that_another_one_overtook_is_not_committed(tmp_path):
         pools.delete("main")
         pools.add("main", torch.randn(2, 8, 4))
         with pytest.raises(PoolError, match="another one is called so now"):
-            pools.rows_of(made)
+            pools.state_of(made)
 
 
 def test_a_pool_that_another_process_made_again_is_not_the_one_that_was_read(tmp_path):

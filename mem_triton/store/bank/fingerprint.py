@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from mem_triton.ops.reposition.rope import GIVEN
 from mem_triton.store.errors import FingerprintError
 from mem_triton.store.files import SINGLE, indexed_files, kind_of, read_object
 
@@ -158,8 +159,9 @@ def rope_settings(text: Mapping[str, Any]) -> dict[str, Any]:
             value = 1.0 if found.get(name) is None else found[name]
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
                 raise ValueError(f"{name} is {_short(value)}, expected a number above 0")
-    if text.get("no_rope_layers"):
-        found["no_rope_layers"] = text["no_rope_layers"]
+    for name in ("no_rope_layers", GIVEN):
+        if text.get(name):
+            found[name] = text[name]
     return {key: _plain(found[key]) for key in sorted(found) if found[key] != ROPE_DEFAULTS.get(key, ...)}
 
 

@@ -81,7 +81,7 @@ class Checkpoint:
     def model_tensors(self) -> Iterator[tuple[str, str]]:
         """(name in a Llama, name here) of each tensor of the model, adapters left out."""
         for name in self.names:
-            if name not in MEMORY and ".lora_" not in name:
+            if not self._is_memory(name) and ".lora_" not in name:
                 yield name.replace(".base_layer", ""), name
 
     def adapter(self, name: str) -> LinearAdapters | None:
@@ -101,22 +101,29 @@ class Checkpoint:
         read_down, read_up = factors("decoder_adapter")
         return LinearAdapters(read_up @ read_down, torch.cat([down, read_down]), torch.cat([up, -read_up], 1))
 
+    def _is_memory(self, name: str) -> bool:
+        """Whether a tensor is no part of the Llama."""
+        return name in MEMORY
+
+    def _need(self, key: str) -> int:
+        """A size of the configuration. Raises PoolError."""
+        value = self.config.get(key)
+        if type(value) is not int or value < 1:
+            raise PoolError(
+                f"{self.folder}/config.json: {key} is {value!r}, expected a whole number above 0; fetch it again"
+            )
+        return value
+
     def _shape(self, dtype: str) -> PoolShape:
-        where = f"{self.folder}/config.json"
-
-        def need(key: str) -> int:
-            value = self.config.get(key)
-            if type(value) is not int or value < 1:
-                raise PoolError(f"{where}: {key} is {value!r}, expected a whole number above 0; fetch it again")
-            return value
-
-        tokens, blocks = need("num_tokens"), need("num_blocks")
+        tokens, blocks = self._need("num_tokens"), self._need("num_blocks")
         if self.config.get("num_ltm_blocks"):
-            raise PoolError(f"{where}: num_ltm_blocks: this is M+, which is not converted yet")
+            raise PoolError(
+                f"{self.folder}/config.json: num_ltm_blocks: this is M+; use `mem-triton convert mplus`, not memoryllm"
+            )
         return PoolShape(
-            layers=need("num_hidden_layers"),
+            layers=self._need("num_hidden_layers"),
             rows=tokens * blocks,
-            hidden=need("hidden_size"),
+            hidden=self._need("hidden_size"),
             tokens=tokens,
             dtype=dtype,
             per_layer=bool(self.config.get("drop_memory_per_layer")),
@@ -125,24 +132,16 @@ class Checkpoint:
         )
 
     def _check(self) -> None:
-        shape, rope = self.shape, self.config.get("rope_scaling")
-        said = self.config.get("num_memory_tokens")
-        if said not in (None, shape.rows):
+        rope, said = self.config.get("rope_scaling"), self.config.get("num_memory_tokens")
+        whole = self._need("num_blocks") * self._need("num_tokens")
+        if said not in (None, whole):
             raise PoolError(
-                f"{self.folder}/config.json: num_memory_tokens is {said}, num_blocks * num_tokens {shape.rows}; "
+                f"{self.folder}/config.json: num_memory_tokens is {said}, num_blocks * num_tokens {whole}; "
                 "repair the one that is wrong"
             )
         if rope is not None and not isinstance(rope, Mapping):
             raise PoolError(f"{self.folder}/config.json: rope_scaling is {rope!r}, expected an object")
-        wanted = {
-            "memory": (shape.layers, shape.rows, shape.hidden),
-            "new_memory_positional_emb": (1, 1, shape.hidden),
-            "model.embed_tokens.weight": (self.config.get("vocab_size"), shape.hidden),
-            "model.norm.weight": (shape.hidden,),
-        }
-        if shape.bos:
-            wanted["bos_embedding"] = (shape.layers, 1, shape.hidden)
-        for name, expected in wanted.items():
+        for name, expected in self._wanted().items():
             if name not in self.names:
                 raise PoolError(f"{self.folder}: has no tensor {name}; {AGAIN}")
             with safe_open(self.folder / self.files[self.names[name]], framework="pt") as file:
@@ -162,6 +161,17 @@ class Checkpoint:
                     raise PoolError(f"{self.folder}: has no tensor {other}; {AGAIN}")
             if not self.lora:
                 raise PoolError(f"{self.folder}/config.json: lora_config is missing, and {name} is there")
+
+    def _wanted(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of tensors that the configuration says, by name."""
+        shape = self.shape
+        wanted: dict[str, tuple[int, ...]] = {
+            "memory": (shape.layers, shape.rows, shape.hidden),
+            "new_memory_positional_emb": (1, 1, shape.hidden),
+            "model.embed_tokens.weight": (self.config.get("vocab_size"), shape.hidden),
+            "model.norm.weight": (shape.hidden,),
+        }
+        return wanted | ({"bos_embedding": (shape.layers, 1, shape.hidden)} if shape.bos else {})
 
 
 def _files(folder: Path) -> dict[str, str]:

@@ -18,10 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mem_triton.ops.reposition.rope import GIVEN
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.store.errors import not_written
 from mem_triton.store.files import INDEX, SINGLE, is_occupied, write_durably
 from mem_triton.systems.memoryllm.checkpoint import MEMORY, OWN_KEYS, Checkpoint
+from mem_triton.systems.memoryllm.mplus import MPLUS_KEYS, MPlusCheckpoint, tensors_back
 from mem_triton.systems.memoryllm.pools import WEIGHTS, Pools
 from mem_triton.systems.memoryllm.records import PoolError
 
@@ -36,30 +38,39 @@ TOKENIZER = (
     "chat_template.jinja",
     "generation_config.json",
 )
-DROPPED = (*OWN_KEYS, "torch_dtype", "transformers_version", "_name_or_path", "attn_implementation")
+ROPES = ("bf16", "exact")
+"""Frequencies of RoPE: rounded as the authors of M+ run it, or as they are."""
+DROPPED = (*OWN_KEYS, *MPLUS_KEYS, "torch_dtype", "transformers_version", "_name_or_path", "attn_implementation")
 MAIN = "main"
 
 
-def convert(source: Path, target: Path, dtype: Dtype = "auto") -> str | None:
+def convert(
+    source: Path, target: Path, dtype: Dtype = "auto", kind: type[Checkpoint] = Checkpoint, rope: str = "exact"
+) -> str | None:
     """Write ``target/model`` and ``target/memory``; the reference of the checkpoint's pool, None if it has no rows.
 
-    dtype: of the model and the rows; "auto" keeps that of the checkpoint's embeddings. Raises PoolError for a
-    checkpoint that cannot be read, or a target that is there already.
+    dtype: of the model and the rows; "auto" keeps that of the checkpoint's embeddings. kind: ``MPlusCheckpoint`` for
+    M+, and rope "bf16" puts the frequencies that its authors run it with into the model's configuration. Raises
+    PoolError for a checkpoint that cannot be read, or a target that is there already.
     """
     if is_occupied(target):
         raise PoolError(f"{target} is there already; choose another folder")
-    chosen = dtype if dtype != "auto" else _stored_dtype(source)
-    checkpoint = Checkpoint(source, chosen)
+    chosen = dtype if dtype != "auto" else _stored_dtype(source, kind)
+    checkpoint = kind(source, chosen)
+    mplus = checkpoint if isinstance(checkpoint, MPlusCheckpoint) else None
+    frequencies = mplus.frequencies() if mplus is not None and rope == "bf16" else None
     made = not target.exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
-        writing = _write_model(checkpoint, target / "model", getattr(torch, chosen))
+        writing = _write_model(checkpoint, target / "model", getattr(torch, chosen), frequencies)
         about = {"model": model_fingerprint(target / "model").model_dump(), "checkpoint": checkpoint.config}
         with Pools.create(target / "memory", checkpoint.shape, about) as pools:
             extra = {name: checkpoint.tensor(name).float() for name in MEMORY[1:3] if name in checkpoint.names}
+            extra |= mplus.retriever() if mplus is not None else {}
             tensors = {name: x.contiguous() for name, x in (extra | writing).items()}
             write_durably(target / "memory" / WEIGHTS, lambda temporary: save_file(tensors, temporary))
-            reference = pools.add(MAIN, checkpoint.tensor("memory") if checkpoint.initialized else None)
+            rows = checkpoint.tensor("memory") if checkpoint.initialized else None
+            reference = pools.add(MAIN, rows, long_term=None if mplus is None else mplus.long_term(rows))
     except BaseException as error:
         for part in ("model", "memory"):
             shutil.rmtree(target / part, ignore_errors=True)
@@ -83,7 +94,8 @@ def convert_back(source: Path, target: Path, pool: str = MAIN) -> None:
         shape, config = pools.shape, dict(pools.about.get("checkpoint") or {})
         infos = {info.name: info for info in pools.list("")}
         empty = pool in infos and infos[pool].version == 0
-        rows = torch.zeros(shape.layers, shape.rows, shape.hidden) if empty else pools.rows(pool)
+        state = None if empty else pools.state(pool)
+        rows = torch.zeros(shape.layers, shape.rows, shape.hidden) if state is None else state.rows
         extra = load_weights(pools.path)
     try:
         tensors = {
@@ -91,7 +103,11 @@ def convert_back(source: Path, target: Path, pool: str = MAIN) -> None:
         }
         kind = tensors["model.embed_tokens.weight"].dtype
         tensors |= {name: x.to(kind) for name, x in extra.items() if name in MEMORY}
-        tensors |= {"memory": rows.to(kind), "initialized": torch.tensor(0 if empty else 1, dtype=torch.uint8)}
+        tensors["memory"] = rows.to(kind)
+        if state is not None and state.long_term is not None:
+            tensors |= tensors_back(state.long_term, extra, config, kind)
+        else:
+            tensors["initialized"] = torch.tensor(0 if empty else 1, dtype=torch.uint8)
         if config.get("lora_config"):
             rank = _add_adapters(tensors, extra, config, kind)
             config["lora_config"] = {**config["lora_config"], "r": rank, "lora_alpha": rank}
@@ -123,14 +139,16 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise PoolError(f"{path}: {error}; convert the checkpoint again") from None
 
 
-def _stored_dtype(source: Path) -> str:
-    name = str(Checkpoint(source, "float32").dtype_of("model.embed_tokens.weight")).removeprefix("torch.")
+def _stored_dtype(source: Path, kind: type[Checkpoint]) -> str:
+    name = str(kind(source, "float32").dtype_of("model.embed_tokens.weight")).removeprefix("torch.")
     if name not in DTYPES:
         raise PoolError(f"{source}: its tensors are {name}; choose --dtype float32 or bfloat16")
     return name
 
 
-def _write_model(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+def _write_model(
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, frequencies: list[float] | None
+) -> dict[str, Tensor]:
     """The served Llama, in as many files as the checkpoint; the factors of the adapter that writes, by linear."""
     folder.mkdir()
     files: dict[str, dict[str, str]] = {}
@@ -153,6 +171,8 @@ def _write_model(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> di
         _write_index(folder)
     config = {key: value for key, value in checkpoint.config.items() if key not in DROPPED}
     config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": str(dtype).removeprefix("torch.")}
+    if frequencies is not None:
+        config[GIVEN] = frequencies
     config["tie_word_embeddings"] = "lm_head.weight" not in checkpoint.names
     write_durably(folder / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=1) + "\n"))
     _copy_tokenizer(checkpoint.folder, folder)

@@ -59,6 +59,11 @@ def open_store(engine: EngineShape, section: MemoryLLMSection) -> Pools:
         here = model_fingerprint(folder)
     except (OSError, BankError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"mem_triton.memoryllm.pools: {error}") from None
+    if pools.shape.long_term is not None:
+        raise ConfigError(
+            f"mem_triton.memoryllm.pools: {section.pools} is a store of M+, whose long-term rows are not read inside "
+            f"{engine.engine} yet; serve a store of `mem-triton convert memoryllm`"
+        )
     if engine.quantization is not None:
         raise ConfigError(
             f"mem_triton.memoryllm.pools: the engine quantises the weights ({engine.quantization}), and pools are "

@@ -20,13 +20,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from mem_triton import ids
 from mem_triton.store.errors import not_written
 from mem_triton.store.files import WRITING, WriterLock, is_occupied, sync_folder, write_durably
 from mem_triton.systems.memoryllm import records
+from mem_triton.systems.memoryllm.long_term import LongTerm, long_term_after
 from mem_triton.systems.memoryllm.records import PoolError, damaged
 from mem_triton.systems.memoryllm.shape import PoolInfo, PoolShape, PoolState, PoolVersion
 from mem_triton.systems.memoryllm.update import UpdateStep, updated
@@ -84,7 +84,7 @@ class Pools:
             data = json.loads((path / STORE).read_text(encoding="utf-8"))
             if data["format"] != FORMAT:
                 raise PoolError(f"{path / STORE}: format is {data['format']!r}, expected {FORMAT}; upgrade mem_triton")
-            shape, about = PoolShape(**data["shape"]), dict(data["about"])
+            shape, about = PoolShape.of(data["shape"]), dict(data["about"])
         except PoolError:
             raise
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
@@ -153,10 +153,10 @@ class Pools:
         name, owner, identity = records.read_about(folder)
         return PoolVersion(owner, name, identity, version or 0)
 
-    def rows_of(self, version: PoolVersion) -> Tensor:
-        """The rows of exactly this version. Raises PoolError if its pool is gone, whatever is called so now."""
+    def state_of(self, version: PoolVersion) -> PoolState:
+        """Exactly this version in memory. Raises PoolError if its pool is gone, whatever is called so now."""
         self._exactly(version)
-        return self.rows(f"{version.name}@{version.version}", version.tenant)
+        return self.state(version.id, version.tenant)
 
     def _exactly(self, version: PoolVersion) -> Path:
         folder = self._folder(version.name, version.tenant, own=True)
@@ -165,7 +165,7 @@ class Pools:
         return folder
 
     def changes(self, version: PoolVersion, since: int) -> list[UpdateStep]:
-        """What makes this version of its pool's version ``since``, step by step. Raises PoolError as ``rows_of``."""
+        """What makes this version of its pool's version ``since``, step by step. Raises PoolError as ``state_of``."""
         folder = self._exactly(version)
         deltas = [records.read_delta(folder, number) for number in range(since + 1, version.version + 1)]
         if any(two.before != one.link for one, two in pairwise(deltas)):
@@ -174,8 +174,12 @@ class Pools:
 
     def rows(self, reference: str, tenant: str = "") -> Tensor:
         """The rows [L, N, d] of a version. Raises PoolError for what is not there, or damaged."""
+        return self.state(reference, tenant).rows
+
+    def state(self, reference: str, tenant: str = "") -> PoolState:
+        """A version in memory. Raises PoolError for what is not there, or damaged."""
         name, version = self.resolve(reference, tenant)
-        return self._state(self._folder(name, tenant), version).rows
+        return self._state(self._folder(name, tenant), version)
 
     def verify(self) -> list[str]:
         """Problems of every pool, each naming its file; empty if all is well."""
@@ -193,15 +197,16 @@ class Pools:
 
     # Writing.
 
-    def add(self, name: str, rows: Tensor | None = None, tenant: str = "") -> str:
+    def add(self, name: str, rows: Tensor | None = None, tenant: str = "", long_term: LongTerm | None = None) -> str:
         """A new pool; its reference. rows: [L, N, d] of its version 1, None for one that has no rows yet.
 
-        Raises PoolError if the name is taken or there are too many.
+        long_term: of M+, which goes with its rows. Raises PoolError if the name is taken or there are too many.
         """
+        if (self.shape.long_term is None) != (long_term is None):
+            raise PoolError(f'pool "{name[:200]}": of M+ a pool has long-term rows, and no other has; fork one of M+')
         with self._as_writer():
-            return self._make(name, tenant, lambda folder: self._begin(folder, rows)) + (
-                "@1" if rows is not None else ""
-            )
+            made = self._make(name, tenant, lambda folder: self._begin(folder, rows, long_term))
+        return made if rows is None else f"{made}@1"
 
     def fork(self, new: str, reference: str, tenant: str = "") -> str:
         """A new pool that begins as a version of another one; its reference. Both share their files from then on."""
@@ -254,7 +259,7 @@ class Pools:
                 raise PoolError(f'pool "{name}" has no rows yet; there is nothing to store')
             if version not in records.versions(folder)["snapshot"]:
                 state = self._state(folder, version)
-                records.write_snapshot(folder, version, state.rows, state.generator, state.link)
+                records.write_snapshot(folder, version, state.rows, state.generator, state.link, state.long_term)
             return f"{name}@{version}"
 
     def compact(self, name: str, tenant: str = "") -> int:
@@ -320,7 +325,7 @@ class Pools:
             raise
         return name
 
-    def _begin(self, folder: Path, rows: Tensor | None) -> None:
+    def _begin(self, folder: Path, rows: Tensor | None, long: LongTerm | None) -> None:
         if rows is None:
             return
         shape = self.shape
@@ -328,7 +333,7 @@ class Pools:
             raise PoolError(f"memory: {list(rows.shape)}, expected {[shape.layers, shape.rows, shape.hidden]}")
         if not bool(rows.isfinite().all()):
             raise PoolError("memory: holds NaN or infinity; take another checkpoint")
-        records.write_snapshot(folder, 1, rows.to(shape.torch_dtype), _fresh_generator(folder), None)
+        records.write_snapshot(folder, 1, rows.to(shape.torch_dtype), records.fresh_generator(folder), None, long)
 
     def _folder(self, name: str, tenant: str, own: bool = False) -> Path:
         """own: not everybody's, which a tenant may read and not write."""
@@ -365,24 +370,24 @@ class Pools:
 
     def _replay(self, folder: Path, start: int, version: int, after: PoolState | None = None) -> PoolState:
         """A version from the snapshot at ``start`` (0: from nothing), or a later one, and what further ones changed."""
-        shape = self.shape
-        if after is not None:
-            start, rows, generator, link = after.version, after.rows, after.generator, after.link
-        elif start == 0:
-            rows, generator, link = None, _fresh_generator(folder), ""
-        else:
+        shape, state = self.shape, after
+        if state is None and start == 0:
+            state = PoolState(0, None, records.fresh_generator(folder), "")
+        elif state is None:
             found = records.read_snapshot(folder, start)
-            rows, generator, link = found.rows, found.state, found.link
-            if tuple(rows.shape) != (shape.layers, shape.rows, shape.hidden):
-                raise damaged(folder / records.file_name(start, "snapshot"), f"has rows {list(rows.shape)}")
-        for number in range(start + 1, version + 1):
+            state = PoolState(start, found.rows, found.state, found.link, found.long)
+            fits = tuple(found.rows.shape) == (shape.layers, shape.rows, shape.hidden)
+            if not fits or (found.long is None) != (shape.long_term is None):
+                raise damaged(folder / records.file_name(start, "snapshot"), f"has rows {list(found.rows.shape)}")
+        rows, long = state.rows, state.long_term
+        for number in range(state.version + 1, version + 1):
             delta = records.read_delta(folder, number)
-            if delta.before != link:
+            if delta.before != state.link:
                 raise damaged(folder / records.file_name(number, "delta"), "does not follow the version before it")
             for step in delta.steps:
-                rows = updated(rows, step, shape.rows)
-            generator, link = delta.state, delta.link
-        return PoolState(version, rows, generator, link)
+                rows, long = updated(rows, step, shape.rows), long_term_after(rows, long, step, shape)
+            state = PoolState(number, rows, delta.state, delta.link, long)
+        return state
 
     def _tidy(self) -> None:
         """Remove what a writer that was killed has left unfinished."""
@@ -393,8 +398,3 @@ class Pools:
                 for leftover in entry.glob(f"{WRITING}*"):
                     with suppress(OSError):  # the write of that name will say what is wrong
                         leftover.unlink()
-
-
-def _fresh_generator(folder: Path) -> Tensor:
-    """The state with which a pool's own generator begins: of its identity, so that a replay gives the same."""
-    return torch.Generator().manual_seed(int(records.read_about(folder)[2][:15], 16)).get_state()

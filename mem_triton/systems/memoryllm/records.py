@@ -22,6 +22,7 @@ from torch import Tensor
 from mem_triton import ids
 from mem_triton.store.errors import BankError, not_written
 from mem_triton.store.files import write_durably
+from mem_triton.systems.memoryllm.long_term import LongTerm, LongTermRows
 from mem_triton.systems.memoryllm.update import UpdateStep
 
 NAME = re.compile(r"(\d{10})\.(snapshot|delta)\.safetensors")
@@ -36,11 +37,12 @@ class PoolError(BankError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All rows [L, N, d] of a version. link: the chain's hash at it; state: of the pool's generator."""
+    """All rows [L, N, d] of a version. link: the chain's hash at it; state: of the pool's generator. long: of M+."""
 
     rows: Tensor
     state: Tensor
     link: str
+    long: LongTerm | None = None
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,11 @@ def digest_of(tensors: Mapping[str, Tensor], *words: object) -> str:
     return digest.hexdigest()
 
 
-def write_snapshot(folder: Path, version: int, rows: Tensor, state: Tensor, link: str | None) -> str:
-    """Store all rows of a version; the chain's hash at it. link: None begins a chain."""
-    tensors = {"rows": rows.contiguous(), "generator": state}
+def write_snapshot(
+    folder: Path, version: int, rows: Tensor, state: Tensor, link: str | None, long: LongTerm | None = None
+) -> str:
+    """Store all rows of a version, long-term ones too; the chain's hash at it. link: None begins a chain."""
+    tensors = {"rows": rows.contiguous(), "generator": state} | ({} if long is None else _long_tensors(long))
     digest = digest_of(tensors, "snapshot", version)
     _write(folder, version, "snapshot", tensors, {"digest": digest, "link": link or digest})
     return link or digest
@@ -95,6 +99,8 @@ def write_delta(
         tensors[f"{i}.delta"] = step.delta.contiguous()
         if step.dropped is not None:
             tensors[f"{i}.dropped"] = step.dropped.contiguous()
+        if step.keys is not None:
+            tensors[f"{i}.keys"] = step.keys.contiguous()
     link = digest_of(tensors, "delta", version, before, tokens)
     about = {"digest": link, "link": link, "before": before, "steps": str(len(steps)), "tokens": str(tokens)}
     _write(folder, version, "delta", tensors, about)
@@ -105,9 +111,13 @@ def read_snapshot(folder: Path, version: int) -> Snapshot:
     """A version's rows. Raises PoolError naming the file if it is damaged."""
     tensors, about = _read(folder, version, "snapshot")
     path = folder / file_name(version, "snapshot")
-    if digest_of(tensors, "snapshot", version) != about.get("digest") or set(tensors) != {"rows", "generator"}:
+    if digest_of(tensors, "snapshot", version) != about.get("digest") or not {"rows", "generator"} <= set(tensors):
         raise damaged(path, "has changed since it was written")
-    return Snapshot(tensors["rows"], tensors["generator"], str(about.get("link")))
+    try:
+        long = _long_of(tensors) if "long.clock" in tensors else None
+    except (LookupError, ValueError) as error:
+        raise damaged(path, f"has no whole long-term memory ({error})") from None
+    return Snapshot(tensors["rows"], tensors["generator"], str(about.get("link")), long)
 
 
 def read_delta(folder: Path, version: int) -> Delta:
@@ -117,7 +127,8 @@ def read_delta(folder: Path, version: int) -> Delta:
     before, tokens, count = (about.get(name, "") for name in ("before", "tokens", "steps"))
     if digest_of(tensors, "delta", version, before, tokens) != about.get("link"):
         raise damaged(path, "has changed since it was written")
-    steps = tuple(UpdateStep(tensors[f"{i}.delta"], tensors.get(f"{i}.dropped")) for i in range(int(count)))
+    parts = [[tensors.get(f"{i}.{part}") for part in ("delta", "dropped", "keys")] for i in range(int(count))]
+    steps = tuple(UpdateStep(*part) for part in parts)
     return Delta(steps, tensors["generator"], about["link"], before, int(tokens))
 
 
@@ -131,6 +142,11 @@ def read_about(folder: Path) -> tuple[str, str, str]:
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise damaged(folder / POOL, f"cannot be read ({error})") from None
     return about
+
+
+def fresh_generator(folder: Path) -> Tensor:
+    """The state with which a pool's own generator begins: of its identity, so that a replay gives the same."""
+    return torch.Generator().manual_seed(int(read_about(folder)[2][:15], 16)).get_state()
 
 
 def directory(name: str, tenant: str) -> str:
@@ -149,6 +165,37 @@ def split(reference: str) -> tuple[str, int | None]:
 def damaged(path: Path, what: str) -> PoolError:
     """The error of a file that cannot be used."""
     return PoolError(f"{path}: {what}; restore the pool's folder from a backup, or read an earlier version")
+
+
+def _long_tensors(long: LongTerm) -> dict[str, Tensor]:
+    """By names such as ``long.merged.3.0.keys``: of layer 3, the first rows that were dropped together."""
+    found = {"long.clock": torch.tensor(long.clock), "long.ages": long.ages, "long.keys": long.keys}
+    for kind, layers in (("merged", long.merged), ("fresh", long.fresh)):
+        for layer, parts in enumerate(layers):
+            for i, part in enumerate(parts):
+                own = {"rows": part.content[0], "keys": part.keys, "stamps": part.stamps, "often": part.frequencies}
+                found |= {f"long.{kind}.{layer}.{i}.{name}": x for name, x in own.items()}
+    return {name: x.contiguous() for name, x in found.items()}
+
+
+def _long_of(tensors: Mapping[str, Tensor]) -> LongTerm:
+    """What ``_long_tensors`` has made. Raises KeyError for a tensor that is missing."""
+
+    def layers(kind: str) -> tuple[tuple[LongTermRows, ...], ...]:
+        found = []
+        for layer in range(len(tensors["rows"])):
+            parts: list[LongTermRows] = []
+            while f"long.{kind}.{layer}.{len(parts)}.rows" in tensors:
+                rows, *rest = (
+                    tensors[f"long.{kind}.{layer}.{len(parts)}.{x}"] for x in ("rows", "keys", "stamps", "often")
+                )
+                parts.append(LongTermRows((rows,), *rest))
+            found.append(tuple(parts))
+        return tuple(found)
+
+    return LongTerm(
+        int(tensors["long.clock"]), tensors["long.ages"], tensors["long.keys"], layers("merged"), layers("fresh")
+    )
 
 
 def _write(folder: Path, version: int, kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mem_triton.systems.memoryllm.long_term import LongTerm
+
+
+@dataclass(frozen=True)
+class LongTermShape:
+    """Sizes of M+'s long-term memory (arXiv 2502.00592, section 3.2).
+
+    read: rows that a prompt reads in each layer. merge: dropped rows after which they join it. first: the frequency
+    that they begin with; decay: what each merge takes off all. keys: width of the retriever's keys.
+    """
+
+    read: int
+    merge: int
+    first: float
+    decay: float
+    keys: int
 
 
 @dataclass(frozen=True)
@@ -14,7 +34,7 @@ class PoolShape:
 
     layers, rows, hidden: of a pool; tokens: rows that a write adds. dtype: "float32" or "bfloat16". per_layer: each
     layer drops rows of its own. bos: a learned row stands before the pool. embedding_first: a first write adds the
-    positional embedding, too (the 7B branch of the authors' code does not).
+    positional embedding, too (the 7B branch of the authors' code does not). long_term: of M+, None for MemoryLLM.
     """
 
     layers: int
@@ -25,6 +45,13 @@ class PoolShape:
     per_layer: bool = False
     bos: bool = True
     embedding_first: bool = True
+    long_term: LongTermShape | None = None
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Self:
+        """What ``asdict`` has made of one. Raises TypeError for other keys."""
+        long = data.get("long_term")
+        return cls(**{**data, "long_term": None if long is None else LongTermShape(**long)})
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -72,9 +99,10 @@ class PoolVersion:
 
 @dataclass(frozen=True)
 class PoolState:
-    """A version in memory. rows: [L, N, d], None for version 0; link: the chain's hash at it."""
+    """A version in memory. rows: [L, N, d], None for version 0; link: the chain's hash at it. long_term: of M+."""
 
     version: int
     rows: Tensor | None
     generator: Tensor
     link: str
+    long_term: LongTerm | None = None

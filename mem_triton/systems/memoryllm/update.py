@@ -12,11 +12,12 @@ from torch import Tensor
 class UpdateStep:
     """One update. delta: [L, n, d], the new rows; dropped: int32 [1 or L, n], which go; None for a pool's first rows.
 
-    One list of dropped rows is that of all layers.
+    One list of dropped rows is that of all layers. keys: [L, n, K] of M+, the retriever's keys of the new rows.
     """
 
     delta: Tensor
     dropped: Tensor | None
+    keys: Tensor | None = None
 
 
 def draw_dropped(rows: int, count: int, lists: int, generator: torch.Generator) -> Tensor:

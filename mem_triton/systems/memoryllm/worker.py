@@ -144,7 +144,7 @@ class PoolWorker(WorkerPart):
         if before is not None and before.version < version.version:
             with contextlib.suppress(PoolError):  # the store was compacted in between
                 return RowSource(before, self.pools.changes(version, before.version))
-        return RowSource(None, (), self.pools.rows_of(version))
+        return RowSource(None, (), self.pools.state_of(version).rows)
 
     def place(self, ref: str, pages: list[int], first: int, end: int) -> dict[str, Any]:
         """Fill a version's pages in the layers [first, end), between two steps: {"error": None or why not}.
