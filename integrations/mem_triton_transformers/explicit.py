@@ -66,6 +66,12 @@ class CurrentReads:
                     )
         self.rows, self._layers = [list(row) for row in rows], {}
 
+    def add(self, row: int, segment: MemorySegment) -> None:
+        """Let one row read another segment, too; in layers that come."""
+        self.rows[row].append(segment)
+        for layer in segment.layers:
+            self._layers.pop(layer, None)
+
     def layer(self, index: int) -> _LayerSegments | None:
         """Layer ``index``'s memory, None if no row has any there."""
         if index not in self._layers:

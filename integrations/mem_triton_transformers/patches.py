@@ -49,6 +49,26 @@ PATCHES: tuple[EnginePatch, ...] = (
         until="No need.",
     ),
     EnginePatch(
+        target="the decoder and its attention modules, while a pool of M+ is read",
+        kind="hook",
+        sites=("long_term.choosing: *",),
+        what="Forward pre-hooks of torch see the prompt's mask, and each layer's normed rows before its attention, which "
+        "then reads the long-term rows that these choose; they are gone with the context.",
+        why="Which rows a layer reads depends on its own input.",
+        upstream="Forward hooks are public in torch.",
+        until="No need.",
+    ),
+    EnginePatch(
+        target="the decoder's rotary_emb.inv_freq, of a model converted from M+",
+        kind="object",
+        sites=("long_term.use_frequencies: *", "long_term.stock_frequencies: *"),
+        what="The buffer holds the frequencies that the model's configuration lists; remove_mem_triton puts the stock "
+        "ones back.",
+        why="The authors of M+ run it with frequencies that are rounded to bfloat16.",
+        upstream="No type of RoPE in transformers takes a list of frequencies.",
+        until="A configuration may list frequencies.",
+    ),
+    EnginePatch(
         target="the linears that have an adapter for writing, while a text is written into a pool",
         kind="hook",
         sites=("pools._writing_adapter: model.get_submodule(name).register_forward_hook",),

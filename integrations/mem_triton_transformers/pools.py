@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,15 @@ from mem_triton.store.bank.fingerprint import Fingerprint, model_fingerprint
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.pool.placement import place
 from mem_triton.systems.memoryllm.convert import load_weights
+from mem_triton.systems.memoryllm.long_term import LongTerm
 from mem_triton.systems.memoryllm.pools import Pools
 from mem_triton.systems.memoryllm.records import PoolError
+from mem_triton.systems.memoryllm.retriever import RowRetriever
 from mem_triton.systems.memoryllm.section import MemoryLLMSection
 from mem_triton.systems.memoryllm.write import WriteWeights, write_pass
 from mem_triton_transformers.encode import attention_layers
 from mem_triton_transformers.explicit import READING, MemorySegment, model_ropes, read_memory
+from mem_triton_transformers.long_term import choosing, project, stock_frequencies, use_frequencies
 
 POOLS = "_mem_triton_pools"
 """Where a model keeps its pools."""
@@ -38,19 +41,22 @@ POOLS = "_mem_triton_pools"
 
 @dataclass
 class ModelPools:
-    """What one model keeps of a store. placed: keys and values by reference, the last ones that were read."""
+    """What one model keeps of a store. placed: keys and values by reference, and the long-term memory behind them, the
+    last ones that were read. retriever: of M+.
+    """
 
     path: Path
     reader: Pools
     weights: WriteWeights
     factors: Mapping[str, tuple[Tensor, Tensor]]
     section: MemoryLLMSection
-    placed: OrderedDict[str, MemoryBlock] = field(default_factory=OrderedDict)
+    placed: OrderedDict[str, tuple[MemoryBlock, LongTerm | None]] = field(default_factory=OrderedDict)
     writer: Pools | None = None
+    retriever: RowRetriever | None = None
 
 
 def attach_pools(model: PreTrainedModel, section: Mapping[str, Any]) -> PreTrainedModel:
-    """Give ``model`` the pools of a store that ``mem-triton convert memoryllm`` has made; returns the model.
+    """Give ``model`` the pools of a store that ``mem-triton convert memoryllm`` or ``mplus`` has made; returns it.
 
     section: as ``config`` has it, ``{"pools": "DST/memory", "default": "main", "chunk": 512, "versions": 3}``; ``gib``
     and ``layers_per_step`` mean nothing here. Raises ConfigError for a key or a model that does not fit, ValueError if
@@ -65,8 +71,6 @@ def attach_pools(model: PreTrainedModel, section: Mapping[str, Any]) -> PreTrain
         extra = load_weights(reader.path)
     except PoolError as error:
         raise ConfigError(f"mem_triton.memoryllm.pools: {error}") from None
-    if reader.shape.long_term is not None:
-        raise ConfigError("mem_triton.memoryllm.pools: a store of M+, whose long-term rows are not read yet")
     _check_model(model, reader)
     bos = extra.get("bos_embedding") if reader.shape.bos else None
     names = {name.removeprefix("write.").rpartition(".")[0] for name in extra if name.startswith("write.")}
@@ -77,6 +81,13 @@ def attach_pools(model: PreTrainedModel, section: Mapping[str, Any]) -> PreTrain
         {n: tuple(extra[f"write.{n}.{part}"].to(model.device, model.dtype) for part in ("down", "up")) for n in names},
         chosen,
     )
+    if reader.shape.long_term is not None:
+        try:
+            act = model.config.hidden_act
+            kept.retriever = RowRetriever(extra, reader.shape.layers, act, model.device, model.dtype)
+        except PoolError as error:
+            raise ConfigError(f"mem_triton.memoryllm.pools: {reader.path}: {error}") from None
+        use_frequencies(model)
     setattr(model, POOLS, kept)
     return model
 
@@ -88,6 +99,7 @@ def detach_pools(model: PreTrainedModel) -> bool:
         return False
     if kept.writer is not None:
         kept.writer.close()
+    stock_frequencies(model)
     delattr(model, POOLS)
     return True
 
@@ -120,7 +132,7 @@ def inject(
             part = torch.tensor(tokens[start : start + kept.section.chunk], device=model.device)
             hidden = decoder.get_input_embeddings()(part)
             new = write_pass(hidden, layers, kept.weights, writing.tail, shape.tokens, shape.embedding_first)
-            writing.apply(new, len(part))
+            writing.apply(new, len(part), _keys(decoder, kept.retriever, new))
         return writing.commit()
 
 
@@ -137,9 +149,22 @@ def read_pool(model: PreTrainedModel, pools: Sequence[str | None]) -> Iterator[l
     kept = _pools_of(model)
     versions = ["{}@{}".format(*kept.reader.resolve(name)) if name else None for name in pools]
     everywhere = tuple(range(kept.reader.shape.layers))
-    rows = [[] if version is None else [MemorySegment(_placed(model, version), everywhere)] for version in versions]
-    with read_memory(model, rows):
+    found = [None if version is None else _placed(model, version) for version in versions]
+    rows = [[] if each is None else [MemorySegment(each[0], everywhere)] for each in found]
+    with ExitStack() as stack:
+        reading = stack.enter_context(read_memory(model, rows))
+        if kept.retriever is not None:
+            long = [None if each is None else each[1] for each in found]
+            stack.enter_context(choosing(model, kept.reader.shape, kept.retriever, long, reading))
         yield versions
+
+
+def _keys(decoder: nn.Module, retriever: RowRetriever | None, new: Tensor) -> Tensor | None:
+    """The retriever's keys [L, n, K] of new rows [L, n, d]; None for MemoryLLM."""
+    if retriever is None:
+        return None
+    layers = zip(decoder.layers, new, strict=True)
+    return torch.stack([retriever.keys(i, layer.input_layernorm(rows)) for i, (layer, rows) in enumerate(layers)])
 
 
 def _pools_of(model: PreTrainedModel) -> ModelPools:
@@ -217,24 +242,29 @@ def _writing_adapter(model: PreTrainedModel, factors: Mapping[str, tuple[Tensor,
 
 
 @torch.inference_mode()
-def _placed(model: PreTrainedModel, version: str) -> MemoryBlock:
+def _placed(model: PreTrainedModel, version: str) -> tuple[MemoryBlock, LongTerm | None]:
     """A version's keys and values where they are read, by norm and projection with the weights that read."""
     kept = _pools_of(model)
     key = f"{kept.reader.info(version.partition('@')[0]).identity}@{version}"  # a pool may be made again
     if key in kept.placed:
         kept.placed.move_to_end(key)
         return kept.placed[key]
-    rows, keys, values = kept.reader.rows(version), [], []
+    state, keys, values = kept.reader.state(version), [], []
     for index, layer in enumerate(model.get_decoder().layers):
-        attention = layer.self_attn
-        parts = [rows[index]] if kept.weights.bos is None else [kept.weights.bos[index].to(rows.device), rows[index]]
-        given = layer.input_layernorm(torch.cat([part.to(model.device, model.dtype) for part in parts]))
-        for found, projection in ((keys, attention.k_proj), (values, attention.v_proj)):
-            found.append(projection(given).view(len(given), -1, attention.head_dim).transpose(0, 1))
-    where = torch.arange(len(given), dtype=torch.int32).expand(len(keys), len(keys[0]), -1)
-    block = MemoryBlock(torch.stack(keys), torch.stack(values), where)
+        rows = state.rows[index]
+        parts = [rows] if kept.weights.bos is None else [kept.weights.bos[index].to(rows.device), rows]
+        for found, part in zip(
+            (keys, values),
+            project(layer, torch.cat([part.to(model.device, model.dtype) for part in parts])),
+            strict=True,
+        ):
+            found.append(part)
+    where = torch.arange(keys[0].shape[1], dtype=torch.int32)
+    if state.long_term is not None and kept.weights.bos is not None:
+        where[0] -= kept.reader.shape.long_term.read  # the long-term rows stand between the first row and the pool
+    block = MemoryBlock(torch.stack(keys), torch.stack(values), where.expand(len(keys), len(keys[0]), -1))
     block = place(block, model_ropes(model, range(len(keys))), "prefix", 0)
-    kept.placed[key] = block
+    kept.placed[key] = block, state.long_term
     while len(kept.placed) > kept.section.versions:
         kept.placed.popitem(last=False)
-    return block
+    return kept.placed[key]

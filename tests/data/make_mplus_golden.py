@@ -101,7 +101,7 @@ def model_of(case: str):
         elif name.partition("proj.")[0].endswith(("query_", "key_")):
             parameter.data.normal_(std=0.6)
         else:
-            parameter.data.normal_(std=0.3)
+            parameter.data.normal_(std=0.15)
     with torch.no_grad():  # keys are those of the rows, as in the authors' checkpoint
         for layer, rows, keys in zip(model.model.layers, model.ltm, model.ltm_keys, strict=True):
             keys.data = layer.self_attn.key_proj(layer.input_layernorm(rows)).clone()

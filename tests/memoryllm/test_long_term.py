@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from mem_triton.systems.memoryllm import long_term
-from mem_triton.systems.memoryllm.long_term import LongTerm, LongTermRows, gather, pick, scores_of
+from mem_triton.systems.memoryllm.long_term import LongTerm, LongTermRows, PoolState, gather, pick, scores_of
 from mem_triton.systems.memoryllm.pools import Pools
 from mem_triton.systems.memoryllm.records import PoolError
-from mem_triton.systems.memoryllm.retriever import Retriever
-from mem_triton.systems.memoryllm.shape import LongTermShape, PoolState
+from mem_triton.systems.memoryllm.retriever import RowRetriever
+from mem_triton.systems.memoryllm.shape import LongTermShape
 from tests.cli.test_cli import run
 from tests.memoryllm.test_mplus_convert import MPLUS
 
@@ -177,9 +177,9 @@ def test_picks_are_the_best_and_stand_by_age_and_few_rows_are_repeated_with_the_
 
 def test_a_retriever_that_is_not_whole_is_refused():
     with pytest.raises(PoolError, match=r"no retriever\.0\.query\.0"):
-        Retriever({}, 1, "silu", "cpu", torch.float32)
+        RowRetriever({}, 1, "silu", "cpu", torch.float32)
     with pytest.raises(PoolError, match="hidden_act is 'tanh'"):
-        Retriever({}, 1, "tanh", "cpu", torch.float32)
+        RowRetriever({}, 1, "tanh", "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("store", ["grown"], indirect=True)

@@ -1,8 +1,9 @@
 """RoPE of memory: what a model's config says, keys to and from positions, and the op for pages on the device."""
 
+from mem_triton.ops.reposition.given import UnsupportedRopeError
 from mem_triton.ops.reposition.op import reposition_pages
 from mem_triton.ops.reposition.reference import move, rotate, unrotate
-from mem_triton.ops.reposition.rope import RotaryEmbedding, UnsupportedRopeError, rope_from_config
+from mem_triton.ops.reposition.rope import RotaryEmbedding, rope_from_config
 
 __all__ = [
     "RotaryEmbedding",

@@ -15,20 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mem_triton.ops.reposition.given import UnsupportedRopeError, given_frequencies
+
 INTERLEAVED = frozenset(
     {"codegen", "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium", "llama4_text"}
 )
 """Model types that pair channel 2i with 2i + 1; no field of their config says so."""
 ROPE_IN_SLIDING_LAYERS_ONLY = frozenset({"cohere2", "exaone4"})
-
-
-GIVEN = "mem_triton_inv_freq"
-"""A config's key for frequencies that stand in the place of those which its other fields give: of checkpoints whose
-authors ran them on others. Engines know nothing of it; integrations put them into the engine's table."""
-
-
-class UnsupportedRopeError(ValueError):
-    """A position embedding whose keys cannot be moved, or that is not described fully. Names the config field."""
 
 
 @dataclass(frozen=True)
@@ -78,22 +71,8 @@ def rope_from_config(config: Mapping[str, Any], layer_index: int | None = None) 
     rotary_dim = int(head_dim * float(fields.get("partial_rotary_factor") or 1.0))
     base = fields["rope_theta"] ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
     inv_freq, attention_factor = FREQUENCIES[kind](base, fields, config)
-    frequencies = _given(config, len(base)) or tuple(inv_freq.tolist())
+    frequencies = given_frequencies(config, len(base)) or tuple(inv_freq.tolist())
     return RotaryEmbedding(rotary_dim, frequencies, attention_factor, config.get("model_type") in INTERLEAVED)
-
-
-def _given(config: Mapping[str, Any], count: int) -> tuple[float, ...] | None:
-    """Frequencies that the config itself lists, checked."""
-    found = config.get(GIVEN)
-    if found is None:
-        return None
-    if (
-        not isinstance(found, list | tuple)
-        or len(found) != count
-        or not all(isinstance(x, float | int) and 0 < x < math.inf for x in found)
-    ):
-        raise UnsupportedRopeError(f"{GIVEN}: expected {count} numbers above 0; convert the checkpoint again")
-    return tuple(map(float, found))
 
 
 def _turns(config: Mapping[str, Any], layer_index: int | None) -> bool:

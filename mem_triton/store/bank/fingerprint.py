@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from mem_triton.ops.reposition.rope import GIVEN
+from mem_triton.ops.reposition.given import GIVEN
 from mem_triton.store.errors import FingerprintError
 from mem_triton.store.files import SINGLE, indexed_files, kind_of, read_object
 

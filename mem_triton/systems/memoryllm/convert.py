@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mem_triton.ops.reposition.rope import GIVEN
+from mem_triton.ops.reposition.given import GIVEN
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.store.errors import not_written
 from mem_triton.store.files import INDEX, SINGLE, is_occupied, write_durably

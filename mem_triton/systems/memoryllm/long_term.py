@@ -131,6 +131,17 @@ def _decayed(rows: tuple[LongTermRows, ...], shape: LongTermShape) -> tuple[Long
     return tuple(replace(part, frequencies=part.frequencies + shape.decay) for part in rows)
 
 
+@dataclass(frozen=True)
+class PoolState:
+    """A version in memory. rows: [L, N, d], None for version 0; link: the chain's hash at it. long_term: of M+."""
+
+    version: int
+    rows: Tensor | None
+    generator: Tensor
+    link: str
+    long_term: LongTerm | None = None
+
+
 def long_term_after(rows: Tensor | None, long: LongTerm | None, step: UpdateStep, shape: PoolShape) -> LongTerm | None:
     """What a step makes of the long-term memory behind rows [L, N, d] as they are before it; None for MemoryLLM."""
     if long is None:

@@ -18,7 +18,7 @@ from mem_triton.ops.reposition import UnsupportedRopeError, rope_from_config
 from mem_triton.systems.memoryllm.checkpoint import Checkpoint
 from mem_triton.systems.memoryllm.long_term import LongTerm, LongTermRows
 from mem_triton.systems.memoryllm.records import PoolError
-from mem_triton.systems.memoryllm.retriever import ACTIVATIONS, Retriever, matrix_name
+from mem_triton.systems.memoryllm.retriever import ACTIVATIONS, RowRetriever, matrix_name
 from mem_triton.systems.memoryllm.shape import LongTermShape, PoolShape
 
 LISTS = ("ltm", "ltm_keys", "ltm_recall_frequencies", "ltm_ages")
@@ -58,7 +58,7 @@ class MPlusCheckpoint(Checkpoint):
     def long_term(self, memory: Tensor) -> LongTerm:
         """The long-term memory behind a pool [L, N, d], whose rows have age 0. Raises PoolError for NaN."""
         shape, dtype = self.shape, self.shape.torch_dtype
-        retriever = Retriever(self.retriever(), shape.layers, self.config["hidden_act"], "cpu", torch.float32)
+        retriever = RowRetriever(self.retriever(), shape.layers, self.config["hidden_act"], "cpu", torch.float32)
         merged, keys = [], []
         for layer in range(shape.layers):
             rows, own, often, ages = (self.tensor(f"{part}.{layer}") for part in LISTS)

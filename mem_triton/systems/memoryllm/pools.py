@@ -26,9 +26,9 @@ from mem_triton import ids
 from mem_triton.store.errors import not_written
 from mem_triton.store.files import WRITING, WriterLock, is_occupied, sync_folder, write_durably
 from mem_triton.systems.memoryllm import records
-from mem_triton.systems.memoryllm.long_term import LongTerm, long_term_after
+from mem_triton.systems.memoryllm.long_term import LongTerm, PoolState, long_term_after
 from mem_triton.systems.memoryllm.records import PoolError, damaged
-from mem_triton.systems.memoryllm.shape import PoolInfo, PoolShape, PoolState, PoolVersion
+from mem_triton.systems.memoryllm.shape import PoolInfo, PoolShape, PoolVersion
 from mem_triton.systems.memoryllm.update import UpdateStep, updated
 from mem_triton.systems.memoryllm.writing import PoolWrite
 

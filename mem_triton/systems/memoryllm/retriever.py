@@ -20,7 +20,7 @@ def matrix_name(layer: int, kind: str, index: int) -> str:
     return f"{PREFIX}{layer}.{kind}.{index}"
 
 
-class Retriever:
+class RowRetriever:
     """Made of what lies beside a store's pools. Raises PoolError naming what is missing.
 
     Example::

@@ -1,16 +1,12 @@
-"""What pools have in common, what is known of one, and a version of it in memory."""
+"""What pools have in common, and what is known of one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from mem_triton.systems.memoryllm.long_term import LongTerm
 
 
 @dataclass(frozen=True)
@@ -95,14 +91,3 @@ class PoolVersion:
         """What ``ref`` names."""
         pool, _, version = ref.rpartition("@")
         return cls(*pool.split(":"), int(version))
-
-
-@dataclass(frozen=True)
-class PoolState:
-    """A version in memory. rows: [L, N, d], None for version 0; link: the chain's hash at it. long_term: of M+."""
-
-    version: int
-    rows: Tensor | None
-    generator: Tensor
-    link: str
-    long_term: LongTerm | None = None

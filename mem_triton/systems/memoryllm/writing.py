@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mem_triton.systems.memoryllm import records
-from mem_triton.systems.memoryllm.long_term import long_term_after
+from mem_triton.systems.memoryllm.long_term import PoolState, long_term_after
 from mem_triton.systems.memoryllm.records import PoolError
-from mem_triton.systems.memoryllm.shape import PoolShape, PoolState
+from mem_triton.systems.memoryllm.shape import PoolShape
 from mem_triton.systems.memoryllm.update import UpdateStep, draw_dropped, updated
 
 
