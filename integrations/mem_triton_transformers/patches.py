@@ -52,8 +52,8 @@ PATCHES: tuple[EnginePatch, ...] = (
         target="the decoder and its attention modules, while a pool of M+ is read",
         kind="hook",
         sites=("long_term.choosing: *",),
-        what="Forward pre-hooks of torch see the prompt's mask, and each layer's normed rows before its attention, which "
-        "then reads the long-term rows that these choose; they are gone with the context.",
+        what="Forward pre-hooks of torch see the prompt's mask, and each layer's normed rows before its attention, "
+        "which then reads the long-term rows that these choose; they are gone with the context.",
         why="Which rows a layer reads depends on its own input.",
         upstream="Forward hooks are public in torch.",
         until="No need.",
