@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,9 @@ def register_resolution(undo: ExitStack) -> None:
 
 
 def _before_graphs(server_args: Any, previous: Any) -> None:
-    config = configured()  # read here alone; the steps that follow only ask whether there is one
+    config = configured()
     if _is_asked(server_args):
-        _refuse(server_args)
+        _refuse(server_args, config)
     if config is not None and Capability.STATE in registry.required(config.systems):
         _declare(
             server_args,
@@ -86,18 +87,19 @@ def _validate(server_args: Any, previous: Any) -> None:
     from mem_triton_sglang.hooks import check_hooks
 
     check_hooks()
-    _refuse(server_args)  # again: SGLang may have chosen some by itself
+    _refuse(server_args, configured())  # again: SGLang may have chosen some by itself
     make_folder()  # the processes that are started next find both
     make_file()
 
 
-def _refuse(server_args: Any) -> None:
-    for what, (present, why) in _refusals(_resolved(server_args)).items():
+def _refuse(server_args: Any, config: MemTritonConfig | None) -> None:
+    needs = frozenset() if config is None else registry.required(config.systems)
+    for what, (present, why) in _refusals(_resolved(server_args), needs).items():
         if present:
             raise ConfigError(f"mem_triton does not support {what}: {why}")
 
 
-def _refusals(cfg: Any) -> dict[str, tuple[bool, str]]:
+def _refusals(cfg: Any, needs: Collection[Capability]) -> dict[str, tuple[bool, str]]:
     """SGLang options under which memory would be wrong: what they are, whether they are on, and why."""
     from sglang.srt.environ import envs
 
@@ -113,6 +115,10 @@ def _refusals(cfg: Any) -> dict[str, tuple[bool, str]]:
         "SGLANG_RUST_SERVER": (
             envs.SGLANG_RUST_SERVER.get(),
             "its requests bypass the front end that opens their memory; unset the variable",
+        ),
+        "--grpc-port beside a chat model of a memory system (memo)": (
+            cfg.grpc_port is not None and Capability.CHAT in needs,
+            "its requests bypass the handler that answers for the chat model, and would be the base model's",
         ),
         "--nnodes above 1": (cfg.nnodes > 1, "its front end reaches the workers of one machine"),
         "speculative decoding": (

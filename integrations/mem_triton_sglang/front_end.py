@@ -26,7 +26,8 @@ def after_init(result: None, manager: TokenizerManager, *args: Any, **kwargs: An
 
     manager.__class__ = TokenizerManagerWithMemory
     manager.start_memory(config)
-    http_fields.install()
+    manager.start_chats(config)
+    http_fields.install(manager.chats)
 
 
 def after_metadata(result: dict[str, Any], meta_info: dict[str, Any]) -> dict[str, Any]:

@@ -178,11 +178,23 @@ PATCHES: tuple[EnginePatch, ...] = (
         target="sglang.srt.entrypoints.http_server.app.user_middleware",
         kind="object",
         sites=("http_fields.install: middleware.append",),
-        what="The server gets one middleware more, behind authentication, which answers memory fields that SGLang "
-        "would drop with HTTP 400 and the place where they belong.",
-        why="A field that is silently dropped is an answer without the memory that was asked for.",
+        what="The server gets two middlewares more, behind authentication. One answers memory fields that SGLang would "
+        "drop with HTTP 400 and the place where they belong; the other lists chat models of memory systems with the "
+        "server's own, and refuses their names on routes that do not serve them.",
+        why="A field that is silently dropped is an answer without the memory that was asked for; SGLang takes "
+        "a model's name that it does not know for the base model's.",
         upstream="SGLang ignores fields that it does not know, and has no option for middleware.",
         until="A plugin may add middleware.",
+    ),
+    EnginePatch(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager.serving_chat_class",
+        kind="extension",
+        sites=("front_end.after_init: manager.__class__",),
+        what="Where a memory system has a chat model (MeMo), our manager names a subclass of SGLang's handler of chat "
+        "requests. A request to the chat model is answered by it; all others are SGLang's handler's.",
+        why="MeMo's executive and memory model are one model to users.",
+        upstream="The property is there for subclasses to name another class.",
+        until="It stays.",
     ),
     EnginePatch(
         target="sglang.srt.arg_groups.resolution_hooks",

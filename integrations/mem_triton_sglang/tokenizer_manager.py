@@ -37,6 +37,7 @@ from mem_triton.systems.registry import count_refusal
 from mem_triton.systems.request import RequestError
 from mem_triton_sglang.adapters import KnownAdapters
 from mem_triton_sglang.carrier import is_memory_field, packed
+from mem_triton_sglang.chat_models import ServesChatModels
 from mem_triton_sglang.continuation import ContinuedAnswer, fixed, fixed_by_engine
 from mem_triton_sglang.identity import extra_key_of
 from mem_triton_sglang.orders import BetweenSteps
@@ -74,7 +75,7 @@ class _Running:
             raise ValueError(f"Request is disconnected from the client side; {self.obj.rid} waited for its memory")
 
 
-class TokenizerManagerWithMemory(FixedWeights, KnownAdapters):
+class TokenizerManagerWithMemory(FixedWeights, KnownAdapters, ServesChatModels):
     """Requests may have a session and read a bank. Bad fields are ValueErrors, which SGLang answers with HTTP 400."""
 
     def start_memory(self, config: MemTritonConfig) -> None:

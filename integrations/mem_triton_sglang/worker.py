@@ -132,6 +132,7 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> SGLangWorkerMemory:
         attach_states=attach_states,
         layer_io=functools.partial(layers_of, runner.model),
         deterministic=invariant,
+        chat=True,
     )
     memory.attach(config, shape, host)
     logger.info("memory attached: %s", memory.describe())

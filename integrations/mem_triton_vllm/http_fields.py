@@ -10,7 +10,9 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
+from mem_triton.runtime.frontend.chat_models import AnswerChatModels
 from mem_triton.runtime.frontend.http_fields import FieldPlaces, RefuseMisplacedFields
+from mem_triton.systems.base import ChatPart
 from mem_triton_vllm import callers, front_end
 
 
@@ -52,6 +54,11 @@ def install() -> None:
         run_batch.run_request = _refusing(run_batch.run_request)
 
 
+def chats_of(scope: Mapping[str, Any]) -> Mapping[str, ChatPart]:
+    """The chat models of a server, of a request's scope; the endpoint plugin makes them."""
+    return getattr(scope["app"].state, "mem_triton_chats", {})
+
+
 def _hear(scope: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
     """``/v1/responses`` calls the engine when its stream has begun, too late for HTTP 400."""
     scope["app"].state.engine_client.memory.check_fields(fields, callers.headers())
@@ -64,6 +71,7 @@ def _with_refusals(stock: Any) -> Any:
         if not any(one.cls is RefuseMisplacedFields for one in app.user_middleware):
             # the innermost: behind authentication
             app.user_middleware.append(Middleware(RefuseMisplacedFields, places=PLACES, heard=_hear))
+            app.user_middleware.append(Middleware(AnswerChatModels, chats=chats_of))
 
     init_entrypoints_middleware._mem_triton_fields = True
     return init_entrypoints_middleware

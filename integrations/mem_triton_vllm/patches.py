@@ -95,8 +95,9 @@ PATCHES: tuple[EnginePatch, ...] = (
             "http_fields.install: app.init_entrypoints_middleware",
             "http_fields._with_refusals.init_entrypoints_middleware: app.user_middleware.append",
         ),
-        what="The function is wrapped: the server gets one middleware more, behind authentication, which answers "
-        "memory fields that vLLM would drop with HTTP 400 and the place where they belong.",
+        what="The function is wrapped: the server gets two middlewares more, behind authentication. One answers "
+        "memory fields that vLLM would drop with HTTP 400 and the place where they belong; the other the names of chat "
+        "models on routes that do not serve them.",
         why="A field that is silently dropped is an answer without the memory that was asked for.",
         upstream="vLLM ignores fields that it does not know. --middleware takes a class by name, from the user alone; "
         "vllm.endpoint_plugins gets the app, but only where VLLM_PLUGINS names the plugin.",

@@ -173,9 +173,18 @@ class FrontendServices:
     obstacles: Mapping[Capability, str] = field(default_factory=dict)
 
 
-ServedChat = Callable[[dict[str, Any]], Awaitable[tuple[int, dict[str, Any]]]]
-"""served(body): a chat request to a model of this server, without HTTP; its status and its body, as OpenAI's API has
-them. Cancelling it aborts the request."""
+ServedChat = Callable[[dict[str, Any], Any], Awaitable[tuple[int, dict[str, Any]]]]
+"""served(body, caller): a chat request to a model of this server, without HTTP; its status and its body, as OpenAI's
+API has them. caller: the client's own request, for which it is made. Cancelling it aborts the request."""
+
+
+@dataclass(frozen=True)
+class ChatHost:
+    """What an engine's server gives to a chat model. served: asks the server's models. fields_in: where a chat request
+    has memory's fields."""
+
+    served: ServedChat
+    fields_in: str
 
 
 class ChatPart:
@@ -186,11 +195,11 @@ class ChatPart:
     def check(self, body: Mapping[str, Any]) -> None:
         """Raise RequestError for what cannot be answered, before anything is asked."""
 
-    async def answer(self, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    async def answer(self, body: Mapping[str, Any], caller: Any = None) -> tuple[int, dict[str, Any]]:
         """Answer a request that ``check`` has passed: HTTP status and body. Cancelling it cancels what it asks."""
         raise NotImplementedError
 
-    def stream(self, body: Mapping[str, Any]) -> AsyncIterator[str]:
+    def stream(self, body: Mapping[str, Any], caller: Any = None) -> AsyncIterator[str]:
         """Answer a request that ``check`` has passed, by server-sent events."""
         raise NotImplementedError
 
@@ -338,7 +347,7 @@ class MemorySystem:
         """Its part in a worker; None where it has none. Raises ConfigError for what cannot work."""
         raise NotImplementedError
 
-    def chat(self, config: General, served: ServedChat) -> ChatPart | None:
+    def chat(self, config: General, host: ChatHost) -> ChatPart | None:
         """Its chat model, of a system that needs CHAT."""
         return None
 

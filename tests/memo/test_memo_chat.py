@@ -13,7 +13,7 @@ from benchmarks.memo.scripted import Scripted
 from benchmarks.memo.world import World
 from mem_triton.config import ConfigError, parse_config
 from mem_triton.systems import registry
-from mem_triton.systems.base import Capability
+from mem_triton.systems.base import Capability, ChatHost
 from mem_triton.systems.memo.chat import MemoChat
 from mem_triton.systems.memo.section import MemoSection
 from mem_triton.systems.memo.system import SYSTEM
@@ -31,7 +31,7 @@ class Served:
         self.scripted, self.status, self.delay = Scripted(WORLD), status, delay
         self.bodies, self.running, self.cancelled, self.closed = [], 0, 0, 0
 
-    async def __call__(self, body):
+    async def __call__(self, body, caller):
         self.bodies.append(body)
         self.running += 1
         try:
@@ -54,8 +54,8 @@ def body(question=TWO_HOP[0].question, **more):
     return {"model": "M+memo", "messages": [{"role": "user", "content": question}], "temperature": 0, **more}
 
 
-def served_chat(served=None, **section):
-    return MemoChat(MemoSection(**{**NAMES, **section}), served or Served())
+def served_chat(served=None, fields_in="vllm_xargs", **section):
+    return MemoChat(MemoSection(**{**NAMES, **section}), ChatHost(served or Served(), fields_in))
 
 
 def answered(chat, said):
@@ -147,6 +147,24 @@ REFUSED = {
     "logit_bias": {"1": 2},
     "max_tokens": 8,
     "messages": [],
+    "top_p": 0.5,
+    "regex": "a+",
+    "lora_path": "other",
+    "guided_json": {"type": "object"},
+    "vllm_xargs": ["mem_memo_trace"],
+}
+
+AS_LEFT_OUT = {
+    "n": 1,
+    "logprobs": False,
+    "tools": [],
+    "tool_choice": "none",
+    "top_p": 1.0,
+    "frequency_penalty": 0,
+    "response_format": {"type": "text"},
+    "user": "ada",
+    "store": True,
+    "logit_bias": {},
 }
 
 
@@ -156,6 +174,11 @@ def test_what_cannot_be_served_is_refused_by_name_before_anything_is_asked(name)
     with pytest.raises(RequestError) as error:
         served_chat(served).check(body(**{name: REFUSED[name]}))
     assert error.value.field == name and served.bodies == []
+
+
+@pytest.mark.parametrize("fields_in", ["vllm_xargs", "custom_params"])
+def test_what_is_as_if_it_were_left_out_is_no_reason_to_refuse(fields_in):
+    served_chat(fields_in=fields_in).check(body(**AS_LEFT_OUT, **{fields_in: {"mem_memo_trace": 1}}))
 
 
 def test_messages_that_are_no_question_are_refused():
@@ -246,8 +269,8 @@ def test_whoever_is_cancelled_twice_lets_what_was_asked_close():
 def test_an_engine_without_chat_models_refuses_the_section_by_name():
     config = parse_config({"memo": NAMES})
     assert config.systems == ("memo",) and config.memo.budget.pinning_turns == 7
-    with pytest.raises(ConfigError, match=r"mem_triton\.memo: SGLang lacks what MeMo needs: a protocol above chat"):
-        registry.check_capabilities(config.systems, {Capability.SEGMENTS}, "SGLang")
+    with pytest.raises(ConfigError, match=r"mem_triton\.memo: transformers lacks what MeMo needs: a protocol above"):
+        registry.check_capabilities(config.systems, {Capability.SEGMENTS}, "transformers")
     registry.check_capabilities(config.systems, {Capability.CHAT}, "vLLM")
 
 

@@ -18,10 +18,11 @@ from tests.support.zygote import SPAWN
 class Server(ServerProcess):
     """Serves ``model`` under the name "m", with metrics. memory: the mem_triton section, None for the stock server.
 
-    fresh: start it as users do, and not from the zygote.
+    fresh: start it as users do, and not from the zygote. module: what is run.
     """
 
     fields_in, report_field = "custom_params", "metadata"
+    requests_done = "sglang:num_requests_total"
 
     def __init__(
         self,
@@ -31,6 +32,7 @@ class Server(ServerProcess):
         flags: list[str] | None = None,
         env: dict[str, str] | None = None,
         fresh: bool = False,
+        module: str = "sglang.launch_server",
         **options: Any,
     ) -> None:
         options = {"context_length": 4096, "max_total_tokens": 8192, **options}
@@ -42,7 +44,7 @@ class Server(ServerProcess):
         port = free_port()
         command = [
             "-m",
-            "sglang.launch_server",
+            module,
             "--model-path",
             str(model),
             "--served-model-name",

@@ -43,6 +43,8 @@ class ServerProcess:
     """Where a request takes memory's fields."""
     report_field: str
     """Where an answer says what was read, under "mem_triton"."""
+    requests_done: str
+    """The engine's metric of requests that have ended."""
 
     def __init__(self, process: subprocess.Popen | Any, port: int, log: str | Path) -> None:
         self.process, self.log = process, Path(log)

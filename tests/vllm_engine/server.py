@@ -17,6 +17,7 @@ class Server(ServerProcess):
     """Serves ``model`` under the name "m". fresh: start it as users do, and not from the zygote."""
 
     fields_in, report_field = "vllm_xargs", "kv_transfer_params"
+    requests_done = "vllm:request_success_total"
 
     def __init__(self, model: str, log: str, flags: list[str], fresh: bool = False, **env: str) -> None:
         port = free_port()

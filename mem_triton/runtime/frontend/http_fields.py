@@ -113,18 +113,11 @@ class RefuseMisplacedFields:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT"):
             await self._app(scope, receive, send)
             return
-        messages, parts = [], []
-        while not messages or messages[-1].get("more_body"):
-            messages.append(await receive())
-            parts.append(messages[-1].get("body", b""))
-        if (error := self._refusal(scope, b"".join(parts))) is not None:
+        raw, replay = await body_of(receive)
+        if (error := self._refusal(scope, raw)) is not None:
             count_refusal(error.field)
-            await _answer(send, error)
+            await send_json(send, 400, refusal_of(error))
             return
-
-        async def replay() -> dict[str, Any]:
-            return messages.pop(0) if messages else await receive()
-
         await self._app(scope, replay, send)
 
     def _refusal(self, scope: dict[str, Any], raw: bytes) -> RequestError | None:
@@ -146,9 +139,30 @@ class RefuseMisplacedFields:
             return None if field is None else RequestError(field[1].decode(), "is no field of this form")
 
 
-async def _answer(send: Send, error: RequestError) -> None:
+async def body_of(receive: Receive) -> tuple[bytes, Receive]:
+    """A request's whole body, and what gives the request anew from its beginning."""
+    messages, parts = [], []
+    while not messages or messages[-1].get("more_body"):
+        messages.append(await receive())
+        parts.append(messages[-1].get("body", b""))
+
+    async def replay() -> dict[str, Any]:
+        return messages.pop(0) if messages else await receive()
+
+    return b"".join(parts), replay
+
+
+def refusal_of(error: RequestError, path: str = "") -> dict[str, Any]:
+    """The body of HTTP 400, in the forms of OpenAI's clients and SGLang's, on Anthropic's routes in theirs."""
+    if path.startswith("/v1/messages"):
+        return {"type": "error", "error": {"type": "invalid_request_error", "message": str(error)}}
     reason = {"message": str(error), "type": "BadRequestError", "param": error.field, "code": 400}
-    body = json.dumps({"object": "error", "error": reason, **reason}).encode()
+    return {"object": "error", "error": reason, **reason}
+
+
+async def send_json(send: Send, status: int, said: Mapping[str, Any]) -> None:
+    """Answer a request."""
+    body = json.dumps(said).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

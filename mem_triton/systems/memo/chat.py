@@ -14,38 +14,19 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from mem_triton.systems.base import ChatPart, ServedChat
+from mem_triton.systems.base import ChatHost, ChatPart
 from mem_triton.systems.memo.driver import Chat, run
 from mem_triton.systems.memo.endpoint import Answer, CallError, Endpoint, EndpointError, answer_of, chat_body, refusal
+from mem_triton.systems.memo.fields import unserved
 from mem_triton.systems.memo.protocol.machine import start
 from mem_triton.systems.memo.protocol.settings import GREEDY, Settings
 from mem_triton.systems.memo.protocol.state import Call, Event, State, usage
 from mem_triton.systems.memo.section import TRACE, MemoSection
 from mem_triton.systems.memo.trace import Trace
-from mem_triton.systems.request import RequestError, flag
+from mem_triton.systems.request import RequestError, flag, shown
 
-XARGS = "vllm_xargs"
 LEAST_TOKENS = 64
 """Tokens that the executive needs at least for a reply of the protocol."""
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "tools": (None, []),
-    "functions": (None, []),
-    "tool_choice": (None, "none"),
-    "stop": (None, []),
-    "prompt_logprobs": (None,),
-    "logit_bias": (None, {}),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "structured_outputs": (None,),
-    "echo": (None, False),
-    "use_beam_search": (None, False),
-    "continue_final_message": (None, False),
-    "function_call": (None, "none"),
-}
-"""Fields of a request that are understood with these values alone."""
 
 
 class QueueFullError(Exception):
@@ -53,16 +34,17 @@ class QueueFullError(Exception):
 
 
 class ServedModel:
-    """A model of this server, asked without HTTP. extra: fields that each of its requests has."""
+    """A model of this server, asked without HTTP. extra: fields that each of its requests has. caller: for whom."""
 
-    def __init__(self, model: str, served: ServedChat, extra: Mapping[str, Any]) -> None:
-        self.model, self._served, self._extra = model, served, extra
+    def __init__(self, model: str, host: ChatHost, extra: Mapping[str, Any], caller: Any) -> None:
+        self.model, self._host, self._extra, self._caller = model, host, extra, caller
 
     async def chat(self, messages: Sequence[Mapping[str, str]], *, seconds: float, **options: Any) -> Answer:
         """As ``Endpoint.chat``."""
         try:
             async with asyncio.timeout(seconds):
-                status, said = await self._served({**chat_body(self.model, messages, **options), **self._extra})
+                body = {**chat_body(self.model, messages, **options), **self._extra}
+                status, said = await self._host.served(body, self._caller)
         except TimeoutError:
             raise CallError(f"no answer within {seconds:.3g} seconds") from None
         if status != 200:
@@ -71,10 +53,10 @@ class ServedModel:
 
 
 class MemoChat(ChatPart):
-    """Both models under one name. served: asks a model of this server."""
+    """Both models under one name. host: the server that they are models of."""
 
-    def __init__(self, section: MemoSection, served: ServedChat) -> None:
-        self.section, self.served, self.model = section, served, section.name
+    def __init__(self, section: MemoSection, host: ChatHost) -> None:
+        self.section, self.host, self.model = section, host, section.name
         self._endpoints = {spec: Endpoint(spec) for spec in (section.executive, section.memory) if "#" in spec}
         self._checked: set[str] = set()
         self._checking = asyncio.Lock()
@@ -86,22 +68,19 @@ class MemoChat(ChatPart):
             await endpoint.close()
 
     def check(self, body: Mapping[str, Any]) -> None:
-        for name, allowed in _PLAIN.items():
-            if body.get(name) not in allowed:
-                raise RequestError(name, f"is not served by {self.model}; leave it out")
-        if (body.get("response_format") or {}).get("type", "text") != "text":
-            raise RequestError("response_format", f"is not served by {self.model}; its answers are plain text")
-        fields = body.get(XARGS) or {}
+        if (name := unserved(body, {self.host.fields_in})) is not None:
+            raise RequestError(name, f"is not served by {self.model} as it is here; leave it out")
+        fields = self._fields(body)
         flag(fields, TRACE, False)
         if (others := sorted(set(fields) - {TRACE})) and "#" in self.section.executive:
             raise RequestError(others[0], f"is for a model of this server; {self.section.executive} is another's")
         start(self._question(body), self._settings(body))
 
-    async def answer(self, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    async def answer(self, body: Mapping[str, Any], caller: Any = None) -> tuple[int, dict[str, Any]]:
         progress: list[str] = []
         try:
             async with self._turn():
-                trace = await self._run(body, progress.append)
+                trace = await self._run(body, progress.append, caller)
         except QueueFullError as error:
             return 429, _error(429, str(error))
         except EndpointError as error:
@@ -114,7 +93,7 @@ class MemoChat(ChatPart):
         said = self._head("chat.completion") | {"choices": [choice], "usage": usage(trace.final.spent)}
         return 200, said | self._told(body, trace)
 
-    async def stream(self, body: Mapping[str, Any]) -> AsyncIterator[str]:
+    async def stream(self, body: Mapping[str, Any], caller: Any = None) -> AsyncIterator[str]:
         """Events as they come. Whoever stops reading and closes the iterator cancels what is asked."""
         head = self._head("chat.completion.chunk")
         parts: asyncio.Queue[str | None] = asyncio.Queue()
@@ -122,7 +101,7 @@ class MemoChat(ChatPart):
         async def work() -> Trace:
             try:
                 async with self._turn():
-                    return await self._run(body, parts.put_nowait)
+                    return await self._run(body, parts.put_nowait, caller)
             finally:
                 parts.put_nowait(None)
 
@@ -164,11 +143,13 @@ class MemoChat(ChatPart):
         finally:
             self._inside -= 1
 
-    async def _run(self, body: Mapping[str, Any], tell: Any) -> Trace:
-        fields = {name: value for name, value in (body.get(XARGS) or {}).items() if name != TRACE}
+    async def _run(self, body: Mapping[str, Any], tell: Any, caller: Any) -> Trace:
+        fields = {name: value for name, value in self._fields(body).items() if name != TRACE}
         models = {
-            "executive": await self._model(self.section.executive, {XARGS: fields} if fields else {}, structured=True),
-            "memory": await self._model(self.section.memory, {}),
+            "executive": await self._model(
+                self.section.executive, caller, {self.host.fields_in: fields} if fields else {}, structured=True
+            ),
+            "memory": await self._model(self.section.memory, caller, {}),
         }
         seen = 0
 
@@ -180,9 +161,9 @@ class MemoChat(ChatPart):
 
         return await run(self._question(body), self._settings(body), models, watch)  # type: ignore[arg-type]
 
-    async def _model(self, spec: str, extra: Mapping[str, Any], structured: bool = False) -> Chat:
+    async def _model(self, spec: str, caller: Any, extra: Mapping[str, Any], structured: bool = False) -> Chat:
         if (endpoint := self._endpoints.get(spec)) is None:
-            return ServedModel(spec, self.served, extra)
+            return ServedModel(spec, self.host, extra, caller)
         async with self._checking:  # once, when the first request comes: both servers may start in any order
             if spec not in self._checked:
                 await endpoint.check(structured=structured)
@@ -213,8 +194,15 @@ class MemoChat(ChatPart):
         before = "\n".join(f"{role}: {text}" for role, text in said[:-1])
         return f"{said[-1][1]}\n\n(Said before:\n{before})"
 
+    def _fields(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Memory's fields of a request."""
+        fields = body.get(self.host.fields_in) or {}
+        if not isinstance(fields, Mapping):
+            raise RequestError(self.host.fields_in, f"must be an object of names and values, got {shown(fields)}")
+        return fields
+
     def _told(self, body: Mapping[str, Any], trace: Trace) -> dict[str, Any]:
-        wanted = flag(body.get(XARGS) or {}, TRACE, False)
+        wanted = flag(self._fields(body), TRACE, False)
         return {"mem_triton": {"memo": trace.document()}} if wanted else {}
 
     def _head(self, kind: str) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from typing import Any
 from mem_triton.schema import General
 from mem_triton.systems.base import (
     Capability,
+    ChatHost,
     ChatPart,
     FrontendPart,
     FrontendServices,
     MemorySystem,
     RequestMemory,
-    ServedChat,
     WorkerHost,
 )
 from mem_triton.systems.engine import EngineShape
@@ -38,10 +38,10 @@ class Memo(MemorySystem):
     def worker(self, config: General, engine: EngineShape, host: WorkerHost) -> None:
         return None
 
-    def chat(self, config: General, served: ServedChat) -> ChatPart:
+    def chat(self, config: General, host: ChatHost) -> ChatPart:
         from mem_triton.systems.memo.chat import MemoChat
 
-        return MemoChat(config.section(self.name), served)
+        return MemoChat(config.section(self.name), host)
 
 
 class MemoFrontEnd(FrontendPart):

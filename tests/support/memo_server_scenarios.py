@@ -1,0 +1,244 @@
+"""What every engine's HTTP server must do with a chat model of MeMo, written once.
+
+server: an engine's ``Server`` with δ-mem, the LoRA "memo" as the memory model and an executive elsewhere; stock: that
+without MeMo. executive: the scripted server.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.memo.world import World
+from tests.support.bench import Bench
+from tests.support.memo import ScriptedServer
+from tests.support.server import ServerProcess
+from tests.support.server_scenarios import until
+
+CHAT = "/v1/chat/completions"
+QUESTION = "Who owns the red kite?"
+TOKENS = 16
+"""Tokens of a reply of the memory model."""
+
+
+def section(executive: str) -> dict[str, Any]:
+    """The configuration of a server."""
+    return {
+        "memory": "memo",
+        "executive": executive,
+        "name": "m+memo",
+        "executive_schema": "compact",
+        "memory_tokens": TOKENS,
+        "at_once": 1,
+        "waiting": 0,
+    }
+
+
+def decision(kind: str, text: str) -> str:
+    return "text:" + json.dumps({"decision": kind, "text": text})
+
+
+def asks(executive: ScriptedServer, *questions: str, answer: str = "Mara Stone") -> None:
+    """Let the executive ask these questions, and answer then."""
+    for question in questions:
+        executive.fault("executive", decision("ask", question))
+    executive.fault("executive", decision("answer", answer), times=50)
+
+
+def chat(server: ServerProcess, question: str = QUESTION, **more: Any) -> httpx.Response:
+    messages = [{"role": "user", "content": question}]
+    return server.http.post(CHAT, json={"model": "m+memo", "messages": messages, **more})
+
+
+def trace_of(server: ServerProcess, **more: Any) -> dict[str, Any]:
+    answer = chat(server, **{server.fields_in: {"mem_memo_trace": 1}}, **more)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def events(response: httpx.Response) -> list[dict]:
+    return [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+
+
+def both_models_are_one_name(server: ServerProcess, executive: ScriptedServer, b: Bench) -> None:
+    """The memory model is a LoRA of this server; its replies are those of the merged model (D1)."""
+    chat(server)  # the first request sees whether the executive's server takes schemas
+    executive.reset()
+    questions = "Who has a kite?", "What is red?"
+    asks(executive, *questions)
+    before = server.metric(server.requests_done)
+    said = trace_of(server, temperature=0)
+    assert said["choices"][0]["message"]["content"] == "Mara Stone" and said["model"] == "m+memo"
+    trace = said["mem_triton"]["memo"]
+    memory = [call for call in trace["calls"] if call["to"] == "memory"]
+    assert [call["messages"][0]["content"] for call in memory] == list(questions)
+    assert all(call["outcome"] == "replied" and call["completion_tokens"] > 0 for call in memory)
+    assert server.metric(server.requests_done) == before + 2  # the engine's own counters
+    asked = trace["calls"][0]["messages"], trace["calls"][-1]["messages"]
+    assert "Known: nothing yet" in asked[0][1]["content"] and "Known: nothing yet" not in asked[1][1]["content"]
+    assert said["usage"]["total_tokens"] == trace["spent"]["prompt_tokens"] + trace["spent"]["completion_tokens"]
+    for question, call in zip(questions, memory, strict=True):
+        assert call["text"] == merged_text(server, b, question)
+        assert call["text"] != server.chat(question, TOKENS).json()["choices"][0]["message"]["content"]
+
+
+def merged_text(server: ServerProcess, b: Bench, question: str) -> str:
+    """What the model with the adapter in its weights says, by transformers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(b.model)
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return tokenizer.decode(b.fresh(list(prompt), TOKENS), skip_special_tokens=True)
+
+
+def it_is_listed(server: ServerProcess, stock: ServerProcess) -> None:
+    """Behind the server's own models."""
+    listed = [[model["id"] for model in s.http.get("/v1/models").json()["data"]] for s in (server, stock)]
+    assert listed == [["m", "memo", "m+memo"], ["m", "memo"]]
+
+
+def a_stream_gives_progress_then_the_answer(server: ServerProcess, executive: ScriptedServer) -> None:
+    """As server-sent events."""
+    asks(executive, "Who has a kite?")
+    answer = chat(server, stream=True, stream_options={"include_usage": True})
+    deltas = [event["choices"][0]["delta"] for event in events(answer) if event["choices"]]
+    assert answer.text.endswith("data: [DONE]\n\n") and answer.headers["content-type"].startswith("text/event-stream")
+    assert "Who has a kite?" in deltas[1]["reasoning_content"] and deltas[2] == {"content": "Mara Stone"}
+    assert events(answer)[-1]["usage"]["total_tokens"] > 0
+
+
+def plain(said: Any) -> Any:
+    """A response without what differs from one request to the next, and without a digest of the configuration."""
+    if isinstance(said, dict):
+        omitted = ("id", "created", "system_fingerprint")
+        return {name: plain(value) for name, value in said.items() if name not in omitted}
+    return [plain(item) for item in said] if isinstance(said, list) else said
+
+
+def joined(parts: list[dict]) -> list[dict]:
+    """A stream's parts, with text that came in several made one: a busy server hands on several tokens at once."""
+    found: list[dict] = []
+    for part in parts:
+        before, (choice, *_) = found[-1] if found else {}, part["choices"] or [{}]
+        (last, *_) = before.get("choices") or [{}]
+        texts = [{name for name, value in one.get("delta", {}).items() if value} for one in (choice, last)]
+        if texts == [{"content"}, {"content"}] and before.keys() == part.keys():
+            assert last["finish_reason"] is None
+            choice["delta"]["content"] = last["delta"]["content"] + choice["delta"]["content"]
+            found.pop()
+        found.append(part)
+    return found
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "plain": {"temperature": 0, "max_tokens": 12, "logprobs": True, "top_logprobs": 2},
+    "stream": {"temperature": 0, "max_tokens": 12, "stream": True, "stream_options": {"include_usage": True}},
+    "session": {"temperature": 0, "max_tokens": 12, "fields": {"mem_session": "alice"}},
+    "several": {"temperature": 0, "max_tokens": 6, "n": 2},
+    "bad field": {"temperature": -3},
+    "misspelt field": {"fields": {"mem_sesion": "alice"}},
+}
+SERVED = ("plain", "stream", "session", "several")
+
+
+def answers_of_other_models_are_as_they_were(server: ServerProcess, stock: ServerProcess, name: str) -> None:
+    """Streams, too, and what is refused."""
+    found = []
+    for one in (server, stock):
+        messages = [{"role": "user", "content": "The key of the east door"}]
+        body = {"model": "m", "messages": messages, **OTHERS[name]}
+        if (fields := body.pop("fields", None)) is not None:
+            body[one.fields_in] = fields
+        answer = one.http.post(CHAT, json=body)
+        said = joined(events(answer)) if body.get("stream") else answer.json()
+        found.append((answer.status_code, answer.headers["content-type"], plain(said)))
+    assert found[0] == found[1] and (found[0][0] == 200 or name not in SERVED), found[0]
+
+
+REFUSED: dict[str, Any] = {
+    "n": 2,
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}],
+    "response_format": {"type": "json_object"},
+    "logprobs": True,
+    "stop": ["x"],
+    "top_p": 0.5,
+}
+
+
+def what_cannot_be_served_is_400_by_name(server: ServerProcess, executive: ScriptedServer) -> None:
+    """Before anything is asked."""
+    for field, value in REFUSED.items():
+        answer = chat(server, **{field: value})
+        assert answer.status_code == 400 and field in answer.json()["error"]["message"], answer.text
+    assert executive.seen()["requests"] == []
+
+
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "x"},
+    "/v1/responses": {"input": "x"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "x"}]},
+    "/v1/embeddings": {"input": "x"},
+    "/v1/classify": {"input": "x"},
+    "/v1/score": {"query": "x", "items": ["y"]},
+    "/v1/rerank": {"query": "x", "documents": ["y"]},
+    "/tokenize": {"prompt": "x"},
+    "/detokenize": {"tokens": [1]},
+}
+
+
+def other_routes_refuse_the_name(server: ServerProcess) -> None:
+    """Whether the server has them or not; the base model never answers in its place."""
+    for path, body in ROUTES.items():
+        answer = server.http.post(path, json={"model": "m+memo", **body})
+        assert answer.status_code == 400 and "m+memo" in answer.text and CHAT in answer.text, (path, answer.text)
+    answer = server.http.post("/tokenize", json={"model": "m", "prompt": "m+memo"})
+    assert answer.status_code == 200, answer.text
+    card = server.http.get("/v1/models").json()["data"][-1]
+    assert (card["id"], card["owned_by"]) == ("m+memo", "mem_triton")
+
+
+def the_trace_s_field_is_for_that_model_alone(server: ServerProcess) -> None:
+    """HTTP 400 that says so."""
+    answer = server.chat("x", fields={"mem_memo_trace": 1})
+    assert answer.status_code == 400 and "m+memo" in answer.text
+
+
+def an_executive_that_is_down_is_502(server: ServerProcess, executive: ScriptedServer) -> None:
+    """With its reason."""
+    executive.fault("executive", "400", times=50)
+    answer = chat(server)
+    assert answer.status_code == 502 and "HTTP 400" in answer.json()["error"]["message"]
+
+
+def a_client_that_leaves_cancels_the_calls(server: ServerProcess, executive: ScriptedServer, stream: bool) -> None:
+    """Within a second; while it is there a full queue is 429."""
+    executive.fault("executive", "hang", times=1)
+    with (
+        pytest.raises(httpx.TimeoutException),
+        server.http.stream(
+            "POST",
+            CHAT,
+            timeout=1.0,
+            json={"model": "m+memo", "messages": [{"role": "user", "content": QUESTION}], "stream": stream},
+        ) as response,
+    ):
+        full = chat(server)
+        assert full.status_code == 429 and full.headers["retry-after"] == "1"
+        for _ in response.iter_lines():
+            pass
+    until(lambda: executive.seen()["now"] == 0, "the call to the executive is cancelled", 20)  # else after a minute
+    executive.reset()
+    asks(executive, "Who has a kite?")
+    assert chat(server).status_code == 200
+
+
+def a_world_is_not_made_up(server: ServerProcess) -> None:
+    """A two-hop question whose memory model knows nothing, for it is a random one: no answer from thin air."""
+    asked = next(iter(World().two_hop()))
+    said = chat(server, asked.question, temperature=0).json()
+    assert said["choices"][0]["message"]["content"] != asked.value
