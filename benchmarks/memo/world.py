@@ -41,6 +41,16 @@ PRODUCTS = [
     "ice skates",
 ]
 COLOURS = _words("purple orange teal crimson silver olive turquoise golden navy maroon")
+VALUES = {
+    "birthplace": CITIES,
+    "role": ROLES,
+    "instrument": INSTRUMENTS,
+    "pet": PETS,
+    "seat": CITIES,
+    "product": PRODUCTS,
+    "colour": COLOURS,
+}
+"""Relation -> what can be said, where it is no name of the world."""
 UNKNOWN = "I don't know."
 
 RELATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -168,17 +178,7 @@ class World:
         made.shuffle(firms)
         people, self.strangers = names[: self.people], names[self.people : 2 * self.people]
         companies = firms[: self.companies]
-        values = {
-            "birthplace": CITIES,
-            "role": ROLES,
-            "instrument": INSTRUMENTS,
-            "pet": PETS,
-            "employer": companies,
-            "founder": people,
-            "seat": CITIES,
-            "product": PRODUCTS,
-            "colour": COLOURS,
-        }
+        values = {**VALUES, "employer": companies, "founder": people}
         for name in people:
             self.facts[name] = {relation: made.choice(values[relation]) for relation in OF_PEOPLE}
         for name in companies:

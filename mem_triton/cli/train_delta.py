@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from mem_triton.cli import output
+from mem_triton.cli.stopping import Stop
 
 Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
 Int = Optional[int]  # noqa: UP045
@@ -101,7 +101,7 @@ def delta(
     except ModuleNotFoundError as error:
         raise ImportError(f'training needs transformers ({error}): pip install "mem-triton[hf]"') from None
     importlib.import_module("transformers.utils.logging").disable_progress_bar()
-    stopping = _Stop()
+    stopping = Stop()
     progress = _Steps(shown, quiet or json)
     command = shlex.join(["mem-triton", *sys.argv[1:]])
     with stopping:
@@ -128,29 +128,6 @@ def delta(
     print(output.plain(f"{out}: adapter {report['fingerprint'][:16]}, {report['steps']} steps"))
     if report["held_out"]:
         print(output.plain(f"own / another's / empty memory: {shown(report['held_out'])}"))
-
-
-class _Stop:
-    """True once Ctrl-C or SIGTERM has come; the run then ends behind a checkpoint. A second Ctrl-C ends it at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> _Stop:
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for which, handler in self._before.items():
-            signal.signal(which, handler)
-
-    def __call__(self) -> bool:
-        return self.asked
-
-    def _note(self, *_: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 class _Steps:

@@ -31,9 +31,9 @@ from mem_triton_transformers import (
 from mem_triton_transformers.delta_training import checkpoint
 from mem_triton_transformers.delta_training.evaluate import evaluate
 from mem_triton_transformers.delta_training.forward import SessionRunner, another
-from mem_triton_transformers.delta_training.journal import read
 from mem_triton_transformers.delta_training.losses import keep_loss, memory_loss
 from mem_triton_transformers.delta_training.run import train
+from mem_triton_transformers.runs.journal import read
 from tests.support.models import random_adapter, save_tiny_model, tiny_model, tiny_tokenizer
 
 RECIPE = recipe_of(

@@ -20,17 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from mem_triton.systems.delta_mem import AdapterError, DeltaMemAdapter, load_adapter, save_adapter
-from mem_triton.systems.delta_mem.training.recipe import Recipe
+from mem_triton_transformers.runs.folders import TrainingError, differences
 
 KEPT = 2
 """Checkpoints that are left when a new one is written."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 LATER = ("steps", "epochs", "state_only", "plain_share", "keep", "keep_replies", "weights")
 """Fields of a recipe that may change when a run goes on: its length, the mix of batches, what is written."""
-
-
-class TrainingError(ValueError):
-    """A run that cannot begin or go on; the message names the folder and the fix."""
 
 
 @dataclass
@@ -94,7 +90,7 @@ def latest(out: Path, identity: Mapping[str, Any]) -> tuple[DeltaMemAdapter, dic
         except (OSError, ValueError, KeyError, TypeError, AdapterError, safetensors.SafetensorError) as error:
             problem = problem or f"{folder}: {error}"
             continue
-        if changed := differences(before, identity):
+        if changed := differences(before, identity, LATER):
             raise TrainingError(
                 f"OUT: {out} holds a run with {changed}; give the same options to go on with it, or another folder"
             )
@@ -114,17 +110,3 @@ def restore(
             optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
             }
-
-
-def identity_of(recipe: Recipe, model: str, data: str) -> dict[str, Any]:
-    """What a run that goes on must share with the one before. model: its fingerprint. data: a digest."""
-    return {"recipe": recipe.model_dump(), "model": model, "data": data}
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two identities and must not, for a message; empty if nothing does."""
-    old, new = before.get("recipe", {}), now["recipe"]
-    changed = [k for k in new if k not in LATER and old.get(k) != new[k]]
-    named = [f"--{k.replace('_', '-')} {old.get(k)}, not {new[k]}" for k in changed]
-    named += [f"another {what}" for what in ("model", "data") if before.get(what) != now[what]]
-    return ", ".join(named)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.systems.delta_mem import DeltaMemAdapter, save_adapter
@@ -20,11 +18,11 @@ from mem_triton.systems.delta_mem.training.recipe import Recipe
 from mem_triton.systems.delta_mem.training.tokens import session_of
 from mem_triton_transformers.attach import attention_dims
 from mem_triton_transformers.delta_training.card import write_card
-from mem_triton_transformers.delta_training.checkpoint import TrainingError, identity_of
-from mem_triton_transformers.delta_training.journal import CURVE, LOG, read
 from mem_triton_transformers.delta_training.replies import with_replies
 from mem_triton_transformers.delta_training.start import closed_form
 from mem_triton_transformers.delta_training.trainer import Data, Trainer
+from mem_triton_transformers.runs.folders import identity_of, load, prepare
+from mem_triton_transformers.runs.journal import CURVE, LOG, read
 
 HELD_OUT = 20
 """Without held-out data of its own, every so manieth row is held out."""
@@ -62,7 +60,7 @@ def train(
     config = recipe.adapter_config(model.config.num_hidden_layers)
     attention_dims(model, config)  # refuses a model without the projections before anything is computed
     digest = hashlib.sha256(repr([rows, aside]).encode()).hexdigest()
-    identity = identity_of(recipe, model_fingerprint(folder).model_dump_json(), digest)
+    identity = identity_of(recipe.model_dump(), model_fingerprint(folder).model_dump_json(), digest)
     replies = partial(with_replies, model, tokenizer, most=recipe.reply_tokens, path=out / "replies.jsonl")
     rows, aside = (
         replies(some, progress=lambda done, total: say(f"own replies: {done} of {total}")) for some in (rows, aside)
@@ -110,29 +108,3 @@ def finished(adapter: DeltaMemAdapter, recipe: Recipe) -> DeltaMemAdapter:
     dtype = getattr(torch, recipe.weights)
     layers = {name: {key: t.to(dtype) for key, t in tensors.items()} for name, tensors in adapter.layers.items()}
     return DeltaMemAdapter(adapter.config, layers, adapter.scope)
-
-
-def prepare(out: Path) -> None:
-    """Make the folder and see that it can be written. Raises TrainingError."""
-    probe = out / ".writable"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise TrainingError(f"OUT: {out} cannot be written: {error.strerror or error}; give another folder") from None
-    for left in (out / "trainer").glob("*.partial"):  # of a run that was killed as it saved
-        shutil.rmtree(left, ignore_errors=True)
-
-
-def load(folder: Path, dtype: str, device: str | None) -> tuple[PreTrainedModel, Any]:
-    """The frozen model and its tokenizer. Raises ValueError for folders that cannot be used."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    except Exception as error:  # whatever transformers makes of a damaged config, tokenizer or tensor
-        raise ValueError(f"MODEL: {folder} cannot be loaded: {type(error).__name__}: {error}") from None
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"MODEL: {folder} has no chat template, so a conversation has no tokens: train a chat model")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval().requires_grad_(False).to(device), tokenizer

@@ -20,12 +20,13 @@ from mem_triton.systems.delta_mem import DeltaMemAdapter
 from mem_triton.systems.delta_mem.training.recipe import Recipe
 from mem_triton.systems.delta_mem.training.tokens import Session
 from mem_triton_transformers.delta_training import checkpoint
-from mem_triton_transformers.delta_training.checkpoint import RunProgress, TrainingError
+from mem_triton_transformers.delta_training.checkpoint import RunProgress
 from mem_triton_transformers.delta_training.evaluate import evaluate
 from mem_triton_transformers.delta_training.forward import SessionRunner
-from mem_triton_transformers.delta_training.journal import Journal
 from mem_triton_transformers.delta_training.losses import BatchLoss, keep_loss, memory_loss
 from mem_triton_transformers.memory import set_memory_write
+from mem_triton_transformers.runs.folders import TrainingError
+from mem_triton_transformers.runs.journal import Journal
 from mem_triton_transformers.training import adapter_from, trainable_adapter
 
 CURRENT = 0.6
@@ -53,7 +54,7 @@ class Data:
 class Trainer:
     """One run, new or gone on with from the newest checkpoint of its folder.
 
-    identity: of ``checkpoint.identity_of``. steps: of the whole run. Raises TrainingError.
+    identity: of ``runs.folders.identity_of``. steps: of the whole run. Raises TrainingError.
     """
 
     def __init__(

@@ -71,6 +71,7 @@ class Settings(Section):
 
     dialect: of memory calls. "plain" sends the bare question; "paper" puts an instruction before it and asks for JSON.
     executive_schema: "paper" has grounding, pinning, seeking and synthesis; "compact" one decision a turn.
+    instructed: the compact schema's task is told; an executive that was trained on its turns needs no words for it.
     rules: "strict" counts ignorance in a row and compares questions by their words; "paper" counts as the authors do.
     votes: wordings of each sub-question that are asked; the most frequent answer counts.
     ungrounded: the executive may answer where the memory model knew nothing.
@@ -87,6 +88,7 @@ class Settings(Section):
 
     dialect: Literal["plain", "paper"] = "plain"
     executive_schema: Literal["paper", "compact"] = "paper"
+    instructed: bool = True
     rules: Literal["strict", "paper"] = "strict"
     votes: int = Field(default=1, ge=1, le=5)
     ungrounded: bool = False

@@ -45,7 +45,9 @@ def ask_executive(state: State) -> None:
     settings, stage = state.settings, state.stage
     if settings.executive_schema == "compact":
         last = stage is Stage.SYNTHESIS
-        messages = prompts.compact_messages(state.question, state.evidence, state.history_bytes, last)
+        messages = prompts.compact_messages(
+            state.question, state.evidence, state.history_bytes, last, settings.instructed
+        )
         schema = "final_decision" if last else "decision"
     else:
         messages, schema = _messages(state), str(stage)

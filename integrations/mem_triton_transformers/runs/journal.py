@@ -14,10 +14,13 @@ COLUMNS = ("step", "stage", "kind", "loss", "recalled_loss", "exact", "right", "
 
 
 class Journal:
-    """Appends lines to the log of a folder. step: lines behind it, of a run that was killed, are taken out first."""
+    """Appends lines to the log of a folder. step: lines behind it, of a run that was killed, are taken out first.
 
-    def __init__(self, out: Path, step: int) -> None:
-        self.path, self.curve = out / LOG, out / CURVE
+    columns: of the loss curve.
+    """
+
+    def __init__(self, out: Path, step: int, columns: tuple[str, ...] = COLUMNS) -> None:
+        self.path, self.curve, self.columns = out / LOG, out / CURVE, columns
         lines = self.lines = [line for line in read(self.path) if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_durably(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -33,11 +36,11 @@ class Journal:
             file.write(json.dumps(line) + "\n")
         if "loss" in line:
             with self.curve.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(line)
+                csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(line)
 
     def _write_curve(self, lines: list[dict[str, Any]]) -> None:
         with self.curve.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(line for line in lines if "loss" in line)
 

@@ -1,0 +1,1 @@
+"""Training of memory models: questions and answers packed behind the prefix that they share, by trl and peft."""

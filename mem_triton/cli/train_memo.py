@@ -1,0 +1,136 @@
+"""``mem-triton train memo``: a memory model, from questions and answers."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from mem_triton.cli import output
+from mem_triton.cli.stopping import Stop
+
+Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
+Int = Optional[int]  # noqa: UP045
+Float = Optional[float]  # noqa: UP045
+EVERY = 5.0
+"""Seconds between two lines about steps, away from a terminal."""
+
+
+def memo(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A folder of `memo build`, or JSONL of its rows.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The adapter's or model's folder.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Folder or Hugging Face id of the model that learns.")],
+    method: Annotated[Text, typer.Option(help='"lora", an adapter, or "full", all weights. [lora]')] = None,
+    preset: Annotated[str, typer.Option(help='"paper" (arXiv 2605.15156) or "small".')] = "paper",
+    held_out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Rows to evaluate on after each epoch. [eval.jsonl of the folder]"),
+    ] = None,
+    mix: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="Older rows that are trained on as well; may be given again."),
+    ] = None,
+    epochs: Annotated[Int, typer.Option(help="How often all rows are seen, at most.")] = None,
+    patience: Annotated[Int, typer.Option(help="Epochs without a better one, then the run ends; 0: never.")] = None,
+    batch: Annotated[Int, typer.Option(help="Rows of a step.")] = None,
+    rows: Annotated[Int, typer.Option(help="Rows of a forward call; fewer take less memory.")] = None,
+    rate: Annotated[Float, typer.Option(help="Learning rate of AdamW.")] = None,
+    schedule: Annotated[Text, typer.Option(help='After the warm-up: "cosine" or "constant".')] = None,
+    rank: Annotated[Int, typer.Option(help="Of the adapter.")] = None,
+    alpha: Annotated[Float, typer.Option(help="Of the adapter: its scale is alpha / rank.")] = None,
+    most_tokens: Annotated[Int, typer.Option(help="Longest row.")] = None,
+    seed: Annotated[Int, typer.Option(help="Of the first weights and of the order of rows.")] = None,
+    dtype: Annotated[Text, typer.Option(help="Precision of the model that learns.")] = None,
+    weights: Annotated[Text, typer.Option(help="Precision of what is written.")] = None,
+    device: Annotated[Text, typer.Option(help='"cuda", "cpu". [the GPU if there is one]')] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints; each epoch has one, too.")] = 50,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing of progress.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Train a memory model (MeMo) on questions and answers; the loss is on the answers alone.
+
+    What is trained is what the protocol asks: the chat template with the bare question. The same command goes on with
+    a run that was stopped or killed. What it writes into OUT: the adapter or the model, a model card, the log with the
+    evaluations, the loss curve.
+    """
+    from mem_triton.cli.settings import check_encoding, folder_of
+    from mem_triton.systems.memo.training.recipe import recipe_of
+
+    given: dict[str, Any] = {
+        "method": method,
+        "epochs": epochs,
+        "patience": patience,
+        "batch": batch,
+        "rows": rows,
+        "rate": rate,
+        "schedule": schedule,
+        "rank": rank,
+        "alpha": alpha,
+        "most_tokens": most_tokens,
+        "seed": seed,
+        "dtype": dtype,
+        "weights": weights,
+    }
+    recipe = recipe_of(preset, **given)
+    check_encoding(recipe.dtype, device)
+    folder = folder_of(model)
+    try:  # by name: the engine-neutral package does not depend on the integrations
+        training = importlib.import_module("mem_triton_transformers.memo_training.run")
+    except ModuleNotFoundError as error:
+        raise ImportError(f'training needs trl and peft ({error}): pip install "mem-triton[train]"') from None
+    importlib.import_module("transformers.utils.logging").disable_progress_bar()
+    stopping = Stop()
+    progress = _Lines(quiet or json)
+    with stopping:
+        report = training.train(
+            folder,
+            data,
+            out,
+            preset,
+            held_out=held_out,
+            mix=mix or (),
+            name=model,
+            device=device,
+            save_every=save_every,
+            command=shlex.join(["mem-triton", *sys.argv[1:]]),
+            stop=stopping,
+            tell=progress,
+            say=progress.say,
+            **given,
+        )
+    if report is None:
+        print(f"mem-triton: stopped; {out} holds a checkpoint, the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(130)
+    if json:
+        return output.print_json(report)
+    print(output.plain(f"{out}: {report['steps']} steps, {report['epochs']} epochs, {report['cpu_seconds']:.0f} CPU s"))
+    if report["held_out"]["exact"] is not None:
+        found = report["held_out"]
+        print(f"held out: {100 * found['exact']:.1f} % of {found['rows']} exact, epoch {found['epoch']}")
+
+
+class _Lines:
+    """Says on stderr how far a run is: every evaluation, and steps now and then."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet, self.said = quiet, 0.0
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        if "exact" in line:
+            shown = f"{100 * line['exact']:.1f} % of {line['held_out']} exact, loss {line['held_out_loss']:.4f}"
+            return self.say(f"epoch {line['epoch']}, held out: {shown}, {line['cpu_seconds']:.0f} CPU s")
+        if "loss" not in line or time.monotonic() - self.said < EVERY:
+            return None
+        self.said = time.monotonic()
+        return self.say(f"step {line['step']}, epoch {line['epoch']}, loss {line['loss']:.3f}, {line['seconds']:.0f} s")
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(output.plain(text), file=sys.stderr, flush=True)
