@@ -3,6 +3,7 @@
 #   make demo ARGS="--sessions 8"   options of the demo (ARGS=--help)    make test TESTS=tests/ops  one part of the tests
 #   make demo ENGINE=sglang         the demo on SGLang        make test-triton TRITON=3.6.0   the kernels under another Triton
 #   make demo MODEL=smollm2         a real model, documents and a conversation that outlives its server
+#   make demo SYSTEM=memo           a real model and a memory model beside it; TRAIN=1 trains both adapters first
 #   make test-vllm VLLM=0.33.0      vLLM's tests under another vLLM
 # vLLM and SGLang pin different versions of the same packages: SGLang has an environment of its own, SGLANG_VENV.
 
@@ -14,6 +15,8 @@ VLLM ?= 0.33.0
 VLLM_VENV ?= .venv-vllm-$(VLLM)
 ENGINE ?= vllm
 MODEL ?= recall
+SYSTEM ?=
+TRAIN ?=
 PYTHON ?=
 TESTS ?= tests
 ARGS ?=
@@ -41,7 +44,7 @@ ALL := $(if $(shell nvidia-smi -L 2>/dev/null),,not gpu)
 .PHONY: help env env-sglang demo docs lint test test-fast test-all test-triton test-vllm clean
 
 help:
-	@echo "make demo      a small model with and without memory, on a real server (about two minutes); ENGINE=vllm or sglang; MODEL=smollm2"
+	@echo "make demo      a small model with and without memory, on a real server (about two minutes); ENGINE=vllm or sglang; MODEL=smollm2; SYSTEM=memo"
 	@echo "make test      style and tests, as CI runs them"
 	@echo "make test-fast the tests that need neither an engine nor a compiler of kernels: some three minutes"
 	@echo "make test-all  the same with the soaks, more of the real model, the kernels under the oldest Triton that we take, $(TRITON), and vLLM $(VLLM)"
@@ -59,7 +62,11 @@ env-sglang:
 	@VENV="$(SGLANG_VENV)" PYTHON="$(PYTHON)" bash scripts/environment_sglang.sh
 
 demo: $(if $(filter sglang,$(ENGINE)),env-sglang,env)
+ifeq ($(SYSTEM),memo)
+	@$(BIN)/python -m benchmarks.memo $(if $(TRAIN),--train) $(ARGS)
+else
 	@$(if $(filter sglang,$(ENGINE)),$(SGLANG_BIN),$(BIN))/python -m benchmarks.$(if $(filter smollm2,$(MODEL)),demo_real,demo) --engine $(ENGINE) $(ARGS)
+endif
 
 lint: env
 	$(BIN)/ruff check .
