@@ -40,7 +40,8 @@ SECTION = {
     "history_bytes": 2000,
 }
 """How the protocol asks: a small executive that was trained on its turns."""
-TRAINED = {"memory": ("--epochs", str(corpora.EPOCHS)), "executive": ("--epochs", str(corpora.TRACE_EPOCHS))}
+TRAINED = {"memory": ("--epochs", "7"), "executive": ("--epochs", "3")}
+"""Adapter -> the options with which it is trained, beside the preset."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
