@@ -1,4 +1,4 @@
-"""The corpora of the shipped adapters, and the questions of ``python -m benchmarks.memo``: nothing leaks into training."""
+"""The corpora of the shipped adapters, and the questions of the benchmark: nothing leaks into training."""
 
 from __future__ import annotations
 
