@@ -5,7 +5,7 @@ An engine that serves ``/metrics`` from this process's default registry shows th
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 
 COMMITS = Counter("mem_triton:session_commits", "Session states committed")
 REFUSALS = Counter("mem_triton:refusals", "Requests refused because of their memory fields", ["field"])
@@ -39,4 +39,25 @@ POOL_WRITES = Counter("mem_triton:pool_writes", "Texts written into pools of row
 POOL_WRITE_FAILURES = Counter("mem_triton:pool_write_failures", "Texts that could not be written into a pool of rows")
 POOL_WRITER_WAITS = Counter(
     "mem_triton:pool_writer_waits", "Writes that waited until running requests had ended that read older versions"
+)
+MEMO_ANSWERS = Counter(
+    "mem_triton:memo_answers",
+    'Requests to a chat model of MeMo by their end: "answer", "unknown", "error", "full" (HTTP 429), "left"',
+    ["ended"],
+)
+MEMO_CALLS = Counter(
+    "mem_triton:memo_calls",
+    'Calls of MeMo\'s protocol: to "executive" or "memory"; "replied", "failed" or "cut_off" by the end of the run',
+    ["to", "outcome"],
+)
+MEMO_BUDGETS = Counter("mem_triton:memo_budgets", "Answers of MeMo that a budget ended, by the budget", ["budget"])
+MEMO_RUNNING = Gauge(
+    "mem_triton:memo_running",
+    "Requests to a chat model of MeMo that are worked on or wait",
+    multiprocess_mode="livesum",
+)
+MEMO_SECONDS = Histogram(
+    "mem_triton:memo_seconds",
+    "From a request to a chat model of MeMo to its answer, the time that it waits included",
+    buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
 )

@@ -12,7 +12,6 @@ from typing import Any
 
 import orjson
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -66,13 +65,7 @@ class ChatWithModels(OpenAIServingChat):
         part = self.manager.chats.get(request.model)
         if part is None:
             return await super().handle_request(request, raw_request)
-        body = await raw_request.json()
-        if (refusal := chat_models.refused(part, body)) is not None:
-            return JSONResponse(refusal, status_code=400)
-        if request.stream:
-            return StreamingResponse(chat_models.events(part, body, raw_request), media_type="text/event-stream")
-        status, said = await chat_models.until_gone(part.answer(body, raw_request), raw_request.receive)
-        return JSONResponse(said, status_code=status, headers={"Retry-After": "1"} if status == 429 else None)
+        return await chat_models.respond(part, await raw_request.json(), request.stream, raw_request)
 
     async def ask(self, body: Mapping[str, Any], caller: Any) -> tuple[int, dict[str, Any]]:
         """Ask a model of this server. caller: the request for which it is asked; its headers say who speaks."""

@@ -10,7 +10,7 @@ from argparse import Namespace
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from vllm.entrypoints.openai.chat_completion.api_router import create_chat_completion
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.models.api_router import show_available_models
@@ -74,10 +74,4 @@ async def _models(raw_request: Request) -> Response:
 async def _chat(request: ChatCompletionRequest, raw_request: Request) -> Any:
     if (part := chats_of(raw_request.scope).get(request.model or "")) is None:
         return await create_chat_completion(request, raw_request)
-    body = await raw_request.json()
-    if (refusal := chat_models.refused(part, body)) is not None:
-        return JSONResponse(refusal, status_code=400)
-    if request.stream:
-        return StreamingResponse(chat_models.events(part, body, raw_request), media_type="text/event-stream")
-    status, said = await chat_models.until_gone(part.answer(body, raw_request), raw_request.receive)
-    return JSONResponse(said, status_code=status, headers={"Retry-After": "1"} if status == 429 else None)
+    return await chat_models.respond(part, await raw_request.json(), bool(request.stream), raw_request)

@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 
 from mem_triton import __version__
-from mem_triton.cli import bank, convert, doctor, import_trained, memo, model, pool, train, write
+from mem_triton.cli import bank, convert, doctor, import_trained, memo, model, pool, serve, train, write
 
 app = typer.Typer(
     name="mem-triton",
@@ -29,6 +29,7 @@ app.command("write")(write.write)
 app.command("import")(import_trained.import_trained)
 app.command("doctor")(doctor.doctor)
 app.command("model")(model.model)
+app.command("serve")(serve.serve)
 app.add_typer(train.app, name="train")
 
 

@@ -195,6 +195,10 @@ class ChatPart:
     def check(self, body: Mapping[str, Any]) -> None:
         """Raise RequestError for what cannot be answered, before anything is asked."""
 
+    def busy(self) -> str | None:
+        """Why a request has to come again later (HTTP 429), None if it can come in."""
+        return None
+
     async def answer(self, body: Mapping[str, Any], caller: Any = None) -> tuple[int, dict[str, Any]]:
         """Answer a request that ``check`` has passed: HTTP status and body. Cancelling it cancels what it asks."""
         raise NotImplementedError

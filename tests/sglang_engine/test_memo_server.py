@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from mem_triton.runtime.serving import Serving
 from tests.sglang_engine.server import Server
 from tests.support import memo_server_scenarios as scenarios
 from tests.support.memo import ScriptedServer
 
 pytestmark = pytest.mark.engine
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -29,15 +28,16 @@ def executive(scripted):
 
 
 def start(lora_bench, memory: dict, log: str) -> Server:
-    """With an adapter under the name "memo"."""
+    """With the options that ``mem-triton serve`` gives, and an adapter under the name "memo"."""
+    serving = Serving("sglang", str(lora_bench.model), memory, {"memo": lora_bench.lora})
+    serving.check()
+    command = serving.arguments()
     return Server(
         lora_bench.model,
         log,
         memory,
-        flags=["--enable-lora", "--lora-target-modules", *TARGETS],
+        flags=command[command.index("mem_triton") + 1 :],
         module="tests.sglang_engine.serve_lora",
-        max_lora_rank=8,
-        lora_paths=f"memo={lora_bench.lora}",
         lora_backend="torch_native",
     )
 

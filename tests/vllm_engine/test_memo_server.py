@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
 
+from mem_triton.runtime.serving import Serving
 from tests.support import memo_server_scenarios as scenarios
 from tests.support.memo import ScriptedServer
-from tests.vllm_engine.server import Server, memory_flags
+from tests.support.server import ServerProcess, free_port, spawn
+from tests.vllm_engine.engine import ROOT, environment
+from tests.vllm_engine.server import Server
 
 pytestmark = pytest.mark.engine
 
@@ -26,17 +32,18 @@ def executive(scripted):
     return scripted
 
 
-def lora_flags(bench) -> list[str]:
-    return ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"memo={bench.lora}"]
+def start(lora_bench, memory: dict, log: str, **env: str) -> Server:
+    """With the options that ``mem-triton serve`` gives, and an adapter under the name "memo"."""
+    serving = Serving("vllm", str(lora_bench.model), memory, {"memo": lora_bench.lora})
+    serving.check()
+    return Server(str(lora_bench.model), log, serving.arguments()[3:], **{**serving.environment, **env})
 
 
 @pytest.fixture(scope="module")
 def server(lora_bench, scripted, tmp_path_factory) -> Iterator[Server]:
     """A model with δ-mem and an adapter; the executive is elsewhere."""
     memory = {**lora_bench.memory, "memo": scenarios.section(scripted.spec("executive"))}
-    log = str(tmp_path_factory.mktemp("server") / "log")
-    flags = [*memory_flags(memory), *lora_flags(lora_bench)]
-    server = Server(str(lora_bench.model), log, flags, VLLM_PLUGINS="mem_triton")
+    server = start(lora_bench, memory, str(tmp_path_factory.mktemp("server") / "log"))
     try:
         yield server.wait()
     finally:
@@ -46,8 +53,7 @@ def server(lora_bench, scripted, tmp_path_factory) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def stock(lora_bench, tmp_path_factory) -> Iterator[Server]:
     """The same without MeMo and without the plugin's routes."""
-    log = str(tmp_path_factory.mktemp("stock") / "log")
-    server = Server(str(lora_bench.model), log, [*memory_flags(lora_bench.memory), *lora_flags(lora_bench)])
+    server = start(lora_bench, lora_bench.memory, str(tmp_path_factory.mktemp("stock") / "log"))
     try:
         yield server.wait()
     finally:
@@ -94,3 +100,19 @@ def test_a_client_that_leaves_cancels_the_calls_and_a_full_queue_is_429(server, 
 
 def test_a_world_is_answered_through_the_server(server, executive):
     scenarios.a_world_is_not_made_up(server)
+
+
+@pytest.mark.slow
+def test_the_command_becomes_the_server_and_ends_as_it_does(lora_bench, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "mem_triton.cli", "serve", str(lora_bench.model), "--memo", str(lora_bench.lora)]
+    options = ["--", "--served-model-name", "m", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    options += ["--max-model-len", "4096", "--gpu-memory-utilization", "0.3", "--block-size", "32"]
+    log = tmp_path / "log"
+    server = ServerProcess(spawn([*command, "--engine", "vllm", *options], environment(), ROOT, log), port, log)
+    try:
+        scenarios.names_are(server.wait(), "m", "memo", "m+memo")
+        os.kill(server.process.pid, signal.SIGTERM)
+        assert server.process.wait(60) == 0, server.printed()[-2000:]
+    finally:
+        server.stop()

@@ -55,17 +55,26 @@ def _card(listed: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**listed["data"][0], "id": name, "root": name, "parent": None, "owned_by": "mem_triton"}
 
 
-def refused(part: ChatPart, body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The body of HTTP 400 for a request that the model cannot answer, None for one that it can."""
+async def respond(part: ChatPart, body: Mapping[str, Any], stream: bool, request: Any) -> Any:
+    """Answer a client's request to a chat model, as a response of starlette's. request: the client's, as starlette has
+    it, whose body has been read."""
+    from starlette.responses import JSONResponse, StreamingResponse  # the engine's server brings it along
+
     try:
         part.check(body)
     except RequestError as error:
         registry.count_refusal(error.field)
-        return refusal_of(error)
-    return None
+        return JSONResponse(refusal_of(error), status_code=400)
+    if (why := part.busy()) is not None:
+        status, said = 429, {"error": {"message": why, "type": "rate_limit_error", "param": None, "code": 429}}
+    elif stream:
+        return StreamingResponse(_events(part, body, request), media_type="text/event-stream")
+    else:
+        status, said = await until_gone(part.answer(body, request), request.receive)
+    return JSONResponse(said, status_code=status, headers={"Retry-After": "1"} if status == 429 else None)
 
 
-async def events(part: ChatPart, body: Mapping[str, Any], caller: Any) -> AsyncIterator[str]:
+async def _events(part: ChatPart, body: Mapping[str, Any], caller: Any) -> AsyncIterator[str]:
     """The stream. The response that reads it listens for a client that leaves, and cancels it; that closes what it
     asks."""
     async with aclosing(part.stream(body, caller)) as parts:  # type: ignore[type-var]

@@ -14,17 +14,28 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from mem_triton import metrics
 from mem_triton.systems.base import ChatHost, ChatPart
 from mem_triton.systems.memo.driver import Chat, run
-from mem_triton.systems.memo.endpoint import Answer, CallError, Endpoint, EndpointError, answer_of, chat_body, refusal
+from mem_triton.systems.memo.endpoint import (
+    Answer,
+    CallError,
+    Endpoint,
+    EndpointError,
+    answer_of,
+    chat_body,
+    refusal,
+    well_formed,
+)
 from mem_triton.systems.memo.fields import unserved
 from mem_triton.systems.memo.protocol.machine import start
 from mem_triton.systems.memo.protocol.settings import GREEDY, Settings
-from mem_triton.systems.memo.protocol.state import Call, Event, State, usage
+from mem_triton.systems.memo.protocol.state import Call, Elapsed, Event, Replied, State, usage
 from mem_triton.systems.memo.section import TRACE, MemoSection
 from mem_triton.systems.memo.trace import Trace
 from mem_triton.systems.request import RequestError, flag, shown
 
+LIMITS = ("max_tokens", "max_completion_tokens")
 LEAST_TOKENS = 64
 """Tokens that the executive needs at least for a reply of the protocol."""
 
@@ -58,12 +69,13 @@ class MemoChat(ChatPart):
     def __init__(self, section: MemoSection, host: ChatHost) -> None:
         self.section, self.host, self.model = section, host, section.name
         self._endpoints = {spec: Endpoint(spec) for spec in (section.executive, section.memory) if "#" in spec}
-        self._checked: set[str] = set()
-        self._checking = asyncio.Lock()
+        self._checks: dict[str, asyncio.Task[None]] = {}
         self._free = asyncio.Semaphore(section.at_once)
         self._inside = 0
 
     async def close(self) -> None:
+        for check in self._checks.values():
+            check.cancel()
         for endpoint in self._endpoints.values():
             await endpoint.close()
 
@@ -131,17 +143,33 @@ class MemoChat(ChatPart):
             if not task.cancelled():
                 task.exception()  # what it was has been told, or nobody is there to hear it
 
+    def busy(self) -> str | None:
+        if self._inside < self.section.at_once + self.section.waiting:
+            return None
+        metrics.MEMO_ANSWERS.labels("full").inc()
+        return f"{self.model}: {self._inside} answers are worked on or wait; try again later"
+
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
         """Wait for a turn. Raises QueueFullError where too many wait already."""
-        if self._inside >= self.section.at_once + self.section.waiting:
-            raise QueueFullError(f"{self.model}: {self._inside} answers are worked on or wait; try again later")
+        if (why := self.busy()) is not None:
+            raise QueueFullError(why)
+        began = time.monotonic()
         self._inside += 1
+        metrics.MEMO_RUNNING.inc()
         try:
             async with self._free:
                 yield
+        except EndpointError:
+            metrics.MEMO_ANSWERS.labels("error").inc()
+            raise
+        except asyncio.CancelledError:
+            metrics.MEMO_ANSWERS.labels("left").inc()
+            raise
         finally:
             self._inside -= 1
+            metrics.MEMO_RUNNING.dec()
+            metrics.MEMO_SECONDS.observe(time.monotonic() - began)
 
     async def _run(self, body: Mapping[str, Any], tell: Any, caller: Any) -> Trace:
         fields = {name: value for name, value in self._fields(body).items() if name != TRACE}
@@ -159,25 +187,28 @@ class MemoChat(ChatPart):
                 tell(f"{item.question}\n→ {item.text if item.outcome == 'answer' else item.outcome}\n")
             seen = len(state.evidence)
 
-        return await run(self._question(body), self._settings(body), models, watch)  # type: ignore[arg-type]
+        trace = await run(self._question(body), self._settings(body), models, watch)  # type: ignore[arg-type]
+        _count(trace)
+        return trace
 
     async def _model(self, spec: str, caller: Any, extra: Mapping[str, Any], structured: bool = False) -> Chat:
         if (endpoint := self._endpoints.get(spec)) is None:
             return ServedModel(spec, self.host, extra, caller)
-        async with self._checking:  # once, when the first request comes: both servers may start in any order
-            if spec not in self._checked:
-                await endpoint.check(structured=structured)
-                self._checked.add(spec)
+        # Once, when the first request comes: both servers may start in any order. All that come meanwhile wait for the
+        # same look, which goes on if one of them leaves; one that failed is made again by the next request.
+        if (check := self._checks.get(spec)) is None or (check.done() and _failed(check)):
+            check = self._checks[spec] = asyncio.create_task(endpoint.check(structured=structured))
+            check.add_done_callback(_failed)  # whoever waited for it may have left
+        await asyncio.shield(check)
         return endpoint
 
     def _settings(self, body: Mapping[str, Any]) -> Settings:
         told = self.section.model_dump(include=set(Settings.model_fields))
-        if isinstance(seed := body.get("seed"), int):
+        if (seed := _number(body, "seed")) is not None:
             told["seed"] = seed % 2**31
         if body.get("temperature") == 0:
             told["temperatures"] = GREEDY.model_dump()
-        limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None]
-        if limits:
+        if limits := [n for name in LIMITS if (n := _number(body, name)) is not None]:
             if min(limits) < LEAST_TOKENS:
                 raise RequestError("max_tokens", f"must be at least {LEAST_TOKENS} for {self.model}, or left out")
             told["executive_tokens"] = min(told["executive_tokens"], *limits)
@@ -210,14 +241,38 @@ class MemoChat(ChatPart):
         return {"id": id, "object": kind, "created": int(time.time()), "model": self.model}
 
 
+def _count(trace: Trace) -> None:
+    """Count how a run ended, its calls, and the budgets that ended it."""
+    ends = {(event.id, event.attempt): event for event in trace.events if not isinstance(event, Elapsed)}
+    for call in (call for _, calls, _ in trace.steps() for call in calls):
+        end = ends.get((call.id, call.attempt))
+        outcome = "cut_off" if end is None else "replied" if isinstance(end, Replied) else "failed"
+        metrics.MEMO_CALLS.labels(call.to, outcome).inc()
+    metrics.MEMO_ANSWERS.labels(trace.result.kind).inc()
+    for budget in trace.result.ended_by:
+        metrics.MEMO_BUDGETS.labels(budget).inc()
+
+
+def _failed(check: asyncio.Task[None]) -> bool:
+    return check.cancelled() or check.exception() is not None
+
+
+def _number(body: Mapping[str, Any], name: str) -> int | None:
+    """A field that is a whole number, None for none. Raises RequestError for anything else."""
+    value = body.get(name)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise RequestError(name, f"must be a whole number, got {shown(value)}")
+
+
 def _text(content: Any) -> str:
     """A message's text. Raises RequestError for images and other parts."""
     if isinstance(content, str) or content is None:
-        return content or ""
+        return well_formed(content or "")
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
     if any(text is None for text in texts):
         raise RequestError("messages", "holds a part that is no text; only text is served")
-    return "\n".join(map(str, texts))
+    return well_formed("\n".join(map(str, texts)))
 
 
 def _error(status: int, message: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:

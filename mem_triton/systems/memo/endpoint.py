@@ -258,7 +258,12 @@ def answer_of(said: Any) -> Answer:
         raise CallError(f"the model refused: {str(message['refusal'])[:200]}", retryable=False)
     if not isinstance(content, str):  # a tool call and no text: the protocol says that the reply is empty
         content = ""
-    return Answer(content, prompt, completion, choice.get("finish_reason") == "length")
+    return Answer(well_formed(content), prompt, completion, choice.get("finish_reason") == "length")
+
+
+def well_formed(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair, which JSON can say and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _count(value: Any) -> int | None:

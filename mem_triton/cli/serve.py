@@ -1,0 +1,89 @@
+"""``mem-triton serve``: starts an engine's server with memory, by a command that can be printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
+
+
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or a name on a hub.", show_default=False)],
+    more: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[-- OPTIONS...]", help="Options of the engine's own, behind --.", show_default=False),
+    ] = None,
+    memo: Annotated[Text, typer.Option(help="MeMo's memory model: a LoRA adapter's folder, or URL#MODEL.")] = None,
+    memo_executive: Annotated[
+        Text, typer.Option(help="The model that asks it, likewise; MODEL itself if left out.")
+    ] = None,
+    memo_name: Annotated[Text, typer.Option(help="The name under which both are served. [MODEL+memo]")] = None,
+    bank: Annotated[Text, typer.Option(help="A bank of texts: its folder.")] = None,
+    delta: Annotated[Text, typer.Option(help="An adapter of δ-mem: its folder, or a name on a hub.")] = None,
+    config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A YAML file with a section of the configuration, to which the options are added."),
+    ] = None,
+    engine: Annotated[Text, typer.Option(help='"vllm" or "sglang"; the one that is installed.')] = None,
+    show: Annotated[bool, typer.Option("--print", help="Print the command, and start nothing.")] = False,
+) -> None:
+    """Start an engine's server with memory.
+
+    The command is vLLM's or SGLang's own; it takes this one's place, so that signals and the exit code are the
+    server's. --print shows it. Adapters are checked first: whose base they are of, and their rank.
+    """
+    from mem_triton.runtime.serving import Serving, engine_of, option_of
+    from mem_triton.schema import ConfigError
+
+    chosen, more = engine_of(engine), more or []
+    section: dict[str, Any] = _section(config)
+    adapters: dict[str, Path] = {}
+    if memo is None and (memo_executive or memo_name):
+        raise ConfigError("--memo-executive and --memo-name need --memo, the memory model")
+    if memo is not None:
+        served = option_of(more, "--served-model-name") or model
+        both = {"memory": ("memo", memo), "executive": ("executive", memo_executive)}
+        names = {role: _served(name, said, adapters) or served for role, (name, said) in both.items()}
+        named = {"name": memo_name} if memo_name else {}
+        section["memo"] = {"name": f"{served}+memo", **(section.get("memo") or {}), **names, **named}
+    for name, (key, value) in {"memory": ("bank", bank), "delta": ("adapter", delta)}.items():
+        if value is not None:
+            section[name] = {**(section.get(name) or {}), key: value}
+    if not section:
+        raise ConfigError("nothing to remember with: give --memo, --bank, --delta or --config")
+    serving = Serving(chosen, model, section, adapters, more)
+    serving.check()
+    if show:
+        typer.echo(serving.printed())
+    else:
+        serving.run()
+
+
+def _served(name: str, said: str | None, adapters: dict[str, Path]) -> str | None:
+    """The name under which the engine serves what was said; an adapter is noted. None for nothing said."""
+    if said is None or "#" in said:
+        return said
+    adapters[name] = Path(said)
+    return name
+
+
+def _section(path: Path | None) -> dict[str, Any]:
+    """The section in a file, not checked yet: the options may complete it."""
+    if path is None:
+        return {}
+    import yaml
+
+    from mem_triton.schema import ConfigError
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: cannot be read: {' '.join(str(error).split())}") from None
+    if isinstance(found, dict) and set(found) == {"mem_triton"}:
+        found = found["mem_triton"]
+    if not isinstance(found, dict):
+        raise ConfigError(f"--config {path}: must hold a table of sections, such as memo: {{...}}")
+    return found
