@@ -83,3 +83,15 @@ class Server(ServerProcess):
             for line in lines.iter_lines():
                 if line.startswith("data: {"):
                     yield json.loads(line[6:])
+
+    def inside(self) -> float:
+        """Requests that the engine runs, or has in its queue."""
+        lines = self.http.get("/v1/loads", params={"format": "prometheus"}).text.splitlines()
+        names = ("sglang_num_running_reqs{", "sglang_num_waiting_reqs{")
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(names))
+
+    def load_adapter(self, name: str, folder: Any) -> None:
+        """Load a LoRA adapter under a name that has one."""
+        self.http.post("/unload_lora_adapter", json={"lora_name": name}).raise_for_status()
+        answer = self.http.post("/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
+        assert answer.status_code == 200, answer.text

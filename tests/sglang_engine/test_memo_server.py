@@ -103,3 +103,25 @@ def test_a_client_that_leaves_cancels_the_calls_and_a_full_queue_is_429(server, 
 
 def test_a_world_is_answered_through_the_server(server, executive):
     scenarios.a_world_is_not_made_up(server)
+
+
+def test_d2_a_trace_replays(server, executive, tmp_path):
+    scenarios.a_trace_replays(server, executive, tmp_path)
+
+
+def test_d3_budgets_hold(server, executive):
+    scenarios.budgets_hold(server, executive)
+
+
+def test_d4_malformed_json_ends_no_run(server, executive):
+    scenarios.malformed_json_ends_no_run(server, executive)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_engine(server, executive, stream):
+    scenarios.a_client_that_leaves_frees_the_engine(server, executive, stream)
+
+
+def test_an_adapter_is_replaced_while_it_serves(server, executive, lora_bench, tmp_path):
+    other = scenarios.adapter_of_nothing(tmp_path / "other", lora_bench.lora)
+    scenarios.an_adapter_is_replaced_while_it_serves(server, executive, lora_bench, other)

@@ -95,6 +95,7 @@ REFUSED = {
     "--dp-size": {"dp_size": 2},
     "--tokenizer-worker-num": {"tokenizer_worker_num": 2},
     "--smg-grpc-mode": {"smg_grpc_mode": True},
+    "--grpc-port": {"grpc_port": 30001},
     "SGLANG_RUST_SERVER": {"env": {"SGLANG_RUST_SERVER": "1"}},
     "--nnodes": {"nnodes": 2, "tp_size": 2, "dist_init_addr": "127.0.0.1:1"},
     "speculative decoding": {"speculative_algorithm": "NGRAM"},
@@ -179,7 +180,9 @@ def test_fault_versions_no_failure_of_ours_reaches_sglang(tmp_path):
 @pytest.fixture(scope="module")
 def resolved(bench, tmp_path_factory) -> list[str]:
     """What SGLang says to each of REFUSED, and to plain options."""
-    config = write_config({"delta": {"adapter": str(bench.adapter)}}, tmp_path_factory.mktemp("config"))
+    memo = {"memory": "m", "executive": "m", "name": "m+memo"}  # --grpc-port is refused beside it alone
+    memory = {"delta": {"adapter": str(bench.adapter)}, "memo": memo}
+    config = write_config(memory, tmp_path_factory.mktemp("config"))
     base = {"model_path": str(bench.model), **DEFAULTS, "attention_backend": "mem_triton"}
     result = python(
         RESOLVE,

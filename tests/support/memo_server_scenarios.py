@@ -6,13 +6,20 @@ without MeMo. executive: the scripted server.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from benchmarks.memo.world import World
+from mem_triton.systems.memo.trace import read
 from tests.support.bench import Bench
 from tests.support.memo import ScriptedServer
 from tests.support.server import ServerProcess
@@ -247,3 +254,88 @@ def a_world_is_not_made_up(server: ServerProcess) -> None:
     asked = next(iter(World().two_hop()))
     said = chat(server, asked.question, temperature=0).json()
     assert said["choices"][0]["message"]["content"] != asked.value
+
+
+def a_trace_replays(server: ServerProcess, executive: ScriptedServer, tmp_path: Path) -> None:
+    """D2: to the same bytes, and a second run without sampling is the same but for its times."""
+    traces = []
+    for number in range(2):
+        executive.reset()
+        asks(executive, "Who has a kite?", "What is red?")
+        document = trace_of(server, temperature=0)["mem_triton"]["memo"]
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(json.dumps(document, ensure_ascii=False, indent=1).encode() + b"\n")
+        traces.append(read(path).without_times())  # refuses what does not replay
+    assert traces[0] == traces[1]
+
+
+def budgets_hold(server: ServerProcess, executive: ScriptedServer) -> None:
+    """D3: an executive that asks on and on has its eight turns, and then has to answer."""
+    asks(executive, *(f"Who has kite {number}?" for number in range(8)))
+    said = trace_of(server)
+    trace = said["mem_triton"]["memo"]
+    assert said["choices"][0]["message"]["content"] == "Mara Stone" and "seeking_turns" in trace["result"]["ended_by"]
+    assert (trace["spent"]["executive_calls"], trace["spent"]["memory_calls"]) == (9, 8)
+
+
+def malformed_json_ends_no_run(server: ServerProcess, executive: ScriptedServer) -> None:
+    """D4: it is asked for again, or costs a turn."""
+    for kind in ("broken_json", "refusal", "empty", "garbage"):
+        executive.reset()
+        executive.fault("executive", kind)
+        asks(executive, "Who has a kite?")
+        answer = chat(server)
+        assert answer.status_code == 200, (kind, answer.text)
+        assert answer.json()["choices"][0]["message"]["content"] == "Mara Stone"
+
+
+@contextlib.contextmanager
+def asked(server: ServerProcess, path: str, **body: Any) -> Iterator[None]:
+    """A request whose answer nobody reads; its client leaves at the end."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    address = server.http.base_url.host, server.http.base_url.port
+    with socket.create_connection(address) as connection:
+        connection.sendall(head.encode() + data)
+        yield
+
+
+def a_client_that_leaves_frees_the_engine(server: Any, executive: ScriptedServer, stream: bool) -> None:
+    """The memory model's request leaves the engine's queue within a second; those of others stay."""
+    asks(executive, "Who has a kite?")
+    long = {"model": "m", "prompt": "x", "max_tokens": 3000, "ignore_eos": True}
+    with contextlib.ExitStack() as crowd:
+        for _ in range(8):
+            crowd.enter_context(asked(server, "/v1/completions", **long))
+        until(lambda: server.inside() == 8, "a crowd is in the engine")
+        messages = [{"role": "user", "content": QUESTION}]
+        with asked(server, CHAT, model="m+memo", messages=messages, stream=stream):
+            until(lambda: server.inside() == 9, "the call to the memory model is in the engine")
+        left = time.monotonic()
+        until(lambda: server.inside() == 8, "the call leaves with its client", 20)
+        print(f"the call left the engine {time.monotonic() - left:.2f} s after its client")
+    until(lambda: server.inside() == 0, "the crowd leaves", 60)
+
+
+def an_adapter_is_replaced_while_it_serves(server: Any, executive: ScriptedServer, b: Bench, other: Path) -> None:
+    """What was cached under the old one is not read under the new one. other: an adapter's folder."""
+    questions = []
+    for adapter in (b.lora, other, b.lora):
+        server.load_adapter("memo", adapter)
+        executive.reset()
+        asks(executive, "Who has a kite?")
+        calls = trace_of(server, temperature=0)["mem_triton"]["memo"]["calls"]
+        questions.append(next(call["text"] for call in calls if call["to"] == "memory"))
+    assert questions[0] == questions[2] == merged_text(server, b, "Who has a kite?") != questions[1]
+    plain = server.chat("Who has a kite?", TOKENS).json()["choices"][0]["message"]["content"]
+    assert questions[1] == plain  # the other one adds nothing
+
+
+def adapter_of_nothing(folder: Path, lora: Path) -> Path:
+    """The same adapter with zeros."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(lora, folder, dirs_exist_ok=True)
+    weights = folder / "adapter_model.safetensors"
+    save_file({name: 0 * value for name, value in load_file(weights).items()}, weights)
+    return folder

@@ -78,3 +78,13 @@ class Server(ServerProcess):
 def memory_flags(section: dict) -> list[str]:
     """The flags that switch memory on."""
     return ["--load-format", "mem_triton", "--additional-config", json.dumps({"mem_triton": section})]
+
+    def inside(self) -> float:
+        """Requests that the engine runs, or has in its queue."""
+        return self.metric("vllm:num_requests_running{") + self.metric("vllm:num_requests_waiting{")
+
+    def load_adapter(self, name: str, folder: Any) -> None:
+        """Load a LoRA adapter under a name that has one."""
+        body = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}
+        answer = self.http.post("/v1/load_lora_adapter", json=body)
+        assert answer.status_code == 200, answer.text
