@@ -38,7 +38,7 @@ class PagedContext(NamedTuple):
 
 
 class MemoryPages(NamedTuple):
-    """One layer's pool of memory pages. Every KV head of a page may hold different tokens (Memory³ §2.2).
+    """One layer's pool of memory pages; every KV head of a page may hold other tokens (arXiv 2407.01178, section 3).
 
     8-bit pages (int8, float8_e4m3fn) are worth ``data * scale``: keys by channel, values by token.
     """

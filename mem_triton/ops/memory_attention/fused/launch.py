@@ -58,7 +58,10 @@ class Launch(NamedTuple):
 
 
 def choose_grid(tokens: int, rows: int, heads: int, group: int, context: PagedContext, config: FusedConfig) -> Grid:
-    """Blocks for any batch of these shapes, and splits where they are few. Memory has no say: it may not move bits."""
+    """Blocks for any batch of these shapes, and splits where they are few.
+
+    They do not depend on memory, which may not change the bits of rows without it.
+    """
     per_block = config.block_m // group
     one_block = context.max_query_len <= per_block
     blocks = rows if one_block else tokens // per_block + rows
