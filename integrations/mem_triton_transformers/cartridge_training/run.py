@@ -1,0 +1,199 @@
+"""One run from a model's folder and a document to an adapter of peft that stands for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import CartridgeConfig, get_peft_model
+from transformers import DynamicCache
+
+from mem_triton.store.bank.fingerprint import model_fingerprint
+from mem_triton.systems.explicit.cartridge_recipe import CartridgeRecipe
+from mem_triton.write.chunking import Document, chunks_of
+from mem_triton_transformers.cartridge_training.card import write_card
+from mem_triton_transformers.cartridge_training.decoding import reply_all
+from mem_triton_transformers.cartridge_training.lessons import Chats, check_head, make_lessons, targets
+from mem_triton_transformers.cartridge_training.questions import Question, ask, ends, read_questions
+from mem_triton_transformers.cartridge_training.trainer import Trainer
+from mem_triton_transformers.delta_training.evaluate import wilson
+from mem_triton_transformers.runs.folders import TrainingError, identity_of, load, prepare
+from mem_triton_transformers.runs.journal import CURVE, LOG
+
+QUESTION_TOKENS = 40
+"""Most tokens in which the model asks."""
+
+
+def train(
+    folder: Path,
+    document: Document,
+    out: Path,
+    recipe: CartridgeRecipe,
+    *,
+    questions: Path | None = None,
+    held_out: Path | None = None,
+    name: str = "",
+    device: str | None = None,
+    save_every: int = 50,
+    evaluate_every: int = 25,
+    command: str = "",
+    stop: Callable[[], bool] = lambda: False,
+    tell: Callable[[dict[str, Any]], None] = lambda line: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any] | None:
+    """Train rows of keys and values for a document and write them to ``out``, or go on with the run that lies there.
+
+    questions: a file of them, None for the model's own. held_out: a file of questions to evaluate on; without it one of
+    so many questions is held out. stop: asked after each step. tell: gets the log's lines, say: sentences. Returns a
+    report, None if the run was stopped before its end. Raises TrainingError, ValueError, OSError.
+    """
+    prepare(out)
+    (out / "trainer").mkdir(exist_ok=True)
+    model, tokenizer = load(folder, recipe.dtype, device)
+    if model.device.type == "cpu":
+        model.set_attn_implementation("eager")  # short rows: several times as fast on a CPU as the fused form
+    chats = Chats(tokenizer)
+    chunks = [chunk.text for chunk in chunks_of(document, tokenizer, recipe.chunk_tokens)]
+    own = _questions(model, chats, chunks, questions, recipe, out, say)
+    aside = read_questions(held_out, chunks) if held_out else own[recipe.held_out - 1 :: recipe.held_out]
+    own = own if held_out else [q for i, q in enumerate(own) if i % recipe.held_out != recipe.held_out - 1]
+    lessons = make_lessons(model, chats, chunks, own, recipe.answers, recipe, out / "trainer" / "lessons.json", say)
+    other = make_lessons(model, chats, chunks, aside, 1, recipe, out / "trainer" / "held_out.json", say)
+    check_head(model, lessons[0])
+    adapted = _adapted(model, recipe, name or folder.name)
+    first = _first_rows(model, chats, document.text, recipe.rows)
+    adapted.prompt_encoder[adapted.active_adapter].load_prompt_embeddings(first)
+    digest = hashlib.sha256(json.dumps([document.text, [vars(q) for q in (*own, *aside)]]).encode()).hexdigest()
+    identity = identity_of(recipe.model_dump(), model_fingerprint(folder).model_dump_json(), digest)
+    say("the teacher reads its answers")
+    trainer = Trainer(adapted, recipe, lessons, targets(model, lessons), (other, targets(model, other)), out, identity)
+    if trainer.step:
+        say(f"going on from step {trainer.step} of {recipe.steps}")
+    count = trainer.rows.numel()
+    say(f"{count} numbers, {len(lessons)} lessons about {len(chunks)} chunk(s), {len(other)} held out")
+    if not trainer.run(save_every, evaluate_every, stop, tell):
+        return None
+    say("evaluating")
+    ways = _ways(adapted, first, recipe.rows)
+    divergence = {way: trainer.divergence(cache, before) for way, (cache, before) in ways.items()}
+    report = {
+        "adapter": str(out),
+        "rows": recipe.rows,
+        "document_tokens": len(tokenizer.encode(document.text, add_special_tokens=False)),
+        "numbers": count,
+        "steps": recipe.steps,
+        "seconds": round(trainer.seconds, 1),
+        "cpu_seconds": round(trainer.cpu, 1),
+        "lessons": len(lessons),
+        "held_out": len(other),
+        "divergence": {way: round(value, 4) for way, value in divergence.items()},
+        "recall": _recall(model, chats, chunks, aside, recipe, ways),
+        "digest": digest,
+        "log": str(out / LOG),
+        "curve": str(out / CURVE),
+    }
+    adapted.save_pretrained(str(out), save_embedding_layers=False)
+    write_card(out, recipe, report, name or folder.name, document.source or document.name, command)
+    return report
+
+
+def _questions(
+    model: Any,
+    chats: Chats,
+    chunks: Sequence[str],
+    path: Path | None,
+    recipe: CartridgeRecipe,
+    out: Path,
+    say: Callable[[str], None],
+) -> list[Question]:
+    if path is not None:
+        return read_questions(path, chunks)
+    kept = out / "questions.jsonl"
+    if kept.exists():
+        found = read_questions(kept, chunks)
+        say(f"{len(found)} questions of an earlier run, from {kept}")
+        return found
+    found = ask(model, chats.tokenizer, chunks, recipe.asked, QUESTION_TOKENS, recipe.seed, chats.with_chunk, say)
+    kept.write_text("".join(json.dumps({"question": q.text}, ensure_ascii=False) + "\n" for q in found))
+    return read_questions(kept, chunks)
+
+
+def _adapted(model: Any, recipe: CartridgeRecipe, name: str) -> Any:
+    heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+    size = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    config = CartridgeConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=recipe.rows,
+        num_frozen_tokens=recipe.frozen,
+        base_model_name_or_path=name,
+        num_layers=model.config.num_hidden_layers,
+        num_attention_heads=heads,
+        token_dim=heads * size,
+    )
+    adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = name
+    return adapted.eval()
+
+
+@torch.no_grad()
+def _first_rows(model: Any, chats: Chats, text: str, rows: int) -> torch.Tensor:
+    """Keys and values of the first tokens of a chat with the document, [rows, numbers of a token]."""
+    ids = chats.with_chunk(text, "")[:rows]
+    if len(ids) < rows:
+        raise TrainingError(f"--rows: {rows}, but document and chat have {len(ids)} tokens; give fewer")
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    layers = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    return torch.stack([x[0].transpose(0, 1) for x in layers], 1).reshape(rows, -1).float()
+
+
+def _ways(adapted: Any, first: torch.Tensor, rows: int) -> dict[str, tuple[Callable[[int], Any] | None, int]]:
+    """What can stand before a question: a cache for so many rows, and its keys."""
+
+    def first_rows(count: int) -> Any:
+        encoder = adapted.prompt_encoder[adapted.active_adapter]
+        learned = encoder.weight.detach().clone()
+        encoder.load_prompt_embeddings(first)
+        try:
+            return adapted.get_prompt(count)
+        finally:
+            encoder.load_prompt_embeddings(learned)
+
+    return {"cartridge": (adapted.get_prompt, rows), "first rows": (first_rows, rows), "nothing": (None, 0)}
+
+
+def _recall(
+    model: Any,
+    chats: Chats,
+    chunks: Sequence[str],
+    questions: Sequence[Question],
+    recipe: CartridgeRecipe,
+    ways: dict[str, tuple[Callable[[int], Any] | None, int]],
+) -> dict[str, Any] | None:
+    """Share of greedy replies that say the answer, of the questions that have one; None if none has."""
+    known = [q for q in questions if q.answer]
+    if not known:
+        return None
+    reply = partial(reply_all, model, most_tokens=recipe.answer_tokens, ends=ends(chats.tokenizer))
+    replies = {"text in the context": reply([chats.with_chunk(chunks[q.chunk], q.text) for q in known])}
+    alone = [chats.alone(q.text) for q in known]
+    for way, (cache, before) in ways.items():
+        replies[way] = reply(alone, prefix=cache, prefix_tokens=before)
+    found: dict[str, Any] = {"questions": len(known)}
+    for way, said in replies.items():
+        texts = [chats.tokenizer.decode(one, skip_special_tokens=True) for one in said]
+        right = sum(_says(text, q.answer or "") for text, q in zip(texts, known, strict=True))
+        found[way] = {"right": right, "interval": list(wilson(right, len(known)))}
+    return found
+
+
+def _says(text: str, answer: str) -> bool:
+    """Whether a reply holds the words of an answer, in their order."""
+    said, asked = (" ".join(re.findall(r"\w+", one.casefold())) for one in (text, answer))
+    return bool(asked) and f" {asked} " in f" {said} "
