@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import shlex
 import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -13,13 +13,12 @@ import typer
 
 from mem_triton.cli import output
 from mem_triton.cli.stopping import Stop
+from mem_triton.cli.training_lines import TrainingLines
 
 Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
 Int = Optional[int]  # noqa: UP045
 Float = Optional[float]  # noqa: UP045
 File = Optional[Path]  # noqa: UP045
-EVERY = 5.0
-"""Seconds between two lines about steps, away from a terminal."""
 
 
 def cartridge(
@@ -77,7 +76,7 @@ def cartridge(
             f'training needs transformers and a peft that has cartridges ({error}): pip install "mem-triton[train]"'
         ) from None
     importlib.import_module("transformers.utils.logging").disable_progress_bar()
-    progress = _Lines(quiet or json)
+    progress = TrainingLines(quiet or json, _evaluation, _step)
     with Stop() as stopping:
         report = training.train(
             folder,
@@ -108,20 +107,9 @@ def cartridge(
         print(output.plain(f"held-out answers, right of {recall['questions']}: {shown}"))
 
 
-class _Lines:
-    """Says on stderr how far a run is: every evaluation, and steps now and then."""
+def _evaluation(line: Mapping[str, Any]) -> str | None:
+    return f"step {line['step']}, held out: divergence {line['held_out']:.3f}" if "held_out" in line else None
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet, self.said = quiet, 0.0
 
-    def __call__(self, line: dict[str, Any]) -> None:
-        if "held_out" in line:
-            return self.say(f"step {line['step']}, held out: divergence {line['held_out']:.3f}")
-        if time.monotonic() - self.said < EVERY:
-            return None
-        self.said = time.monotonic()
-        return self.say(f"step {line['step']}, loss {line['loss']:.3f}, {line['seconds']:.0f} s")
-
-    def say(self, text: str) -> None:
-        if not self.quiet:
-            print(output.plain(text), file=sys.stderr, flush=True)
+def _step(line: Mapping[str, Any]) -> str:
+    return f"step {line['step']}, loss {line['loss']:.3f}, {line['seconds']:.0f} s"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import shlex
 import sys
-import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -13,12 +14,11 @@ import typer
 
 from mem_triton.cli import output
 from mem_triton.cli.stopping import Stop
+from mem_triton.cli.training_lines import TrainingLines
 
 Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
 Int = Optional[int]  # noqa: UP045
 Float = Optional[float]  # noqa: UP045
-EVERY = 5.0
-"""Seconds between two lines about steps, away from a terminal."""
 
 
 def delta(
@@ -102,7 +102,7 @@ def delta(
         raise ImportError(f'training needs transformers ({error}): pip install "mem-triton[hf]"') from None
     importlib.import_module("transformers.utils.logging").disable_progress_bar()
     stopping = Stop()
-    progress = _Steps(shown, quiet or json)
+    progress = TrainingLines(quiet or json, partial(_evaluation, shown), _step)
     command = shlex.join(["mem-triton", *sys.argv[1:]])
     with stopping:
         report = training.train(
@@ -130,23 +130,13 @@ def delta(
         print(output.plain(f"own / another's / empty memory: {shown(report['held_out'])}"))
 
 
-class _Steps:
-    """Says on stderr how far a run is: every evaluation, and steps now and then."""
+def _evaluation(shown: Callable[[Any], str], line: Mapping[str, Any]) -> str | None:
+    if "held_out" not in line:
+        return None
+    return f"step {line['step']}, own / another's / empty memory: {shown(line['held_out'])}"
 
-    def __init__(self, shown: Any, quiet: bool) -> None:
-        self.shown, self.quiet, self.said = shown, quiet, 0.0
 
-    def __call__(self, line: dict[str, Any]) -> None:
-        if "held_out" in line:
-            return self.say(f"step {line['step']}, own / another's / empty memory: {self.shown(line['held_out'])}")
-        if time.monotonic() - self.said < EVERY:
-            return None
-        self.said = time.monotonic()
-        parts = [f"step {line['step']}", f"stage {line['stage']}", f"loss {line['loss']:.3f}"]
-        parts += [f"recalled {line['recalled_loss']:.3f}"] if line["recalled_loss"] is not None else []
-        parts += [f"exact {100 * line['right']:.0f} %", f"{line['seconds']:.0f} s"]
-        return self.say(", ".join(parts))
-
-    def say(self, text: str) -> None:
-        if not self.quiet:
-            print(output.plain(text), file=sys.stderr, flush=True)
+def _step(line: Mapping[str, Any]) -> str:
+    parts = [f"step {line['step']}", f"stage {line['stage']}", f"loss {line['loss']:.3f}"]
+    parts += [f"recalled {line['recalled_loss']:.3f}"] if line["recalled_loss"] is not None else []
+    return ", ".join([*parts, f"exact {100 * line['right']:.0f} %", f"{line['seconds']:.0f} s"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import shlex
 import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -13,12 +13,11 @@ import typer
 
 from mem_triton.cli import output
 from mem_triton.cli.stopping import Stop
+from mem_triton.cli.training_lines import TrainingLines
 
 Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
 Int = Optional[int]  # noqa: UP045
 Float = Optional[float]  # noqa: UP045
-EVERY = 5.0
-"""Seconds between two lines about steps, away from a terminal."""
 
 
 def memo(
@@ -87,7 +86,7 @@ def memo(
         raise ImportError(f'training needs trl and peft ({error}): pip install "mem-triton[train]"') from None
     importlib.import_module("transformers.utils.logging").disable_progress_bar()
     stopping = Stop()
-    progress = _Lines(quiet or json)
+    progress = TrainingLines(quiet or json, _evaluation, _step)
     with stopping:
         report = training.train(
             folder,
@@ -116,21 +115,12 @@ def memo(
         print(f"held out: {100 * found['exact']:.1f} % of {found['rows']} exact, epoch {found['epoch']}")
 
 
-class _Lines:
-    """Says on stderr how far a run is: every evaluation, and steps now and then."""
+def _evaluation(line: Mapping[str, Any]) -> str | None:
+    if "exact" not in line:
+        return None
+    shown = f"{100 * line['exact']:.1f} % of {line['held_out']} exact, loss {line['held_out_loss']:.4f}"
+    return f"epoch {line['epoch']}, held out: {shown}, {line['cpu_seconds']:.0f} CPU s"
 
-    def __init__(self, quiet: bool) -> None:
-        self.quiet, self.said = quiet, 0.0
 
-    def __call__(self, line: dict[str, Any]) -> None:
-        if "exact" in line:
-            shown = f"{100 * line['exact']:.1f} % of {line['held_out']} exact, loss {line['held_out_loss']:.4f}"
-            return self.say(f"epoch {line['epoch']}, held out: {shown}, {line['cpu_seconds']:.0f} CPU s")
-        if "loss" not in line or time.monotonic() - self.said < EVERY:
-            return None
-        self.said = time.monotonic()
-        return self.say(f"step {line['step']}, epoch {line['epoch']}, loss {line['loss']:.3f}, {line['seconds']:.0f} s")
-
-    def say(self, text: str) -> None:
-        if not self.quiet:
-            print(output.plain(text), file=sys.stderr, flush=True)
+def _step(line: Mapping[str, Any]) -> str:
+    return f"step {line['step']}, epoch {line['epoch']}, loss {line['loss']:.3f}, {line['seconds']:.0f} s"

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from mem_triton.systems.delta_mem.training.conversations import DataError, read_conversations
-from mem_triton.systems.delta_mem.training.recipe import RecipeError, parse_layers, recipe_of
+from mem_triton.systems.delta_mem.training.recipe import parse_layers, recipe_of
 from mem_triton.systems.delta_mem.training.tokens import session_of
+from mem_triton.systems.recipes import RecipeError
 from tests.support.models import tiny_tokenizer
 
 USER, REPLY = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from mem_triton.store.bank import Bank
-from mem_triton.systems.explicit.cartridge_recipe import RecipeError, recipe_of
+from mem_triton.systems.explicit.cartridge_recipe import recipe_of
+from mem_triton.systems.recipes import RecipeError
 from mem_triton.write.chunking import Document
 from mem_triton_transformers.cartridge_training import trainer
 from mem_triton_transformers.cartridge_training.lessons import Chats, Lesson, hidden_states, logits_of, targets
 from mem_triton_transformers.cartridge_training.questions import _asked, read_questions
 from mem_triton_transformers.cartridge_training.run import _adapted, _first_rows, train
-from mem_triton_transformers.cartridge_training.trainer import Trainer, batch_of
+from mem_triton_transformers.cartridge_training.trainer import CartridgeTrainer, batch_of
 from mem_triton_transformers.runs.folders import TrainingError
 from mem_triton_transformers.runs.journal import read
 from tests.support.documents import mem_triton
@@ -54,7 +55,7 @@ def test_a_student_with_all_rows_of_the_text_is_the_teacher(family, tmp_path):
     recipe = recipe_of(rows=before, batch=2, dtype="float32")
     adapted = _adapted(model, recipe, "tiny")
     adapted.prompt_encoder["default"].load_prompt_embeddings(_first_rows(model, chats, TEXT, before))
-    trainer = Trainer(adapted, recipe, lessons, hidden, (lessons, hidden), tmp_path, {})
+    trainer = CartridgeTrainer(adapted, recipe, lessons, hidden, (lessons, hidden), tmp_path, {})
     assert trainer.divergence() < 1e-6
     with torch.no_grad():
         trainer.rows[3] += 1.0

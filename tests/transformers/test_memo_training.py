@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mem_triton.systems.memo.training.recipe import MemoRecipeError, recipe_of
+from mem_triton.systems.memo.training.recipe import recipe_of
 from mem_triton.systems.memo.training.rows import Row, RowError, of_epoch, read_data, read_rows
+from mem_triton.systems.recipes import RecipeError
 from mem_triton_transformers.memo_training import packing, run
 from mem_triton_transformers.memo_training.packing import IGNORED, Tokens, packed, packs, padded, tokens_of
 from mem_triton_transformers.memo_training.trainer import Plan, Watcher
@@ -282,9 +283,9 @@ def test_a_row_that_is_too_long_and_another_run_are_refused_by_name(folder, data
 
 def test_options_that_cannot_be_are_named() -> None:
     for given, words in (({"rate": -1}, "--rate"), ({"method": "half"}, "--method"), ({"batch": 0}, "--batch")):
-        with pytest.raises(MemoRecipeError, match=words):
+        with pytest.raises(RecipeError, match=words):
             recipe_of("small", **given)
-    with pytest.raises(MemoRecipeError, match="--preset: 'huge' is none of paper, small"):
+    with pytest.raises(RecipeError, match="--preset: 'huge' is none of paper, small"):
         recipe_of("huge")
 
 

@@ -21,7 +21,7 @@ from mem_triton_transformers.cartridge_training.card import write_card
 from mem_triton_transformers.cartridge_training.decoding import reply_all
 from mem_triton_transformers.cartridge_training.lessons import Chats, check_head, make_lessons, targets
 from mem_triton_transformers.cartridge_training.questions import Question, ask, ends, read_questions
-from mem_triton_transformers.cartridge_training.trainer import Trainer
+from mem_triton_transformers.cartridge_training.trainer import CartridgeTrainer
 from mem_triton_transformers.delta_training.evaluate import wilson
 from mem_triton_transformers.runs.folders import TrainingError, identity_of, load, prepare
 from mem_triton_transformers.runs.journal import CURVE, LOG
@@ -72,7 +72,9 @@ def train(
     digest = hashlib.sha256(json.dumps([document.text, [vars(q) for q in (*own, *aside)]]).encode()).hexdigest()
     identity = identity_of(recipe.model_dump(), model_fingerprint(folder).model_dump_json(), digest)
     say("the teacher reads its answers")
-    trainer = Trainer(adapted, recipe, lessons, targets(model, lessons), (other, targets(model, other)), out, identity)
+    trainer = CartridgeTrainer(
+        adapted, recipe, lessons, targets(model, lessons), (other, targets(model, other)), out, identity
+    )
     if trainer.step:
         say(f"going on from step {trainer.step} of {recipe.steps}")
     count = trainer.rows.numel()

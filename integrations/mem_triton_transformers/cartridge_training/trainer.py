@@ -26,7 +26,7 @@ LATER: tuple[str, ...] = ()
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-class Trainer:
+class CartridgeTrainer:
     """adapted: peft's model with a CARTRIDGE adapter; model: the frozen one in it. lessons, hidden: what is learned,
     with the teacher's hidden states; aside: the same for evaluation. identity: what a run that goes on must share."""
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mem_triton.systems.delta_mem import DeltaMemConfig
-from mem_triton.systems.delta_mem.training.recipe import RecipeError
 from mem_triton.systems.delta_mem.training.tokens import Session, padded
+from mem_triton.systems.recipes import RecipeError
 
 SESSIONS, ROWS = 512, 32
 GATE_THERE, GATE_ELSEWHERE = -3.9, -8.0

@@ -51,7 +51,7 @@ def train(
 
     name: what card and adapter call the model. given: fields of the recipe that replace the preset's. stop: asked after
     each step. tell: gets the log's lines, say: sentences. Returns a report, None if the run was stopped before its
-    end. Raises RowError, MemoRecipeError, TrainingError, ValueError, OSError.
+    end. Raises RowError, RecipeError, TrainingError, ValueError, OSError.
     """
     rows, aside = read_data(data, held_out, mix)
     recipe_of(preset, **given)  # refuses options before a model is loaded

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-
-class RecipeError(ValueError):
-    """An option of the training that cannot be; the message names it."""
+from mem_triton.systems.recipes import RecipeError, make_recipe
 
 
 class CartridgeRecipe(BaseModel):
@@ -54,12 +52,7 @@ class CartridgeRecipe(BaseModel):
 
 def recipe_of(**given: Any) -> CartridgeRecipe:
     """The recipe with some of its fields replaced; None leaves a field as it is. Raises RecipeError."""
-    try:
-        recipe = CartridgeRecipe(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else ""
-        raise RecipeError(f"--{name}: {problem['msg']}, got {str(problem['input'])!r:.80}") from None
+    recipe = make_recipe(CartridgeRecipe, {name: value for name, value in given.items() if value is not None})
     if recipe.frozen >= recipe.rows:
         raise RecipeError(f"--rows: {recipe.rows} rows, of which {recipe.frozen} stay as they are: none is trained")
     return recipe

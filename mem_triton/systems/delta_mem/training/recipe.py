@@ -12,10 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mem_triton.systems.delta_mem.config import DeltaMemConfig
-
-
-class RecipeError(ValueError):
-    """An option of the training that cannot be; the message names it."""
+from mem_triton.systems.recipes import RecipeError, make_recipe, refused
 
 
 class Recipe(BaseModel):
@@ -170,17 +167,11 @@ def recipe_of(preset: str, **given: Any) -> Recipe:
     if given.get("epochs") is not None and given.get("steps") is None:
         given["steps"] = 0  # as many as the epochs make
     chosen = {"preset": preset, **PRESETS[preset], **{k: v for k, v in given.items() if v is not None}}
+    recipe = make_recipe(Recipe, chosen)
     try:
-        recipe = Recipe(**chosen)
         DeltaMemConfig(delta_heads=recipe.delta_heads)
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else ""
-        message = problem["msg"].removeprefix("Value error, ")
-        if message.startswith("--"):
-            raise RecipeError(message) from None
-        message = f"{message}, got {str(problem['input'])!r:.80}"
-        raise RecipeError(f"--{name}: {message}") from None
+        raise refused(error) from None
     return recipe
 
 

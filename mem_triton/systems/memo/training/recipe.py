@@ -9,11 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-
-class MemoRecipeError(ValueError):
-    """An option of the training that cannot be; the message names it."""
+from mem_triton.systems.recipes import RecipeError, make_recipe
 
 
 class MemoRecipe(BaseModel):
@@ -78,19 +76,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 def recipe_of(preset: str, parameters: int = SMALL_MODEL, **given: Any) -> MemoRecipe:
     """A preset with some of its fields replaced; None leaves a field as it is. parameters: of the model.
 
-    Raises MemoRecipeError naming the option.
+    Raises RecipeError naming the option.
     """
     if preset not in PRESETS:
-        raise MemoRecipeError(f"--preset: {preset!r:.80} is none of {', '.join(PRESETS)}")
+        raise RecipeError(f"--preset: {preset!r:.80} is none of {', '.join(PRESETS)}")
     chosen: dict[str, Any] = {"preset": preset, **PRESETS[preset]}
     if preset == "paper" and given.get("method") == "full":
         chosen["rate"] = 2e-5
     elif preset == "paper" and parameters < SMALL_MODEL:
         chosen |= {"rank": 8, "alpha": 16.0}
-    try:
-        return MemoRecipe(**chosen | {name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else ""
-        message = f"{problem['msg'].removeprefix('Value error, ')}, got {str(problem['input'])!r:.80}"
-        raise MemoRecipeError(f"--{name}: {message}") from None
+    return make_recipe(MemoRecipe, chosen | {name: value for name, value in given.items() if value is not None})
