@@ -10,9 +10,15 @@ from torch import nn
 from mem_triton.config import ConfigError
 from mem_triton.runtime.worker.own_layers import LlamaLayers
 
+CAPTURED = (
+    "mem_triton.memoryllm.pools: rows of M+ are chosen between a layer's norm and its attention, and prompts run in "
+    "CUDA graphs; start with --cuda-graph-backend-prefill disabled"
+)
 
-def layers_of(model: nn.Module) -> LlamaLayers:
-    """A loaded model's layers on this rank. Raises ConfigError for a model that is no Llama."""
+
+def layers_of(model: nn.Module, captured: bool = False) -> LlamaLayers:
+    """A loaded model's layers on this rank. captured: prompts run in CUDA graphs. Raises ConfigError for others than
+    Llama."""
     inner, parallel = getattr(model, "model", None), get_parallel()
     if not isinstance(inner, LlamaModel):
         raise ConfigError(
@@ -25,4 +31,5 @@ def layers_of(model: nn.Module) -> LlamaLayers:
         parallel.tp_rank,
         parallel.tp_size,
         tensor_model_parallel_all_reduce,
+        CAPTURED if captured else None,
     )

@@ -33,4 +33,5 @@ def shape_of(server_args: Any, model_config: Any) -> EngineShape:
         max_step_tokens=longest_step,
         max_model_len=model_config.context_len,
         quantization=model_config.quantization,
+        splits_prompts="--chunked-prefill-size -1" if chunk > 0 else None,
     )

@@ -25,6 +25,7 @@ from mem_triton.ops.memory_attention import Policy
 from mem_triton.runtime.worker.memory import BatchMemory
 from mem_triton.runtime.worker.modules import attention_modules
 from mem_triton.runtime.worker.orders import Orders, order_of
+from mem_triton.runtime.worker.rotary import listed_tables
 from mem_triton.systems import registry
 from mem_triton.systems.base import Capability, WorkerHost
 from mem_triton_sglang.attach import attach, check_attention
@@ -130,13 +131,27 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> SGLangWorkerMemory:
         on_stream=memory.on_stream,
         read_kv=memory.context,
         attach_states=attach_states,
-        layer_io=functools.partial(layers_of, runner.model),
+        layer_io=functools.partial(layers_of, runner.model, _captures_prompts(runner.server_args)),
         deterministic=invariant,
         chat=True,
     )
     memory.attach(config, shape, host)
     logger.info("memory attached: %s", memory.describe())
     return memory
+
+
+def _captures_prompts(server_args: Any) -> bool:
+    """Whether prompts run in CUDA graphs, of whose replays no layer hears."""
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    graphs = resolved_view(server_args).cuda_graph_config
+    return graphs is not None and graphs.prefill.backend != "disabled"
+
+
+def use_frequencies(runner: Any) -> None:
+    """Turn by the frequencies that the model's configuration lists, where it lists some. Raises ConfigError."""
+    for module, table in listed_tables(runner.model, runner.model_config.hf_text_config.to_dict()):
+        module.cos_sin_cache = table
 
 
 def attention_layers(model: nn.Module) -> list[int]:
@@ -178,6 +193,7 @@ def after_initialize(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Non
     config = configured()
     if config is not None and not runner.is_draft_worker:
         logger.info("%s", installation(__file__))
+        use_frequencies(runner)
         give(runner.model, attach_memory(runner, config))
 
 

@@ -13,9 +13,14 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, 
 from mem_triton.config import ConfigError
 from mem_triton.runtime.worker.own_layers import LlamaLayers
 
+COMPILED = (
+    "mem_triton.memoryllm.pools: rows of M+ are chosen between a layer's norm and its attention, and the model is "
+    "compiled as a whole; start with --enforce-eager"
+)
 
-def layers_of(model: nn.Module) -> LlamaLayers:
-    """A loaded model's layers on this rank. Raises ConfigError for a model that is no Llama."""
+
+def layers_of(model: nn.Module, compiled: bool = False) -> LlamaLayers:
+    """A loaded model's layers on this rank. compiled: as one graph. Raises ConfigError for a model that is no Llama."""
     inner = getattr(model, "model", None)
     if not isinstance(inner, LlamaModel):
         raise ConfigError(
@@ -28,4 +33,5 @@ def layers_of(model: nn.Module) -> LlamaLayers:
         get_tensor_model_parallel_rank(),
         get_tensor_model_parallel_world_size(),
         tensor_model_parallel_all_reduce,
+        COMPILED if compiled else None,
     )

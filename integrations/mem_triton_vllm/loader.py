@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from mem_triton.compat import installation
+from mem_triton.runtime.worker.rotary import listed_tables
 from mem_triton_vllm import warmup
 from mem_triton_vllm.names import LOAD_FORMAT
 from mem_triton_vllm.refusals import check_engine, check_touch_points, section_of
@@ -51,9 +52,16 @@ class MemTritonLoader(BaseModelLoader):
         logger.info("%s", installation(__file__))
         check_engine(vllm_config)
         model = self.base.load_model(vllm_config, model_config, prefix)
+        use_frequencies(model, model_config.hf_text_config.to_dict())
         _prepare(vllm_config, model, config)
         warmup.register(vllm_config)
         return model
+
+
+def use_frequencies(model: nn.Module, config: dict[str, Any]) -> None:
+    """Turn by the frequencies that a model's configuration lists, where it lists some. Raises ConfigError."""
+    for module, table in listed_tables(model, config):
+        module.cos_sin_cache = table
 
 
 def _prepare(vllm_config: VllmConfig, model: nn.Module, config: Any) -> None:

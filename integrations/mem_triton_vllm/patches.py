@@ -284,6 +284,24 @@ PATCHES: tuple[EnginePatch, ...] = (
         upstream="extra_args and cache_salt are public; kv_transfer_params is meant for KV connectors.",
         until="Outputs have a field for plugins.",
     ),
+    EnginePatch(
+        target="the rotary embeddings' cos_sin_cache, of a model converted from M+",
+        kind="object",
+        sites=("loader.use_frequencies: *",),
+        what="The table is computed from the frequencies that the model's configuration lists.",
+        why="The authors of M+ run it with frequencies that are rounded to bfloat16.",
+        upstream="No type of RoPE takes a list of frequencies.",
+        until="A configuration may list frequencies.",
+    ),
+    EnginePatch(
+        target="the qkv_proj of each decoder layer, where a store of M+ is served",
+        kind="hook",
+        sites=("own_layers.LlamaLayers.watch: *",),
+        what="A forward pre-hook of torch hands the layer's normed rows on; calls of our own are left out.",
+        why="Which long-term rows a prompt reads in a layer depends on the layer's own input.",
+        upstream="Forward hooks are public in torch.",
+        until="No need.",
+    ),
 )
 
 PRIVATE: dict[str, str] = {

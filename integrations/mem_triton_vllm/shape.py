@@ -28,4 +28,5 @@ def shape_of(vllm_config: VllmConfig) -> EngineShape:
         max_step_tokens=scheduler.max_num_batched_tokens,
         max_model_len=model.max_model_len,
         quantization=model.quantization,
+        splits_prompts="--no-enable-chunked-prefill" if scheduler.enable_chunked_prefill else None,
     )

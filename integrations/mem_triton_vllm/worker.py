@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import vllm.envs as envs
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import CompilationMode, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
@@ -72,7 +72,9 @@ def attach_memory(
         on_stream=memory.on_stream,
         read_kv=functools.partial(read_context, attentions, block_row),
         attach_states=functools.partial(attach, vllm_config, model, batch_invariant=invariant),
-        layer_io=functools.partial(layers_of, model),
+        layer_io=functools.partial(
+            layers_of, model, vllm_config.compilation_config.mode not in (None, CompilationMode.NONE)
+        ),
         deterministic=invariant,
         chat=True,
     )

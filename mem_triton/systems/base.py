@@ -277,6 +277,15 @@ class LayerIO(Protocol):
     def project(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values, [Hkv, T, D] of this rank, that a layer makes of its input rows [T, d]."""
 
+    def normed(self, layer: int, rows: Tensor) -> Tensor:
+        """A layer's input rows [T, d] behind its first norm."""
+
+    def watch(self, layer: int, seen: Callable[[Tensor], None]) -> None:
+        """Call ``seen`` in each step with the layer's rows [T, d] behind its first norm, before its attention runs.
+
+        Raises ConfigError where the engine runs layers in a way that cannot be watched.
+        """
+
 
 class LayerSegments(Protocol):
     """What one attention layer reads besides its context."""

@@ -23,6 +23,7 @@ class EngineShape:
     hidden: width of the hidden state. heads, kv_heads: of the whole model. tp_size: ranks that split heads. pp_spans:
     each pipeline stage's layers, first and end. max_requests: running at once. max_step_tokens: processed in one step.
     max_model_len: tokens of a prompt and its answer. quantization: how the engine quantises weights, None: not at all.
+    splits_prompts: the option that keeps prompts whole, where they may go through the model in several steps.
     """
 
     engine: str
@@ -40,6 +41,7 @@ class EngineShape:
     max_step_tokens: int
     max_model_len: int
     quantization: str | None = None
+    splits_prompts: str | None = None
 
     @property
     def architecture_fingerprint(self) -> str:

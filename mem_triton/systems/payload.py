@@ -63,7 +63,7 @@ class PageRun(msgspec.Struct, frozen=True, array_like=True):
 class SystemPayload(msgspec.Struct, frozen=True, omit_defaults=True):
     """One memory system's part. key: what the keys and values of all the request's tokens depend on, besides segments.
 
-    pages: where each segment's reference lies.
+    pages: where each segment's reference lies. prompt: tokens of the prompt, for systems that choose by all of them.
     """
 
     key: str = ""
@@ -71,6 +71,7 @@ class SystemPayload(msgspec.Struct, frozen=True, omit_defaults=True):
     segments: tuple[Segment, ...] = ()
     pages: dict[str, PageRun] = {}
     capture: CaptureOrder | None = None
+    prompt: int = 0
 
     @property
     def plan(self) -> tuple[Attachment, ...]:

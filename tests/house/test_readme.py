@@ -25,7 +25,7 @@ from mem_triton.systems.delta_mem.section import DeltaSection
 from mem_triton.systems.explicit.section import MemorySection, RetrievalSection
 from mem_triton.systems.memo.protocol.settings import Budget, Temperatures
 from mem_triton.systems.memo.section import MemoSection
-from mem_triton.systems.memoryllm.section import MemoryLLMSection
+from mem_triton.systems.memoryllm.section import LongTermSection, MemoryLLMSection
 from mem_triton.systems.registry import fields, parse_request
 from tests.support.documents import ALL, PAGES, ROOT, blocks, commands, mem_triton
 
@@ -100,6 +100,7 @@ def test_configuration_table_is_the_schema():
     keys += [f"memory.{name}" for name in MemorySection.model_fields]
     keys += [f"memory.retrieval.{name}" for name in RetrievalSection.model_fields]
     keys += [f"memoryllm.{name}" for name in MemoryLLMSection.model_fields]
+    keys += [f"memoryllm.ltm.{name}" for name in LongTermSection.model_fields]
     keys += [f"memo.{name}" for name in MemoSection.model_fields]
     keys += [f"memo.budget.{name}" for name in Budget.model_fields]
     keys += [f"memo.temperatures.{name}" for name in Temperatures.model_fields]

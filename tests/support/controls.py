@@ -45,3 +45,26 @@ def pools_read_with_the_writing_adapter() -> None:
             del self._io._queries_keys_values
 
     PoolWorker._keys_and_values = keys_and_values
+
+
+def rows_stand_unordered() -> None:
+    """Long-term rows stand before the pool as they lie, and not by their age."""
+    from mem_triton.systems.memoryllm import choosing
+
+    stock = choosing.pick
+    choosing.pick = lambda *arguments: stock(*arguments).sort()[0]
+
+
+def prompts_choose_by_their_first_token() -> None:
+    """A prompt's other tokens do not ask for long-term rows."""
+    from mem_triton.systems.memoryllm.choosing import RowChooser
+
+    stock = RowChooser._choose
+    RowChooser._choose = lambda self, layer, reader, normed: stock(self, layer, reader, normed[:1])
+
+
+def stock_frequencies() -> None:
+    """The engine's rotary tables stay as they are."""
+    from mem_triton.runtime.worker import rotary
+
+    rotary.listed_tables = lambda model, config: iter(())

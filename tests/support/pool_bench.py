@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from mem_triton.systems.memoryllm.checkpoint import Checkpoint
 from mem_triton.systems.memoryllm.convert import convert
+from mem_triton.systems.memoryllm.mplus import MPlusCheckpoint
 from mem_triton.systems.memoryllm.pools import Pools
 from mem_triton_transformers import apply_mem_triton, inject, read_pool, remove_mem_triton
 from tests.support.models import tiny_model, tiny_tokenizer
@@ -20,6 +22,21 @@ from tests.support.models import tiny_model, tiny_tokenizer
 ROWS, BLOCKS, LAYERS, HEADS, SIZE, BOS = 16, 5, 3, 4, 32, 3
 LINEARS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 """Linears with adapters: of each way in which engines cut and join them some, and not all parts of the joined."""
+
+
+LONG, KEYS = 40, 12
+"""Long-term rows of a checkpoint of M+, and the width of its retriever's keys."""
+MPLUS = {
+    "num_ltm_blocks": 2,
+    "update_ltm_mode": "immediate",
+    "initial_rf_when_moving_stm_to_ltm": 3,
+    "decay_frequency": 1,
+    "update_ltm_frequency": 2,
+    "selector_hidden_dim": KEYS,
+    "num_selector_layers": 2,
+    "add_selector": True,
+}
+"""Two of five blocks are long-term, and every second write merges what was dropped."""
 
 
 def tokens_of(seed: int, count: int) -> list[int]:
@@ -31,8 +48,8 @@ TEXTS = [tokens_of(40 + i, n) for i, n in enumerate((37, 5, ROWS, 70))]
 """Longer and shorter than what a write makes, and exactly so long."""
 
 
-def write_checkpoint(folder: Path, initialized: bool) -> Path:
-    """As the authors' code saves one, with an adapter for writing and one for reading."""
+def write_checkpoint(folder: Path, initialized: bool, mplus: bool = False) -> Path:
+    """As the authors' code saves one, with an adapter for writing and one for reading. mplus: of M+."""
     model = tiny_model("llama", layers=LAYERS, hidden=HEADS * SIZE, heads=HEADS, kv_heads=2, head_dim=SIZE)
     chance = torch.Generator().manual_seed(11)
 
@@ -57,6 +74,18 @@ def write_checkpoint(folder: Path, initialized: bool) -> Path:
         "new_memory_positional_emb": random(1, 1, width, std=0.3),
         "initialized": torch.tensor(int(initialized), dtype=torch.uint8),
     }
+    own: dict[str, Any] = {}
+    if mplus:
+        own = MPLUS | {"hidden_act": "silu", "ltm_initial_size": LONG}
+        tensors["memory"] = tensors["memory"][:, : ROWS * (BLOCKS - MPLUS["num_ltm_blocks"])]
+        del tensors["initialized"]
+        for layer in range(LAYERS):
+            stem = f"model.layers.{layer}.self_attn"
+            tensors |= {f"{stem}.{x}_proj.0.weight": random(2 * KEYS, width, std=0.3) for x in ("query", "key")}
+            tensors |= {f"{stem}.{x}_proj.2.weight": random(KEYS, 2 * KEYS, std=0.3) for x in ("query", "key")}
+            tensors |= {f"ltm.{layer}": random(LONG, width), f"ltm_keys.{layer}": random(LONG, KEYS)}
+            tensors[f"ltm_ages.{layer}"] = torch.randperm(900, generator=chance)[:LONG].float()
+            tensors[f"ltm_recall_frequencies.{layer}"] = torch.randint(1, 4, (LONG,), generator=chance).float()
     lora = {"r": 4, "lora_alpha": 8, "target_modules": [name.rpartition(".")[2] for name in LINEARS]}
     config = model.config.to_dict() | {
         "model_type": "memoryllm",
@@ -69,6 +98,7 @@ def write_checkpoint(folder: Path, initialized: bool) -> Path:
         "add_decoder_lora": True,
         "lora_config": lora,
         "bos_token_id": BOS,
+        **own,
     }
     folder.mkdir(parents=True)
     save_file({name: x.contiguous() for name, x in tensors.items()}, folder / "model.safetensors")
@@ -118,13 +148,13 @@ class PoolBench:
         try:
             with read_pool(model, [pool]), torch.no_grad():
                 ids = torch.tensor([list(prompt)])
-                made = model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0, use_cache=True)
-                whole = made[0, : len(prompt) + count]
-                scores = model(whole[None]).logits[0].log_softmax(-1)
+                options = {"do_sample": False, "pad_token_id": 0, "use_cache": True}
+                told = {"return_dict_in_generate": True, "output_logits": True}
+                made = model.generate(ids, max_new_tokens=count, **options, **told)
         finally:
             remove_mem_triton(model)
-        new = whole[len(prompt) :].tolist()
-        return new, [float(scores[len(prompt) + i - 1, token]) for i, token in enumerate(new)]
+        new = made.sequences[0, len(prompt) :].tolist()
+        return new, [float(step[0].log_softmax(-1)[token]) for step, token in zip(made.logits, new, strict=True)]
 
 
 def rows_of(store: Path, reference: str, tenant: str = "") -> torch.Tensor:
@@ -138,9 +168,10 @@ def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-def make_pool_bench(folder: Path, initialized: bool = True) -> PoolBench:
+def make_pool_bench(folder: Path, initialized: bool = True, mplus: bool = False) -> PoolBench:
     from transformers import AutoModelForCausalLM
 
-    convert(write_checkpoint(folder / "source", initialized), folder / "converted")
+    source, kind = write_checkpoint(folder / "source", initialized, mplus), MPlusCheckpoint if mplus else Checkpoint
+    convert(source, folder / "converted", kind=kind, rope="bf16")
     model = AutoModelForCausalLM.from_pretrained(folder / "converted" / "model", dtype=torch.float32).eval()
     return PoolBench(folder / "converted", model, initialized)

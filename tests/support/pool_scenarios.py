@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mem_triton.systems.memoryllm.pools import Pools
 from tests.support.cases import cached, tokens
 from tests.support.pool_bench import PROMPTS, TEXTS, PoolBench, off, rows_of
 
@@ -132,3 +135,60 @@ def versions_are_read_in_turn(b: PoolBench, tmp_path: Path, run: Run, tamper: st
     right.append(b.answer(store, PROMPTS[2], "main@2", 8))
     answers = result["rounds"][0]
     assert (isinstance(answers, list) and tokens(result) == right) == (not tamper)
+
+
+def prompts_choose_long_term_rows(b: PoolBench, tmp_path: Path, run: Run, **options: Any) -> None:
+    """C9, C7: versions and none in one batch, each with the rows that its prompt chooses, before and after merges."""
+    store = b.store(tmp_path)
+    for seed, text in enumerate(TEXTS[:3]):
+        b.write(store, text, seed=seed)
+    names = ["main", "main@1", "main@2", "main@3", "", "main", "main@3", "main"]
+    prompts = [*PROMPTS, *PROMPTS]
+    batch = [ask(prompt, name) for prompt, name in zip(prompts, names, strict=True)]
+    result = run(b.model, [batch, [batch[2]], [batch[7], batch[0]]], memory=b.section(store), **options)
+    wanted = [b.scored(store, prompt, name or None) for prompt, name in zip(prompts, names, strict=True)]
+    chosen = [wanted, [wanted[2]], [wanted[7], wanted[0]]]
+    for answers, right in zip(result["rounds"], chosen, strict=True):
+        for answer, expected in zip(answers, right, strict=True):
+            same_scores(answer, expected)
+    assert cached(result, 1) == [0] and cached(result, 2) == [0, 0], "what a prompt chose is its own"
+    assert len({tuple(b.answer(store, PROMPTS[2], name)) for name in ("main@1", "main@2", "main@3", "main")}) == 4
+
+
+def long_term_rows_are_written(b: PoolBench, tmp_path: Path, run: Run, **options: Any) -> None:
+    """C3, C11: each write's rows and long-term memory, over merges, and answers with its version."""
+    there, here = (b.store(tmp_path / name) for name in ("transformers", "engine"))
+    rounds: list[list[dict[str, Any]]] = []
+    for seed, text in enumerate(TEXTS):
+        rounds += [[tell(text, mem_seed=seed)], [ask(PROMPTS[1]), ask(PROMPTS[3])]]
+    result = run(b.model, rounds, memory=b.section(here, chunk=32), **options)
+    for seed, text in enumerate(TEXTS):
+        name = b.write(there, text, seed=seed, chunk=32)
+        (told,), answers = result["rounds"][2 * seed], result["rounds"][2 * seed + 1]
+        assert told["memory"]["pool"]["id"] == name and told["tokens"] == []
+        same_state(here, there, name)
+        for answer, prompt in zip(answers, (PROMPTS[1], PROMPTS[3]), strict=True):
+            same_scores(answer, b.scored(there, prompt, name))
+
+
+def same_state(here: Path, there: Path, name: str) -> None:
+    """A version's rows and its long-term memory are those of another store."""
+    with Pools.open(here) as one, Pools.open(there) as other:
+        mine, theirs = one.state(name), other.state(name)
+    assert off(mine.rows, theirs.rows) < ROWS
+    for layer in range(len(mine.rows)):
+        assert mine.long_term.count(layer) == theirs.long_term.count(layer)
+        pairs = zip(mine.long_term.rows(layer), theirs.long_term.rows(layer), strict=True)
+        for part, wanted in pairs:
+            assert off(part.content[0], wanted.content[0]) < ROWS and off(part.keys, wanted.keys) < ROWS
+            assert torch.equal(part.frequencies, wanted.frequencies)
+        assert torch.equal(mine.long_term.ages_of(layer), theirs.long_term.ages_of(layer))
+
+
+def other_rows_give_other_tokens(b: PoolBench, tmp_path: Path, run: Run, tamper: str, **options: Any) -> None:
+    """Negative control of C9."""
+    store = b.store(tmp_path)
+    for seed, text in enumerate(TEXTS[:3]):
+        b.write(store, text, seed=seed)
+    result = run(b.model, [[ask(PROMPTS[1])]], memory=b.section(store), tamper=tamper, **options)
+    assert tokens(result) != [b.answer(store, PROMPTS[1], "main")]

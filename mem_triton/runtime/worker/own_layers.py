@@ -25,7 +25,8 @@ class LlamaLayers:
     """Those on this rank. embed: the model's table of input embeddings; layers: by index in the model.
 
     known: the engine's classes of such a layer, its attention and its MLP. rank, ranks: that split heads, and
-    all_reduce: their sum. Raises ConfigError for other classes.
+    all_reduce: their sum. unwatched: why its steps cannot be watched, None if they can. Raises ConfigError for other
+    classes.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class LlamaLayers:
         rank: int,
         ranks: int,
         all_reduce: Callable[[Tensor], Tensor],
+        unwatched: str | None = None,
     ) -> None:
         for index, layer in layers.items():
             found = type(layer), type(getattr(layer, "self_attn", None)), type(getattr(layer, "mlp", None))
@@ -51,7 +53,7 @@ class LlamaLayers:
                         "projection in place; configure one of the two"
                     )
         self._embed, self._layers, self._rank, self._ranks = embed, layers, rank, ranks
-        self._all_reduce = all_reduce
+        self._all_reduce, self._unwatched, self._inside = all_reduce, unwatched, False
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         table = _own(self._embed)
@@ -63,6 +65,19 @@ class LlamaLayers:
         size = module.self_attn.head_dim
         keys, values = (part.reshape(len(rows), -1, size).transpose(0, 1) for part in both)
         return keys, values
+
+    def normed(self, layer: int, rows: Tensor) -> Tensor:
+        return _own(self._layers[layer].input_layernorm)(rows)
+
+    def watch(self, layer: int, seen: Callable[[Tensor], None]) -> None:
+        if self._unwatched is not None:
+            raise ConfigError(self._unwatched)
+
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if not self._inside:  # a call of our own is no step
+                seen(args[0])
+
+        self._layers[layer].self_attn.qkv_proj.register_forward_pre_hook(hook)
 
     def run(self, layer: int, hidden: Tensor, adapter: Adapter) -> Tensor:
         module = self._layers[layer]
@@ -80,7 +95,11 @@ class LlamaLayers:
         attention = module.self_attn
         widths = attention.q_size, attention.kv_size, attention.kv_size
         normed = _own(module.input_layernorm)(hidden)
-        return self._by_columns(attention.qkv_proj, normed, adapter, QKV, widths).split(widths, dim=-1)
+        self._inside = True
+        try:
+            return self._by_columns(attention.qkv_proj, normed, adapter, QKV, widths).split(widths, dim=-1)
+        finally:
+            self._inside = False
 
     def _by_columns(
         self, linear: nn.Module, x: Tensor, adapter: Adapter, names: Sequence[str], widths: Sequence[int] = ()

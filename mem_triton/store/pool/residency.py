@@ -114,8 +114,8 @@ class Residency:
             self._ledger.drop(ref)
             self._admit_waiting()
 
-    def release(self, owner: str) -> None:
-        """The owner is done; harmless if it has no ticket."""
+    def release(self, owner: str, forget: Iterable[str] = ()) -> None:
+        """The owner is done; harmless if it has no ticket. forget: entries of its own, which nobody asks for again."""
         with self._lock:
             ticket = self._tickets.pop(owner, None)
             if ticket is None:
@@ -124,6 +124,10 @@ class Residency:
                 self._waiting.remove(ticket)
             for ref in ticket.tokens:
                 self._ledger.unpin(ref, owner)
+            for ref in forget:
+                if (entry := self._ledger.entries.get(ref)) is not None and not entry.owners:
+                    self._ledger.drop(ref)
+                    self._loads.pop(ref, None)
             admitted = self._admit_waiting()
         if admitted:
             self.listener()

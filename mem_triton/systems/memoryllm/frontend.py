@@ -38,9 +38,10 @@ from mem_triton.systems.request import RequestError
 
 @dataclass(eq=False, kw_only=True)
 class PoolReading(RequestMemory):
-    """One request that reads a version."""
+    """One request that reads a version. prompt: its tokens."""
 
     version: PoolVersion
+    prompt: int = 0
     ticket: Ticket | None = None
     closed: bool = False
     waits: bool = True
@@ -57,6 +58,7 @@ class PoolFrontEnd(FrontendPart):
 
     def __init__(self, engine: EngineShape, section: MemoryLLMSection, services: FrontendServices) -> None:
         self.section, self.max_model_len = section, engine.max_model_len
+        self._max_step_tokens = engine.max_step_tokens
         self.obstacle = services.obstacles.get(Capability.SEGMENTS)
         self.pools = open_store(engine, section)
         self.layout = layout_of(engine, section, self.pools.shape)
@@ -127,7 +129,19 @@ class PoolFrontEnd(FrontendPart):
         if isinstance(memory, Injecting):
             self.injections.take(memory, prompt_ids)
         elif not memory.closed:
-            memory.ticket = self.residents.claim(memory.id, memory.version)
+            memory.prompt = self._checked(len(prompt_ids))
+            memory.ticket = self.residents.claim(memory.id, memory.version, reads=True)
+
+    def _checked(self, prompt: int) -> int:
+        """Tokens of a prompt that reads a pool. Raises RequestError for one of M+ that cannot go in one step."""
+        long, most = self.pools.shape.long_term, self._max_step_tokens
+        if long is not None and self.section.ltm.selection == "whole" and prompt > most:
+            raise RequestError(
+                "mem_pool",
+                f"the prompt has {prompt} tokens, and max_num_batched_tokens is {most}: all of them choose what is "
+                'read, in one step; shorten it, raise that, or configure "ltm": {"selection": "chunk"}',
+            )
+        return prompt
 
     async def ready(self, memory: RequestMemory, alive: Alive, rpc: Rpc) -> None:
         """Wait until the version's pages are filled. Raises MemoryLoadError."""
@@ -155,6 +169,7 @@ class PoolFrontEnd(FrontendPart):
     def payload(self, memory: RequestMemory) -> SystemPayload | None:
         if not isinstance(memory, PoolReading):
             return None
-        ref, ticket = memory.version.ref, memory.ticket
-        pages = {ref: PageRun(tuple(ticket.pages[ref]), ticket.tokens[ref])}
-        return SystemPayload(self._key, segments=(Segment(ref),), pages=pages)
+        ticket = memory.ticket
+        pages = {ref: PageRun(tuple(ticket.pages[ref]), tokens) for ref, tokens in ticket.tokens.items()}
+        prompt = memory.prompt if len(pages) > 1 else 0
+        return SystemPayload(self._key, segments=tuple(map(Segment, pages)), pages=pages, prompt=prompt)

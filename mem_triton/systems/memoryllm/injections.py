@@ -137,8 +137,8 @@ class Injections:
             write = await asyncio.to_thread(self._begin, memory)
             for start in range(0, len(memory.ids), chunk):
                 part = memory.ids[start : start + chunk]
-                new = await self._new_rows(memory, part, write.tail, rpc)
-                await asyncio.to_thread(write.apply, new, len(part))
+                new, keys = await self._new_rows(memory, part, write.tail, rpc)
+                await asyncio.to_thread(write.apply, new, len(part), keys)
                 memory.chunks += 1
             await self._commit(memory, write, rpc)
         finally:
@@ -156,8 +156,10 @@ class Injections:
             memory.forked = True
         return self._pools.begin(request.inject, request.seed, request.tenant)
 
-    async def _new_rows(self, memory: Injecting, ids: list[int], tail: Tensor | None, rpc: Rpc) -> Tensor:
-        """The new rows [L, n, d] that the workers make of some tokens."""
+    async def _new_rows(
+        self, memory: Injecting, ids: list[int], tail: Tensor | None, rpc: Rpc
+    ) -> tuple[Tensor, Tensor | None]:
+        """The new rows [L, n, d] that the workers make of some tokens, and of M+ the retriever's keys [L, n, K]."""
         shape = self._pools.shape
         before = None if tail is None else to_bytes(tail)
         answers = await rpc("write", memory.id, ids, before, self._stride)
@@ -172,8 +174,10 @@ class Injections:
             with contextlib.suppress(Exception):  # workers that cannot be asked are gone
                 await rpc("write_off", memory.id)
             raise
-        data = next(answer["new"] for answer in answers if answer["new"] is not None)
-        return from_bytes(data, (shape.layers, -1, shape.hidden), shape.torch_dtype)
+        found = next(answer for answer in answers if answer["new"] is not None)
+        new, long = from_bytes(found["new"], (shape.layers, -1, shape.hidden), shape.torch_dtype), shape.long_term
+        keys = None if long is None else from_bytes(found["keys"], (shape.layers, -1, long.keys), shape.torch_dtype)
+        return new, keys
 
     async def _commit(self, memory: Injecting, write: PoolWrite, rpc: Rpc) -> None:
         """Put the new version on the disk once it has a place on the device, and fill that."""

@@ -28,7 +28,8 @@ PAGE_TOKENS = 64
 class PoolLayout:
     """rows: of a version, the learned first one included. pages: that they take; versions: that fit on a device.
 
-    page: one page on this device. row_bytes: host memory of a version's hidden rows.
+    page: one page on this device. row_bytes: host memory of a version's hidden rows. picks: pages of the long-term rows
+    that one request reads; requests: how many requests have such pages at once.
     """
 
     rows: int
@@ -36,6 +37,13 @@ class PoolLayout:
     versions: int
     page: PageLayout
     row_bytes: int
+    picks: int = 0
+    requests: int = 0
+
+    @property
+    def total(self) -> int:
+        """Pages of the pool on a device."""
+        return self.versions * self.pages + self.requests * self.picks
 
     @property
     def version_bytes(self) -> int:
@@ -44,10 +52,14 @@ class PoolLayout:
 
     def describe(self) -> str:
         """Sizes, for the log."""
-        return (
+        said = (
             f"{self.rows} rows a layer, {self.version_bytes / GIB:.2f} GiB of keys and values a version, "
             f"{self.versions} version(s) on the device; hidden rows {self.row_bytes / GIB:.2f} GiB on the host"
         )
+        if not self.picks:
+            return said
+        each = self.picks * self.page.page_bytes / GIB
+        return f"{said}; long-term rows of {self.requests} request(s) at once, {each:.3f} GiB each"
 
 
 def open_store(engine: EngineShape, section: MemoryLLMSection) -> Pools:
@@ -59,10 +71,11 @@ def open_store(engine: EngineShape, section: MemoryLLMSection) -> Pools:
         here = model_fingerprint(folder)
     except (OSError, BankError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"mem_triton.memoryllm.pools: {error}") from None
-    if pools.shape.long_term is not None:
+    if pools.shape.long_term is not None and section.ltm.selection == "whole" and engine.splits_prompts:
         raise ConfigError(
-            f"mem_triton.memoryllm.pools: {section.pools} is a store of M+, whose long-term rows are not read inside "
-            f"{engine.engine} yet; serve a store of `mem-triton convert memoryllm`"
+            f"mem_triton.memoryllm.ltm.selection: {section.pools} is a store of M+, whose rows a prompt chooses with "
+            f"all its tokens, and this engine splits prompts; start it with {engine.splits_prompts}, or let each part "
+            'choose for itself: "ltm": {"selection": "chunk"}'
         )
     if engine.quantization is not None:
         raise ConfigError(
@@ -93,14 +106,21 @@ def layout_of(engine: EngineShape, section: MemoryLLMSection, shape: PoolShape) 
     page = PageLayout(layers, max(1, engine.kv_heads // engine.tp_size), engine.head_dim, PAGE_TOKENS, engine.dtype)
     pages = page.pages_for(rows)
     size = pages * page.page_bytes
-    versions = min(int(section.gib * GIB) // size, section.max_pools * section.versions)
+    room, picks, requests = int(section.gib * GIB), 0, 0
+    if shape.long_term is not None:  # every request that reads has pages of its own; half of the room at most
+        picks = page.pages_for(shape.long_term.read)
+        each = picks * page.page_bytes
+        requests = max(1, min(engine.max_requests, room // 2 // each))
+        room -= requests * each
+    versions = min(max(room, 0) // size, section.max_pools * section.versions)
     if versions < 1:
+        size += picks * page.page_bytes
         raise ConfigError(
             f"mem_triton.memoryllm.gib: {section.gib} holds no version of a pool, which takes {size / GIB:.3f} GiB on "
             "each device; give it more"
         )
     row_bytes = shape.layers * shape.rows * shape.hidden * shape.torch_dtype.itemsize
-    return PoolLayout(rows, pages, versions, page, row_bytes)
+    return PoolLayout(rows, pages, versions, page, row_bytes, picks, requests)
 
 
 def cache_key(engine: EngineShape, pools: Pools) -> str:

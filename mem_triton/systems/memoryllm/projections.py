@@ -33,24 +33,29 @@ class Projections:
 
     def whole(self, layer: int, rows: Tensor) -> Projected:
         """Of all rows [N, d] of a version."""
-        found = [self._project(layer, rows)]
+        found = [self.rows(layer, rows)]
         if self._bos is not None:
-            found.insert(0, self._project(layer, self._bos[layer]))
+            found.insert(0, self.rows(layer, self._bos[layer]))
         return _joined(found)
 
-    def after(self, layer: int, before: Projected, steps: Sequence[UpdateStep]) -> Projected:
-        """Of the version that steps make of the one ``before``, which may lie on the host."""
+    def after(
+        self, layer: int, before: Projected, steps: Sequence[UpdateStep], gone: list[Projected] | None = None
+    ) -> Projected:
+        """Of the version that steps make of ``before``, which may lie on the host. gone: gets what each step drops."""
         first = 0 if self._bos is None else 1
         keys, values = (part.to(self._device) for part in before)
         for step in steps:
-            kept = torch.ones(keys.shape[1], dtype=torch.bool)
-            kept[step.dropped[layer if len(step.dropped) > 1 else 0].long() + first] = False
+            kept, dropped = torch.ones(keys.shape[1], dtype=torch.bool), step.dropped[layer % len(step.dropped)].long()
+            kept[dropped + first] = False
+            if gone is not None:
+                gone.append(tuple(part[:, (dropped + first).to(self._device)] for part in (keys, values)))
             index = kept.nonzero()[:, 0].to(self._device)
             survivors = keys.index_select(1, index), values.index_select(1, index)
-            keys, values = _joined([survivors, self._project(layer, step.delta[layer])])
+            keys, values = _joined([survivors, self.rows(layer, step.delta[layer])])
         return keys, values
 
-    def _project(self, layer: int, rows: Tensor) -> Projected:
+    def rows(self, layer: int, rows: Tensor) -> Projected:
+        """Of any rows [n, d]."""
         rows = rows.to(self._device, self._dtype, non_blocking=True)
         count, found = len(rows), []
         rows = F.pad(rows, (0, 0, 0, -count % self._block))

@@ -14,7 +14,7 @@ from mem_triton.store.pool.loads import PageLoads, always
 from mem_triton.store.pool.residency import Residency, Ticket
 from mem_triton.systems.base import Alive, Rpc
 from mem_triton.systems.memoryllm.layout import PoolLayout
-from mem_triton.systems.memoryllm.shape import PoolShape, PoolVersion
+from mem_triton.systems.memoryllm.shape import PoolShape, PoolVersion, is_picks, picks_ref
 
 Commit = Callable[[], Awaitable[str | None]]
 """Puts a new version on the disk; why it could not, None if it did."""
@@ -33,23 +33,28 @@ class Residents:
 
     def __init__(self, layout: PoolLayout, layers_per_step: int, shape: PoolShape) -> None:
         self._layout, self._stride, self._layers = layout, layers_per_step, shape.layers
-        pages = layout.versions * layout.pages
-        self._residency = Residency(pages, layout.page.page_tokens, layout.page.page_bytes)
+        self._long = shape.long_term
+        self._residency = Residency(layout.total, layout.page.page_tokens, layout.page.page_bytes)
         self._claims: dict[str, PoolVersion] = {}  # by owner
         self._commits: dict[str, Commit] = {}  # of versions that are not on the disk yet
         self._loads: PageLoads | None = None
 
-    def claim(self, owner: str, version: PoolVersion, commit: Commit | None = None) -> Ticket:
-        """Keep a version on the device for ``owner``. commit: of one that is put on the disk when it has its pages."""
+    def claim(self, owner: str, version: PoolVersion, commit: Commit | None = None, reads: bool = False) -> Ticket:
+        """Keep a version on the device for ``owner``. commit: of one that is put on the disk when it has its pages.
+
+        reads: the owner also gets pages of its own for long-term rows, by ``picks_ref``, where there are any.
+        """
         if commit is not None:
             self._commits[version.ref] = commit
         self._claims[owner] = version
-        return self._residency.request(owner, {version.ref: self._layout.rows})
+        long = self._long if reads else None
+        own = {} if long is None else {picks_ref(owner): long.read}
+        return self._residency.request(owner, {version.ref: self._layout.rows, **own})
 
     def release(self, owner: str) -> None:
         """The owner is done; harmless if it has no claim."""
         if self._claims.pop(owner, None) is not None:
-            self._residency.release(owner)
+            self._residency.release(owner, forget=[picks_ref(owner)])
 
     def versions(self, identity: str) -> int:
         """Versions of a pool that somebody needs."""
@@ -63,6 +68,8 @@ class Residents:
 
     async def _load(self, rpc: Rpc, _: str, ref: str, pages: list[int], tokens: int) -> list[dict[str, Any]]:
         """Fill a version's pages on all workers; what ``PageLoads`` wants to hear of each."""
+        if is_picks(ref):  # filled by the step that runs the prompt
+            return [{"error": None, "stats": {}}]
         commit = self._commits.pop(ref, None)
         error = await commit() if commit is not None else None
         error = error or _error(await rpc("fetch", ref))

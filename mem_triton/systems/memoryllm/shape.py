@@ -91,3 +91,13 @@ class PoolVersion:
         """What ``ref`` names."""
         pool, _, version = ref.rpartition("@")
         return cls(*pool.split(":"), int(version))
+
+
+def picks_ref(owner: str) -> str:
+    """The long-term rows that one request reads, as its plan and its pages name them. owner: the request's own id."""
+    return f"picks/{owner}"
+
+
+def is_picks(ref: str) -> bool:
+    """Whether a reference is of ``picks_ref``, and of no version."""
+    return ref.startswith("picks/")

@@ -24,13 +24,16 @@ from mem_triton.store.pool.pool import PagePool
 from mem_triton.store.pool.tables import MemoryTables
 from mem_triton.systems.base import StepBatch, WorkerHost, WorkerPart
 from mem_triton.systems.engine import EngineShape
+from mem_triton.systems.memoryllm.choosing import LongTermReader, RowChooser
 from mem_triton.systems.memoryllm.convert import load_weights
 from mem_triton.systems.memoryllm.layout import layout_of, open_store
+from mem_triton.systems.memoryllm.long_term import LongTerm, LongTermRows
 from mem_triton.systems.memoryllm.projections import Projected, Projections
 from mem_triton.systems.memoryllm.records import PoolError
+from mem_triton.systems.memoryllm.retriever import RowRetriever
 from mem_triton.systems.memoryllm.rows import from_bytes, to_bytes
 from mem_triton.systems.memoryllm.section import MemoryLLMSection
-from mem_triton.systems.memoryllm.shape import PoolVersion
+from mem_triton.systems.memoryllm.shape import PoolVersion, is_picks
 from mem_triton.systems.memoryllm.update import UpdateStep
 from mem_triton.systems.memoryllm.write import WritePass, WriteWeights
 from mem_triton.systems.payload import SystemPayload
@@ -41,20 +44,27 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class Newest:
-    """made: keys before RoPE and values of a version, by layer, on the host."""
+    """made: keys before RoPE and values of a version, by layer, on the host. long: of M+."""
 
     version: int
     made: Mapping[int, Projected]
+    long: LongTerm | None = None
 
 
 @dataclass
 class RowSource:
-    """What a version is made of: the one before and what changed since, or all rows [L, N, d]. made: see ``Newest``."""
+    """What a version is made of: the one before and what changed since, or all rows [L, N, d]. made: see ``Newest``.
+
+    long: of M+, of the version before or as the store has it; gone: what each step drops, by layer; old: all its rows.
+    """
 
     before: Newest | None
     steps: Sequence[UpdateStep]
     rows: Tensor | None = None
     made: dict[int, Projected] = field(default_factory=dict)
+    long: LongTerm | None = None
+    gone: dict[int, list[Projected]] = field(default_factory=dict)
+    old: dict[int, tuple[LongTermRows, ...]] = field(default_factory=dict)
 
 
 class PoolLayer:
@@ -89,14 +99,14 @@ class PoolWorker(WorkerPart):
         self._io = host.layer_io()
         self._ropes = {index: rope_from_config(engine.hf_config, index) for index in self._layers}
         self._weights, self._factors = self._load_weights()
-        page, pages = self.layout.page, self.layout.pages
+        page, pages = self.layout.page, self.layout.pages + self.layout.picks
         self.tables = MemoryTables(engine.max_requests, pages, page.page_tokens, host.device)
         self.pool = PagePool(
             len(self._layers),
             page.kv_heads,
             page.head_dim,
             page.page_tokens,
-            pages * self.layout.versions,
+            self.layout.total,
             page.dtype,
             host.device,
         )
@@ -108,6 +118,20 @@ class PoolWorker(WorkerPart):
         self._newest: OrderedDict[str, Newest] = OrderedDict()  # by a pool's identity
         self._lock = threading.Lock()
         self._writes: dict[str, WritePass] = {}
+        self._long: dict[str, LongTerm] = {}  # of versions on the device, by their references
+        self._chooser: RowChooser | None = None
+        if self._shape.long_term is not None:
+            self._chooser = RowChooser(
+                self._shape,
+                section.ltm,
+                self._layers,
+                self._io,
+                self._load_retriever(str(engine.hf_config.get("hidden_act"))),
+                self._projections,
+                self._ropes,
+                self.pool,
+                host.lose,
+            )
 
     def _load_weights(self) -> tuple[WriteWeights, dict[int, dict[str, tuple[Tensor, Tensor]]]]:
         """Embeddings, and the adapter that writes, by layer. Raises ConfigError."""
@@ -115,7 +139,7 @@ class PoolWorker(WorkerPart):
             extra = load_weights(self.pools.path)
         except PoolError as error:
             raise ConfigError(f"mem_triton.memoryllm.pools: {error}") from None
-        kind = {"device": self._host.device, "dtype": self._dtype}
+        self._extra, kind = extra, {"device": self._host.device, "dtype": self._dtype}
         bos = extra["bos_embedding"].to(**kind) if self._shape.bos else None
         factors: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
         for name in {name.removeprefix("write.").rpartition(".")[0] for name in extra if name.startswith("write.")}:
@@ -123,6 +147,12 @@ class PoolWorker(WorkerPart):
             down, up = (extra[f"write.{name}.{part}"].to(**kind) for part in ("down", "up"))
             factors.setdefault(int(layer), {})[linear] = down, up
         return WriteWeights(bos, extra["new_memory_positional_emb"].flatten().to(**kind)), factors
+
+    def _load_retriever(self, act: str) -> RowRetriever:
+        try:
+            return RowRetriever(self._extra, self._shape.layers, act, self._host.device, self._dtype)
+        except PoolError as error:
+            raise ConfigError(f"mem_triton.memoryllm.pools: {error}") from None
 
     # What the front end calls.
 
@@ -143,8 +173,10 @@ class PoolWorker(WorkerPart):
         """What the workers make a version of: as little as has to be read. Raises PoolError."""
         if before is not None and before.version < version.version:
             with contextlib.suppress(PoolError):  # the store was compacted in between
-                return RowSource(before, self.pools.changes(version, before.version))
-        return RowSource(None, (), self.pools.state_of(version).rows)
+                return RowSource(before, self.pools.changes(version, before.version), long=before.long)
+        state = self.pools.state_of(version)
+        long = None if self._chooser is None else self._chooser.begun(state.long_term)
+        return RowSource(None, (), state.rows, long=long)
 
     def place(self, ref: str, pages: list[int], first: int, end: int) -> dict[str, Any]:
         """Fill a version's pages in the layers [first, end), between two steps: {"error": None or why not}.
@@ -154,6 +186,8 @@ class PoolWorker(WorkerPart):
         try:
             self._held |= dict.fromkeys(pages, ref)
             source = self._sources[ref]
+            if self._chooser is not None:
+                self._chooser.given_away(pages)
             with torch.inference_mode():
                 for place, layer in enumerate(self._layers):
                     if first <= layer < end:
@@ -200,33 +234,49 @@ class PoolWorker(WorkerPart):
                 write = self._writes[id] = which()
                 for layer in range(write.done, min(write.done + count, self._shape.layers)):
                     write.advance(partial(self._io.run, layer, adapter=self._factors.get(layer, {})))
-                left, new = self._shape.layers - write.done, None
+                left, new, keys = self._shape.layers - write.done, None, None
                 if not left:
                     del self._writes[id]
-                    rows = write.new().to("cpu", self._shape.torch_dtype)
+                    made = write.new()
+                    rows = made.to("cpu", self._shape.torch_dtype)
                     new = to_bytes(rows) if self._host.tp_rank == 0 else None
-            return {"error": None, "left": left, "new": new}
+                    if self._chooser is not None and new is not None:
+                        found = torch.stack([self._chooser.keys_of(i, part) for i, part in enumerate(made)])
+                        keys = to_bytes(found.to("cpu", self._shape.torch_dtype))
+            return {"error": None, "left": left, "new": new, "keys": keys}
         except Exception as error:
             self._writes.pop(id, None)
-            return {"error": f"{type(error).__name__}: {error}", "left": 0, "new": None}
+            return {"error": f"{type(error).__name__}: {error}", "left": 0, "new": None, "keys": None}
 
     def _keys_and_values(self, layer: int, source: RowSource) -> tuple[Tensor, Tensor]:
         """A version's keys before RoPE and its values: [Hkv, rows, D]."""
         if source.before is None:
+            if self._chooser is not None:
+                source.old[layer] = self._chooser.project(layer, source.long.rows(layer))
             return self._projections.whole(layer, source.rows[layer])
-        return self._projections.after(layer, source.before.made[layer], source.steps)
+        gone = None if self._chooser is None else source.gone.setdefault(layer, [])
+        return self._projections.after(layer, source.before.made[layer], source.steps, gone)
 
     def _placed(self, keys: Tensor, rope: RotaryEmbedding) -> Tensor:
         where = torch.arange(-keys.shape[1], 0, device=keys.device)
+        if self._shape.long_term is not None and self._shape.bos:
+            where[0] -= self._shape.long_term.read  # long-term rows stand between the first row and the pool
         return rotate(keys, where, rope)
 
     def _remember(self, version: PoolVersion, source: RowSource) -> None:
         """A version is placed: the one after it begins from what it has."""
+        long = None
+        if self._chooser is not None:
+            follows = source.before is not None
+            make = self._chooser.after if follows else self._chooser.whole
+            long = make(source.long, source.steps, source.gone) if follows else make(source.long, source.old)
+            held = set(self._held.values())
+            self._long = {ref: one for ref, one in self._long.items() if ref in held} | {version.ref: long}
         with self._lock:
             del self._sources[version.ref]
             before = self._newest.get(version.identity)
             if before is None or before.version < version.version:
-                self._newest[version.identity] = Newest(version.version, source.made)
+                self._newest[version.identity] = Newest(version.version, source.made, long)
                 self._newest.move_to_end(version.identity)
             while len(self._newest) > KEPT:
                 self._newest.popitem(last=False)
@@ -238,24 +288,35 @@ class PoolWorker(WorkerPart):
 
     def enter(self, request_id: str, payload: SystemPayload) -> None:
         """A request joins the batch. Raises RuntimeError if its pages were given away in the meantime."""
+        own = next(filter(is_picks, payload.pages), None)
         for ref, run in payload.pages.items():
+            if ref == own:
+                self._held |= dict.fromkeys(run.pages, ref)
             if any(self._held.get(page) != ref for page in run.pages):
                 raise RuntimeError(f"the pages of {ref} hold something else by now")
+        if own is not None:
+            version = next(ref for ref in payload.pages if ref != own)
+            reader = LongTermReader(own, tuple(payload.pages[own].pages), payload.prompt, self._long[version])
+            self._chooser.enter(request_id, reader)
         self.tables.enter(request_id, payload.plan, payload.pages)
 
     def leave(self, request_id: str) -> None:
+        if self._chooser is not None:
+            self._chooser.leave(request_id)
         self.tables.leave(request_id)
 
     def begin_step(self, step: StepBatch) -> dict[str, Exception]:
-        faults: dict[str, Exception] = {}
+        faults = {} if self._chooser is None else self._chooser.begin_step(step)
         self.tables.set_rows(step.request_ids, step.first, step.last, faults)
         return faults
 
     def forget_rows(self) -> None:
+        if self._chooser is not None:
+            self._chooser.forget_rows()
         self.tables.forget_rows()
 
     def drop_request(self, request_id: str) -> None:
-        self.tables.leave(request_id)
+        self.leave(request_id)
 
     def __contains__(self, request_id: object) -> bool:
         """Whether a request in the batch reads a pool."""
