@@ -45,10 +45,10 @@ def serve(
         raise ConfigError("--memo-executive and --memo-name need --memo, the memory model")
     if memo is not None:
         served = option_of(more, "--served-model-name") or model
-        both = {"memory": ("memo", memo), "executive": ("executive", memo_executive)}
-        names = {role: _served(name, said, adapters) or served for role, (name, said) in both.items()}
-        named = {"name": memo_name} if memo_name else {}
-        section["memo"] = {"name": f"{served}+memo", **(section.get("memo") or {}), **names, **named}
+        said = {"memory": _served("memo", memo, adapters), "name": memo_name}
+        said["executive"] = _served("executive", memo_executive, adapters)
+        given = {name: value for name, value in said.items() if value is not None}
+        section["memo"] = {"name": f"{served}+memo", "executive": served, **(section.get("memo") or {}), **given}
     for name, (key, value) in {"memory": ("bank", bank), "delta": ("adapter", delta)}.items():
         if value is not None:
             section[name] = {**(section.get(name) or {}), key: value}
@@ -63,7 +63,7 @@ def serve(
 
 
 def _served(name: str, said: str | None, adapters: dict[str, Path]) -> str | None:
-    """The name under which the engine serves what was said; an adapter is noted. None for nothing said."""
+    """The name under which the engine serves what was said, None for nothing; an adapter is added to ``adapters``."""
     if said is None or "#" in said:
         return said
     adapters[name] = Path(said)

@@ -101,11 +101,16 @@ def test_sglang_s_command_comes_with_its_configuration_file(model, tmp_path):
 
 def test_a_configuration_is_completed_by_the_options(model, tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("mem_triton: {memo: {executive_schema: compact}, session_dir: /s}")
+    path.write_text("mem_triton: {memo: {executive_schema: compact, executive: 'http://e/v1#e'}, session_dir: /s}")
     words = shlex.split(printed(model, "--config", path, "--memo", "http://h/v1#m", "--delta", "D"))
     section = section_of(words)
     assert section["memo"]["executive_schema"] == "compact" and section["delta"] == {"adapter": "D"}
     assert section["session_dir"] == "/s"
+    assert section["memo"]["executive"] == "http://e/v1#e" and section["memo"]["name"] == f"{model}+memo"
+    words = shlex.split(
+        printed(model, "--config", path, "--memo", "http://h/v1#m", "--memo-executive", "http://o/v1#o")
+    )
+    assert section_of(words)["memo"]["executive"] == "http://o/v1#o"
 
 
 def test_other_plugins_stay_in_vllm_s_list(model, monkeypatch):

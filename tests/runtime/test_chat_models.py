@@ -133,7 +133,7 @@ def test_an_answer_ends_when_its_client_leaves(leaves):
 
         async def answer():
             try:
-                await asyncio.sleep(30 if leaves else 0.05)
+                await asyncio.sleep(5 if leaves else 0.05)
                 return 200, {}
             finally:
                 ended.append(True)

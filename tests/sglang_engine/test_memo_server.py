@@ -88,6 +88,12 @@ def test_other_routes_refuse_the_name(server):
     scenarios.other_routes_refuse_the_name(server)
 
 
+def test_sagemaker_s_route_has_the_same_handler(server, executive):
+    body = {"model": "m+memo", "messages": [{"role": "user", "content": "Who?"}], "n": 2}
+    answer = server.http.post("/invocations", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "n", answer.text
+
+
 def test_the_trace_s_field_is_for_that_model_alone(server):
     scenarios.the_trace_s_field_is_for_that_model_alone(server)
 

@@ -272,10 +272,12 @@ def a_trace_replays(server: ServerProcess, executive: ScriptedServer, tmp_path: 
 def budgets_hold(server: ServerProcess, executive: ScriptedServer) -> None:
     """D3: an executive that asks on and on has its eight turns, and then has to answer."""
     asks(executive, *(f"Who has kite {number}?" for number in range(8)))
+    counted = server.metric("mem_triton:memo_budgets_total")
     said = trace_of(server)
     trace = said["mem_triton"]["memo"]
     assert said["choices"][0]["message"]["content"] == "Mara Stone" and "seeking_turns" in trace["result"]["ended_by"]
     assert (trace["spent"]["executive_calls"], trace["spent"]["memory_calls"]) == (9, 8)
+    assert server.metric("mem_triton:memo_budgets_total") == counted + 1
 
 
 def malformed_json_ends_no_run(server: ServerProcess, executive: ScriptedServer) -> None:
