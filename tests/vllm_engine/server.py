@@ -74,11 +74,6 @@ class Server(ServerProcess):
             for event in events:
                 yield event["choices"][0]["token_ids"] or []
 
-
-def memory_flags(section: dict) -> list[str]:
-    """The flags that switch memory on."""
-    return ["--load-format", "mem_triton", "--additional-config", json.dumps({"mem_triton": section})]
-
     def inside(self) -> float:
         """Requests that the engine runs, or has in its queue."""
         return self.metric("vllm:num_requests_running{") + self.metric("vllm:num_requests_waiting{")
@@ -88,3 +83,8 @@ def memory_flags(section: dict) -> list[str]:
         body = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}
         answer = self.http.post("/v1/load_lora_adapter", json=body)
         assert answer.status_code == 200, answer.text
+
+
+def memory_flags(section: dict) -> list[str]:
+    """The flags that switch memory on."""
+    return ["--load-format", "mem_triton", "--additional-config", json.dumps({"mem_triton": section})]
