@@ -9,7 +9,7 @@ import pytest
 from tests.support import pool_scenarios as scenarios
 from tests.support import pool_server_scenarios as server_scenarios
 from tests.support.pool_bench import PoolBench, make_pool_bench
-from tests.vllm_engine.engine import run_engine
+from tests.vllm_engine.engine import run_engine, ways
 from tests.vllm_engine.server import Server, memory_flags
 
 pytestmark = pytest.mark.engine
@@ -22,8 +22,9 @@ def bench(tmp_path_factory) -> PoolBench:
     return make_pool_bench(tmp_path_factory.mktemp("mplus"), mplus=True)
 
 
-def test_c7_c9_prompts_choose_long_term_rows(bench, tmp_path):
-    scenarios.prompts_choose_long_term_rows(bench, tmp_path, run_whole)
+@pytest.mark.parametrize("runner", ways(["v1", "v2"], soak="v2"))
+def test_c7_c9_prompts_choose_long_term_rows(bench, tmp_path, runner):
+    scenarios.prompts_choose_long_term_rows(bench, tmp_path, run_whole, runner=runner)
 
 
 def test_c3_c11_long_term_rows_are_written(bench, tmp_path):
@@ -33,7 +34,7 @@ def test_c3_c11_long_term_rows_are_written(bench, tmp_path):
 @pytest.mark.slow
 def test_c9_over_http(bench, tmp_path):
     store = bench.store(tmp_path)
-    whole = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"]
+    whole = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "512", "--max-model-len", "512"]
     flags = [*memory_flags(bench.section(store, chunk=32)), *whole]
     server = Server(str(bench.model), str(tmp_path / "server.log"), flags)
     try:
