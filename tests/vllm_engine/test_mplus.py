@@ -77,3 +77,10 @@ def test_controls(bench, tmp_path, tamper):
 def test_what_cannot_be_served_is_refused_at_start(bench, tmp_path, options, message):
     section = bench.section(bench.store(tmp_path))
     assert message in run_engine(bench.model, [], memory=section, fails=True, **options)
+
+
+@pytest.mark.slow
+def test_tensor_parallel_ranks_choose_and_write(bench, tmp_path):
+    """Every rank chooses the same rows, and keeps its heads of them."""
+    options = {"tensor_parallel_size": 2}
+    scenarios.long_term_rows_are_written(bench, tmp_path, run_whole, **options)
