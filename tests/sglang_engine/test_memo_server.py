@@ -48,7 +48,7 @@ def server(lora_bench, scripted, tmp_path_factory) -> Iterator[Server]:
     memory = {**lora_bench.memory, "memo": scenarios.section(scripted.spec("executive"))}
     server = start(lora_bench, memory, str(tmp_path_factory.mktemp("server") / "log"))
     try:
-        yield server.wait()
+        yield scenarios.ready(server)
     finally:
         server.stop()
 
