@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 
-START_LIMIT = 300.0  # seconds; a cold file cache on a small machine takes about 60
+START_LIMIT = 600.0  # seconds; a cold file cache on a small machine takes about 60, a busy one some 300
 STOP_LIMIT = 10.0
 
 

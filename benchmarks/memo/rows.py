@@ -69,7 +69,7 @@ class Way:
     name: str
     model: str
     make: Callable[[str], str] = str
-    tokens: int = 32
+    tokens: int = 24
     answers: list[Answer] = field(default_factory=list)
     seconds: float = 0.0
 
