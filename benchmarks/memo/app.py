@@ -51,7 +51,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def demo(
     questions: Annotated[int, typer.Option(min=0, help="How many, as many of each kind; 0: all.")] = 40,
-    train: Annotated[bool, typer.Option("--train", help="Train both adapters anew, some 40 CPU minutes.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="Train both adapters anew, some 20 CPU minutes.")] = False,
     adapters: Annotated[Path, typer.Option(help="A folder with memory and executive.")] = SHIPPED,
     dtype: Annotated[str, typer.Option(help="Of the model.", show_default="bfloat16 on a GPU")] = "",
     keep_log: Annotated[bool, typer.Option("--keep-log", help="Keep the server's log.")] = False,
