@@ -14,7 +14,8 @@ from benchmarks.memo.world import World
 from mem_triton.config import ConfigError, parse_config
 from mem_triton.systems import registry
 from mem_triton.systems.base import Capability, ChatHost
-from mem_triton.systems.memo.chat import MemoChat
+from mem_triton.systems.memo.chat import MemoChat, ServedModel
+from mem_triton.systems.memo.endpoint import CallError
 from mem_triton.systems.memo.section import MemoSection
 from mem_triton.systems.memo.system import SYSTEM
 from mem_triton.systems.request import RequestError
@@ -293,3 +294,34 @@ def test_the_field_is_refused_in_requests_to_the_engine_itself():
     assert part.admit(SYSTEM.parse({}, ""), None) is None
     with pytest.raises(RequestError, match=r"mem_memo_trace: belongs to chat requests to the model 'M\+memo'"):
         part.admit(SYSTEM.parse({"mem_memo_trace": 1}, ""), None)
+
+
+class Swallows(Served):
+    """As vLLM: a call that is cancelled is answered, as if its client had left."""
+
+    async def __call__(self, body, caller):
+        try:
+            return await super().__call__(body, caller)
+        except asyncio.CancelledError:
+            return 400, {"error": {"message": "Client disconnected"}}
+
+
+def swallowing(delay):
+    model = ServedModel("memory", ChatHost(Swallows(delay=delay), "vllm_xargs"), {}, None)
+    return lambda seconds: model.chat([{"role": "user", "content": "Who?"}], seconds=seconds, max_tokens=8)
+
+
+def test_a_call_that_takes_too_long_is_a_timeout_also_where_the_engine_answers_it():
+    with pytest.raises(CallError, match=r"no answer within 0\.1 seconds"):
+        asyncio.run(swallowing(30)(0.1))
+
+
+def test_whoever_is_cancelled_is_gone_also_where_the_engine_answers_a_cancelled_call():
+    async def leave():
+        asking = asyncio.create_task(swallowing(30)(20))
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        await asyncio.wait({asking})
+        return asking.cancelled()
+
+    assert asyncio.run(leave())

@@ -51,13 +51,22 @@ class ServedModel:
         self.model, self._host, self._extra, self._caller = model, host, extra, caller
 
     async def chat(self, messages: Sequence[Mapping[str, str]], *, seconds: float, **options: Any) -> Answer:
-        """As ``Endpoint.chat``."""
+        """As ``Endpoint.chat``.
+
+        vLLM answers a call that is cancelled, as if its client had left, and so swallows the cancellation: of the time
+        that has run out, and of whoever waits for this answer.
+        """
+        late = CallError(f"no answer within {seconds:.3g} seconds")
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds) as limit:
                 body = {**chat_body(self.model, messages, **options), **self._extra}
                 status, said = await self._host.served(body, self._caller)
         except TimeoutError:
-            raise CallError(f"no answer within {seconds:.3g} seconds") from None
+            raise late from None
+        if limit.expired():
+            raise late
+        if (task := asyncio.current_task()) is not None and task.cancelling():
+            raise asyncio.CancelledError
         if status != 200:
             raise refusal(status, json.dumps(said))
         return answer_of(said)
