@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,6 +25,16 @@ from tests.support.interp import sanitize
 @pytest.fixture(autouse=True)
 def on_hopper(monkeypatch):
     monkeypatch.setattr(attention_launch, "architecture", lambda device: "sm90")
+
+
+@pytest.fixture(autouse=True)
+def each_row_of_a_product_by_itself(monkeypatch):
+    """As on a GPU: the interpreter multiplies by NumPy, whose BLAS sums a row otherwise beside others on some CPUs."""
+
+    def matmul(a, b, dtype=None):
+        return np.einsum("...ij,...jk->...ik", a, b, dtype=dtype, casting="unsafe")
+
+    monkeypatch.setattr(np, "matmul", matmul)
 
 
 def run(case: AttentionCase, order: str = "forward") -> AttentionCase:
