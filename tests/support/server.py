@@ -52,7 +52,7 @@ class ServerProcess:
 
     def wait(self):
         """Until it answers. Raises AssertionError with the end of the log if it never does."""
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 420
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.printed()[-5000:]
             try:

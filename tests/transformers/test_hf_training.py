@@ -56,7 +56,7 @@ def test_gradients_through_two_calls_match_differences(family: str) -> None:
     model = tiny_model(family, dtype=torch.float64)
     parameters = trainable_adapter(model, random_adapter(model, strength=0.1, **EVERYTHING))
     two_calls(model).backward()
-    generator, step = torch.Generator().manual_seed(0), 2.0**-13
+    generator, step = torch.Generator().manual_seed(0), 2.0**-11  # norms are fp32, so less is noise
     for name, parameter in parameters.items():
         direction = torch.randn(parameter.shape, generator=generator).sign()
         losses = []
