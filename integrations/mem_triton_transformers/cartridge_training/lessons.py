@@ -20,7 +20,7 @@ from mem_triton.store.files import write_durably
 from mem_triton.systems.explicit.cartridge_recipe import CartridgeRecipe
 from mem_triton.systems.explicit.cartridge_template import cartridge_template
 from mem_triton_transformers.cartridge_training.decoding import Sampling, reply_all
-from mem_triton_transformers.cartridge_training.questions import Question, ends
+from mem_triton_transformers.cartridge_training.questions import Question
 from mem_triton_transformers.runs.folders import TrainingError
 
 AT_ONCE = 8
@@ -83,7 +83,7 @@ def make_lessons(
         said = []
         for turn in range(answers):
             sampling = Sampling(recipe.temperature, 0.95, recipe.seed + turn) if turn else None
-            said += reply_all(model, prompts, recipe.answer_tokens, ends(chats.tokenizer), sampling)
+            said += reply_all(model, prompts, recipe.answer_tokens, sampling)
             say(f"answers of the model with the text: {len(said)} of {answers * len(prompts)}")
         text = json.dumps({"of": digest, "answers": said})
         write_durably(path, lambda temporary: temporary.write_text(text) and None)

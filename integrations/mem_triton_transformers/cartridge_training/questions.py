@@ -72,7 +72,7 @@ def ask(
         wanted = [(i, one) for i in range(len(chunks)) for one in _SEEDS]
         wanted *= -(-(count - len(found)) // len(wanted))
         prompts = [render(chunks[i], one) for i, one in wanted]
-        replies = reply_all(model, prompts, most_tokens, ends(tokenizer), Sampling(0.9, 0.95, seed + turn))
+        replies = reply_all(model, prompts, most_tokens, Sampling(0.9, 0.95, seed + turn))
         for (chunk, _), reply in zip(wanted, replies, strict=True):
             if (text := _asked(tokenizer.decode(reply, skip_special_tokens=True))) and text.casefold() not in found:
                 found[text.casefold()] = Question(text, None, chunk)
@@ -82,12 +82,6 @@ def ask(
     if len(found) < 2:
         raise TrainingError("MODEL: it asks no two questions about the document by itself; give some with --questions")
     return list(found.values())[:count]
-
-
-def ends(tokenizer: Any) -> set[int]:
-    """Tokens that end a reply."""
-    known = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|eot_id|>"))}
-    return {id for id in known if isinstance(id, int) and id != tokenizer.unk_token_id}
 
 
 def _asked(text: str) -> str | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import CartridgeConfig, get_peft_model
+from peft import CartridgeConfig, get_peft_model, prompt_embeddings_from_past_key_values
 from transformers import DynamicCache
 
 from mem_triton.store.bank.fingerprint import model_fingerprint
@@ -20,11 +20,11 @@ from mem_triton.write.chunking import Document, chunks_of
 from mem_triton_transformers.cartridge_training.card import write_card
 from mem_triton_transformers.cartridge_training.decoding import reply_all
 from mem_triton_transformers.cartridge_training.lessons import Chats, check_head, make_lessons, targets
-from mem_triton_transformers.cartridge_training.questions import Question, ask, ends, read_questions
+from mem_triton_transformers.cartridge_training.questions import Question, ask, read_questions
 from mem_triton_transformers.cartridge_training.trainer import CartridgeTrainer
-from mem_triton_transformers.delta_training.evaluate import wilson
 from mem_triton_transformers.runs.folders import TrainingError, identity_of, load, prepare
 from mem_triton_transformers.runs.journal import CURVE, LOG
+from mem_triton_transformers.runs.statistics import wilson
 
 QUESTION_TOKENS = 40
 """Most tokens in which the model asks."""
@@ -68,7 +68,8 @@ def train(
     check_head(model, lessons[0])
     adapted = _adapted(model, recipe, name or folder.name)
     first = _first_rows(model, chats, document.text, recipe.rows)
-    adapted.prompt_encoder[adapted.active_adapter].load_prompt_embeddings(first)
+    encoder = adapted.prompt_encoder[adapted.active_adapter]
+    encoder.load_prompt_embeddings(first)
     digest = hashlib.sha256(json.dumps([document.text, [vars(q) for q in (*own, *aside)]]).encode()).hexdigest()
     identity = identity_of(recipe.model_dump(), model_fingerprint(folder).model_dump_json(), digest)
     say("the teacher reads its answers")
@@ -81,9 +82,18 @@ def train(
     say(f"{count} numbers, {len(lessons)} lessons about {len(chunks)} chunk(s), {len(other)} held out")
     if not trainer.run(save_every, evaluate_every, stop, tell):
         return None
+    adapted.save_pretrained(str(out), save_embedding_layers=False)
     say("evaluating")
-    ways = _ways(adapted, first, recipe.rows)
-    divergence = {way: trainer.divergence(cache, before) for way, (cache, before) in ways.items()}
+    asked = [q for q in aside if q.answer]
+    alone = [chats.alone(q.text) for q in asked]
+    told = [chats.with_chunk(chunks[q.chunk], q.text) for q in asked]
+    reply = partial(reply_all, most_tokens=recipe.answer_tokens)
+    replies = {"text in the context": reply(model, told), "cartridge": reply(adapted, alone)}
+    divergence = {"cartridge": trainer.divergence()}
+    encoder.load_prompt_embeddings(first)
+    replies |= {"first rows": reply(adapted, alone), "nothing": reply(model, alone)}
+    divergence |= {"first rows": trainer.divergence(), "nothing": trainer.divergence(alone=True)}
+    texts = {way: tokenizer.batch_decode(said, skip_special_tokens=True) for way, said in replies.items()}
     report = {
         "adapter": str(out),
         "rows": recipe.rows,
@@ -95,12 +105,11 @@ def train(
         "lessons": len(lessons),
         "held_out": len(other),
         "divergence": {way: round(value, 4) for way, value in divergence.items()},
-        "recall": _recall(model, chats, chunks, aside, recipe, ways),
+        "recall": _recall(asked, texts),
         "digest": digest,
         "log": str(out / LOG),
         "curve": str(out / CURVE),
     }
-    adapted.save_pretrained(str(out), save_embedding_layers=False)
     write_card(out, recipe, report, name or folder.name, document.source or document.name, command)
     return report
 
@@ -151,47 +160,17 @@ def _first_rows(model: Any, chats: Chats, text: str, rows: int) -> torch.Tensor:
         raise TrainingError(f"--rows: {rows}, but document and chat have {len(ids)} tokens; give fewer")
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    layers = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-    return torch.stack([x[0].transpose(0, 1) for x in layers], 1).reshape(rows, -1).float()
+    return prompt_embeddings_from_past_key_values(cache, num_virtual_tokens=rows).float()
 
 
-def _ways(adapted: Any, first: torch.Tensor, rows: int) -> dict[str, tuple[Callable[[int], Any] | None, int]]:
-    """What can stand before a question: a cache for so many rows, and its keys."""
-
-    def first_rows(count: int) -> Any:
-        encoder = adapted.prompt_encoder[adapted.active_adapter]
-        learned = encoder.weight.detach().clone()
-        encoder.load_prompt_embeddings(first)
-        try:
-            return adapted.get_prompt(count)
-        finally:
-            encoder.load_prompt_embeddings(learned)
-
-    return {"cartridge": (adapted.get_prompt, rows), "first rows": (first_rows, rows), "nothing": (None, 0)}
-
-
-def _recall(
-    model: Any,
-    chats: Chats,
-    chunks: Sequence[str],
-    questions: Sequence[Question],
-    recipe: CartridgeRecipe,
-    ways: dict[str, tuple[Callable[[int], Any] | None, int]],
-) -> dict[str, Any] | None:
-    """Share of greedy replies that say the answer, of the questions that have one; None if none has."""
-    known = [q for q in questions if q.answer]
-    if not known:
+def _recall(asked: Sequence[Question], texts: Mapping[str, Sequence[str]]) -> dict[str, Any] | None:
+    """Share of replies that say the answer, each way to ask; None if no question has an answer."""
+    if not asked:
         return None
-    reply = partial(reply_all, model, most_tokens=recipe.answer_tokens, ends=ends(chats.tokenizer))
-    replies = {"text in the context": reply([chats.with_chunk(chunks[q.chunk], q.text) for q in known])}
-    alone = [chats.alone(q.text) for q in known]
-    for way, (cache, before) in ways.items():
-        replies[way] = reply(alone, prefix=cache, prefix_tokens=before)
-    found: dict[str, Any] = {"questions": len(known)}
-    for way, said in replies.items():
-        texts = [chats.tokenizer.decode(one, skip_special_tokens=True) for one in said]
-        right = sum(_says(text, q.answer or "") for text, q in zip(texts, known, strict=True))
-        found[way] = {"right": right, "interval": list(wilson(right, len(known)))}
+    found: dict[str, Any] = {"questions": len(asked)}
+    for way, said in texts.items():
+        right = sum(_says(text, q.answer or "") for text, q in zip(said, asked, strict=True))
+        found[way] = {"right": right, "interval": list(wilson(right, len(asked)))}
     return found
 
 

@@ -74,16 +74,16 @@ class CartridgeTrainer:
                 return False
         return True
 
-    def divergence(self, cache: Callable[[int], Any] | None = None, before: int | None = None) -> float:
-        """KL divergence a token from the teacher on the held-out lessons, in nats; of the rows as they are, or behind
-        another cache of ``before`` keys."""
+    def divergence(self, alone: bool = False) -> float:
+        """KL divergence a token from the teacher on the held-out lessons, in nats: with the rows as they are, or
+        ``alone``, with nothing before the question."""
         lessons, hidden = self.aside
-        before = self.recipe.rows if before is None else before
+        before = 0 if alone else self.recipe.rows
         total, tokens, batch = 0.0, 0, self.recipe.batch
         with torch.no_grad():
             for first in range(0, len(lessons), batch):
                 some = lessons[first : first + batch]
-                prefix = (cache or self.adapted.get_prompt)(len(some)) if before else None
+                prefix = None if alone else self.adapted.get_prompt(len(some))
                 loss, count = self._loss(some, hidden[first : first + batch], prefix, before)
                 total, tokens = total + float(loss) * count, tokens + count
         return total / max(1, tokens)

@@ -15,6 +15,7 @@ import torch
 from mem_triton.systems.delta_mem.training.tokens import Session
 from mem_triton_transformers.delta_training.forward import SessionRunner, another
 from mem_triton_transformers.delta_training.losses import divergence
+from mem_triton_transformers.runs.statistics import wilson
 
 CONDITIONS = ("own", "another", "empty")
 Counts = dict[str, Any]
@@ -102,14 +103,6 @@ def _batches(sessions: Sequence[Session], rows: int) -> list[Sequence[Session]]:
     if len(cuts) > 1 and len(cuts[-1]) == 1:
         cuts[-2:] = [[*cuts[-2], *cuts[-1]]]
     return cuts
-
-
-def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    p, spread = right / asked, z * z / asked
-    middle, half = p + spread / 2, z * math.sqrt(p * (1 - p) / asked + spread / asked / 4)
-    low, high = (middle - half) / (1 + spread), (middle + half) / (1 + spread)
-    return (low if right else 0.0), (high if right < asked else 1.0)
 
 
 def one_line(found: dict[str, Counts]) -> str:
