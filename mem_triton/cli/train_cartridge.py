@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from mem_triton.cli import output
-from mem_triton.cli.stopping import Stop
-from mem_triton.cli.training_lines import TrainingLines
+from mem_triton.cli import output, training
 
 Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
 Int = Optional[int]  # noqa: UP045
@@ -69,34 +64,21 @@ def cartridge(
     )
     check_encoding(recipe.dtype, device)
     folder, text = folder_of(model), next(read_documents(document, format="text"))
-    try:  # by name: the engine-neutral package does not depend on the integrations
-        training = importlib.import_module("mem_triton_transformers.cartridge_training.run")
-    except ImportError as error:
-        raise ImportError(
-            f'training needs transformers and a peft that has cartridges ({error}): pip install "mem-triton[train]"'
-        ) from None
-    importlib.import_module("transformers.utils.logging").disable_progress_bar()
-    progress = TrainingLines(quiet or json, _evaluation, _step)
-    with Stop() as stopping:
-        report = training.train(
-            folder,
-            text,
-            out,
-            recipe,
-            questions=questions,
-            held_out=held_out,
-            name=model,
-            device=device,
-            save_every=save_every,
-            evaluate_every=evaluate_every,
-            command=shlex.join(["mem-triton", *sys.argv[1:]]),
-            stop=stopping,
-            tell=progress,
-            say=progress.say,
-        )
-    if report is None:
-        print(f"mem-triton: stopped; {out} holds a checkpoint, the same command goes on from there", file=sys.stderr)
-        raise typer.Exit(130)
+    module = training.integration("cartridge_training.run", "transformers and a peft that has cartridges", "train")
+    report = training.run(
+        module.train,
+        out,
+        training.TrainingLines(quiet or json, _evaluation, _step),
+        folder=folder,
+        document=text,
+        recipe=recipe,
+        questions=questions,
+        held_out=held_out,
+        name=model,
+        device=device,
+        save_every=save_every,
+        evaluate_every=evaluate_every,
+    )
     if json:
         return output.print_json(report)
     print(output.plain(f"{out}: {report['rows']} rows for {report['document_tokens']} tokens, {report['steps']} steps"))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import shlex
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -12,9 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from mem_triton.cli import output
-from mem_triton.cli.stopping import Stop
-from mem_triton.cli.training_lines import TrainingLines
+from mem_triton.cli import output, training
 
 Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
 Int = Optional[int]  # noqa: UP045
@@ -95,34 +90,21 @@ def delta(
     )
     check_encoding(recipe.dtype, device)
     folder = folder_of(model)
-    try:  # by name: the engine-neutral package does not depend on the integrations
-        training = importlib.import_module("mem_triton_transformers.delta_training.run")
-        shown = importlib.import_module("mem_triton_transformers.delta_training.evaluate").one_line
-    except ModuleNotFoundError as error:
-        raise ImportError(f'training needs transformers ({error}): pip install "mem-triton[hf]"') from None
-    importlib.import_module("transformers.utils.logging").disable_progress_bar()
-    stopping = Stop()
-    progress = TrainingLines(quiet or json, partial(_evaluation, shown), _step)
-    command = shlex.join(["mem-triton", *sys.argv[1:]])
-    with stopping:
-        report = training.train(
-            folder,
-            data,
-            out,
-            recipe,
-            held_out=held_out,
-            name=model,
-            device=device,
-            save_every=save_every,
-            evaluate_every=evaluate_every,
-            command=command,
-            stop=stopping,
-            tell=progress,
-            say=progress.say,
-        )
-    if report is None:
-        print(f"mem-triton: stopped; {out} holds a checkpoint, the same command goes on from there", file=sys.stderr)
-        raise typer.Exit(130)
+    module = training.integration("delta_training.run", "transformers", "hf")
+    shown = training.integration("delta_training.evaluate", "transformers", "hf").one_line
+    report = training.run(
+        module.train,
+        out,
+        training.TrainingLines(quiet or json, partial(_evaluation, shown), _step),
+        folder=folder,
+        data=data,
+        recipe=recipe,
+        held_out=held_out,
+        name=model,
+        device=device,
+        save_every=save_every,
+        evaluate_every=evaluate_every,
+    )
     if json:
         return output.print_json(report)
     print(output.plain(f"{out}: adapter {report['fingerprint'][:16]}, {report['steps']} steps"))

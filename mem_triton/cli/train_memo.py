@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from mem_triton.cli import output
-from mem_triton.cli.stopping import Stop
-from mem_triton.cli.training_lines import TrainingLines
+from mem_triton.cli import output, training
 
 Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
 Int = Optional[int]  # noqa: UP045
@@ -80,33 +75,21 @@ def memo(
     recipe = recipe_of(preset, **given)
     check_encoding(recipe.dtype, device)
     folder = folder_of(model)
-    try:  # by name: the engine-neutral package does not depend on the integrations
-        training = importlib.import_module("mem_triton_transformers.memo_training.run")
-    except ModuleNotFoundError as error:
-        raise ImportError(f'training needs trl and peft ({error}): pip install "mem-triton[train]"') from None
-    importlib.import_module("transformers.utils.logging").disable_progress_bar()
-    stopping = Stop()
-    progress = TrainingLines(quiet or json, _evaluation, _step)
-    with stopping:
-        report = training.train(
-            folder,
-            data,
-            out,
-            preset,
-            held_out=held_out,
-            mix=mix or (),
-            name=model,
-            device=device,
-            save_every=save_every,
-            command=shlex.join(["mem-triton", *sys.argv[1:]]),
-            stop=stopping,
-            tell=progress,
-            say=progress.say,
-            **given,
-        )
-    if report is None:
-        print(f"mem-triton: stopped; {out} holds a checkpoint, the same command goes on from there", file=sys.stderr)
-        raise typer.Exit(130)
+    module = training.integration("memo_training.run", "trl and peft", "train")
+    report = training.run(
+        module.train,
+        out,
+        training.TrainingLines(quiet or json, _evaluation, _step),
+        folder=folder,
+        data=data,
+        preset=preset,
+        held_out=held_out,
+        mix=mix or (),
+        name=model,
+        device=device,
+        save_every=save_every,
+        **given,
+    )
     if json:
         return output.print_json(report)
     print(output.plain(f"{out}: {report['steps']} steps, {report['epochs']} epochs, {report['cpu_seconds']:.0f} CPU s"))
