@@ -14,7 +14,6 @@ from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import set_seed
-from trl import SFTConfig
 
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.store.files import read_object, write_durably
@@ -22,6 +21,7 @@ from mem_triton.systems.memo.training.recipe import MemoRecipe, recipe_of
 from mem_triton.systems.memo.training.rows import digest, read_data
 from mem_triton_transformers.memo_training.card import write_card
 from mem_triton_transformers.memo_training.packing import packs, tokens_of
+from mem_triton_transformers.memo_training.sft import SFTConfig
 from mem_triton_transformers.memo_training.trainer import COLUMNS, WHOLE, MemoTrainer, Plan, Watcher
 from mem_triton_transformers.runs.folders import TrainingError, differences, identity_of, load, prepare
 from mem_triton_transformers.runs.journal import CURVE, LOG, Journal

@@ -18,11 +18,11 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from trl import SFTTrainer
 
 from mem_triton.systems.memo.training.recipe import MemoRecipe
 from mem_triton.systems.memo.training.rows import Row, of_epoch
 from mem_triton_transformers.memo_training.packing import IGNORED, Tokens, packed, padded
+from mem_triton_transformers.memo_training.sft import SFTTrainer
 from mem_triton_transformers.runs.journal import Journal
 
 COLUMNS = ("step", "epoch", "loss", "rate", "norm", "tokens", "seconds", "cpu_seconds")
