@@ -41,7 +41,8 @@ def test_the_option_or_vllms_own_mode_turns_it_on(configured, variable, monkeypa
     monkeypatch.setattr(worker, "attach", lambda *args, batch_invariant: batch_invariant)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", variable)
     section = {"delta": {"adapter": "a"}, "memory": {"bank": "b"}, "deterministic": configured}
-    worker.attach_memory(None, torch.nn.Linear(1, 1), parse_config(section), None)
+    engine = SimpleNamespace(compilation_config=SimpleNamespace(mode=None))
+    worker.attach_memory(engine, torch.nn.Linear(1, 1), parse_config(section), None)
     on = configured or variable == "1"
     (host,) = hosts
     assert host.attach_states() == on == host.deterministic
