@@ -25,6 +25,7 @@ from benchmarks.common.server import MemoryFlags, Server, choose_ports, has_gpu,
 from benchmarks.memo import corpora
 from benchmarks.memo.rows import KINDS, Question, Way, chosen, ways
 from mem_triton.cli.model import ModelError, make
+from mem_triton.runtime.serving import Serving
 
 CACHE = Path(".cache")
 SHIPPED = Path(__file__).parent / "adapters"
@@ -101,13 +102,11 @@ def trained(model: Path, dtype: str) -> Path:
 
 def make_server(model: Path, dtype: str, adapters: Path, logs: Path) -> Server:
     """vLLM with the base as M, both adapters, and both together as M+memo."""
-    engine = ENGINES["vllm"]
-    flags = engine.memory({"memo": SECTION}, logs / "memo.yaml")
-    loras = ["--enable-lora", "--max-lora-rank", "16", "--max-loras", "2", "--lora-modules"]
-    loras += [f"memo={adapters / 'memory'}", f"executive={adapters / 'executive'}"]
-    memory = MemoryFlags([*flags.options, *loras], {"VLLM_PLUGINS": "mem_triton"})
+    folders = {"memo": adapters / "memory", "executive": adapters / "executive"}
+    serving = Serving("vllm", str(model), {"memo": SECTION}, folders)
+    memory = MemoryFlags(serving.options(), serving.environment)
     (port,) = choose_ports(None, 1)
-    return Server("memo", engine.launch(model, "M", dtype, AT_ONCE), memory, port, logs / "memo.log")
+    return Server("memo", ENGINES["vllm"].launch(model, "M", dtype, AT_ONCE), memory, port, logs / "memo.log")
 
 
 async def _course(

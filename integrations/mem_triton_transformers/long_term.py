@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from mem_triton.ops.reposition import RotaryEmbedding, rotate
 from mem_triton.ops.reposition.given import GIVEN
 from mem_triton.store.block import MemoryBlock
-from mem_triton.systems.memoryllm.long_term import LongTerm, gather, pick, scores_of
+from mem_triton.systems.memoryllm.long_term import LongTerm, gather
 from mem_triton.systems.memoryllm.retriever import RowRetriever
 from mem_triton.systems.memoryllm.shape import PoolShape
 from mem_triton_transformers.contexts import cache_argument
@@ -77,11 +77,9 @@ class Choosing:
                 self.reading.add(b, self._segment(b, layer, long, queries))
 
     def _segment(self, b: int, layer: int, long: LongTerm, queries: Tensor) -> MemorySegment:
-        shape, rows = self.shape, long.rows(layer)
-        merged, read = long.count(layer)[0], shape.long_term.read
-        scores = None if merged < read else scores_of(queries, [part.keys for part in rows]).cpu()
-        chosen = self.picks[b, layer] = pick(scores, long.ages_of(layer), merged, read)
-        module, (content,) = self.model.get_decoder().layers[layer], gather(rows, chosen)
+        shape, read = self.shape, self.shape.long_term.read
+        chosen = self.picks[b, layer] = long.chosen(layer, queries, read)
+        module, (content,) = self.model.get_decoder().layers[layer], gather(long.rows(layer), chosen)
         keys, values = project(module, content.to(queries))
         where = torch.arange(-(shape.rows + read), -shape.rows, device=keys.device)
         keys = rotate(keys, where, self._ropes[layer])

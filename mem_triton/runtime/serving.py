@@ -8,12 +8,13 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mem_triton.config import ConfigError, parse_config
-from mem_triton.systems.lora_files import check_base, read_adapter_files
+from mem_triton.systems.lora_files import AdapterFiles, check_base, read_adapter_files
 
 ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -55,8 +56,8 @@ class Serving:
         limit = option_of(self.more, "--max-lora-rank")
         if limit is not None and not limit.isdecimal():
             raise ConfigError(f"--max-lora-rank {limit}: must be a whole number")
-        for folder in self.adapters.values():
-            adapter = read_adapter_files(folder)
+        for adapter in self.files:
+            folder = adapter.folder
             check_base(adapter, self.model)
             if limit is not None and adapter.rank > int(limit):
                 raise ConfigError(
@@ -64,6 +65,11 @@ class Serving:
                 )
             if self.engine == "vllm" and adapter.rank > RANKS[-1]:
                 raise ConfigError(f"{folder}: has rank {adapter.rank}, and vLLM serves at most {RANKS[-1]}")
+
+    @cached_property
+    def files(self) -> list[AdapterFiles]:
+        """What the adapters' files say. Raises ConfigError."""
+        return [read_adapter_files(folder) for folder in self.adapters.values()]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -75,21 +81,29 @@ class Serving:
 
     def arguments(self) -> list[str]:
         """The engine's command, without its configuration file's variable."""
+        start = (
+            ["vllm", "serve"]
+            if self.engine == "vllm"
+            else [sys.executable, "-m", "sglang.launch_server", "--model-path"]
+        )
+        return [*start, self.model, *self.options()]
+
+    def options(self) -> list[str]:
+        """The command's options behind the model."""
         lora = [f"{name}={folder}" for name, folder in self.adapters.items()]
         options = ["--enable-lora"] if lora and "--enable-lora" not in self.more else []
         if lora and option_of(self.more, "--max-lora-rank") is None:
-            rank = max(read_adapter_files(folder).rank for folder in self.adapters.values())
+            rank = max(adapter.rank for adapter in self.files)
             served = next((r for r in RANKS if r >= rank), rank) if self.engine == "vllm" else rank
             options += ["--max-lora-rank", str(served)]
         if len(lora) > 1 and self.engine == "vllm" and option_of(self.more, "--max-loras") is None:
             options += ["--max-loras", str(len(lora))]  # one step's requests may use all of them
         if self.engine == "vllm":
             said = json.dumps({"mem_triton": self.section}, ensure_ascii=False)
-            start = ["vllm", "serve", self.model, "--load-format", "mem_triton", "--additional-config", said]
+            start = ["--load-format", "mem_triton", "--additional-config", said]
             options += ["--lora-modules", *lora] if lora else []
         else:
-            start = [sys.executable, "-m", "sglang.launch_server", "--model-path", self.model]
-            start += ["--attention-backend", "mem_triton"]
+            start = ["--attention-backend", "mem_triton"]
             options += ["--lora-paths", *lora] if lora else []
         return [*start, *options, *self.more]
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mem_triton.systems.memoryllm import long_term as memoryllm_long_term
 from mem_triton.systems.memoryllm.pools import Pools
 from mem_triton_transformers import apply_mem_triton, inject, long_term, pools, read_pool, remove_mem_triton
 from tests.cli.test_cli import run
@@ -122,7 +123,7 @@ def test_controls_of_reading(written, monkeypatch):
     """What is easily got wrong differs from the authors' logits by far more than the budget."""
     wanted = expected("grown")
     model = served(written["grown-bf16"])
-    stock = long_term.pick
+    stock = memoryllm_long_term.pick
 
     def unordered(*arguments: Any) -> torch.Tensor:
         return stock(*arguments).sort()[0]
@@ -132,7 +133,7 @@ def test_controls_of_reading(written, monkeypatch):
 
     for fault in (unordered, worst):
         with monkeypatch.context() as patch:
-            patch.setattr(long_term, "pick", fault)
+            patch.setattr(memoryllm_long_term, "pick", fault)
             assert off(logits(model, wanted["prompt"], "main"), wanted["70.logits"]) > 100 * BUDGET, fault.__name__
     with monkeypatch.context() as patch:  # padding among the tokens that ask
         patch.setattr(long_term.Choosing, "choose", lambda *_, **__: None)

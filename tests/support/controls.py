@@ -49,10 +49,10 @@ def pools_read_with_the_writing_adapter() -> None:
 
 def rows_stand_unordered() -> None:
     """Long-term rows stand before the pool as they lie, and not by their age."""
-    from mem_triton.systems.memoryllm import choosing
+    from mem_triton.systems.memoryllm import long_term
 
-    stock = choosing.pick
-    choosing.pick = lambda *arguments: stock(*arguments).sort()[0]
+    stock = long_term.pick
+    long_term.pick = lambda *arguments: stock(*arguments).sort()[0]
 
 
 def prompts_choose_by_their_first_token() -> None:

@@ -39,7 +39,7 @@ def start(lora_bench, memory: dict, log: str) -> Server:
     return Server(
         str(lora_bench.model),
         log,
-        serving.arguments()[3:],
+        serving.options(),
         **{**serving.environment, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mem_triton.ops.reposition import RotaryEmbedding, rotate
 from mem_triton.store.pool.pool import PagePool
 from mem_triton.systems.base import LayerIO, StepBatch
-from mem_triton.systems.memoryllm.long_term import LongTerm, LongTermRows, gather, pick, scores_of
+from mem_triton.systems.memoryllm.long_term import LongTerm, LongTermRows, gather
 from mem_triton.systems.memoryllm.projections import Projected, Projections
 from mem_triton.systems.memoryllm.retriever import RowRetriever
 from mem_triton.systems.memoryllm.section import LongTermSection
@@ -178,12 +178,8 @@ class RowChooser:
     @torch.inference_mode()
     def _choose(self, layer: int, reader: LongTermReader, normed: Tensor) -> None:
         long, read = reader.long, self._shape.long_term.read
-        rows, merged = long.rows(layer), long.count(layer)[0]
-        queries, scores = self._retriever.queries(layer, normed), None
-        if merged >= read:
-            scores = scores_of(queries, [part.keys for part in rows]).cpu()
-        chosen = pick(scores, long.ages_of(layer), merged, read)
-        keys, values = (part.to(self._device).transpose(0, 1) for part in gather(rows, chosen))
+        chosen = long.chosen(layer, self._retriever.queries(layer, normed), read)
+        keys, values = (part.to(self._device).transpose(0, 1) for part in gather(long.rows(layer), chosen))
         where = torch.arange(-(self._shape.rows + read), -self._shape.rows, device=self._device)
         placed = rotate(keys, where, self._ropes[layer])
         self._pool.write_layer(self._layers.index(layer), reader.pages, placed, values)

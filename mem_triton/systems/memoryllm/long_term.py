@@ -59,8 +59,7 @@ class LongTerm:
     Example::
 
         after = long.dropping(step.dropped, contents, step.keys, shape)
-        rows = after.merged[layer] + after.fresh[layer]
-        picks = pick(scores, after.ages_of(layer), len_of_merged, shape.read)
+        keys, values = gather(after.rows(layer), after.chosen(layer, queries, shape.read))
     """
 
     clock: int
@@ -80,6 +79,12 @@ class LongTerm:
     def ages_of(self, layer: int) -> Tensor:
         """int64: of ``rows``."""
         return _joined([part.stamps for part in self.rows(layer)]) + self.clock
+
+    def chosen(self, layer: int, queries: Tensor, read: int) -> Tensor:
+        """The rows of a layer that a prompt reads, as ``pick`` gives them. queries: [T, K] of all its tokens."""
+        merged = self.count(layer)[0]
+        scores = None if merged < read else scores_of(queries, [part.keys for part in self.rows(layer)]).cpu()
+        return pick(scores, self.ages_of(layer), merged, read)
 
     def dropping(
         self, dropped: Tensor, contents: Sequence[tuple[Tensor, ...]], keys: Tensor, shape: LongTermShape
