@@ -43,7 +43,7 @@ class Vllm:
     def launch(self, model: Path, name: str, dtype: str, at_once: int) -> Launch:
         command = [_beside_python("vllm"), "serve", str(model), "--served-model-name", name, "--host", "127.0.0.1"]
         command += ["--max-model-len", "2048", "--max-num-seqs", str(at_once), "--dtype", dtype]
-        # On a CPU a block has 128 tokens unless it is told: no prompt of these demos would be found in the prefix cache.
+        # On a CPU a block has 128 tokens unless it is told, and prompts as short as these would never be found again.
         command += ["--gpu-memory-utilization", "0.25"] if has_gpu() else ["--enforce-eager", "--block-size", "32"]
         environment = {
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; the default takes a large part of the machine

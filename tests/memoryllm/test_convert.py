@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mem_triton.systems.memoryllm.checkpoint import Checkpoint
 from mem_triton.systems.memoryllm.pools import Pools
+from mem_triton.systems.memoryllm.shape import LongTermShape, PoolShape
 from mem_triton_transformers import apply_mem_triton, inject
 from tests.cli.test_cli import refused, run
 from tests.memoryllm.test_pools import GOLDEN
@@ -203,11 +205,13 @@ def test_tied_embeddings_and_the_7b_branchs_configuration(tmp_path):
 
 def test_the_doctor_tells_what_a_version_takes(tmp_path):
     """The sizes of the published 8B: 12,801 rows of 32 layers, 8 KV heads of 128 channels, in bf16."""
-    from mem_triton.systems.memoryllm.shape import PoolShape
-
     shape = PoolShape(layers=32, rows=12800, hidden=4096, tokens=256, dtype="bfloat16")
     Pools.create(tmp_path / "memory", shape, {"model": {"kv_heads": 8, "head_dim": 128}}).close()
     report = json.loads(run("doctor", "--json", "--pools", tmp_path / "memory"))
     assert report["pools"]["keys_and_values_bytes"] == 2 * 32 * 12801 * 8 * 128 * 2
-    assert report["pools"]["hidden_bytes"] == 32 * 12800 * 4096 * 2
+    assert report["pools"]["hidden_bytes"] == 32 * 12800 * 4096 * 2 and "chosen_bytes" not in report["pools"]
+    mplus = replace(shape, rows=10240, long_term=LongTermShape(2560, 60 * 256, 1.0, 1e-3, 1024))
+    Pools.create(tmp_path / "mplus", mplus, {"model": {"kv_heads": 8, "head_dim": 128}}).close()
+    report = json.loads(run("doctor", "--json", "--pools", tmp_path / "mplus"))
+    assert report["pools"]["chosen_bytes"] == 2 * 32 * 2560 * 8 * 128 * 2, "of each request that reads"
     assert "is no store of pools" in run("doctor", "--pools", tmp_path, code=1)

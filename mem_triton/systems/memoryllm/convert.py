@@ -231,13 +231,14 @@ def _add_adapters(tensors: dict[str, Tensor], extra: Mapping[str, Tensor], confi
 
 
 def describe(pools: Pools) -> dict[str, Any]:
-    """What a store holds, and how much room a version takes on a device."""
+    """What a store holds, and how much room a version takes on a device; of M+ also the rows that a request chooses."""
     shape, model = pools.shape, pools.about.get("model") or {}
-    width = 2 * shape.layers * (shape.rows + shape.bos) * model.get("kv_heads", 0) * model.get("head_dim", 0)
     size = shape.torch_dtype.itemsize
-    return {
+    row = 2 * shape.layers * model.get("kv_heads", 0) * model.get("head_dim", 0) * size
+    told = {
         **asdict(shape),
         "hidden_bytes": shape.layers * shape.rows * shape.hidden * size,
-        "keys_and_values_bytes": width * size,
+        "keys_and_values_bytes": (shape.rows + shape.bos) * row,
         "model": model.get("weights"),
     }
+    return told if shape.long_term is None else told | {"chosen_bytes": shape.long_term.read * row}
