@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
+import pytest
 from safetensors.torch import load_file, save_file
+
+from mem_triton.cli import main
 
 WORDS = [
     "",
@@ -203,3 +210,28 @@ def copied(source: Path, target: Path) -> Path:
     """A fresh copy of a folder."""
     shutil.rmtree(target, ignore_errors=True)
     return Path(shutil.copytree(source, target))
+
+
+def outcome(arguments: list[str]) -> tuple[int, str, str]:
+    """Run a command; its exit code, and what it printed to stdout and stderr."""
+    streams = io.StringIO(), io.StringIO()
+    with (
+        patch.object(sys, "argv", ["mem-triton", *arguments]),
+        contextlib.redirect_stdout(streams[0]),
+        contextlib.redirect_stderr(streams[1]),
+        pytest.raises(SystemExit) as end,
+    ):
+        main()
+    return end.value.code, *(stream.getvalue() for stream in streams)
+
+
+def check(arguments: list[str]) -> int:
+    """Run a command; its exit code, which is 0, 1 or 2, and 2 with one line."""
+    code, out, err = outcome(arguments)
+    assert code in (0, 1, 2) and "Traceback" not in out + err, (arguments, code, err)
+    assert "mem-triton: unexpected" not in err, (arguments, err)
+    if code == 2 and "Usage:" not in out + err:  # a command without arguments tells how it is used
+        lines = err.splitlines()
+        assert len([line for line in lines if line.startswith("mem-triton: ")]) == 1, (arguments, err)
+        assert lines[-1].startswith("mem-triton: ") and len(lines[-1]) > 20, (arguments, err)
+    return code

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import json
 import random
-import sys
 import time
 from collections import Counter
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mem_triton.cli import main
 from mem_triton.config import ConfigError, load_config
 from mem_triton.store.bank import Bank, NewEntry
 from mem_triton.store.bank.fingerprint import FingerprintError, model_fingerprint
 from mem_triton.systems.delta_mem import AdapterError, load_adapter
 from tests.cli.fuzz_case import (
     WORDS,
+    check,
     commands,
     copied,
+    outcome,
     spoil,
     spoil_arguments,
     spoil_json,
@@ -36,30 +33,6 @@ from tests.support.soak import SECONDS, SEED
 
 ADAPTER = RECALL.parent / "adapter"
 SOON = 40
-
-
-def outcome(arguments: list[str]) -> tuple[int, str, str]:
-    streams = io.StringIO(), io.StringIO()
-    with (
-        patch.object(sys, "argv", ["mem-triton", *arguments]),
-        contextlib.redirect_stdout(streams[0]),
-        contextlib.redirect_stderr(streams[1]),
-        pytest.raises(SystemExit) as end,
-    ):
-        main()
-    return end.value.code, *(stream.getvalue() for stream in streams)
-
-
-def check(arguments: list[str]) -> int:
-    """Run a command; its exit code, which is 0, 1 or 2, and 2 with one line."""
-    code, out, err = outcome(arguments)
-    assert code in (0, 1, 2) and "Traceback" not in out + err, (arguments, code, err)
-    assert "mem-triton: unexpected" not in err, (arguments, err)
-    if code == 2 and "Usage:" not in out + err:  # a command without arguments tells how it is used
-        lines = err.splitlines()
-        assert len([line for line in lines if line.startswith("mem-triton: ")]) == 1, (arguments, err)
-        assert lines[-1].startswith("mem-triton: ") and len(lines[-1]) > 20, (arguments, err)
-    return code
 
 
 @pytest.fixture(scope="module")
