@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -215,6 +217,35 @@ def test_damage_is_found_before_it_is_used(pools, tmp_path):
         other.write_bytes(swapped.read_bytes())
         with pytest.raises(PoolError, match="does not follow the version before it"):
             Pools.open(tmp_path / "memory").rows("main")
+
+
+def test_fault19_a_changed_byte_is_an_error_or_changes_no_row(pools, tmp_path):
+    """Of numbers, of their names and of what files say beside them: a version of two updates, a snapshot, and more."""
+    with pools.writing("main", 5) as writing:
+        for value in (1, 2):
+            writing.apply(chance(3, 8, 4, seed=value), tokens=20)
+        writing.commit()
+    pools.snapshot("main")
+    write(pools, value=3)
+    good = {reference: pools.rows(reference) for reference in ("main@1", "main@2", "main@3")}
+    pools.close()
+    draw, found = random.Random(0), Counter()
+    for file in sorted((tmp_path / "memory" / "pools" / "main").iterdir()):
+        data = file.read_bytes()
+        header = 8 + int.from_bytes(data[:8], "little") if file.suffix == ".safetensors" else len(data)
+        for at in [draw.randrange(header) for _ in range(150)] + [draw.randrange(len(data)) for _ in range(50)]:
+            file.write_bytes(data[:at] + bytes([data[at] ^ (1 << draw.randrange(8))]) + data[at + 1 :])
+            for reference, rows in good.items():
+                try:
+                    with Pools.open(tmp_path / "memory") as opened:
+                        read = opened.rows(reference)
+                except PoolError:
+                    found["error"] += 1
+                else:
+                    assert torch.equal(read, rows), (file.name, at, reference)
+                    found["equal"] += 1
+        file.write_bytes(data)
+    assert found["error"] and found["equal"], found
 
 
 def test_one_process_writes_and_others_read(pools, tmp_path):

@@ -102,7 +102,7 @@ def write_delta(
         if step.keys is not None:
             tensors[f"{i}.keys"] = step.keys.contiguous()
     link = digest_of(tensors, "delta", version, before, tokens)
-    about = {"digest": link, "link": link, "before": before, "steps": str(len(steps)), "tokens": str(tokens)}
+    about = {"digest": link, "link": link, "before": before, "tokens": str(tokens)}
     _write(folder, version, "delta", tensors, about)
     return link
 
@@ -124,10 +124,11 @@ def read_delta(folder: Path, version: int) -> Delta:
     """What a version changed. Raises PoolError naming the file if it is damaged."""
     tensors, about = _read(folder, version, "delta")
     path = folder / file_name(version, "delta")
-    before, tokens, count = (about.get(name, "") for name in ("before", "tokens", "steps"))
+    before, tokens = (about.get(name, "") for name in ("before", "tokens"))
     if digest_of(tensors, "delta", version, before, tokens) != about.get("link"):
         raise damaged(path, "has changed since it was written")
-    parts = [[tensors.get(f"{i}.{part}") for part in ("delta", "dropped", "keys")] for i in range(int(count))]
+    count = sum(name.endswith(".delta") for name in tensors)  # the digest covers their names
+    parts = [[tensors.get(f"{i}.{part}") for part in ("delta", "dropped", "keys")] for i in range(count)]
     steps = tuple(UpdateStep(*part) for part in parts)
     return Delta(steps, tensors["generator"], about["link"], before, int(tokens))
 
