@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mem_triton.systems.memoryllm.checkpoint import Checkpoint
 from mem_triton.systems.memoryllm.pools import Pools
+from mem_triton.systems.memoryllm.records import PoolError
 from mem_triton.systems.memoryllm.shape import LongTermShape, PoolShape
 from mem_triton_transformers import apply_mem_triton, inject
 from tests.cli.test_cli import refused, run
@@ -201,6 +203,30 @@ def test_tied_embeddings_and_the_7b_branchs_configuration(tmp_path):
     with Pools.open(tmp_path / "dst" / "memory") as pools, Pools.open(tmp_path / "other" / "memory") as zero:
         assert not pools.shape.embedding_first and zero.shape.embedding_first
         assert (pools.rows("main") - zero.rows("main")).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["memory.json", "weights.safetensors"])
+def test_fault19_what_lies_beside_the_pools_has_a_digest(tmp_path, name):
+    """Damage anywhere in it is an error, or changes nothing that is read."""
+    from mem_triton.systems.memoryllm.convert import load_weights
+
+    run("convert", "memoryllm", copied("adapters", tmp_path / "src"), tmp_path / "dst")
+    memory = tmp_path / "dst" / "memory"
+
+    def read() -> tuple[Any, ...]:
+        with Pools.open(memory) as pools:
+            return pools.shape, pools.about, {key: x.tolist() for key, x in load_weights(memory).items()}
+
+    good, file, draw, errors = read(), memory / name, random.Random(0), 0
+    data = file.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little") if name.endswith("safetensors") else len(data)
+    for at in [draw.randrange(header) for _ in range(100)] + [draw.randrange(len(data)) for _ in range(30)]:
+        file.write_bytes(data[:at] + bytes([data[at] ^ (1 << draw.randrange(8))]) + data[at + 1 :])
+        try:
+            assert read() == good, at
+        except PoolError:
+            errors += 1
+    assert errors > 60
 
 
 def test_the_doctor_tells_what_a_version_takes(tmp_path):

@@ -25,7 +25,7 @@ from mem_triton.store.files import INDEX, SINGLE, is_occupied, write_durably
 from mem_triton.systems.memoryllm.checkpoint import MEMORY, OWN_KEYS, Checkpoint
 from mem_triton.systems.memoryllm.mplus import MPLUS_KEYS, MPlusCheckpoint, tensors_back
 from mem_triton.systems.memoryllm.pools import WEIGHTS, Pools
-from mem_triton.systems.memoryllm.records import PoolError
+from mem_triton.systems.memoryllm.records import PoolError, digest_of
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("auto", "float32", "bfloat16")
@@ -68,7 +68,8 @@ def convert(
             extra = {name: checkpoint.tensor(name).float() for name in MEMORY[1:3] if name in checkpoint.names}
             extra |= mplus.retriever() if mplus is not None else {}
             tensors = {name: x.contiguous() for name, x in (extra | writing).items()}
-            write_durably(target / "memory" / WEIGHTS, lambda temporary: save_file(tensors, temporary))
+            header = {"digest": digest_of(tensors, WEIGHTS)}
+            write_durably(target / "memory" / WEIGHTS, lambda temporary: save_file(tensors, temporary, header))
             rows = checkpoint.tensor("memory") if checkpoint.initialized else None
             reference = pools.add(MAIN, rows, long_term=None if mplus is None else mplus.long_term(rows))
     except BaseException as error:
@@ -126,10 +127,16 @@ def convert_back(source: Path, target: Path, pool: str = MAIN) -> None:
 
 def load_weights(store: Path) -> dict[str, Tensor]:
     """What lies beside a store's pools: embeddings, and factors of the adapter that writes. Raises PoolError."""
+    path = store / WEIGHTS
     try:
-        return load_file(store / WEIGHTS)
+        with safe_open(path, framework="pt") as file:
+            digest = (file.metadata() or {}).get("digest")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise PoolError(f"{store / WEIGHTS}: {error}; convert the checkpoint again") from None
+        raise PoolError(f"{path}: {error}; convert the checkpoint again") from None
+    if digest not in (None, digest_of(tensors, WEIGHTS)):
+        raise PoolError(f"{path}: has changed since it was written; convert the checkpoint again")
+    return tensors
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -32,8 +31,7 @@ from mem_triton.systems.memoryllm.shape import PoolInfo, PoolShape, PoolVersion
 from mem_triton.systems.memoryllm.update import UpdateStep, updated
 from mem_triton.systems.memoryllm.writing import PoolWrite
 
-STORE, WEIGHTS = "memory.json", "weights.safetensors"
-FORMAT = "mem_triton.pools.v1"
+WEIGHTS = "weights.safetensors"
 MAX_POOLS = 64
 KEPT = 2
 """Newest versions of so many pools stay in this process."""
@@ -65,10 +63,9 @@ class Pools:
         path = Path(path)
         if is_occupied(path):
             raise PoolError(f"{path} is there already; choose another folder")
-        text = json.dumps({"format": FORMAT, "shape": asdict(shape), "about": dict(about)}, indent=1) + "\n"
         try:
             (path / "pools").mkdir(parents=True)
-            write_durably(path / STORE, lambda temporary: temporary.write_text(text))
+            records.write_store(path, shape, about)
         except OSError as error:
             raise not_written(path, error) from None
         return cls.open(path, writable=True)
@@ -80,17 +77,7 @@ class Pools:
         Raises PoolError for what is no store, BankLockedError naming the process that writes it.
         """
         path = Path(path)
-        try:
-            data = json.loads((path / STORE).read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise PoolError(f"{path / STORE}: format is {data['format']!r}, expected {FORMAT}; upgrade mem_triton")
-            shape, about = PoolShape.of(data["shape"]), dict(data["about"])
-        except PoolError:
-            raise
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise PoolError(
-                f"{path} is no store of pools: {STORE}: {error}; make one with `mem-triton convert memoryllm`"
-            ) from None
+        shape, about = records.read_store(path)
         store = cls(path, shape, about)
         if writable:
             store.start_writing(wait)

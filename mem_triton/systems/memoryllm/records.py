@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ from mem_triton import ids
 from mem_triton.store.errors import BankError, not_written
 from mem_triton.store.files import write_durably
 from mem_triton.systems.memoryllm.long_term import LongTerm, LongTermRows
+from mem_triton.systems.memoryllm.shape import PoolShape
 from mem_triton.systems.memoryllm.update import UpdateStep
 
 NAME = re.compile(r"(\d{10})\.(snapshot|delta)\.safetensors")
 FORMAT = "mem_triton.pool.v1"
-POOL = "pool.json"
-"""A pool's file that says what it is called."""
+STORE, POOL, STORES = "memory.json", "pool.json", "mem_triton.pools.v1"
+"""Files that say what a store holds, and what a pool is called; a store's format."""
 
 
 class PoolError(BankError):
@@ -131,6 +132,36 @@ def read_delta(folder: Path, version: int) -> Delta:
     parts = [[tensors.get(f"{i}.{part}") for part in ("delta", "dropped", "keys")] for i in range(count)]
     steps = tuple(UpdateStep(*part) for part in parts)
     return Delta(steps, tensors["generator"], about["link"], before, int(tokens))
+
+
+def write_store(path: Path, shape: PoolShape, about: Mapping[str, Any]) -> None:
+    """Store what all pools of a store have in common. about: of the model."""
+    said = {"shape": asdict(shape), "about": dict(about)}
+    text = json.dumps({"format": STORES, **said, "digest": _store_digest(said)}, indent=1) + "\n"
+    write_durably(path / STORE, lambda temporary: temporary.write_text(text))
+
+
+def read_store(path: Path) -> tuple[PoolShape, dict[str, Any]]:
+    """What ``write_store`` has stored. Raises PoolError for what is no store, or damaged."""
+    try:
+        data = json.loads((path / STORE).read_text(encoding="utf-8"))
+        if data["format"] != STORES:
+            raise PoolError(f"{path / STORE}: format is {data['format']!r}, expected {STORES}; upgrade mem_triton")
+        shape, about = PoolShape.of(data["shape"]), dict(data["about"])
+        if data.get("digest") not in (None, _store_digest({"shape": data["shape"], "about": data["about"]})):
+            raise ValueError("it has changed since it was written")
+    except PoolError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise PoolError(
+            f"{path} is no store of pools: {STORE}: {error}; make one with `mem-triton convert memoryllm`"
+        ) from None
+    return shape, about
+
+
+def _store_digest(said: Mapping[str, Any]) -> str:
+    """Files of before have none."""
+    return digest_of({}, json.dumps(said, sort_keys=True))
 
 
 def read_about(folder: Path) -> tuple[str, str, str]:
