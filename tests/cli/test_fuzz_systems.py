@@ -113,7 +113,7 @@ def run_one(place: Path, work: Path, seed: int) -> int:
 def work(tmp_path, monkeypatch) -> Path:
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")  # some words are relative paths
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable is read by the first import
     monkeypatch.setattr(Serving, "run", lambda self: None)  # it would take this process' place
     return tmp_path / "work"
 
