@@ -127,6 +127,12 @@ def test_the_tokenizer_puts_no_bos_before_a_text(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "dst" / "model").encode("a") == tokenizer.encode("a")[1:]
 
 
+def spoilt_factor(tensors: dict[str, torch.Tensor]) -> None:
+    name = "model.layers.1.mlp.down_proj.lora_A.decoder_adapter.weight"
+    name = next(n for n in tensors if n.endswith(name))
+    tensors[name] = tensors[name][:3].clone()
+
+
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
@@ -136,11 +142,14 @@ def test_the_tokenizer_puts_no_bos_before_a_text(tmp_path):
         ({"num_blocks": 5, "num_memory_tokens": 40}, None, "memory is [3, 32, 32], config.json says [3, 40, 32]"),
         ({"num_ltm_blocks": 10}, None, "num_ltm_blocks: this is M+; use `mem-triton convert mplus`"),
         ({"lora_config": None}, None, "lora_config is missing"),
-        ({"lora_config": {"r": 4}}, None, "lora_config has no r and lora_alpha"),
+        ({"lora_config": {"r": 4}}, None, "lora_config needs r and lora_alpha, numbers above 0"),
+        ({"lora_config": [0]}, None, "lora_config needs r and lora_alpha, numbers above 0, and is [0]"),
+        ({"lora_config": {"r": 0, "lora_alpha": 8}}, None, "lora_config needs r and lora_alpha, numbers above 0"),
         ({"vocab_size": 97}, None, "model.embed_tokens.weight is [96, 32]"),
         (None, lambda t: t.pop("memory"), "has no tensor memory"),
         (None, lambda t: t.pop("bos_embedding"), "has no tensor bos_embedding"),
         (None, lambda t: t.pop("model.layers.1.mlp.down_proj.lora_B.decoder_adapter.weight"), "down_proj.lora_B.dec"),
+        (None, spoilt_factor, "lora_A.decoder_adapter is [3, "),
         (None, lambda t: t["memory"].__setitem__((0, 0, 0), float("nan")), "memory: holds NaN"),
     ],
 )

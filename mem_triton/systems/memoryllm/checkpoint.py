@@ -57,7 +57,7 @@ class Checkpoint:
         self.config = read_object(folder / "config.json", "give a folder as the authors' code saves it", PoolError)
         self.files = _files(folder)
         self.names = {name.replace(PEFT, "", 1): name for name in self.files}
-        self.lora: Mapping[str, Any] = self.config.get("lora_config") or {}
+        self.lora = self._lora()
         self.shape = self._shape(dtype)
         self._check()
 
@@ -144,14 +144,10 @@ class Checkpoint:
         for name, expected in self._wanted().items():
             if name not in self.names:
                 raise PoolError(f"{self.folder}: has no tensor {name}; {AGAIN}")
-            with safe_open(self.folder / self.files[self.names[name]], framework="pt") as file:
-                found = tuple(file.get_slice(self.names[name]).get_shape())
-            if found != tuple(expected):
+            if (found := self._shape_of(name)) != tuple(expected):
                 raise PoolError(
                     f"{self.folder}: {name} is {list(found)}, config.json says {list(expected)}; fetch both again"
                 )
-        if self.lora and not {"r", "lora_alpha"} <= self.lora.keys():
-            raise PoolError(f"{self.folder}/config.json: lora_config has no r and lora_alpha; fetch it again")
         adapters = ("default", "decoder_adapter") if self.config.get("add_decoder_lora") else ("default",)
         for name in [name for name in self.names if ".lora_A." in name]:
             stem = name.partition(".lora_A.")[0]
@@ -161,6 +157,32 @@ class Checkpoint:
                     raise PoolError(f"{self.folder}: has no tensor {other}; {AGAIN}")
             if not self.lora:
                 raise PoolError(f"{self.folder}/config.json: lora_config is missing, and {name} is there")
+            for adapter in adapters:
+                down, up = (self._shape_of(f"{stem}.lora_{x}.{adapter}.weight") for x in "AB")
+                linear = self._shape_of(f"{stem}.base_layer.weight")
+                if len(down) != 2 or len(up) != 2 or down[0] != up[1] or (up[0], down[1]) != linear:
+                    raise PoolError(
+                        f"{self.folder}: {stem}: lora_A.{adapter} is {list(down)}, lora_B.{adapter} {list(up)}, the "
+                        f"linear {list(linear)}, which does not fit; {AGAIN}"
+                    )
+
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        try:
+            with safe_open(self.folder / self.files[self.names[name]], framework="pt") as file:
+                return tuple(file.get_slice(self.names[name]).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise PoolError(f"{self.folder}: {name}: {error}; {AGAIN}") from None
+
+    def _lora(self) -> Mapping[str, Any]:
+        """What the adapters were made with, empty for none. Raises PoolError."""
+        said = self.config.get("lora_config") or {}
+        numbers = [said.get(key) for key in ("r", "lora_alpha")] if isinstance(said, Mapping) else [None]
+        if said and not all(type(n) in (int, float) and 0 < n < float("inf") for n in numbers):
+            raise PoolError(
+                f"{self.folder}/config.json: lora_config needs r and lora_alpha, numbers above 0, and is "
+                f"{str(said)[:200]}; fetch it again"
+            )
+        return said
 
     def _wanted(self) -> dict[str, tuple[int, ...]]:
         """Shapes of tensors that the configuration says, by name."""
