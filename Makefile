@@ -95,7 +95,7 @@ test-triton:
 	@VENV="$(TRITON_VENV)" TRITON="$(TRITON)" PYTHON="$(PYTHON)" bash scripts/environment_triton.sh
 	OMP_NUM_THREADS=1 $(TRITON_VENV)/bin/python $(PYTEST) tests/ops/test_in_interpreter.py $(wildcard tests/ops/test_*aot*.py) -m "not slow"
 
-# TESTS may name some of them, such as tests/vllm_engine/test_server.py.
+# TESTS may name some of them, such as tests/vllm_engine/test_session_server.py.
 test-vllm: env
 	@VENV="$(VLLM_VENV)" VLLM="$(VLLM)" BASE="$(VENV)" PYTHON="$(PYTHON)" bash scripts/environment_vllm.sh
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python $(PYTEST) $(patsubst tests,tests/vllm_engine,$(TESTS)) -m "$(FAST)"

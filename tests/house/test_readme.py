@@ -51,8 +51,12 @@ def test_make_targets_exist():
 
 @functools.cache
 def names_in(path: Path) -> set[str]:
+    """What a file assigns and defines, and what it imports with a star."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     assigned = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            assigned |= names_in(ROOT / (node.module.replace(".", "/") + ".py"))
     return assigned | {n.name for n in nodes if hasattr(n, "name") and isinstance(n.name, str)}
 
 

@@ -10,11 +10,11 @@ import pytest
 
 from mem_triton.store.pool.plan import Attachment
 from tests.sglang_engine.server import Server
-from tests.support import server_scenarios as scenarios
 from tests.support.memory_bench import SECRET, reference, tokens_of
 from tests.support.memory_scenarios import PROMPTS, three_pages
+from tests.support.memory_server_scenarios import *  # noqa: F403
 from tests.support.models import tiny_tokenizer
-from tests.support.server_scenarios import at_once, ids, until, whole
+from tests.support.server import at_once, bad_fields_are_400, ids, until, whole
 
 pytestmark = pytest.mark.engine
 
@@ -60,7 +60,7 @@ def test_openai_answers_say_what_was_read(server, memory_bench):
     ],
 )
 def test_bad_fields_are_400_that_name_the_id(server, said, message):
-    scenarios.bad_fields_are_400(server, PROMPTS[0], said, message)
+    bad_fields_are_400(server, PROMPTS[0], said, message)
     response = server.generate(PROMPTS[0], fields=said)
     assert response.status_code == 400 and message in response.text
 
@@ -76,14 +76,6 @@ def test_what_explicit_memory_cannot_serve_is_refused(server, memory_bench):
     assert response.status_code == 400 and "set n to 1" in response.text
     response = server.generate(PROMPTS[0], fields={"mem_capture": "tuned"}, lora_path="some-adapter")
     assert response.status_code == 400 and "LoRA" in response.text
-
-
-def test_fault15_memory_beyond_the_context_is_400(server):
-    scenarios.memory_beyond_the_context_is_400(server)
-
-
-def test_many_requests_share_three_pages(server, memory_bench):
-    scenarios.many_requests_share_three_pages(server, memory_bench)
 
 
 def test_a_batch_and_several_answers_read_their_own(server, memory_bench):
@@ -112,20 +104,8 @@ def test_a_batch_and_several_answers_read_their_own(server, memory_bench):
     assert server.http.post("/generate", json=body).status_code == 400
 
 
-def test_a_tenant_reads_its_own(server, memory_bench):
-    scenarios.a_tenant_reads_its_own(server, memory_bench)
-
-
 def pinned(server: Server) -> float:
     return server.metric("mem_triton:pool_pinned_pages")
-
-
-def test_a_request_that_waits_for_pages_delays_nobody_and_a_client_that_leaves_frees_them(server, memory_bench):
-    scenarios.a_request_that_waits_for_pages_delays_nobody_and_a_client_that_leaves_frees_them(server, memory_bench)
-
-
-def test_a_waiting_client_that_leaves_is_forgotten(server, memory_bench):
-    scenarios.a_waiting_client_that_leaves_is_forgotten(server, memory_bench)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -196,14 +176,6 @@ def test_an_entry_that_cannot_be_read_fails_its_request_alone(server, memory_ben
         "the next one tries again"
     )
     assert pinned(server) == 0
-
-
-def test_capture_over_http(server, memory_bench):
-    scenarios.a_prompt_is_captured(server, memory_bench)
-
-
-def test_captures_that_end_together_are_all_kept(server, memory_bench):
-    scenarios.captures_that_end_together_are_all_kept(server, memory_bench)
 
 
 @pytest.mark.parametrize(

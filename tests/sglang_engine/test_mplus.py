@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 
 from tests.sglang_engine.engine import run_engine
-from tests.sglang_engine.server import Server
 from tests.support import pool_scenarios as scenarios
 from tests.support import pool_server_scenarios as server_scenarios
 from tests.support.pool_bench import PoolBench, make_pool_bench
@@ -32,14 +31,10 @@ def test_c3_c11_long_term_rows_are_written(bench, tmp_path):
 
 
 @pytest.mark.slow
-def test_c9_over_http(bench, tmp_path):
+def test_c9_over_http(bench, tmp_path, start_server):
     store = bench.store(tmp_path)
-    section = bench.section(store, chunk=32)
-    server = Server(bench.model, tmp_path / "server.log", section, **WHOLE)
-    try:
-        server_scenarios.a_text_is_written_and_read(server.wait(), bench, store, tmp_path)
-    finally:
-        server.stop()
+    server = start_server(bench.model, bench.section(store, chunk=32), **WHOLE)
+    server_scenarios.test_c3_c8_a_text_is_written_and_read(server, bench, store, tmp_path)
 
 
 def test_a_server_that_splits_prompts_is_refused_at_start(bench, tmp_path):

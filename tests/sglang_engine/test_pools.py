@@ -6,31 +6,14 @@ import pytest
 
 from tests.sglang_engine.engine import run_engine
 from tests.support import pool_scenarios as scenarios
-from tests.support.pool_bench import PoolBench, make_pool_bench
+from tests.support.pool_engine_scenarios import *  # noqa: F403
 
 pytestmark = pytest.mark.engine
 PAGE = 16
 
 
-@pytest.fixture(scope="module")
-def pool_bench(tmp_path_factory) -> PoolBench:
-    return make_pool_bench(tmp_path_factory.mktemp("pools"))
-
-
 def test_c1_c6_c7_c10_every_row_reads_its_own_version(pool_bench, tmp_path):
     scenarios.every_row_reads_its_own_version(pool_bench, tmp_path, run_engine, PAGE)
-
-
-def test_c3_c4_c5_c8_texts_are_written_and_read(pool_bench, tmp_path):
-    scenarios.texts_are_written_and_read(pool_bench, tmp_path, run_engine)
-
-
-def test_c3_a_first_write_into_a_pool_without_rows(tmp_path):
-    scenarios.texts_are_written_and_read(make_pool_bench(tmp_path / "bench", initialized=False), tmp_path, run_engine)
-
-
-def test_c2_versions_are_read_in_turn(pool_bench, tmp_path):
-    scenarios.versions_are_read_in_turn(pool_bench, tmp_path, run_engine)
 
 
 def test_control_without_pools_in_the_radix_keys(pool_bench, tmp_path):

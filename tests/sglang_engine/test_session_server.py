@@ -5,28 +5,16 @@ from __future__ import annotations
 import pytest
 
 from tests.sglang_engine.server import Server
-from tests.support import server_scenarios as scenarios
-from tests.support.server_scenarios import session
+from tests.support import session_server_scenarios as scenarios
+from tests.support.server import bad_fields_are_400, session
+from tests.support.session_server_scenarios import *  # noqa: F403
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("sessions")
-
-
-@pytest.fixture(scope="module")
 def server(bench, folder, start_server) -> Server:
     return start_server(bench.model, {**bench.memory, "session_dir": str(folder)}, fresh=True)
-
-
-def test_sessions_over_http(server, bench, prompts):
-    scenarios.sessions_carry_over(server, bench, prompts)
-
-
-def test_many_sessions_at_once(server, bench, prompts):
-    scenarios.many_sessions_at_once(server, bench, prompts)
 
 
 def test_a_batch_has_fields_of_its_own_for_each_prompt(server, bench, prompts):
@@ -71,7 +59,7 @@ BAD = [
 
 @pytest.mark.parametrize(("said", "message"), BAD)
 def test_bad_fields_are_400_before_anything_runs(server, prompts, said, message):
-    scenarios.bad_fields_are_400(server, prompts[0], said, message)
+    bad_fields_are_400(server, prompts[0], said, message)
     response = server.generate(prompts[0], fields=said)
     assert response.status_code == 400 and message in response.text
     (error,) = server.stream(prompts[0], 12, said)  # SGLang's own streams have begun when they fail
@@ -92,10 +80,6 @@ def test_what_cannot_have_a_session_is_refused(server, prompts):
     assert response.status_code == 400 and "session_params" in response.text
 
 
-def test_a_busy_session_is_400_and_an_aborted_one_commits_nothing(server, bench, prompts):
-    scenarios.a_busy_session_is_refused_and_an_aborted_one_commits_nothing(server, bench, prompts)
-
-
 def test_an_abort_by_id_frees_the_session_and_commits_nothing(server, bench, prompts):
     bench.forget()
     assert server.tokens(prompts[0], fields=session("stopped")) == bench.generate(prompts[0])
@@ -105,10 +89,6 @@ def test_an_abort_by_id_frees_the_session_and_commits_nothing(server, bench, pro
     *_, last = running
     assert last["meta_info"]["finish_reason"]["type"] == "abort"
     assert server.tokens(prompts[1], fields=session("stopped")) == bench.generate(prompts[1]), "free at once, unchanged"
-
-
-def test_stop_strings_end_normally(server, bench, prompts):
-    scenarios.stop_strings_end_normally(server, bench, prompts)
 
 
 def test_chat_and_a_client_key(server):
@@ -132,10 +112,6 @@ def test_a_client_key_cannot_pass_for_a_memory(server, bench, prompts):
     assert response["meta_info"]["cached_tokens"] == 0
     honest = server.generate(prompts[2], fields=session("forged", mem_write=0)).json()
     assert honest["meta_info"]["cached_tokens"] == 0, "another version, whose key the first one was"
-
-
-def test_a_session_file_of_another_adapter_is_400(server, folder, prompts):
-    scenarios.a_session_file_of_another_adapter_is_400(server, folder, prompts)
 
 
 @pytest.mark.slow  # a second server, and vLLM's tests have it each time

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.memory_scenarios import PROMPTS
-from tests.support.server_scenarios import ids
+from tests.support.server import ids
 
 LOOKS = {
     "check_weights",

@@ -1,7 +1,7 @@
-"""What every engine's HTTP server must do with a chat model of MeMo, written once.
+"""What every engine's HTTP server must do with a chat model of MeMo: tests that each engine's file imports.
 
-server: an engine's ``Server`` with δ-mem, the LoRA "memo" as the memory model and an executive elsewhere; stock: that
-without MeMo. executive: the scripted server.
+The engine's file has the fixture ``start``, a function of a configuration and a log: it starts a server with the
+adapter "memo".
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,50 @@ from benchmarks.memo.world import World
 from mem_triton.systems.memo.trace import read
 from tests.support.bench import Bench
 from tests.support.memo import ScriptedServer
-from tests.support.server import ServerProcess
-from tests.support.server_scenarios import until
+from tests.support.server import ServerProcess, until
 
 CHAT = "/v1/chat/completions"
 QUESTION = "Who owns the red kite?"
 TOKENS = 16
 """Tokens of a reply of the memory model."""
+
+Start = Callable[[dict[str, Any], str], ServerProcess]
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedServer]:
+    server = ScriptedServer(tmp_path_factory.mktemp("scripted"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def executive(scripted: ScriptedServer) -> ScriptedServer:
+    scripted.reset()
+    return scripted
+
+
+@pytest.fixture(scope="module")
+def server(
+    lora_bench: Bench, scripted: ScriptedServer, start: Start, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """A model with δ-mem and an adapter; the executive is elsewhere."""
+    memory = {**lora_bench.memory, "memo": section(scripted.spec("executive"))}
+    server = start(memory, str(tmp_path_factory.mktemp("server") / "log"))
+    try:
+        yield ready(server)
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def stock(lora_bench: Bench, start: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """The same without MeMo and without its routes."""
+    server = start(lora_bench.memory, str(tmp_path_factory.mktemp("stock") / "log"))
+    try:
+        yield server.wait()
+    finally:
+        server.stop()
 
 
 def section(executive: str) -> dict[str, Any]:
@@ -76,7 +113,9 @@ def events(response: httpx.Response) -> list[dict]:
     return [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
 
 
-def both_models_are_one_name(server: ServerProcess, executive: ScriptedServer, b: Bench) -> None:
+def test_d1_both_models_are_one_name_and_the_memory_model_is_an_adapter_of_this_server(
+    server: ServerProcess, executive: ScriptedServer, lora_bench: Bench
+) -> None:
     """The memory model is a LoRA of this server; its replies are those of the merged model (D1)."""
     questions = "Who has a kite?", "What is red?"
     asks(executive, *questions)
@@ -92,21 +131,21 @@ def both_models_are_one_name(server: ServerProcess, executive: ScriptedServer, b
     assert "Known: nothing yet" in asked[0][1]["content"] and "Known: nothing yet" not in asked[1][1]["content"]
     assert said["usage"]["total_tokens"] == trace["spent"]["prompt_tokens"] + trace["spent"]["completion_tokens"]
     for question, call in zip(questions, memory, strict=True):
-        assert call["text"] == merged_text(server, b, question)
+        assert call["text"] == merged_text(server, lora_bench, question)
         assert call["text"] != server.chat(question, TOKENS).json()["choices"][0]["message"]["content"]
 
 
-def merged_text(server: ServerProcess, b: Bench, question: str) -> str:
+def merged_text(server: ServerProcess, lora_bench: Bench, question: str) -> str:
     """What the model with the adapter in its weights says, by transformers."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(b.model)
+    tokenizer = AutoTokenizer.from_pretrained(lora_bench.model)
     messages = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    return tokenizer.decode(b.fresh(list(prompt), TOKENS), skip_special_tokens=True)
+    return tokenizer.decode(lora_bench.fresh(list(prompt), TOKENS), skip_special_tokens=True)
 
 
-def it_is_listed(server: ServerProcess, stock: ServerProcess) -> None:
+def test_it_is_listed_and_the_server_s_models_too(server: ServerProcess, stock: ServerProcess) -> None:
     """Behind the server's own models."""
     names_are(server, "m", "memo", "m+memo")
     names_are(stock, "m", "memo")
@@ -117,7 +156,7 @@ def names_are(server: ServerProcess, *names: str) -> None:
     assert [model["id"] for model in server.http.get("/v1/models").json()["data"]] == list(names)
 
 
-def a_stream_gives_progress_then_the_answer(server: ServerProcess, executive: ScriptedServer) -> None:
+def test_a_stream_gives_progress_then_the_answer(server: ServerProcess, executive: ScriptedServer) -> None:
     """As server-sent events."""
     asks(executive, "Who has a kite?")
     answer = chat(server, stream=True, stream_options={"include_usage": True})
@@ -162,7 +201,10 @@ SERVED = ("plain", "stream", "session")
 """Those that both engines answer; vLLM refuses several greedy answers."""
 
 
-def answers_of_other_models_are_as_they_were(server: ServerProcess, stock: ServerProcess, name: str) -> None:
+@pytest.mark.parametrize("name", OTHERS)
+def test_answers_of_the_server_s_own_models_are_as_they_were(
+    server: ServerProcess, stock: ServerProcess, name: str
+) -> None:
     """Streams, too, and what is refused."""
     found = []
     for one in (server, stock):
@@ -186,7 +228,7 @@ REFUSED: dict[str, Any] = {
 }
 
 
-def what_cannot_be_served_is_400_by_name(server: ServerProcess, executive: ScriptedServer) -> None:
+def test_what_cannot_be_served_is_400_by_name(server: ServerProcess, executive: ScriptedServer) -> None:
     """Before anything is asked."""
     for field, value in REFUSED.items():
         answer = chat(server, **{field: value})
@@ -208,7 +250,7 @@ ROUTES: dict[str, dict[str, Any]] = {
 }
 
 
-def other_routes_refuse_the_name(server: ServerProcess) -> None:
+def test_other_routes_refuse_the_name(server: ServerProcess) -> None:
     """Whether the server has them or not; the base model never answers in its place."""
     for path, body in ROUTES.items():
         answer = server.http.post(path, json={"model": "m+memo", **body})
@@ -219,20 +261,23 @@ def other_routes_refuse_the_name(server: ServerProcess) -> None:
     assert (card["id"], card["owned_by"]) == ("m+memo", "mem_triton")
 
 
-def the_trace_s_field_is_for_that_model_alone(server: ServerProcess) -> None:
+def test_the_trace_s_field_is_for_that_model_alone(server: ServerProcess) -> None:
     """HTTP 400 that says so."""
     answer = server.chat("x", fields={"mem_memo_trace": 1})
     assert answer.status_code == 400 and "m+memo" in answer.text
 
 
-def an_executive_that_is_down_is_502(server: ServerProcess, executive: ScriptedServer) -> None:
+def test_an_executive_that_is_down_is_502_with_the_reason(server: ServerProcess, executive: ScriptedServer) -> None:
     """With its reason."""
     executive.fault("executive", "400", times=50)
     answer = chat(server)
     assert answer.status_code == 502 and "HTTP 400" in answer.json()["error"]["message"]
 
 
-def a_client_that_leaves_cancels_the_calls(server: ServerProcess, executive: ScriptedServer, stream: bool) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_cancels_the_calls_and_a_full_queue_is_429(
+    server: ServerProcess, executive: ScriptedServer, stream: bool
+) -> None:
     """Within a second; while it is there a full queue is 429."""
     executive.fault("executive", "hang", times=1)
     with (
@@ -254,14 +299,14 @@ def a_client_that_leaves_cancels_the_calls(server: ServerProcess, executive: Scr
     assert chat(server).status_code == 200
 
 
-def a_world_is_not_made_up(server: ServerProcess) -> None:
+def test_a_world_is_answered_through_the_server(server: ServerProcess) -> None:
     """A two-hop question whose memory model knows nothing, for it is a random one: no answer from thin air."""
     asked = next(iter(World().two_hop()))
     said = chat(server, asked.question, temperature=0).json()
     assert said["choices"][0]["message"]["content"] != asked.value
 
 
-def a_trace_replays(server: ServerProcess, executive: ScriptedServer, tmp_path: Path) -> None:
+def test_d2_a_trace_replays(server: ServerProcess, executive: ScriptedServer, tmp_path: Path) -> None:
     """D2: to the same bytes, and a second run without sampling is the same but for its times."""
     traces = []
     for number in range(2):
@@ -274,7 +319,7 @@ def a_trace_replays(server: ServerProcess, executive: ScriptedServer, tmp_path: 
     assert traces[0] == traces[1]
 
 
-def budgets_hold(server: ServerProcess, executive: ScriptedServer) -> None:
+def test_d3_budgets_hold(server: ServerProcess, executive: ScriptedServer) -> None:
     """D3: an executive that asks on and on has its eight turns, and then has to answer."""
     asks(executive, *(f"Who has kite {number}?" for number in range(8)))
     counted = server.metric("mem_triton:memo_budgets_total")
@@ -285,7 +330,7 @@ def budgets_hold(server: ServerProcess, executive: ScriptedServer) -> None:
     assert server.metric("mem_triton:memo_budgets_total") == counted + 1
 
 
-def malformed_json_ends_no_run(server: ServerProcess, executive: ScriptedServer) -> None:
+def test_d4_malformed_json_ends_no_run(server: ServerProcess, executive: ScriptedServer) -> None:
     """D4: it is asked for again, or costs a turn."""
     for kind in ("broken_json", "refusal", "empty", "garbage"):
         executive.reset()
@@ -307,7 +352,8 @@ def asked(server: ServerProcess, path: str, **body: Any) -> Iterator[None]:
         yield
 
 
-def a_client_that_leaves_frees_the_engine(server: Any, executive: ScriptedServer, stream: bool) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_engine(server: Any, executive: ScriptedServer, stream: bool) -> None:
     """The memory model's request leaves the engine's queue within a second; those of others stay."""
     asks(executive, "Who has a kite?")
     long = {"model": "m", "prompt": "x", "max_tokens": 3000, "ignore_eos": True}
@@ -324,16 +370,19 @@ def a_client_that_leaves_frees_the_engine(server: Any, executive: ScriptedServer
     until(lambda: server.inside() == 0, "the crowd leaves", 60)
 
 
-def an_adapter_is_replaced_while_it_serves(server: Any, executive: ScriptedServer, b: Bench, other: Path) -> None:
-    """What was cached under the old one is not read under the new one. other: an adapter's folder."""
+def test_an_adapter_is_replaced_while_it_serves(
+    server: Any, executive: ScriptedServer, lora_bench: Bench, tmp_path: Path
+) -> None:
+    """What was cached under the old one is not read under the new one."""
+    other = adapter_of_nothing(tmp_path / "other", lora_bench.lora)
     questions = []
-    for adapter in (b.lora, other, b.lora):
+    for adapter in (lora_bench.lora, other, lora_bench.lora):
         server.load_adapter("memo", adapter)
         executive.reset()
         asks(executive, "Who has a kite?")
         calls = trace_of(server, temperature=0)["mem_triton"]["memo"]["calls"]
         questions.append(next(call["text"] for call in calls if call["to"] == "memory"))
-    assert questions[0] == questions[2] == merged_text(server, b, "Who has a kite?") != questions[1]
+    assert questions[0] == questions[2] == merged_text(server, lora_bench, "Who has a kite?") != questions[1]
     plain = server.chat("Who has a kite?", TOKENS).json()["choices"][0]["message"]["content"]
     assert questions[1] == plain  # the other one adds nothing
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 
 from mem_triton.ops.reposition import rope_from_config
@@ -128,3 +129,8 @@ def make_memory_bench(folder: Path, family: str = "qwen3", **size) -> MemoryBenc
         ):
             bank.add([NewEntry(f"ref-{i}", decode(ids), sparsify(text, 8, scale=scale))])
     return bench
+
+
+@pytest.fixture(scope="session")
+def memory_bench(tmp_path_factory: pytest.TempPathFactory) -> MemoryBench:
+    return make_memory_bench(tmp_path_factory.mktemp("memory"))

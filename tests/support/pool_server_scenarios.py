@@ -1,21 +1,39 @@
-"""What every engine's HTTP server must do with MemoryLLM's pools, written once. server: an engine's ``Server``."""
+"""What every engine's HTTP server must do with MemoryLLM's pools: tests that each engine's file imports."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from mem_triton.systems.memoryllm.pools import Pools
 from tests.support.pool_bench import BOS, PROMPTS, TEXTS, PoolBench, off, rows_of, tokens_of
+from tests.support.pool_engine_scenarios import pool_bench as pool_bench
 from tests.support.pool_scenarios import ROWS
-from tests.support.server import ServerProcess
-from tests.support.server_scenarios import at_once, until
+from tests.support.server import ServerProcess, at_once, until
+
+
+@pytest.fixture(scope="module")
+def store(pool_bench: PoolBench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a pool of a tenant's own, which no other finds."""
+    store = pool_bench.store(tmp_path_factory.mktemp("store"))
+    with Pools.open(store, writable=True) as pools:
+        pools.add("hidden", pools.rows("main"), "secret")
+    return store
+
+
+@pytest.fixture(scope="module")
+def server(pool_bench: PoolBench, store: Path, start_server: Callable[..., ServerProcess]) -> ServerProcess:
+    return start_server(pool_bench.model, pool_bench.section(store, chunk=32, versions=2, layers_per_step=1))
 
 
 def tell(server: ServerProcess, text: list[int], pool: str = "main", **fields: Any) -> httpx.Response:
@@ -35,7 +53,9 @@ def streamed(server: Any, prompt: list[int], count: int, fields: dict[str, Any])
     return [token for part in parts for token in part]
 
 
-def a_text_is_written_and_read(server: ServerProcess, b: PoolBench, store: Path, tmp_path: Path) -> None:
+def test_c3_c8_a_text_is_written_and_read(
+    server: ServerProcess, pool_bench: PoolBench, store: Path, tmp_path: Path
+) -> None:
     """Rows on the disk are those of transformers, in chunks, and the answer has no tokens."""
     twin = Path(shutil.copytree(store, tmp_path / "twin"))
     before = newest(store)
@@ -43,23 +63,23 @@ def a_text_is_written_and_read(server: ServerProcess, b: PoolBench, store: Path,
     assert response.status_code == 200, response.text
     answer = response.json()
     assert answer["choices"][0]["text"] == "" and answer["usage"]["completion_tokens"] == 0
-    written = b.write(twin, TEXTS[3], seed=7, chunk=32)
+    written = pool_bench.write(twin, TEXTS[3], seed=7, chunk=32)
     assert server.report(response) == {"pool": {"id": written, "tokens": len(TEXTS[3]), "chunks": 3}}
     assert off(rows_of(store, written), rows_of(twin, written)) < ROWS
-    assert server.tokens(PROMPTS[1]) == b.answer(store, PROMPTS[1], written)
-    assert server.tokens(PROMPTS[1], fields={"mem_pool": before}) == b.answer(store, PROMPTS[1], before)
-    assert server.tokens(PROMPTS[1], fields={"mem_pool": ""}) == b.answer(store, PROMPTS[1], None)
+    assert server.tokens(PROMPTS[1]) == pool_bench.answer(store, PROMPTS[1], written)
+    assert server.tokens(PROMPTS[1], fields={"mem_pool": before}) == pool_bench.answer(store, PROMPTS[1], before)
+    assert server.tokens(PROMPTS[1], fields={"mem_pool": ""}) == pool_bench.answer(store, PROMPTS[1], None)
     assert server.report(server.complete(PROMPTS[1])) == {"pool": {"id": written}}
 
 
-def streams_write(server: Any, store: Path) -> None:
+def test_streams_write(server: Any, store: Path) -> None:
     """A stream ends without a token, when the write is on the disk."""
     before = newest(store)
     assert streamed(server, TEXTS[0], 4, {"mem_inject": "main"}) == []
     assert newest(store) != before
 
 
-def chats_write_and_read(server: ServerProcess) -> None:
+def test_chats_write_and_read(server: ServerProcess) -> None:
     told = server.chat("The key is with Ada.", fields={"mem_inject": "main"}, logprobs=True)
     assert told.json()["choices"][0]["message"]["content"] in ("", None), told.text
     assert server.report(told)["pool"]["tokens"] == told.json()["usage"]["prompt_tokens"]
@@ -92,7 +112,8 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]
 
 
-def bad_fields_are_400(
+@pytest.mark.parametrize(("fields", "others", "message"), BAD)
+def test_bad_fields_are_400(
     server: ServerProcess, store: Path, fields: dict[str, Any], others: dict[str, Any], message: str
 ) -> None:
     before = newest(store)
@@ -101,19 +122,19 @@ def bad_fields_are_400(
     assert newest(store) == before
 
 
-def a_text_that_cannot_be_written_is_400(server: ServerProcess) -> None:
+def test_a_text_that_cannot_be_written_is_400(server: ServerProcess) -> None:
     for text, message in (([BOS, *TEXTS[0]], "begins with BOS (3)"), ([*TEXTS[0], 512], "512")):
         response = tell(server, text)
         assert response.status_code == 400 and message in response.text, response.text
 
 
-def tenants_have_pools_of_their_own(server: ServerProcess, b: PoolBench, store: Path) -> None:
+def test_c6_tenants_have_pools_of_their_own(server: ServerProcess, pool_bench: PoolBench, store: Path) -> None:
     """C6: a fork, a write and a read of one tenant are nothing to another, nor through the prefix cache."""
     mine, other = {"mem_tenant": "acme"}, {"mem_tenant": "other"}
     forked = tell(server, TEXTS[0], "draft", mem_fork="main@1", mem_seed=1, **mine)
     assert server.report(forked)["pool"]["id"] == "draft@2", forked.text
     prompt = PROMPTS[3]
-    right = [b.answer(store, prompt, "main@1")]
+    right = [pool_bench.answer(store, prompt, "main@1")]
     with Pools.open(store) as pools:
         rows = pools.rows("draft@2", "acme")
     assert off(rows, rows_of(store, "main@1")) > 1000 * ROWS
@@ -125,7 +146,7 @@ def tenants_have_pools_of_their_own(server: ServerProcess, b: PoolBench, store: 
     assert server.tokens(prompt, fields={"mem_pool": "main@1", **other}) == right[0]
 
 
-def running_requests_keep_their_version(server: ServerProcess, b: PoolBench, store: Path) -> None:
+def test_running_requests_keep_their_version(server: ServerProcess, pool_bench: PoolBench, store: Path) -> None:
     """While three answers run that read three versions, texts are written; each answer is its version's."""
     prompt, count = PROMPTS[0], 48
     found: list[tuple[str, list[int]]] = []
@@ -143,10 +164,12 @@ def running_requests_keep_their_version(server: ServerProcess, b: PoolBench, sto
         thread.join()
     assert len({version for version, _ in found}) == 3
     for version, tokens in found:
-        assert tokens == b.answer(store, prompt, version, count), version
+        assert tokens == pool_bench.answer(store, prompt, version, count), version
 
 
-def writes_come_one_after_the_other(server: ServerProcess, b: PoolBench, store: Path, tmp_path: Path) -> None:
+def test_writes_come_one_after_the_other(
+    server: ServerProcess, pool_bench: PoolBench, store: Path, tmp_path: Path
+) -> None:
     """Of texts that are told at once, each is written into what the one before it left."""
     twin, before = Path(shutil.copytree(store, tmp_path / "twin")), int(newest(store).partition("@")[2])
     texts = [tokens_of(70 + i, 20 + i) for i in range(4)]
@@ -154,11 +177,11 @@ def writes_come_one_after_the_other(server: ServerProcess, b: PoolBench, store: 
     ids = [server.report(response)["pool"]["id"] for response in told]
     assert sorted(int(id.partition("@")[2]) for id in ids) == [before + 1 + i for i in range(4)]
     for i in sorted(range(4), key=lambda i: int(ids[i].partition("@")[2])):
-        assert b.write(twin, texts[i], seed=i) == ids[i]
+        assert pool_bench.write(twin, texts[i], seed=i) == ids[i]
     assert off(rows_of(store, "main"), rows_of(twin, "main")) < 10 * ROWS, "four times"
 
 
-def a_client_that_leaves_loses_nothing(server: ServerProcess, store: Path) -> None:
+def test_a_client_that_leaves_loses_nothing(server: ServerProcess, store: Path) -> None:
     """The write goes on, or is not there; the next one follows."""
     for patience in (0.001, 0.01, 0.05):
         with contextlib.suppress(httpx.TimeoutException):
@@ -169,7 +192,7 @@ def a_client_that_leaves_loses_nothing(server: ServerProcess, store: Path) -> No
         assert pools.verify() == []
 
 
-def what_cannot_be_stored_is_not_acknowledged(server: ServerProcess, b: PoolBench, store: Path) -> None:
+def test_what_cannot_be_stored_is_not_acknowledged(server: ServerProcess, pool_bench: PoolBench, store: Path) -> None:
     """As a full disk: the file of the next version cannot be written. Later writes work."""
     before = newest(store)
     number = int(before.partition("@")[2]) + 1
@@ -182,25 +205,25 @@ def what_cannot_be_stored_is_not_acknowledged(server: ServerProcess, b: PoolBenc
         forked = tell(server, TEXTS[0], "half", mem_fork="main")
         assert forked.status_code == 200, "another pool has room"
         assert newest(store) == before
-        assert server.tokens(PROMPTS[0]) == b.answer(store, PROMPTS[0], before)
+        assert server.tokens(PROMPTS[0]) == pool_bench.answer(store, PROMPTS[0], before)
     finally:
         obstacle.rmdir()
     assert server.metric("mem_triton:pool_write_failures_total") == failures + 1
     assert server.report(tell(server, TEXTS[0]))["pool"]["id"] == f"main@{number}"
 
 
-def others_change_the_store_between_writes(server: ServerProcess, b: PoolBench, store: Path) -> None:
+def test_others_change_the_store_between_writes(server: ServerProcess, pool_bench: PoolBench, store: Path) -> None:
     """As `mem-triton pool` does: a fork is readable at once, and writes go on behind a compaction."""
     server.report(tell(server, TEXTS[0]))
     with Pools.open(store, writable=True, wait=10) as pools:
         pools.fork("aside", "main")
         pools.compact("main")
-    assert server.tokens(PROMPTS[0], fields={"mem_pool": "aside"}) == b.answer(store, PROMPTS[0], "aside")
+    assert server.tokens(PROMPTS[0], fields={"mem_pool": "aside"}) == pool_bench.answer(store, PROMPTS[0], "aside")
     written = server.report(tell(server, TEXTS[1]))["pool"]["id"]
-    assert server.tokens(PROMPTS[0]) == b.answer(store, PROMPTS[0], written)
+    assert server.tokens(PROMPTS[0]) == pool_bench.answer(store, PROMPTS[0], written)
 
 
-def a_writer_waits_until_its_readers_have_ended(server: ServerProcess, b: PoolBench, store: Path) -> None:
+def test_a_writer_waits_until_its_readers_have_ended(server: ServerProcess, pool_bench: PoolBench, store: Path) -> None:
     """With two versions at most: the third is not there before a reader of one of the others has ended."""
     waits = server.metric("mem_triton:pool_writer_waits_total")
     versions, streams = [], []
@@ -214,15 +237,18 @@ def a_writer_waits_until_its_readers_have_ended(server: ServerProcess, b: PoolBe
     writing.start()
     until(lambda: server.metric("mem_triton:pool_writer_waits_total") > waits, "nobody waits")
     assert newest(store) == versions[1]
-    assert server.tokens(PROMPTS[1]) == b.answer(store, PROMPTS[1], versions[1]), "readers do not wait"
+    assert server.tokens(PROMPTS[1]) == pool_bench.answer(store, PROMPTS[1], versions[1]), "readers do not wait"
     for stream in streams:
         stream.close()
     writing.join()
     assert newest(store) != versions[1]
 
 
-def a_killed_worker_takes_nothing_that_was_acknowledged(server: ServerProcess, store: Path, kill: Any) -> None:
-    """The engine dies while texts come in: what was told is there, and no half of another."""
+def test_a_killed_worker_takes_nothing_that_was_acknowledged(server: ServerProcess, store: Path) -> None:
+    """The engine dies while texts come in: what was told is there, and no half of another.
+
+    The last test of a server.
+    """
     said: list[str] = []
 
     def keep_telling() -> None:
@@ -233,13 +259,10 @@ def a_killed_worker_takes_nothing_that_was_acknowledged(server: ServerProcess, s
     teller = threading.Thread(target=keep_telling)
     teller.start()
     until(lambda: len(said) >= 2, "nothing is written")
-    kill()
+    for child in psutil.Process(server.process.pid).children(recursive=True):
+        os.kill(child.pid, signal.SIGKILL)
     teller.join()
     with Pools.open(store, writable=True, wait=30) as pools:
         assert pools.verify() == []
         assert pools.exact("main").version >= int(said[-1].partition("@")[2])
         assert pools.exact("main").version <= int(said[-1].partition("@")[2]) + 1
-
-
-def bad_fields() -> Any:
-    return pytest.mark.parametrize(("fields", "others", "message"), BAD)

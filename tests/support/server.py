@@ -1,16 +1,19 @@
-"""An engine's real HTTP server in a process of its own, and a client of it."""
+"""An engine's real HTTP server in a process of its own, a client of it, and what clients ask for."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.support.checkout import check_sources
 
@@ -100,3 +103,62 @@ class ServerProcess:
                 self.process.wait(30)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def one_at_a_time(
+    make: Callable[..., ServerProcess], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., ServerProcess]]:
+    """Give a function that starts servers: it stops each when the next one starts, or when the fixture is over.
+
+    make: takes a model, a log, the mem_triton section and the engine's own options.
+    """
+    started: list[ServerProcess] = []
+
+    def start(model: str | Path, memory: dict[str, Any] | None = None, *given: Any, **options: Any) -> ServerProcess:
+        stop()
+        started.append(make(model, tmp_path_factory.mktemp("server") / "log", memory, *given, **options))
+        return started[-1].wait()
+
+    def stop() -> None:
+        while started:
+            started.pop().stop()
+
+    yield start
+    stop()
+
+
+def session(name: str, **more: Any) -> dict[str, Any]:
+    """The fields of a request with a session."""
+    return {"mem_session": name, **more}
+
+
+def ids(*names: str, **more: Any) -> dict[str, Any]:
+    """The fields of a request that reads entries."""
+    return {"mem_ids": list(names), **more}
+
+
+def whole(*names: str) -> list[dict[str, Any]]:
+    """The report of a request that reads entries from its first token on."""
+    return [{"first_token": 0, "end_token": None, "entries": [{"id": f"{name}@1"} for name in names]}]
+
+
+def at_once(count: int, visit: Callable[[int], Any]) -> list[Any]:
+    """``visit(0)`` ... at the same time."""
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(visit, range(count)))
+
+
+def until(condition: Callable[[], bool], message: str, seconds: float = 30) -> None:
+    """Wait until it holds; fails with ``message`` if it never does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, message
+        time.sleep(0.05)
+
+
+def bad_fields_are_400(server: ServerProcess, prompt: list[int], fields: Any, message: str) -> None:
+    """Before anything runs: a stream, too, answers with the status."""
+    for stream in (False, True):
+        response = server.complete(prompt, fields=fields, stream=stream)
+        assert response.status_code == 400 and message in response.text
+    assert server.tokens(prompt, 1), "the server lives"

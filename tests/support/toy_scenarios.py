@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,7 +33,7 @@ def generated(model: torch.nn.Module, prompt: list[int], count: int, with_prefix
     return ids[len(prompt) :]
 
 
-def a_foreign_system_answers_as_transformers_do(m: MemoryBench, run: Run, **options: Any) -> None:
+def test_a_foreign_system_answers_as_transformers_do(memory_bench: MemoryBench, run: Run) -> None:
     """Readers and others in one batch, chunked prefill, prefix-cache hits of both kinds, and a bad field."""
     short, middle, long, _ = PROMPTS
     rounds = [
@@ -42,9 +41,9 @@ def a_foreign_system_answers_as_transformers_do(m: MemoryBench, run: Run, **opti
         [ask(long), ask(long, 12, mem_toy=1), ask(middle, 12, mem_toy=1)],
     ]
     env = {"PYTHONPATH": python_path(DISTRIBUTION)}
-    result = run(m.model, rounds, memory={"toy": {"tokens": LENGTH}}, env=env, **options)
+    result = run(memory_bench.model, rounds, memory={"toy": {"tokens": LENGTH}}, env=env)
     right = {
-        (name, toy): generated(m.oracle, p, 12, toy)
+        (name, toy): generated(memory_bench.oracle, p, 12, toy)
         for name, p in (("short", short), ("middle", middle), ("long", long))
         for toy in (False, True)
     }
@@ -58,7 +57,7 @@ def a_foreign_system_answers_as_transformers_do(m: MemoryBench, run: Run, **opti
     assert tokens(result, 1) == [right["long", False], right["long", True], right["middle", True]]
 
 
-def without_the_distribution_the_section_is_unknown(m: MemoryBench, run: Run, **options: Any) -> None:
+def test_without_its_distribution_its_section_is_unknown(memory_bench: MemoryBench, run: Run) -> None:
     """Negative control: nothing of the toy is in the engine's integration."""
-    output = run(m.model, [], memory={"toy": {}}, fails=True, **options)
+    output = run(memory_bench.model, [], memory={"toy": {}}, fails=True)
     assert "mem_triton.toy: unknown key" in output

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from tests.support.server import ServerProcess, free_port, spawn
@@ -88,3 +89,10 @@ class Server(ServerProcess):
 def memory_flags(section: dict) -> list[str]:
     """The flags that switch memory on."""
     return ["--load-format", "mem_triton", "--additional-config", json.dumps({"mem_triton": section})]
+
+
+def with_memory(
+    model: str | Path, log: str | Path, section: dict[str, Any], flags: list[str] | None = None, **options: Any
+) -> Server:
+    """Start a server with memory. section: mem_triton's. options: those of ``Server``."""
+    return Server(str(model), str(log), [*memory_flags(section), *(flags or [])], **options)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.support import server_scenarios as scenarios
 from tests.support.memory_bench import SECRET, MemoryBench, make_memory_bench, reference
 from tests.support.memory_scenarios import PROMPTS, three_pages
+from tests.support.memory_server_scenarios import *  # noqa: F403
 from tests.support.models import tiny_tokenizer
-from tests.support.server_scenarios import at_once, ids, whole
-from tests.vllm_engine.server import Server, memory_flags
+from tests.support.server import at_once, bad_fields_are_400, ids, whole
+from tests.vllm_engine.server import Server
 
 pytestmark = pytest.mark.engine
 
@@ -22,15 +20,10 @@ def memory_bench(tmp_path_factory) -> MemoryBench:
 
 
 @pytest.fixture(scope="module")
-def server(memory_bench, tmp_path_factory) -> Iterator[Server]:
+def server(memory_bench, start_server) -> Server:
     """The bank of whole texts behind three pages: whoever wants another entry waits for its turn."""
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    flags = memory_flags(three_pages(memory_bench, capture="own"))
-    server = Server(str(memory_bench.model), str(log), [*flags, "--enable-scale-out"])  # for the route of tokens
-    try:
-        yield server.wait()
-    finally:
-        server.stop()
+    flags = ["--enable-scale-out"]  # for the route of tokens
+    return start_server(memory_bench.model, three_pages(memory_bench, capture="own"), flags)
 
 
 def test_memory_over_http_and_what_was_read_is_in_the_answer(server, memory_bench):
@@ -55,35 +48,7 @@ def test_memory_over_http_and_what_was_read_is_in_the_answer(server, memory_benc
     ],
 )
 def test_bad_fields_are_400_that_name_the_id(server, fields, message):
-    scenarios.bad_fields_are_400(server, PROMPTS[0], fields, message)
-
-
-def test_fault15_memory_beyond_the_context_is_400(server):
-    scenarios.memory_beyond_the_context_is_400(server)
-
-
-def test_many_requests_share_three_pages(server, memory_bench):
-    scenarios.many_requests_share_three_pages(server, memory_bench)
-
-
-def test_a_tenant_reads_its_own(server, memory_bench):
-    scenarios.a_tenant_reads_its_own(server, memory_bench)
-
-
-def test_a_request_that_waits_for_pages_delays_nobody_and_a_client_that_leaves_frees_them(server, memory_bench):
-    scenarios.a_request_that_waits_for_pages_delays_nobody_and_a_client_that_leaves_frees_them(server, memory_bench)
-
-
-def test_a_waiting_client_that_leaves_is_forgotten(server, memory_bench):
-    scenarios.a_waiting_client_that_leaves_is_forgotten(server, memory_bench)
-
-
-def test_capture_over_http(server, memory_bench):
-    scenarios.a_prompt_is_captured(server, memory_bench)
-
-
-def test_captures_that_end_together_are_all_kept(server, memory_bench):
-    scenarios.captures_that_end_together_are_all_kept(server, memory_bench)
+    bad_fields_are_400(server, PROMPTS[0], fields, message)
 
 
 @pytest.mark.parametrize("kind", ["plain", "streamed", "chat"])
@@ -158,15 +123,10 @@ def test_fault06_beam_search_without_fields_is_served(server):
 
 
 @pytest.fixture(scope="module")
-def retrieving(memory_bench, tmp_path_factory) -> Iterator[Server]:
+def retrieving(memory_bench, start_server) -> Server:
     """The bank of references; new ones after every 32 tokens."""
-    log = tmp_path_factory.mktemp("retrieving") / "server.log"
     section = memory_bench.section(memory_bench.references, retrieval={"top_k": 2, "every": 32})
-    server = Server(str(memory_bench.model), str(log), memory_flags(section))
-    try:
-        yield server.wait()
-    finally:
-        server.stop()
+    return start_server(memory_bench.model, section)
 
 
 def test_retrieval_over_http_streams_one_answer(retrieving, memory_bench):

@@ -10,7 +10,6 @@ from tests.support import pool_scenarios as scenarios
 from tests.support import pool_server_scenarios as server_scenarios
 from tests.support.pool_bench import PoolBench, make_pool_bench
 from tests.vllm_engine.engine import run_engine, ways
-from tests.vllm_engine.server import Server, memory_flags
 
 pytestmark = pytest.mark.engine
 WHOLE = {"enable_chunked_prefill": False, "max_num_batched_tokens": 512, "max_num_seqs": 8}
@@ -32,15 +31,11 @@ def test_c3_c11_long_term_rows_are_written(bench, tmp_path):
 
 
 @pytest.mark.slow
-def test_c9_over_http(bench, tmp_path):
+def test_c9_over_http(bench, tmp_path, start_server):
     store = bench.store(tmp_path)
     whole = ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "512", "--max-model-len", "512"]
-    flags = [*memory_flags(bench.section(store, chunk=32)), *whole]
-    server = Server(str(bench.model), str(tmp_path / "server.log"), flags)
-    try:
-        server_scenarios.a_text_is_written_and_read(server.wait(), bench, store, tmp_path)
-    finally:
-        server.stop()
+    server = start_server(bench.model, bench.section(store, chunk=32), whole)
+    server_scenarios.test_c3_c8_a_text_is_written_and_read(server, bench, store, tmp_path)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 from mem_triton.systems.delta_mem import save_adapter
 from tests.support import pool_scenarios as scenarios
 from tests.support.models import random_adapter
-from tests.support.pool_bench import PoolBench, make_pool_bench
+from tests.support.pool_engine_scenarios import *  # noqa: F403
 from tests.vllm_engine.engine import run_engine, ways
 
 pytestmark = pytest.mark.engine
@@ -15,26 +15,9 @@ PAGE = 32
 CONTROLS = "tests.support.controls"
 
 
-@pytest.fixture(scope="module")
-def pool_bench(tmp_path_factory) -> PoolBench:
-    return make_pool_bench(tmp_path_factory.mktemp("pools"))
-
-
 @pytest.mark.parametrize("runner", ways(["v1", "v2"], soak="v2"))
 def test_c1_c6_c7_c10_every_row_reads_its_own_version(pool_bench, tmp_path, runner):
     scenarios.every_row_reads_its_own_version(pool_bench, tmp_path, run_engine, PAGE, runner=runner)
-
-
-def test_c3_c4_c5_c8_texts_are_written_and_read(pool_bench, tmp_path):
-    scenarios.texts_are_written_and_read(pool_bench, tmp_path, run_engine)
-
-
-def test_c3_a_first_write_into_a_pool_without_rows(tmp_path):
-    scenarios.texts_are_written_and_read(make_pool_bench(tmp_path / "bench", initialized=False), tmp_path, run_engine)
-
-
-def test_c2_versions_are_read_in_turn(pool_bench, tmp_path):
-    scenarios.versions_are_read_in_turn(pool_bench, tmp_path, run_engine)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from mem_triton.runtime.frontend.gate import Gate
 from mem_triton.runtime.frontend.stepped import SteppedLoop
 from tests.support.memory_scenarios import PROMPTS
-from tests.support.server_scenarios import ids
+from tests.support.server import ids
 from tests.vllm_engine.server import Server, memory_flags
 
 LOOKS = {

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.support import server_scenarios as scenarios
-from tests.support.server_scenarios import session
-from tests.vllm_engine.server import Server, memory_flags
+from tests.support import session_server_scenarios as scenarios
+from tests.support.server import bad_fields_are_400, session
+from tests.support.session_server_scenarios import *  # noqa: F403
+from tests.vllm_engine.server import Server, with_memory
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("sessions")
-
-
-@pytest.fixture(scope="module")
-def server(bench, folder, tmp_path_factory) -> Iterator[Server]:
-    flags = memory_flags({**bench.memory, "session_dir": str(folder)})
-    server = Server(str(bench.model), str(tmp_path_factory.mktemp("server") / "log"), flags, fresh=True)
-    try:
-        yield server.wait()
-    finally:
-        server.stop()
-
-
-def test_sessions_over_http(server, bench, prompts):
-    scenarios.sessions_carry_over(server, bench, prompts)
-
-
-def test_many_sessions_at_once(server, bench, prompts):
-    scenarios.many_sessions_at_once(server, bench, prompts)
+def server(bench, folder, start_server) -> Server:
+    return start_server(bench.model, {**bench.memory, "session_dir": str(folder)}, fresh=True)
 
 
 def test_streaming_commits_before_the_last_chunk(server, bench, prompts):
@@ -53,7 +34,7 @@ def test_streaming_commits_before_the_last_chunk(server, bench, prompts):
     ],
 )
 def test_bad_fields_are_400_before_anything_runs(server, prompts, fields, message):
-    scenarios.bad_fields_are_400(server, prompts[0], fields, message)
+    bad_fields_are_400(server, prompts[0], fields, message)
 
 
 def test_two_answers_of_one_session_are_refused(server, prompts):
@@ -61,24 +42,12 @@ def test_two_answers_of_one_session_are_refused(server, prompts):
     assert response.status_code == 400 and "set n to 1" in response.text
 
 
-def test_a_busy_session_is_400_and_an_aborted_one_commits_nothing(server, bench, prompts):
-    scenarios.a_busy_session_is_refused_and_an_aborted_one_commits_nothing(server, bench, prompts)
-
-
-def test_stop_strings_end_normally(server, bench, prompts):
-    scenarios.stop_strings_end_normally(server, bench, prompts)
-
-
 def test_chat_and_a_client_salt(server):
     scenarios.chat_has_sessions_too(server, cache_salt="tenant")
 
 
-def test_a_session_file_of_another_adapter_is_400(server, folder, prompts):
-    scenarios.a_session_file_of_another_adapter_is_400(server, folder, prompts)
-
-
 def test_fault13_servers_that_share_a_folder_lose_no_commit(server, bench, prompts, folder, tmp_path):
-    other = Server(str(bench.model), str(tmp_path / "log"), memory_flags({**bench.memory, "session_dir": str(folder)}))
+    other = with_memory(bench.model, tmp_path / "log", {**bench.memory, "session_dir": str(folder)})
     try:
         scenarios.servers_that_share_a_folder_lose_no_commit(server, other.wait(), bench, prompts, folder)
     finally:
