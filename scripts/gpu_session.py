@@ -42,7 +42,15 @@ KERNELS = [
     "tests/gpu/test_memory_attention_gpu.py",
     *(
         f"tests/ops/test_{name}.py"
-        for name in ("delta_rule_paged", "attention_inputs", "memory_attention", "memory_selection", "reposition_pages")
+        for name in (
+            "delta_rule_paged",
+            "attention_inputs",
+            "memory_attention",
+            "memory_cascade",
+            "batch_invariance",
+            "memory_selection",
+            "reposition_pages",
+        )
     ),
 ]
 LONG = "tests/gpu/test_memory_attention_gpu.py::test_a_long_segment_is_split_and_merged_by_the_last_program"

@@ -12,6 +12,7 @@ from mem_triton.ops.memory_attention import FOREVER, Policy, add_memory, memory_
 from mem_triton.ops.memory_attention.cascade.merge import merge_states
 from tests.ops.attention_case import FP8, INT8, AttentionCase, assert_matches, expected, make_case, to_device
 from tests.ops.cascade_case import assert_close, assert_same_bits, memory_expected, untouched_tokens
+from tests.support.pairwise import pairs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,23 +67,23 @@ def check(case: AttentionCase, route: str) -> None:
     assert_matches(run(case, route), want)
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch", ROWS)
+@pairs({"batch": list(ROWS), "kind": list(KINDS), "route": ROUTES})
 def test_matches_fp64(batch, kind, route):
     check(make(batch, kind, bias=True, sinks=True, soft_cap=8.0), route)
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("size", [32, 64, 80, 96, 128, 192, 256])
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "bf16-fp8"])
+@pairs({"kind": ["fp32", "bf16", "bf16-fp8"], "size": [32, 64, 80, 96, 128, 192, 256], "route": ROUTES})
 def test_every_head_size(size, kind, route):
     check(make(kind=kind, size=size), route)
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("heads", [(2, 2), (5, 1), (40, 8), (32, 2)])
-@pytest.mark.parametrize("layout", ["packed", "tokens_first", "heads_first"])
+@pairs(
+    {
+        "layout": ["packed", "tokens_first", "heads_first"],
+        "heads": [(2, 2), (5, 1), (40, 8), (32, 2)],
+        "route": ROUTES,
+    }
+)
 def test_groups_and_layouts(heads, layout, route):
     check(make(heads=heads, layout=layout, size=64), route)
 
@@ -117,9 +118,7 @@ def test_rows_without_memory_have_the_bits_of_a_call_without(batch, route):
     assert after.out[~live].isnan().all() and after.lse[~live].isnan().all()  # padding
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("kind", ["bf16", "bf16-fp8"])
-@pytest.mark.parametrize("batch", ROWS)
+@pairs({"batch": list(ROWS), "kind": ["bf16", "bf16-fp8"], "route": ROUTES})
 def test_graph_replay_equals_eager_bit_by_bit(batch, kind, route):
     case = make(batch, kind)
     eager = run(case, route)

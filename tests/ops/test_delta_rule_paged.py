@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from mem_triton.ops.delta_rule import DeltaRuleSpec, activate, delta_rule, delta
 from mem_triton.ops.tuning.delta_rule import DeltaRuleConfig, select
 from tests.ops.paged_case import PagedCase, assert_matches, expected, make_case, relative_rms
 from tests.support.interp import sanitize
+from tests.support.pairwise import pairs
 from tests.support.places import MARKS, cases, device_of, interpreted, on_gpu
 
 TOKEN_BY_TOKEN = DeltaRuleConfig(max_recurrent=1 << 30, rows=8, warps=1, chunk=4, chunk_rows=4, chunk_warps=1)
@@ -487,9 +487,13 @@ BATCHES = {  # new tokens, tokens before
 }
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rank,heads", [(4, 1), (8, 1), (8, 3), (8, 4), (8, 8), (16, 2), (32, 1), (32, 4)])
+@pairs(
+    {
+        "batch": list(BATCHES),
+        "dtype": [torch.float32, torch.bfloat16, torch.float16],
+        "rank,heads": [(4, 1), (8, 1), (8, 3), (8, 4), (8, 8), (16, 2), (32, 1), (32, 4)],
+    }
+)
 @on_gpu
 def test_the_shapes_of_adapters(place, batch, dtype, rank, heads):
     queries, computed = BATCHES[batch]
@@ -501,9 +505,15 @@ def test_the_shapes_of_adapters(place, batch, dtype, rank, heads):
     check(case, place)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("mode", ["standard", "lambda_outside", "no_lambda"])
-@pytest.mark.parametrize("couple,rankwise,normalize", list(itertools.product([True, False], repeat=3)))
+@pairs(
+    {
+        "batch": list(BATCHES),
+        "mode": ["standard", "lambda_outside", "no_lambda"],
+        "couple": [True, False],
+        "rankwise": [True, False],
+        "normalize": [True, False],
+    }
+)
 @on_gpu
 def test_every_gate_semantics_in_long_batches(place, batch, mode, couple, rankwise, normalize):
     spec = DeltaRuleSpec(8, 2, rankwise, couple, mode, normalize)

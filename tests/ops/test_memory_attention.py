@@ -29,7 +29,7 @@ from tests.ops.attention_case import (
     to_device,
 )
 from tests.support.interp import sanitize
-from tests.support.places import MARKS, interpreted
+from tests.support.places import interpreted, ways_of
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -39,13 +39,7 @@ SPLIT = replace(WHOLE, programs=64, min_tiles=1)  # every tile a split, where th
 WAYS = {"cpu": ("cpu", None), "whole": ("interpreter", WHOLE), "split": ("interpreter", SPLIT), "gpu": ("gpu", None)}
 
 
-def ways(*names: str) -> pytest.MarkDecorator:
-    """Parametrises ``place`` and ``config``."""
-    return pytest.mark.parametrize(
-        "place,config", [pytest.param(*WAYS[name], id=name, marks=MARKS[WAYS[name][0]]) for name in names]
-    )
-
-
+ways = ways_of(WAYS)
 every_way, by_kernels = ways(*WAYS), ways("split", "gpu")
 
 

@@ -14,6 +14,7 @@ from mem_triton.ops.memory_selection.selection_torch import top_tokens
 from mem_triton.ops.reposition import RotaryEmbedding, rotate
 from tests.ops.selection_case import SelectionCase, assert_picks, assert_weights, make_case
 from tests.support.interp import sanitize
+from tests.support.pairwise import pairs
 from tests.support.places import by_kernels, cases, device_of, everywhere, on_gpu
 
 MODES = reference.MODES
@@ -73,10 +74,14 @@ def test_every_length_and_dtype(dtype, tokens, place):
     check(make_case([tokens], heads=(2, 1), dtype=dtype), place, order="reverse")
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tokens", [1, 37, 128, 512, 700])  # the last one by torch
-@pytest.mark.parametrize("heads,head_dim", [((40, 8), 80), ((32, 8), 128), ((6, 2), 32)])
+@pairs(
+    {
+        "mode": MODES,
+        "dtype": [torch.float32, torch.bfloat16, torch.float16],
+        "tokens": [1, 37, 128, 512, 700],  # the last one by torch
+        "heads,head_dim": [((40, 8), 80), ((32, 8), 128), ((6, 2), 32)],
+    }
+)
 @on_gpu
 def test_the_shapes_of_models(mode, dtype, tokens, heads, head_dim, place):
     check(make_case([tokens, tokens // 2], heads=heads, head_dim=head_dim, dtype=dtype, mode=mode), place)

@@ -14,6 +14,7 @@ from mem_triton.ops.reposition import reposition_pages
 from mem_triton.ops.reposition.kernel_parts import cos_and_sin
 from tests.ops.reposition_case import RepositionCase, assert_moved, make_case, make_rope
 from tests.support.interp import sanitize
+from tests.support.pairwise import pairs
 from tests.support.places import by_kernels, device_of, everywhere, interpreted, on_gpu
 
 
@@ -51,9 +52,13 @@ def test_every_mode(in_place, move, interleaved, place):
     assert_moved(run(case, place, "reverse"), case)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head_dim,rotary_dim", [(32, 32), (80, 80), (96, 24), (128, 128), (256, 256), (64, 0)])
-@pytest.mark.parametrize("in_place,move", [(False, False), (True, False), (True, True)])
+@pairs(
+    {
+        "dtype": [torch.float32, torch.bfloat16, torch.float16],
+        "head_dim,rotary_dim": [(32, 32), (80, 80), (96, 24), (128, 128), (256, 256), (64, 0)],
+        "in_place,move": [(False, False), (True, False), (True, True)],
+    }
+)
 @on_gpu
 def test_the_shapes_of_models(dtype, head_dim, rotary_dim, in_place, move, place):
     rope = make_rope(rotary_dim, factor=1.2, interleaved=move) if rotary_dim else make_rope(0)

@@ -11,6 +11,8 @@ run in processes of their own (``tests/ops/test_in_interpreter.py``). "gpu": its
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +38,19 @@ def cases(*given: tuple) -> list:
 
 everywhere, by_kernels = at("cpu", "interpreter", "gpu"), at("interpreter", "gpu")
 interpreted, on_gpu = at("interpreter"), at("gpu")
+
+
+def ways_of(ways: dict[str, tuple[str, Any]]) -> Callable[..., pytest.MarkDecorator]:
+    """Make a decorator that parametrises ``place`` and ``config`` over the names that it is given.
+
+    ways: by name, a place and the configuration of a kernel's launch that is interpreted there, None for the usual one.
+    """
+
+    def over(*names: str) -> pytest.MarkDecorator:
+        params = [pytest.param(*ways[name], id=name, marks=MARKS[ways[name][0]]) for name in names]
+        return pytest.mark.parametrize("place,config", params)
+
+    return over
 
 
 def device_of(place: str) -> str:
