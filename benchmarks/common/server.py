@@ -60,6 +60,11 @@ def has_gpu() -> bool:
     )
 
 
+def usual_dtype() -> str:
+    """Name the dtype of a server that is given none: what a GPU multiplies fast, or what a CPU computes exactly."""
+    return "bfloat16" if has_gpu() else "float32"
+
+
 def spare_cores() -> int:
     """Threads of a CPU engine: it shares the cores with its front end and our client."""
     return max(1, len(os.sched_getaffinity(0)) - 1)

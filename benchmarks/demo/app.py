@@ -15,7 +15,7 @@ from benchmarks.common import record
 from benchmarks.common.client import connected
 from benchmarks.common.engines import ENGINES, Engine, EngineName, require_packages
 from benchmarks.common.running import REST, demonstration, running
-from benchmarks.common.server import Server, choose_ports, has_gpu, require_folder
+from benchmarks.common.server import Server, choose_ports, require_folder, usual_dtype
 from benchmarks.demo import measure, report
 from mem_triton.store.bank import Bank
 from mem_triton.store.bank.fingerprint import model_fingerprint
@@ -85,7 +85,7 @@ def make_servers(
     engine: Engine, model: Path, adapter: Path, dtype: str | None, sessions: int, ports: list[int], folder: Path
 ) -> list[Server]:
     """The stock server and those with memory; their commands differ in what gives them memory alone."""
-    launch = engine.launch(model, "recall", dtype or ("bfloat16" if has_gpu() else "float32"), max(8, sessions))
+    launch = engine.launch(model, "recall", dtype or usual_dtype(), max(8, sessions))
     bank = folder / "bank"
     Bank.create(bank, bank_spec(WriteConfig(kind="prefix"), model_fingerprint(model))).close()
     sections = {

@@ -15,7 +15,7 @@ from benchmarks.common import record
 from benchmarks.common.client import connected
 from benchmarks.common.engines import ENGINES, Engine, EngineName, require_packages
 from benchmarks.common.running import demonstration, running
-from benchmarks.common.server import Server, choose_ports, has_gpu
+from benchmarks.common.server import Server, choose_ports, usual_dtype
 from benchmarks.demo_real import conversation, documents, report
 from benchmarks.quality.app import bank_sizes, write_bank
 from benchmarks.quality.data import Document, Question, load
@@ -48,7 +48,7 @@ def demo(
     served_by, begin = ENGINES[engine.value], time.monotonic()
     console = Console(record=svg is not None, width=110 if svg else None, highlight=False)
     head = record.about("a real model: documents as text and as memory", "python -m benchmarks.demo_real")
-    dtype = dtype or ("bfloat16" if has_gpu() else "float32")
+    dtype = dtype or usual_dtype()
     with demonstration(console, keep_log, ModelError, OSError) as logs:
         require_packages(served_by)
         make("smollm2", model := MODEL / f"smollm2-{dtype}", dtype)

@@ -30,7 +30,16 @@ from rich.console import Console
 
 from benchmarks.common.record import RESULTS, ROOT, about, digests, save
 from benchmarks.common.running import REST, deaf, end_by_interrupt
-from benchmarks.common.server import BenchmarkError, Launch, MemoryFlags, Server, choose_ports, has_gpu, spare_cores
+from benchmarks.common.server import (
+    BenchmarkError,
+    Launch,
+    MemoryFlags,
+    Server,
+    choose_ports,
+    has_gpu,
+    spare_cores,
+    usual_dtype,
+)
 from benchmarks.engines import commands, made_up, memories, report, usage
 from benchmarks.engines.commands import Cell, Setting
 from benchmarks.engines.floor import Machine, decode_floor_ms, measure_machine
@@ -62,7 +71,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="qwen3-4b" if gpu else "qwen3-100m",
         help=f"folder, Hugging Face id, or a random model: {', '.join(made_up.SHAPES)}",
     )
-    add("--dtype", default="bfloat16" if gpu else "float32", help="the engines' --dtype")
+    add("--dtype", default=usual_dtype(), help="the engines' --dtype")
     add("--pool-tokens", type=int, default=12800 if gpu else 2048, help="length of the shared pool")
     add("--eager", action="store_true", help="vLLM without graphs and compilation, both sides")
     add("--engine-args", default="", help='more arguments of the engines, both sides: "--block-size 32"')

@@ -7,8 +7,7 @@ from contextlib import suppress
 import psutil
 
 from benchmarks.common.record import output
-
-GIB = 2**30
+from mem_triton.store.pool.pages import GIB
 
 
 def resident_gib(pid: int) -> float:

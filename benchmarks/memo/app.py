@@ -21,7 +21,7 @@ from benchmarks.common import record
 from benchmarks.common.client import Client, connected, user
 from benchmarks.common.engines import ENGINES, require_packages
 from benchmarks.common.running import demonstration, running
-from benchmarks.common.server import MemoryFlags, Server, choose_ports, has_gpu, require_folder
+from benchmarks.common.server import MemoryFlags, Server, choose_ports, require_folder, usual_dtype
 from benchmarks.memo import corpora
 from benchmarks.memo.rows import KINDS, Question, Way, chosen, ways
 from mem_triton.cli.model import ModelError, make
@@ -65,7 +65,7 @@ def demo(
     """
     console, begin = Console(highlight=False), time.monotonic()
     head = record.about("MeMo: a memory model beside the model", "python -m benchmarks.memo")
-    dtype = dtype or ("bfloat16" if has_gpu() else "float32")
+    dtype = dtype or usual_dtype()
     with demonstration(console, keep_log, ModelError, OSError) as logs:
         require_packages(ENGINES["vllm"])
         make("smollm2", model := CACHE / f"smollm2-{dtype}", dtype)

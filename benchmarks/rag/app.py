@@ -27,7 +27,7 @@ from benchmarks.common import record
 from benchmarks.common.client import Messages, connected, user
 from benchmarks.common.engines import ENGINES, require_packages
 from benchmarks.common.running import REST, running
-from benchmarks.common.server import BenchmarkError, Server, choose_ports, has_gpu, require_folder
+from benchmarks.common.server import BenchmarkError, Server, choose_ports, require_folder, usual_dtype
 from benchmarks.common.statistics import median_and_range, wilson
 from benchmarks.recall import data
 from benchmarks.recall.evaluate import load
@@ -66,7 +66,7 @@ def rag(
 ) -> None:
     """Compare explicit memory with references as text in the prompt of a stock server."""
     console = Console(highlight=False)
-    dtype = dtype or ("bfloat16" if has_gpu() else "float32")
+    dtype = dtype or usual_dtype()
     head = record.about("explicit memory against text RAG", "python -m benchmarks.rag")
     with tempfile.TemporaryDirectory(prefix="mem_triton-rag-") as folder:
         try:

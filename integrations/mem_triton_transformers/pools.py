@@ -120,8 +120,7 @@ def inject(
     if any(READING in attention.__dict__ for attention in attention_layers(decoder)):
         raise ValueError("this model reads memory now: leave read_pool or read_memory before you write")
     if kept.writer is None:
-        kept.writer = Pools.open(kept.path, writable=True, wait=10.0)
-        kept.writer.max_pools = kept.section.max_pools
+        kept.writer = Pools.open(kept.path, writable=True, wait=10.0, max_pools=kept.section.max_pools)
     shape = kept.reader.shape
     layers = [partial(_run_layer, decoder, layer) for layer in decoder.layers]
     with (

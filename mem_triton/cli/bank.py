@@ -262,12 +262,7 @@ def verify(path: BankPath, json: Json = False) -> None:
     with _open(path) as bank:
         problems = bank.verify()
         entries = bank.stats().get("entries")
-    if json:
-        output.print_json({"problems": problems})
-    else:
-        print("\n".join(problems) or f"all well: {entries} entries")
-    if problems:
-        raise typer.Exit(1)
+    output.print_problems(problems, f"all well: {entries} entries", json)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import typer
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
@@ -48,6 +49,16 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], wide: str
     write(columns, "bold")
     for row in cells:
         write(row)
+
+
+def print_problems(problems: Sequence[str], well: str, as_json: bool) -> None:
+    """Print what a check has found, or ``well``; exit code 1 if it has found anything."""
+    if as_json:
+        print_json({"problems": list(problems)})
+    else:
+        print("\n".join(problems) or well)
+    if problems:
+        raise typer.Exit(1)
 
 
 def note(text: str) -> None:

@@ -99,12 +99,7 @@ def verify(path: Memory, json: Json = False) -> None:
     """Read every version of every pool; exit code 1 if something is wrong."""
     with _open(path) as pools:
         problems, count = pools.verify(), len(pools.list())
-    if json:
-        output.print_json({"problems": problems})
-    else:
-        print("\n".join(problems) or f"all well: {count} pools")
-    if problems:
-        raise typer.Exit(1)
+    output.print_problems(problems, f"all well: {count} pools", json)
 
 
 @app.command()

@@ -48,6 +48,28 @@ class Workers:
         return [{"error": None}, {"error": "cannot" if call == self.broken else None}]
 
 
+def test_a_writer_waits_until_versions_are_released():
+    """Not for other releases, nor for those of another pool."""
+    kept = residents(4)
+    versions = [PoolVersion("", "main", "a" * 32, number) for number in (1, 2)]
+    other = PoolVersion("", "other", "b" * 32, 1)
+
+    async def scenario() -> None:
+        for owner, version in (("r1", versions[0]), ("r2", versions[0]), ("r3", versions[1]), ("r4", other)):
+            kept.claim(owner, version)
+        waiting = asyncio.create_task(kept.fewer_versions("a" * 32, 2))
+        for owner in ("r4", "r1"):
+            await asyncio.sleep(0)
+            kept.release(owner)
+            await asyncio.wait([waiting], timeout=0.01)
+            assert not waiting.done(), "two versions are read still"
+        kept.release("r2")
+        await asyncio.wait_for(waiting, 10)
+        await asyncio.wait_for(kept.fewer_versions("a" * 32, 2), 10)
+
+    asyncio.run(scenario())
+
+
 def test_c2_requests_on_one_version_share_its_pages_and_it_is_filled_once():
     async def scenario() -> None:
         kept, workers = residents(2), Workers()

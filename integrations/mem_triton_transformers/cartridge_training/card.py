@@ -6,20 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mem_triton.systems.explicit.cartridge_recipe import CartridgeRecipe
+from mem_triton_transformers.runs.cards import write_card
 
 
-def write_card(
+def describe(
     out: Path, recipe: CartridgeRecipe, report: dict[str, Any], model: str, document: str, command: str
 ) -> Path:
-    """Write ``README.md`` and ``recipe.json`` beside the adapter. Raises OSError."""
-    (out / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    """Write the card of a run and its recipe beside the adapter. Raises OSError."""
     lines = [
-        "---",
-        f"base_model: {model}",
-        "library_name: peft",
-        "tags: [cartridge, memory]",
-        "---",
-        "",
         f"# A cartridge of `{Path(document).name}` for {model}",
         "",
         f"{recipe.rows} rows of keys and values in each layer stand for {report['document_tokens']} tokens "
@@ -51,11 +45,7 @@ def write_card(
         "`training.jsonl`, the loss curve in `loss.csv`, all settings in `recipe.json`.",
         "",
     ]
-    if command:
-        lines += ["```bash", command, "```", ""]
-    path = out / "README.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return write_card(out, recipe, (model, "peft", "cartridge, memory"), lines, command)
 
 
 def _share(recall: dict[str, Any] | None, way: str) -> str:

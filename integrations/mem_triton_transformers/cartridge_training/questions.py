@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mem_triton.systems.json_lines import json_rows
+from mem_triton.systems.memo.training.rows import RowError, messages_of
 from mem_triton_transformers.cartridge_training.decoding import Sampling, reply_all
 from mem_triton_transformers.runs.folders import TrainingError
 
@@ -38,15 +39,10 @@ def read_questions(path: Path, chunks: Sequence[str]) -> list[Question]:
 
     Raises TrainingError naming the file, the line, the field and the fix.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise TrainingError(f"--questions: {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"--questions: {path}: not UTF-8 text (byte {error.start}); convert it first") from None
-    found = [
-        _question(line, f"--questions: {path}:{number}", path) for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    if path.suffix in (".jsonl", ".json"):
+        found = [_question(row, where) for where, row in json_rows(path, SHAPE, TrainingError, "--questions")]
+    else:
+        found = [(line.strip(), None) for line in _text(path).splitlines() if line.strip()]
     if len(found) < 2:
         raise TrainingError(f"--questions: {path} holds {len(found)} question(s), and at least two are needed")
     words = [_words(chunk) for chunk in chunks]
@@ -91,29 +87,32 @@ def _asked(text: str) -> str | None:
     return f"{found.rstrip('?')}?" if 8 <= len(found) <= 300 else None
 
 
-def _question(line: str, where: str, path: Path) -> tuple[str, str | None]:
-    if path.suffix not in (".jsonl", ".json"):
-        return line.strip(), None
+def _text(path: Path) -> str:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise TrainingError(f"{where}: not JSON ({error}); every line is {SHAPE}") from None
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise TrainingError(f"--questions: {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"--questions: {path}: not UTF-8 text (byte {error.start}); convert it first") from None
+
+
+def _question(row: Any, where: str) -> tuple[str, str | None]:
     if not isinstance(row, dict):
         raise TrainingError(f"{where}: holds a {type(row).__name__}, expected {SHAPE}")
-    text, answer = row.get("question", row.get("prompt")), row.get("answer", row.get("completion"))
-    text, answer = (_last(value) for value in (text, answer))
+    if "question" not in row and "prompt" in row:
+        try:
+            prompt, *answer = [
+                messages_of(row[name], where, name)[-1][1] for name in ("prompt", "completion") if name in row
+            ]
+        except RowError as error:
+            raise TrainingError(str(error)) from None
+        return prompt.strip(), next(iter(answer), None)
+    text, answer = row.get("question"), row.get("answer")
     if not isinstance(text, str) or not text.strip():
         raise TrainingError(f"{where}: question is {text!r:.80}; expected {SHAPE}")
     if answer is not None and not isinstance(answer, str):
         raise TrainingError(f"{where}: answer is {answer!r:.80}; expected {SHAPE}")
     return text.strip(), answer
-
-
-def _last(value: Any) -> Any:
-    """The last message's text of a list of messages, anything else as it is."""
-    if isinstance(value, list) and value and isinstance(value[-1], dict):
-        return value[-1].get("content")
-    return value
 
 
 def _words(text: str) -> set[str]:

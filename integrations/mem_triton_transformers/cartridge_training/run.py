@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.systems.explicit.cartridge_recipe import CartridgeRecipe
 from mem_triton.write.chunking import Document, chunks_of
-from mem_triton_transformers.cartridge_training.card import write_card
+from mem_triton_transformers.cartridge_training.card import describe
 from mem_triton_transformers.cartridge_training.decoding import reply_all
 from mem_triton_transformers.cartridge_training.lessons import Chats, check_head, make_lessons, targets
 from mem_triton_transformers.cartridge_training.questions import Question, ask, read_questions
@@ -110,7 +110,7 @@ def train(
         "log": str(out / LOG),
         "curve": str(out / CURVE),
     }
-    write_card(out, recipe, report, name or folder.name, document.source or document.name, command)
+    describe(out, recipe, report, name or folder.name, document.source or document.name, command)
     return report
 
 

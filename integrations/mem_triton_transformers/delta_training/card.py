@@ -6,20 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mem_triton.systems.delta_mem.training.recipe import Recipe
+from mem_triton_transformers.runs.cards import write_card
 
 
-def write_card(
+def describe(
     out: Path, recipe: Recipe, report: dict[str, Any], model: str, data: str, conversations: int, command: str
 ) -> Path:
-    """Write ``README.md`` and ``recipe.json`` beside the adapter. Raises OSError."""
-    (out / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    """Write the card of a run and its recipe beside the adapter. Raises OSError."""
     lines = [
-        "---",
-        f"base_model: {model}",
-        "library_name: mem-triton",
-        "tags: [delta-mem, memory]",
-        "---",
-        "",
         f"# A δ-mem adapter for {model}",
         "",
         f"Rank {recipe.rank}, {recipe.state_heads} state heads, corrections of {recipe.delta_heads}, layers "
@@ -53,11 +47,7 @@ def write_card(
         "`loss.csv`, all settings in `recipe.json`.",
         "",
     ]
-    if command:
-        lines += ["```bash", command, "```", ""]
-    path = out / "README.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return write_card(out, recipe, (model, "mem-triton", "delta-mem, memory"), lines, command)
 
 
 def _share(found: dict[str, Any] | None) -> str:

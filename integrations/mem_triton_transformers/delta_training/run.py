@@ -17,7 +17,7 @@ from mem_triton.systems.delta_mem.training.conversations import read_conversatio
 from mem_triton.systems.delta_mem.training.recipe import Recipe
 from mem_triton.systems.delta_mem.training.tokens import session_of
 from mem_triton_transformers.attach import attention_dims
-from mem_triton_transformers.delta_training.card import write_card
+from mem_triton_transformers.delta_training.card import describe
 from mem_triton_transformers.delta_training.replies import with_replies
 from mem_triton_transformers.delta_training.start import closed_form
 from mem_triton_transformers.delta_training.trainer import Data, Trainer
@@ -99,7 +99,7 @@ def train(
         "log": str(out / LOG),
         "curve": str(out / CURVE),
     }
-    write_card(out, recipe, report, name or folder.name, str(data), len(rows), command)
+    describe(out, recipe, report, name or folder.name, str(data), len(rows), command)
     return report
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mem_triton.systems.memo.training.recipe import MemoRecipe
+from mem_triton_transformers.runs.cards import write_card
 
 
-def write_card(
+def describe(
     out: Path,
     recipe: MemoRecipe,
     report: dict[str, Any],
@@ -19,16 +20,9 @@ def write_card(
     evaluations: Sequence[dict[str, Any]],
     command: str,
 ) -> Path:
-    """Write ``README.md`` and ``recipe.json`` into the folder. Raises OSError."""
-    (out / "recipe.json").write_text(recipe.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    """Write the card of a run and its recipe into the folder. Raises OSError."""
     kind = f"LoRA of rank {recipe.rank} on all linear layers" if recipe.method == "lora" else "All weights trained"
     lines = [
-        "---",
-        f"base_model: {model}",
-        "library_name: peft" if recipe.method == "lora" else "library_name: transformers",
-        "tags: [memo, memory]",
-        "---",
-        "",
         f"# A memory model from {model}",
         "",
         f"{kind}; {report['parameters']:,} trained parameters (MeMo, arXiv 2605.15156).",
@@ -58,8 +52,6 @@ def write_card(
         "`training.jsonl`, the loss curve in `loss.csv`, all settings in `recipe.json`.",
         "",
     ]
-    if command:
-        lines += ["```bash", command, "```", ""]
-    path = out / "README.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
+    return write_card(
+        out, recipe, (model, "peft" if recipe.method == "lora" else "transformers", "memo, memory"), lines, command
+    )

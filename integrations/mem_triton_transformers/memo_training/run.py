@@ -19,7 +19,7 @@ from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.store.files import read_object, write_durably
 from mem_triton.systems.memo.training.recipe import MemoRecipe, recipe_of
 from mem_triton.systems.memo.training.rows import digest, read_data
-from mem_triton_transformers.memo_training.card import write_card
+from mem_triton_transformers.memo_training.card import describe
 from mem_triton_transformers.memo_training.packing import packs, tokens_of
 from mem_triton_transformers.memo_training.sft import SFTConfig
 from mem_triton_transformers.memo_training.trainer import COLUMNS, WHOLE, MemoTrainer, Plan, Watcher
@@ -112,7 +112,7 @@ def train(
         "log": str(out / LOG),
         "curve": str(out / CURVE),
     }
-    write_card(out, recipe, report, name or folder.name, data, mix, found, command)
+    describe(out, recipe, report, name or folder.name, data, mix, found, command)
     return report
 
 

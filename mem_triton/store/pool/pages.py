@@ -16,6 +16,9 @@ from torch import Tensor
 from mem_triton.ops.block_codec import quantise_pages
 from mem_triton.store.block import MemoryBlock
 
+GIB = 2**30
+"""Bytes of a GiB, in which configurations and logs count device memory."""
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
 

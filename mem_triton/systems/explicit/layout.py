@@ -17,13 +17,12 @@ from mem_triton.schema import ConfigError
 from mem_triton.store.bank import Bank, BankError, BankSpec
 from mem_triton.store.bank.fingerprint import model_fingerprint, model_folder
 from mem_triton.store.block import MemoryBlock
-from mem_triton.store.pool.pages import PageLayout
+from mem_triton.store.pool.pages import GIB, PageLayout
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.explicit.request import MOST_REFERENCES
 from mem_triton.systems.explicit.section import MemorySection
 from mem_triton.systems.served_model import check_served
 
-GIB = 1 << 30
 MOST_PAGES = 4096
 """Pages that one request may see in one step when it names ids; tables take 16 bytes for each, for every request."""
 

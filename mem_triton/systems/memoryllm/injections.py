@@ -34,7 +34,6 @@ from mem_triton.systems.request import RequestError
 
 SHORT = 16
 """Tokens below which a text disturbs a pool, as the authors say in their README."""
-LOOK_SECONDS = 0.02
 LOCK_SECONDS = 10.0
 """Seconds that a write waits for another process that writes the store."""
 
@@ -199,8 +198,7 @@ class Injections:
         waited = self._residents.versions(now.identity) >= self._section.versions
         if waited:
             metrics.POOL_WRITER_WAITS.inc()
-        while self._residents.versions(now.identity) >= self._section.versions:
-            await asyncio.sleep(LOOK_SECONDS)
+            await self._residents.fewer_versions(now.identity, self._section.versions)
         ticket = self._residents.claim(memory.id, new, commit)
         if ticket.state == "waiting" and not waited:
             metrics.POOL_WRITER_WAITS.inc()

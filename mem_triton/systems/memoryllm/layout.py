@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from mem_triton.schema import ConfigError
 from mem_triton.store.bank.fingerprint import Fingerprint, model_fingerprint, model_folder
 from mem_triton.store.errors import BankError
-from mem_triton.store.pool.pages import PageLayout
+from mem_triton.store.pool.pages import GIB, PageLayout
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.memoryllm.pools import Pools
 from mem_triton.systems.memoryllm.section import MemoryLLMSection
 from mem_triton.systems.memoryllm.shape import PoolShape
 from mem_triton.systems.served_model import config_differences
 
-GIB = 1 << 30
 PAGE_TOKENS = 64
 """Rows of a page: a version is one long prefix, which small pages would only give a longer table."""
 
@@ -65,7 +64,7 @@ class PoolLayout:
 def open_store(engine: EngineShape, section: MemoryLLMSection) -> Pools:
     """The configured store, checked against the served model. Raises ConfigError naming the field that differs."""
     try:
-        pools = Pools.open(section.pools)
+        pools = Pools.open(section.pools, max_pools=section.max_pools)
         made = Fingerprint(**pools.about["model"])
         folder = model_folder(engine.model, engine.revision)
         here = model_fingerprint(folder)
@@ -95,7 +94,6 @@ def open_store(engine: EngineShape, section: MemoryLLMSection) -> Pools:
             pools.shape.dtype,
             str(engine.dtype).removeprefix("torch."),
         )
-    pools.max_pools = section.max_pools
     return pools
 
 

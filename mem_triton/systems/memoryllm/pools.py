@@ -48,8 +48,8 @@ class Pools:
         pools.rows("main@1")                              # [L, N, d], as they were
     """
 
-    def __init__(self, path: Path, shape: PoolShape, about: Mapping[str, Any]) -> None:
-        self.path, self.shape, self.about, self.max_pools, self.kept = path, shape, about, MAX_POOLS, KEPT
+    def __init__(self, path: Path, shape: PoolShape, about: Mapping[str, Any], max_pools: int = MAX_POOLS) -> None:
+        self.path, self.shape, self.about, self.max_pools, self.kept = path, shape, about, max_pools, KEPT
         self._newest: OrderedDict[str, PoolState] = OrderedDict()
         self._writing, self._caching = threading.RLock(), threading.Lock()
         self._lock: WriterLock | None = None
@@ -71,14 +71,14 @@ class Pools:
         return cls.open(path, writable=True)
 
     @classmethod
-    def open(cls, path: str | Path, writable: bool = False, wait: float = 0.0) -> Self:
-        """An existing store. wait: seconds to wait for another writer.
+    def open(cls, path: str | Path, writable: bool = False, wait: float = 0.0, max_pools: int = MAX_POOLS) -> Self:
+        """Open a store. wait: seconds to wait for another writer. max_pools: that it may have before it takes no more.
 
         Raises PoolError for what is no store, BankLockedError naming the process that writes it.
         """
         path = Path(path)
         shape, about = records.read_store(path)
-        store = cls(path, shape, about)
+        store = cls(path, shape, about, max_pools)
         if writable:
             store.start_writing(wait)
         return store

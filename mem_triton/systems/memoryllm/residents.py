@@ -6,6 +6,7 @@ at a time where the configuration says so.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -38,6 +39,7 @@ class Residents:
         self._claims: dict[str, PoolVersion] = {}  # by owner
         self._commits: dict[str, Commit] = {}  # of versions that are not on the disk yet
         self._loads: PageLoads | None = None
+        self._released = asyncio.Event()
 
     def claim(self, owner: str, version: PoolVersion, commit: Commit | None = None, reads: bool = False) -> Ticket:
         """Keep a version on the device for ``owner``. commit: of one that is put on the disk when it has its pages.
@@ -55,10 +57,17 @@ class Residents:
         """The owner is done; harmless if it has no claim."""
         if self._claims.pop(owner, None) is not None:
             self._residency.release(owner, forget=[picks_ref(owner)])
+            self._released.set()
 
     def versions(self, identity: str) -> int:
-        """Versions of a pool that somebody needs."""
+        """Count the versions of a pool that requests hold."""
         return len({version.version for version in self._claims.values() if version.identity == identity})
+
+    async def fewer_versions(self, identity: str, most: int) -> None:
+        """Wait until requests hold fewer than ``most`` versions of a pool."""
+        while self.versions(identity) >= most:
+            self._released.clear()
+            await self._released.wait()
 
     async def wait(self, ticket: Ticket, rpc: Rpc, alive: Alive = always) -> None:
         """Wait until the claim's pages are filled. Raises MemoryLoadError."""
@@ -67,7 +76,7 @@ class Residents:
         await self._loads.wait(lambda: [] if ticket.state == "ready" else [ticket], alive)
 
     async def _load(self, rpc: Rpc, _: str, ref: str, pages: list[int], tokens: int) -> list[dict[str, Any]]:
-        """Fill a version's pages on all workers; what ``PageLoads`` wants to hear of each."""
+        """Fill a version's pages on all workers, and return an answer for each as ``PageLoads`` takes it."""
         if is_picks(ref):  # filled by the step that runs the prompt
             return [{"error": None, "stats": {}}]
         commit = self._commits.pop(ref, None)

@@ -15,11 +15,12 @@ stage: rows of a higher stage come when the lower ones are learnt. group: rows t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mem_triton.systems.json_lines import json_rows
 
 ROLES = ("system", "user", "assistant")
 FIELDS = ("requests", "messages", "stage", "group")
@@ -77,32 +78,15 @@ def read_conversations(path: Path) -> list[Conversation]:
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
         saved = (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
-        rows = _saved(path) if saved else (row for file in files for row in _lines(file))
+        rows = _saved(path) if saved else (row for file in files for row in json_rows(file, SHAPE, DataError))
         if not saved and not files:
             raise DataError(f"DATA: {path} holds no {' or '.join(SUFFIXES)} file, and no data set saved by datasets")
     else:
-        rows = _lines(path)
+        rows = json_rows(path, SHAPE, DataError)
     found = [read_conversation(row, where) for where, row in rows]
     if not found:
         raise DataError(f"DATA: {path} holds no rows; expected {SHAPE}")
     return found
-
-
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    yield where, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{where}: not JSON ({error}); every line is one object, {SHAPE}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
 
 
 def _saved(path: Path) -> Iterator[tuple[str, Any]]:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mem_triton.systems.json_lines import json_rows
 
 Message = dict[str, str]
 SHAPE = '{"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", "content": "..."}]}'
@@ -46,7 +48,7 @@ def read_rows(path: Path, option: str = "DATA") -> list[Row]:
     """The rows of a JSONL file. Raises RowError naming the file, the row, the field and the fix."""
     if not path.is_file():
         raise RowError(f"{option}: there is no file {path}")
-    found = [_row(row, where) for where, row in _lines(path)]
+    found = [_row(row, where) for where, row in json_rows(path, SHAPE, RowError)]
     if not found:
         raise RowError(f"{option}: {path} holds no rows; expected {SHAPE}")
     return found
@@ -80,22 +82,6 @@ def of_epoch(rows: Sequence[Row], epoch: int) -> list[int]:
     return [i for i, row in enumerate(rows) if row.epoch is None or row.epoch == epoch % around]
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    try:
-                        yield where, json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        raise RowError(f"{where}: not JSON ({error}); every line is one object, {SHAPE}") from None
-    except UnicodeDecodeError as error:
-        raise RowError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise RowError(f"{path}: {error.strerror or error}") from None
-
-
 def _row(row: Any, where: str) -> Row:
     if not isinstance(row, Mapping):
         raise RowError(f"{where}: holds a {type(row).__name__}, expected {SHAPE}")
@@ -104,7 +90,7 @@ def _row(row: Any, where: str) -> Row:
     epoch = row.get("epoch")
     if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, int) or not 0 <= epoch < 10_000):
         raise RowError(f"{where}: epoch is {epoch!r:.80}, expected an integer from 0 to 9999")
-    prompt, completion = (_messages(row[name], where, name) for name in ("prompt", "completion"))
+    prompt, completion = (messages_of(row[name], where, name) for name in ("prompt", "completion"))
     if prompt[-1][0] != "user":
         raise RowError(f"{where}: prompt ends with the {prompt[-1][0]}'s message, expected the user's")
     if len(completion) != 1 or completion[0][0] != "assistant":
@@ -112,7 +98,11 @@ def _row(row: Any, where: str) -> Row:
     return Row(prompt, completion[0][1], epoch, where)
 
 
-def _messages(value: Any, where: str, name: str) -> tuple[tuple[str, str], ...]:
+def messages_of(value: Any, where: str, name: str) -> tuple[tuple[str, str], ...]:
+    """Give (role, content) of each message of a row's prompt or completion, which ``name`` says.
+
+    where: file and row, for messages. Raises RowError.
+    """
     if isinstance(value, str):
         value = [{"role": "user" if name == "prompt" else "assistant", "content": value}]
     if not isinstance(value, (list, tuple)) or not value:
