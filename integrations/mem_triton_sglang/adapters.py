@@ -1,4 +1,4 @@
-"""Which LoRA adapters SGLang has loaded, and what their files held then: its tokenizer manager hears of each load."""
+"""Records which LoRA adapters SGLang's tokenizer manager has loaded, and what their files held then."""
 
 from __future__ import annotations
 

@@ -114,14 +114,14 @@ class BackendWithMemory(AttentionBackend):
 
     @property
     def _alone(self) -> bool:
-        """Whether every row is attended here: in the batch-invariant way, and captured where stock knows no graphs."""
+        """Whether every row is attended here: batch-invariant, or captured where the stock backend captures none."""
         policy = self.mem_triton.policy
         invariant = policy is not None and policy.batch_invariant
         return invariant or (self.mem_step.captured and not self._stock_captures)
 
     @property
     def _stock_captures(self) -> bool:
-        """Whether the stock backend prepares captured steps, too; some know no graphs."""
+        """Whether the stock backend prepares captured steps, too; some do not support graphs."""
         stock = type(self).__mro__[2]
         return stock.init_cuda_graph_state is not AttentionBackend.init_cuda_graph_state
 

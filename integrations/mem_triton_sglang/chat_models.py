@@ -23,7 +23,7 @@ from mem_triton_sglang.http_fields import FIELDS
 
 
 class ServesChatModels(TokenizerManager):
-    """Names the handler that knows of chat models. chats: the chat models, by name."""
+    """Names the handler that serves chat models. chats: the chat models, by name."""
 
     chats: Mapping[str, ChatPart]
 

@@ -17,11 +17,11 @@ from mem_triton.compat import TESTED_VERSIONS, UnsupportedVersionError, require
 
 HOOKS: dict[str, tuple[str, HookType]] = {
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__": (
-        "mem_triton_sglang.front_end:after_init",
+        "mem_triton_sglang.engines:after_init",
         HookType.AFTER,
     ),
     "sglang.srt.utils.weight_versions.build_endpoint_weight_version_metadata": (
-        "mem_triton_sglang.front_end:after_metadata",
+        "mem_triton_sglang.engines:after_metadata",
         HookType.AFTER,
     ),
     "sglang.srt.managers.schedule_batch.Req.__init__": ("mem_triton_sglang.worker:after_request", HookType.AFTER),

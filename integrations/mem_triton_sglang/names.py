@@ -1,4 +1,4 @@
-"""Names by which users and SGLang know this integration."""
+"""Defines the names that users and SGLang have for this integration."""
 
 from __future__ import annotations
 

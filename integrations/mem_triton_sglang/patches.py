@@ -13,7 +13,7 @@ PATCHES: tuple[EnginePatch, ...] = (
     EnginePatch(
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager.__init__",
         kind="hook",
-        sites=(*_REGISTRY, "front_end.after_init: manager.__class__"),
+        sites=(*_REGISTRY, "engines.after_init: manager.__class__"),
         what="After the constructor the manager gets a subclass of its class, which overrides generate_request, "
         "abort_request and the methods that change weights, and calls private methods of it (listed below).",
         why="A request's memory is opened before the scheduler has it, and committed before its last output is "
@@ -189,7 +189,7 @@ PATCHES: tuple[EnginePatch, ...] = (
     EnginePatch(
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager.serving_chat_class",
         kind="extension",
-        sites=("front_end.after_init: manager.__class__",),
+        sites=("engines.after_init: manager.__class__",),
         what="Where a memory system has a chat model (MeMo), our manager names a subclass of SGLang's handler of chat "
         "requests. A request to the chat model is answered by it; all others are SGLang's handler's.",
         why="MeMo's executive and memory model are one model to users.",

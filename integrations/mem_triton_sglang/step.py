@@ -67,7 +67,7 @@ class StepBuilder:
         return Step(static.block_table[:rows], static.query_start_loc[: rows + 1], static.seq_lens[:rows], 1, True)
 
     def _width(self, batch: Any) -> int:
-        """Pages of the longest row, as far as the host knows it."""
+        """Pages of the longest row, by the lengths that the host has."""
         if batch.seq_lens_cpu is None:
             return self.max_pages
         return max(1, -(-int(batch.seq_lens_cpu.max()) // self.page_size))

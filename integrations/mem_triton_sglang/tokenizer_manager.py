@@ -313,7 +313,7 @@ class TokenizerManagerWithMemory(FixedWeights, KnownAdapters, ServesChatModels):
         return super().generate_request(obj, running.request)
 
     async def _done(self, running: _Running) -> AsyncGenerator[Any, None]:
-        """The one output of a request that the engine does not run; what it asks for is done at its end."""
+        """Give the one output of a request that the engine does not run; what it asks for is done at its end."""
         obj = running.obj
         await self._tokenized(obj)
         await self._prepared(running)
@@ -327,7 +327,7 @@ class TokenizerManagerWithMemory(FixedWeights, KnownAdapters, ServesChatModels):
             yield out
 
     async def _ended(self, running: _Running, reason: dict[str, Any] | None) -> AsyncGenerator[Any, None]:
-        """An output that SGLang's scheduler knows nothing of, made as SGLang makes it."""
+        """Make an output of a request that SGLang's scheduler never had, as SGLang makes it."""
         self._init_req_state(running.obj, running.request)
         responses = self._wait_one_response(running.obj, running.request)
         self._handle_abort_req(AbortReq(rid=running.obj.rid, finished_reason=reason))

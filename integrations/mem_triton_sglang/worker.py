@@ -141,7 +141,7 @@ def attach_memory(runner: Any, config: MemTritonConfig) -> SGLangWorkerMemory:
 
 
 def _captures_prompts(server_args: Any) -> bool:
-    """Whether prompts run in CUDA graphs, of whose replays no layer hears."""
+    """Whether prompts run in CUDA graphs, whose replays run no hook of a layer."""
     from sglang.srt.arg_groups.overrides import resolved_view
 
     graphs = resolved_view(server_args).cuda_graph_config

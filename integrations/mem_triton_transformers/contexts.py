@@ -1,4 +1,4 @@
-"""How far memory has written each context, so that no token is written twice or taken back behind its back.
+"""Records how far memory has written each context, so that no token is written twice or removed unseen.
 
 A call begins a context unless it brings a cache that holds tokens already. Whether it repeats a text is seen in its
 tokens, and whether tokens were taken back in the length of a cache that memory has seen before.
@@ -69,7 +69,7 @@ class Contexts:
 
 
 def length_of(cache: Any) -> int | None:
-    """Tokens that a cache holds, 0 for none at all; None if it does not tell."""
+    """Count the tokens that a cache holds, 0 for no cache; None if it has no length."""
     if cache is None:
         return 0
     length = getattr(cache, "get_seq_length", None)

@@ -81,7 +81,7 @@ class TransformersEncoder:
         prefix_ids: Sequence[int] | None = None,
         batch_size: int = 1,
     ) -> list[EncodedText]:
-        """Every text alone, after ``prefix_ids`` if given, which is not in the result.
+        """Encode every text alone, after ``prefix_ids`` if given, which is not in the result.
 
         layers: None for all; those behind the last one are not run. batch_size: texts that share a forward, padded on
         the right. The same text gives the same bits only in batches of the same shape, so a batch of 1 makes a bank

@@ -207,7 +207,7 @@ def model_ropes(model: PreTrainedModel, layers: Sequence[int]) -> list[RotaryEmb
 
 
 def segments_of(model: PreTrainedModel, bank: Bank, plan: Sequence[Attachment]) -> list[MemorySegment]:
-    """A plan's entries as the bank has them, placed; the bank's constant prefix first, unless the plan is empty.
+    """Load a plan's entries, placed; the bank's constant prefix first, unless the plan is empty.
 
     Of a bank of kind "parallel" that is the head of a chat, which the prompt does not repeat.
     """
@@ -235,7 +235,7 @@ def _on(model: PreTrainedModel, block: MemoryBlock) -> MemoryBlock:
 
 @contextmanager
 def read_plans(model: PreTrainedModel, bank: Bank, plans: Sequence[Sequence[Attachment]]) -> Iterator[CurrentReads]:
-    """``read_memory`` of what ``plans[b]`` attaches to batch row b, out of a bank.
+    """Attach what ``plans[b]`` names to batch row b, out of a bank, see ``read_memory``.
 
     Example::
 

@@ -88,7 +88,7 @@ def trainable_adapter(
 
 
 def adapter_from(model: PreTrainedModel) -> DeltaMemAdapter:
-    """The model's adapter as it is now, detached, e.g. to save it in the course of training."""
+    """Return the model's adapter as it is now, detached, e.g. to save it in the course of training."""
     return memory_of(model).adapter()
 
 

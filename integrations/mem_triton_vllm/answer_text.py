@@ -24,7 +24,7 @@ CONTEXT = 4
 
 
 class AnswerText:
-    """vLLM's detokenizer over a whole answer; what it holds back at the end, an incomplete character, is told, too.
+    """Runs vLLM's detokenizer over a whole answer, and gives the incomplete character that it holds back at the end.
 
     tokenizer, prompt_ids, params: of the request. Example::
 

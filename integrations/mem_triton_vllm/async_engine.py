@@ -135,7 +135,7 @@ class AsyncLLMWithMemory(AsyncLLM):
 
 
 def _not_kept(opened: Opened, output: RequestOutput, kind: RequestOutputKind) -> NotKeptError:
-    """What the client hears: the reason, and the answer if it has not had it."""
+    """Make the error for the client: the reason, and the answer if it has not had it."""
     text = output.outputs[0].text if kind is not RequestOutputKind.DELTA else ""
     error = NotKeptError(f"{opened.failure}" + (f". The answer was: {text}" if text else ""))
     error.status_code = opened.failure.status

@@ -21,7 +21,7 @@ _HEADERS: ContextVar[Mapping[str, str] | None] = ContextVar("mem_triton_headers"
 
 
 def headers() -> Mapping[str, str]:
-    """Those of the HTTP request under way; none where there is no such request, so that it speaks for nobody."""
+    """Return the headers of the HTTP request under way; none outside of one, which is then no tenant's."""
     return _HEADERS.get() or {}
 
 

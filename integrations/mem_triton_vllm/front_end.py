@@ -1,4 +1,4 @@
-"""vLLM's front end: a request's fields become a session, a plan and filled pages before the scheduler hears of it.
+"""vLLM's front end: a request's fields become a session, a plan and filled pages before it is scheduled.
 
 Runs in the process that holds ``AsyncLLM`` (the API server) or ``LLMEngine`` (``LLM``). Everything a worker needs
 travels with the request in ``extra_args``; what a KV cache needs to tell memories apart travels in vLLM's
@@ -102,7 +102,7 @@ class VLLMFrontEnd(MemoryFrontEnd):
 
     @contextlib.contextmanager
     def loading(self, lora: Any) -> Iterator[None]:
-        """While workers load an adapter because they are told to; one that they have they do not read again."""
+        """Record an adapter while workers load it; one that they have they do not load again."""
         before = files_digest(lora.lora_path)
         yield
         if lora.load_inplace or not self.loras.knows(lora.lora_int_id):

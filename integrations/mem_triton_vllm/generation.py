@@ -75,7 +75,7 @@ async def _unscheduled(
     opened: Opened,
     prepared: Callable[[], None],
 ) -> AsyncGenerator[RequestOutput, None]:
-    """The one output of a request that the engine does not run; what it asks for is done at its end."""
+    """Give the one output of a request that the engine does not run; what it asks for is done at its end."""
     await memory.prepare(opened, prompt_ids)
     prepared()
     logprobs = None if params.logprobs is None else []

@@ -1,4 +1,4 @@
-"""Names by which users and vLLM know this integration."""
+"""Defines the names that users and vLLM have for this integration."""
 
 from __future__ import annotations
 

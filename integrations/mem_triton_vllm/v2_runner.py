@@ -19,7 +19,7 @@ from mem_triton_vllm.worker import attach_memory
 
 
 class MemoryModelState:
-    """Mixin: tells the memory who enters, who leaves, and in which order a step's rows stand."""
+    """Mixin: passes to the memory which requests enter and leave, and the order of a step's rows."""
 
     memory_config: MemTritonConfig
 

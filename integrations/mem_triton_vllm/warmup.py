@@ -87,7 +87,7 @@ def _group(layer: Any) -> int:
 
 
 def _kind(layer: Any) -> tuple | None:
-    """What tells layers apart whose kernels are compiled apart; None for layers without kernels of ours."""
+    """Return a key that is equal for layers with the same compiled kernels; None for layers without kernels of ours."""
     if isinstance(layer, DeltaStateCache):
         inputs = layer.inputs
         return ("states", layer.spec, *_describe(layer.kv_cache), *_describe(vars(inputs).values() if inputs else ()))

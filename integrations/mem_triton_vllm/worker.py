@@ -1,4 +1,4 @@
-"""A vLLM worker's memory: runners tell it who enters, who leaves, and how the rows stand.
+"""Attaches memory to a vLLM worker; its runner passes which requests enter and leave, and the order of rows.
 
 The model has it as its attribute ``mem_triton``.
 """

@@ -147,16 +147,16 @@ def _build(
 
 
 def _take_in(ledger: Ledger, sources: list[Path], fields: tuple[str, str | None], problems: list[str]) -> None:
-    from mem_triton.cli.sources import SUFFIXES, Reader, sources_of
+    from mem_triton.cli.sources import SUFFIXES, SourceDocuments, sources_of
     from mem_triton.systems.memo.reflections.ledger import SourceText
     from mem_triton.write.chunking import unusable
 
     found = sources_of(sources)
     if not found:
         raise ValueError(f"SOURCES: no {', '.join(SUFFIXES)} among {', '.join(map(str, sources))}")
-    reader = Reader(found, format=None, field=fields[0], id_field=fields[1], id=None, single=True)
+    documents = SourceDocuments(found, format=None, field=fields[0], id_field=fields[1], id=None, single=True)
     texts: dict[str, SourceText] = {}
-    for document in reader:
+    for document in documents:
         if (reason := unusable(document)) is not None:
             problems.append(f"{document.source}: {reason}")
             continue
@@ -165,7 +165,7 @@ def _take_in(ledger: Ledger, sources: list[Path], fields: tuple[str, str | None]
             number += 1
             id = f"{document.name}.{number}"
         texts[id] = SourceText(id, document.source, document.text)
-    problems += reader.problems
+    problems += documents.problems
     ledger.add_documents(texts.values())
 
 

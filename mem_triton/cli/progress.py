@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mem_triton.cli import output
 
 if TYPE_CHECKING:
-    from mem_triton.cli.sources import Reader
+    from mem_triton.cli.sources import SourceDocuments
     from mem_triton.write import WriteReport
 
 FIRST, EVERY = 1.0, 5.0
@@ -19,11 +19,11 @@ FIRST, EVERY = 1.0, 5.0
 class Progress:
     """Tells of every text: the file it is in, entries, tokens a second, time left. total: bytes of all files."""
 
-    def __init__(self, reader: Reader, total: int, quiet: bool) -> None:
+    def __init__(self, documents: SourceDocuments, total: int, quiet: bool) -> None:
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        self.reader, self.total, self.quiet = reader, total, quiet
+        self.documents, self.total, self.quiet = documents, total, quiet
         self.terminal = sys.stderr.isatty()
         self.began = self.said = time.monotonic()
         self.next = FIRST
@@ -49,14 +49,14 @@ class Progress:
         self.bar.stop()
 
     def __call__(self, report: WriteReport) -> None:
-        if self.reader.present is not self._text:
-            self._text, self._characters = self.reader.present, report.characters
+        if self.documents.present is not self._text:
+            self._text, self._characters = self.documents.present, report.characters
         length = len(self._text.text)
         share = min(1.0, (report.characters - self._characters) / length) if length else 1.0
-        done = self.reader.position(share)
+        done = self.documents.position(share)
         entries = len(report.added) + len(report.filled) + report.skipped
         speed = f"{report.tokens / report.seconds:.0f}" if report.seconds else "-"
-        file = output.plain(self.reader.file)
+        file = output.plain(self.documents.file)
         self.bar.update(self.task, completed=done, file=output.shorten(file, 40), entries=entries, speed=speed)
         now = time.monotonic()
         if self.quiet or self.terminal or now - self.said < self.next:

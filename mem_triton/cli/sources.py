@@ -85,7 +85,7 @@ def _id(text: str, longest: int = LONGEST) -> str:
     return ids.id_from(text, longest) or "text"
 
 
-class Reader:
+class SourceDocuments:
     """The documents of files; what cannot be read is left out and said in ``problems``, ``failed`` are its files.
 
     single: a file is one text, whatever is in it. id: instead of the files' names, None for those. Knows how far it is:

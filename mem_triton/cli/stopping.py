@@ -1,4 +1,4 @@
-"""Ends a long run at its next good moment when the user wants it to end."""
+"""Ends a long run at its next safe point when the user interrupts it."""
 
 from __future__ import annotations
 

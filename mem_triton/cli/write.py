@@ -13,7 +13,7 @@ from mem_triton.cli import output
 from mem_triton.cli.progress import Progress
 
 if TYPE_CHECKING:
-    from mem_triton.cli.sources import Reader
+    from mem_triton.cli.sources import SourceDocuments
     from mem_triton.store.bank import Bank
     from mem_triton.write import WriteConfig, Writer, WriteReport
 
@@ -85,7 +85,7 @@ def write(
         kind_of,
         write_config,
     )
-    from mem_triton.cli.sources import SUFFIXES, Reader, sources_of
+    from mem_triton.cli.sources import SUFFIXES, SourceDocuments, sources_of
     from mem_triton.ids import ID_RULE, NAME_RULE, is_id, is_name
     from mem_triton.store.bank import Bank
     from mem_triton.store.bank.fingerprint import model_fingerprint
@@ -122,29 +122,29 @@ def write(
     }
     encoder = None
 
-    def reader_of(config: WriteConfig) -> Reader:
+    def documents_of(config: WriteConfig) -> SourceDocuments:
         single = config.kind == "prefix"
-        return Reader(sources, format=format, field=jsonl_field, id_field=jsonl_id_field, id=id, single=single)
+        return SourceDocuments(sources, format=format, field=jsonl_field, id_field=jsonl_id_field, id=id, single=single)
 
     if (bank / "bank.json").exists():
         target = Bank.open(bank, writable=True, wait=10.0)
         if head is not None or system is not None:
             given["prefix_text"] = head_of(folder, target.spec.kind, head, system)
-        reader = reader_of(config_of(target.spec))
+        documents = documents_of(config_of(target.spec))
     else:
         given["kind"] = kind_of(folder, kind, layers, keep, prefix_text, selection, context)
         if prefix_text is None:
             given["prefix_text"] = head_of(folder, given["kind"], head, system)
         config, state = write_config(**given), None
         config.layer_indices(fingerprint.num_layers)
-        reader = reader_of(config)
-        if sources and next(iter(reader_of(config)), None) is None:
-            list(reader)
-            _refuse(reader.problems or [f"FILES: {sources[0].path} holds no text"])
+        documents = documents_of(config)
+        if sources and next(iter(documents_of(config)), None) is None:
+            list(documents)
+            _refuse(documents.problems or [f"FILES: {sources[0].path} holds no text"])
         if codec == "pq":
             encoder = _encoder(str(folder), dtype, device)
             state = train_product_codec(
-                config, fingerprint, encoder, encoder.tokenizer, reader_of(config), batch_size=batch_size
+                config, fingerprint, encoder, encoder.tokenizer, documents_of(config), batch_size=batch_size
             )
         target = create_bank(bank, fingerprint, config, codec=codec, embedder=embedder, codec_state=state)
     with target:
@@ -164,9 +164,9 @@ def write(
             commit_seconds=commit_seconds,
         )
         try:
-            with Progress(reader, sum(source.size for source in sources), quiet or json) as progress:
+            with Progress(documents, sum(source.size for source in sources), quiet or json) as progress:
                 if files:
-                    report = writer.write(reader, tenant=tenant, cold=cold, replace=replace, progress=progress)
+                    report = writer.write(documents, tenant=tenant, cold=cold, replace=replace, progress=progress)
                 else:
                     report = writer.fill_cold(progress=progress)
         except KeyboardInterrupt:
@@ -175,11 +175,11 @@ def write(
                 f"mem-triton: stopped; {entries} entries are safe, the same command goes on from there", file=sys.stderr
             )
             raise typer.Exit(130) from None
-        report.problems = [*reader.problems, *report.problems]
+        report.problems = [*documents.problems, *report.problems]
         if report.problems and not (report.added or report.filled or report.skipped or report.empty):
             _refuse(report.problems)
         if files:
-            _tidy(target, writer, reader, report, tenant, replace, folders if prune else [])
+            _tidy(target, writer, documents, report, tenant, replace, folders if prune else [])
     _print(report, bank, json)
     if report.problems:
         raise typer.Exit(1)
@@ -194,14 +194,20 @@ def _refuse(problems: list[str]) -> None:
 
 
 def _tidy(
-    bank: Bank, writer: Writer, reader: Reader, report: WriteReport, tenant: str, replace: bool, folders: list[Path]
+    bank: Bank,
+    writer: Writer,
+    documents: SourceDocuments,
+    report: WriteReport,
+    tenant: str,
+    replace: bool,
+    folders: list[Path],
 ) -> None:
     """Take out, or tell of, what files held before. One of which something was not written keeps all that it had."""
     from mem_triton.write.chunking import printable
     from mem_triton.write.known import gone_files, stale
 
-    failed = reader.failed | writer.failed
-    whole = [path for path in (printable(source.path) for source in reader.sources) if path not in failed]
+    failed = documents.failed | writer.failed
+    whole = [path for path in (printable(source.path) for source in documents.sources) if path not in failed]
     old = [info.ref for info in stale(bank, whole, writer.written, tenant)]
     gone = [info.ref for info in stale(bank, gone_files(bank, folders, tenant), set(), tenant)] if folders else []
     report.removed = list(dict.fromkeys(chain(old if replace else [], gone)))

@@ -118,7 +118,7 @@ class Incidents:
         return self._lost.get(request_id)
 
     def forget(self, request_id: str) -> None:
-        """A request of this name begins or was told: clients may name the next one the same, and it is not lost."""
+        """Forget the incidents of a name whose request begins or was answered; the next one may have the same."""
         self.look(final=True)
         self._lost.pop(request_id, None)
 

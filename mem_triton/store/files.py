@@ -28,7 +28,7 @@ def is_occupied(path: Path) -> bool:
 
 
 def read_object(path: Path, fix: str, refused: type[ValueError]) -> dict[str, Any]:
-    """Read a JSON object of somebody else's. Raises ``refused`` naming the file, what is wrong, and ``fix``."""
+    """Read a JSON object that another program wrote. Raises ``refused`` naming the file, what is wrong, and ``fix``."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

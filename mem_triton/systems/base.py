@@ -73,7 +73,7 @@ class RequestMemory:
     unscheduled: bool = False
 
     def report(self) -> dict[str, Any]:
-        """What the answer says of it."""
+        """Return what the answer says of it."""
         return {}
 
 
@@ -114,18 +114,18 @@ class FrontendPart:
     between_steps: frozenset[str] = frozenset()
 
     def check(self, fields: Any) -> None:
-        """Raise RequestError if the fields ask for what there is not."""
+        """Raise RequestError if the fields name what does not exist."""
 
     def admit(self, fields: Any, params: RequestParams) -> RequestMemory | None:
-        """The request's memory; None if it has none. Raises RequestError, with nothing scheduled."""
+        """Make the request's memory; None if it has none. Raises RequestError, with nothing scheduled."""
         raise NotImplementedError
 
     def admit_reading(self) -> RequestMemory | None:
-        """The memory of an engine request that reads text which is kept: as little as there can be."""
+        """Make the memory of an engine request whose text is captured: as little as there can be."""
         return None
 
     def start(self, rpc: Rpc) -> None:
-        """The engine runs. Begin what every request would wait for; an event loop runs."""
+        """Begin what every request would wait for; engine and event loop run."""
 
     async def prepare(self, memory: RequestMemory, prompt_ids: Sequence[int], rpc: Rpc) -> None:
         """Find and claim what the request reads. Raises RequestError if it never fits."""
@@ -134,24 +134,24 @@ class FrontendPart:
         """Wait until the request can run. Raises MemoryLoadError if it never can."""
 
     def cut(self, memory: RequestMemory, prompt_tokens: int, max_tokens: int | None) -> tuple[int, int] | None:
-        """(tokens after which ``advance`` wants to be asked, tokens of the whole answer); None to ask for nothing."""
+        """Return (tokens after which ``advance`` is called, tokens of the whole answer); None for no cut."""
         return None
 
     async def advance(self, memory: RequestMemory, prompt_tokens: int, generated: Sequence[int], rpc: Rpc) -> None:
-        """The answer has come to a cut: change what the coming tokens read."""
+        """Change what the coming tokens read, at a cut of the answer."""
 
     async def finish(self, memory: RequestMemory, outcome: Outcome, rpc: Rpc) -> None:
-        """The answer is whole: commit and keep. What fails now is a warning or a ``failure``, not an exception."""
+        """Commit and keep, as the answer is whole. What fails now is a warning or a ``failure``, not an exception."""
 
     def close(self, memory: RequestMemory) -> None:
-        """The request is over, however it ended; harmless twice."""
+        """Release what the request holds, however it ended; harmless twice."""
 
     def payload(self, memory: RequestMemory) -> SystemPayload | None:
-        """What its workers need; None for a request like one that says nothing."""
+        """Return what its workers need; None for a request like one without fields."""
         return None
 
     def identity(self, memory: RequestMemory, salted: bool) -> str | None:
-        """What all keys and values of the request depend on, for the engine's own salt; None if they are the engine's.
+        """Return what the request's keys and values depend on, for the engine's salt; None if they are the engine's.
 
         salted: after an incident, when not even plain requests may find what was cached before.
         """
@@ -208,7 +208,7 @@ class ChatPart:
         raise NotImplementedError
 
     async def close(self) -> None:
-        """The server ends."""
+        """Release what the chat model holds, as the server ends."""
 
 
 @dataclass(frozen=True)
@@ -230,31 +230,31 @@ class WorkerPart:
     calls: Mapping[str, Callable[..., Any]] = {}
 
     def enter(self, request_id: str, payload: SystemPayload) -> None:
-        """A request with a payload joins the batch, or is there already."""
+        """Add a request with a payload to the batch; harmless if it is there already."""
 
     def leave(self, request_id: str) -> None:
-        """A request is about to leave the batch, finished or preempted; its KV is still its own."""
+        """Remove a request from the batch, finished or preempted; its KV is still its own."""
 
     def begin_step(self, step: StepBatch) -> Mapping[str, Exception]:
         """Write the coming step's tables. Returns whose memory cannot be shown, and why."""
         return {}
 
     def forget_rows(self) -> None:
-        """No row of the coming step has memory: its tables could not be written."""
+        """Clear the tables of the coming step, which could not be written: no row has memory."""
 
     def drop_request(self, request_id: str) -> None:
-        """A request has lost its memory: it goes on without, and nothing of it is kept."""
+        """Drop a request that lost its memory: it goes on without, and nothing of it is kept."""
 
     def __contains__(self, request_id: object) -> bool:
         """Whether a request in the batch has memory of its own here."""
         return False
 
     def segments(self, layer: int) -> LayerSegments | None:
-        """What an attention layer reads besides its context, by its index in the model; None if nothing."""
+        """Return what an attention layer reads besides its context, by its index in the model; None if nothing."""
         return None
 
     def describe(self) -> str:
-        """One line for the log."""
+        """Describe the memory in one line, for the log."""
         return type(self).__name__
 
 
@@ -269,16 +269,16 @@ class LayerIO(Protocol):
     """
 
     def embed(self, ids: Sequence[int]) -> Tensor:
-        """The input embeddings [T, d] of tokens."""
+        """Return the input embeddings [T, d] of tokens."""
 
     def run(self, layer: int, hidden: Tensor, adapter: Adapter) -> Tensor:
-        """What a layer gives for hidden rows [T, d] at positions 0...T-1, causal. adapter: added to its linears."""
+        """Run a layer on hidden rows [T, d] at positions 0...T-1, causal. adapter: added to its linears."""
 
     def project(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values, [Hkv, T, D] of this rank, that a layer makes of its input rows [T, d]."""
 
     def normed(self, layer: int, rows: Tensor) -> Tensor:
-        """A layer's input rows [T, d] behind its first norm."""
+        """Normalise a layer's input rows [T, d] by its first norm."""
 
     def watch(self, layer: int, seen: Callable[[Tensor], None]) -> None:
         """Call ``seen`` in each step with the layer's rows [T, d] behind its first norm, before its attention runs.
@@ -336,7 +336,7 @@ class WorkerHost:
 
 
 class MemorySystem:
-    """A memory system, as the registry knows it; holds no state.
+    """Describes a memory system to the registry; holds no state.
 
     name: its configuration section, and its name in payloads, worker calls and messages. title: for people. fields: its
     request fields, with what each means. requires: what it needs of an engine's workers.
@@ -349,22 +349,22 @@ class MemorySystem:
     requires: frozenset[Capability] = frozenset()
 
     def parse(self, fields: Mapping[str, Any], tenant: str) -> Any:
-        """A request's fields, checked, as ``admit`` takes them. Raises RequestError naming the field and the fix."""
+        """Check a request's fields, and give what ``admit`` takes. Raises RequestError naming the field and the fix."""
         raise NotImplementedError
 
     def frontend(self, config: General, engine: EngineShape, services: FrontendServices) -> FrontendPart:
-        """Its part in the process that takes requests. Raises ConfigError for what cannot work, before the start."""
+        """Make its front-end part. Raises ConfigError for what cannot work, before the start."""
         raise NotImplementedError
 
     def worker(self, config: General, engine: EngineShape, host: WorkerHost) -> WorkerPart | None:
-        """Its part in a worker; None where it has none. Raises ConfigError for what cannot work."""
+        """Make its part of a worker; None where it has none. Raises ConfigError for what cannot work."""
         raise NotImplementedError
 
     def chat(self, config: General, host: ChatHost) -> ChatPart | None:
-        """Its chat model, of a system that needs CHAT."""
+        """Make its chat model, for a system that needs CHAT."""
         return None
 
 
 def missing(requires: Iterable[Capability], capabilities: Iterable[Capability]) -> list[str]:
-    """What is required and not there, in words."""
+    """Name what is required and not there."""
     return [c.value for c in Capability if c in set(requires) - set(capabilities)]

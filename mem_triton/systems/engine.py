@@ -1,4 +1,4 @@
-"""Holds what memory needs to know of an engine: the served model's sizes, and how it is split and batched.
+"""Describes an engine to memory systems: the served model's sizes, and how it is split and batched.
 
 Each integration makes one from its engine's configuration, in the front end and in every worker alike, so that nothing
 about it has to be sent.

@@ -43,7 +43,7 @@ class LoadedAdapters:
         self._digests[key] = before if before is not None and before == files_digest(path) else _unlike_any()
 
     def identity(self, key: Hashable, name: str, path: str | None) -> str:
-        """An adapter's name and a digest of the files that were loaded, which nobody has to see.
+        """Return an adapter's name with a digest of the files that were loaded.
 
         An adapter whose load was not told is loaded by its first request. One that may have been dropped and loaded
         again, and whose files have changed, is like no other: nobody can say which of them it is.
@@ -59,7 +59,7 @@ class LoadedAdapters:
         return key in self._digests
 
     def forget(self, key: Hashable) -> None:
-        """The engine has dropped it because it was told to."""
+        """Forget an adapter that the engine was told to unload."""
         self._digests.pop(key, None)
 
 

@@ -1,4 +1,4 @@
-"""What an engine's own parameters of a request say, as far as its memory has to know."""
+"""Holds the part of an engine's own request parameters that memory depends on."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def read_documents(
     name: str | None = None,
     problems: list[str] | None = None,
 ) -> Iterator[Document]:
-    """The documents of a file: a text file is one, a line of JSONL is one, a section of Markdown is one.
+    """Give the documents of a file: a text file, a line of JSONL and a section of Markdown are one each.
 
     field: JSONL field of the text; id_field: the one of its name; other fields of simple types become metadata.
     format: "text", "jsonl" or "markdown"; None goes by the file's suffix. name: what ids are made of, None for the

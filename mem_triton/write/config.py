@@ -69,7 +69,7 @@ class WriteConfig(BaseModel):
         return self
 
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
-        """The layers that are stored, of a model of so many. Raises ValueError for one that it does not have."""
+        """Return the layers that are stored, of a model of so many. Raises ValueError for one that it does not have."""
         if self.kind in ("prefix", "parallel") or self.layers == "all":
             return tuple(range(num_layers))
         if self.layers == "first_half":

@@ -49,7 +49,7 @@ class Encoder(Protocol):
         prefix_ids: Sequence[int] | None = None,
         batch_size: int = 1,
     ) -> list[EncodedText]:
-        """Each text after ``prefix_ids``, by an ordinary causal forward; the prefix is not in the result."""
+        """Encode each text after ``prefix_ids``, by an ordinary causal forward; the prefix is not in the result."""
         ...
 
 

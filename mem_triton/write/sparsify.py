@@ -12,7 +12,7 @@ from mem_triton.write.encoder import EncodedText
 
 
 def dense(text: EncodedText) -> MemoryBlock:
-    """Every token of the text, in every head."""
+    """Keep every token of the text, in every head."""
     positions = torch.arange(text.tokens, dtype=torch.int32).expand(*text.keys.shape[:3]).contiguous()
     return MemoryBlock(text.keys.cpu(), text.values.cpu(), positions)
 
@@ -25,7 +25,7 @@ def sparsify(
     selection: str = "softmax",
     valid: Sequence[bool] | None = None,
 ) -> MemoryBlock:
-    """The ``keep`` tokens of each layer and KV head that the text attends to most (Memory³, section 3.2), in order.
+    """Keep the ``keep`` tokens of each layer and KV head that the text attends to most, in order (Memory³, 3.2).
 
     keep: None for all tokens. scale: factor of the model's logits. valid: a flag a token; False is never chosen.
     A text with fewer valid tokens gives a block of those. Raises ValueError if none is valid.

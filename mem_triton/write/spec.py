@@ -10,7 +10,7 @@ from mem_triton.write.config import WriteConfig
 def bank_spec(
     config: WriteConfig, fingerprint: Fingerprint, *, codec: str = "bf16", embedder: str = "lexical"
 ) -> BankSpec:
-    """The specification of a bank that ``config`` writes with the model of ``fingerprint``."""
+    """Make the specification of a bank that ``config`` writes with the model of ``fingerprint``."""
     references, sparse = config.kind != "prefix", config.kind == "memory3"
     return BankSpec(
         kind=config.kind,
@@ -30,7 +30,7 @@ def bank_spec(
 
 
 def config_of(spec: BankSpec) -> WriteConfig:
-    """The choices that a bank's specification records; the others are the defaults."""
+    """Return the choices that a bank's specification records; the others are the defaults."""
     return WriteConfig(
         kind=spec.kind,
         layers=spec.layers,

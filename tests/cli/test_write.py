@@ -14,7 +14,7 @@ import torch
 
 from mem_triton.cli import progress as bars
 from mem_triton.cli.progress import Progress
-from mem_triton.cli.sources import Reader, sources_of
+from mem_triton.cli.sources import SourceDocuments, sources_of
 from mem_triton.ids import id_from
 from mem_triton.store.bank import Bank, NewEntry
 from mem_triton.store.bank.documents import references
@@ -214,7 +214,7 @@ def test_fault21_a_text_that_is_anothers_id_is_told_and_the_others_are_written(t
 
 def test_fault21_progress_is_told_without_a_terminal(tmp_path, monkeypatch):
     docs = tree(tmp_path, {"a.txt": "数" * 100, "b.txt": "x" * 300})
-    reader = Reader(
+    reader = SourceDocuments(
         sources_of([docs / "a.txt", docs / "b.txt"]), format=None, field="text", id_field=None, id=None, single=True
     )
     clock, lines = [100.0], io.StringIO()

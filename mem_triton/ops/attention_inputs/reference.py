@@ -14,7 +14,7 @@ from mem_triton.ops.attention_inputs.types import HeadInputs
 
 
 def attention_inputs_reference(qkv: Tensor, reads: Tensor, positions: Tensor, inputs: HeadInputs) -> Tensor:
-    """qkv: [T, (Hq + 2 Hkv) * D]; reads: [T, H*r]; positions: int [T]. Returns q | k | v as attention takes them.
+    """Compute q | k | v as attention takes them. qkv: [T, (Hq + 2 Hkv) * D]; reads: [T, H*r]; positions: int [T].
 
     Computes in the dtype of ``qkv``; pass fp32 or fp64.
     """

@@ -1,4 +1,4 @@
-"""What ``attention_inputs`` is told of a layer."""
+"""Describes a layer to ``attention_inputs``."""
 
 from __future__ import annotations
 

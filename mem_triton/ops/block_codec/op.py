@@ -17,7 +17,7 @@ NAMES = (*FLOATS, *SCALED, "pq")
 
 
 def get_codec(name: str) -> Codec:
-    """The codec "fp32", "bf16", "fp16", "fp8" (e4m3), "int8" or "pq". ValueError for any other name.
+    """Make the codec "fp32", "bf16", "fp16", "fp8" (e4m3), "int8" or "pq". ValueError for any other name.
 
     "pq" (product quantisation, ``ProductCodec``) is not trained yet: call its ``train``, or ``codec_from_state``.
     Example::
@@ -35,7 +35,7 @@ def get_codec(name: str) -> Codec:
 
 
 def codec_from_state(name: str, state: bytes | None) -> Codec:
-    """A codec that is ready for use; ``state``: what its ``state()`` gave. CodecError if "pq" comes without."""
+    """Make a codec that is ready for use. state: what its ``state()`` gave. CodecError if "pq" comes without."""
     if name != "pq":
         return get_codec(name)
     if not state:

@@ -98,6 +98,7 @@ class ProductCodec:
 
     @property
     def trained(self) -> bool:
+        """Whether it can encode and decode."""
         return self.keys is not None and self.values is not None
 
     def train(self, samples: Iterable[Block], factory: str | None = None) -> None:
@@ -117,6 +118,7 @@ class ProductCodec:
         )
 
     def encode(self, keys: Tensor, values: Tensor) -> Encoded:
+        """Encode a block, see ``Codec``. Raises CodecError for other heads, for NaN, and before ``train``."""
         coders = self._coders()
         heads = keys.shape[0] * keys.shape[1]
         if heads != len(coders[0].mean) or keys.shape[3] != coders[0].mean.shape[1]:
@@ -133,6 +135,7 @@ class ProductCodec:
         return {"keys": next(codes), "values": next(codes), "head": head}
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Decode keys and values in ``dtype``, see ``Codec``."""
         keys, values = self._coders()
         head = encoded["head"]
         return keys.decode(encoded["keys"], head).to(dtype), values.decode(encoded["values"], head).to(dtype)
@@ -149,7 +152,7 @@ class ProductCodec:
 
     @classmethod
     def from_state(cls, state: bytes) -> ProductCodec:
-        """The codec that ``state`` was taken of. CodecError if it is none."""
+        """Make the codec that ``state`` was taken of. CodecError if it is none."""
         codec = cls()
         try:
             tensors = load(state)

@@ -33,13 +33,13 @@ class Codec(Protocol):
     trained: bool
 
     def encode(self, keys: Tensor, values: Tensor) -> Encoded:
-        """keys, values: [L, Hkv, T, D] of any float dtype. Raises CodecError for what it cannot represent."""
+        """Encode keys and values [L, Hkv, T, D] of any float dtype. Raises CodecError for what it cannot hold."""
 
     def decode(self, encoded: Encoded, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values in ``dtype``, from all that ``encode`` wrote or from the same layers and heads of it."""
+        """Decode keys and values in ``dtype``, from all that ``encode`` wrote or from some layers and heads of it."""
 
     def state(self) -> bytes:
-        """What training made; empty if there is nothing to train."""
+        """Return what training made; empty if there is nothing to train."""
 
 
 # 8 bits, symmetric: x is stored as round(x / scale), the nearest code, with the largest |x| of its group at the largest

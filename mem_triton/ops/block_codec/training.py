@@ -27,7 +27,7 @@ class Trained:
 
 
 def factory_string(head_dim: int, samples: int) -> str:
-    """The class of the paper for this head size, as faiss writes it, for so many training vectors.
+    """Name the paper's class for this head size, as faiss writes it, for so many training vectors.
 
     The paper spends 14 bytes on 80 dimensions: OPQ20_80,Residual2x14,PQ8x10. Here round(14 * D / 80) bytes: a coarse
     code of 2 x 14 bits, and the rest on the residual's M parts of b <= 10 bits, M a divisor of D: as many bits as fit

@@ -32,7 +32,7 @@ def scan_tokens(inputs: DeltaRuleInputs, initial_state: Tensor | None = None) ->
 
 
 def scan(inputs: DeltaRuleInputs, initial_state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The faster of the two forms on a CPU, chosen by shape alone; both are exact.
+    """Run the faster of the two forms on a CPU, chosen by shape alone; both are exact.
 
     inputs: tensors [B, T, H, r] in fp32 or fp64; a padding token has keep 1, erase 0, write 0.
     initial_state: [B, H, r, r], None = zeros.

@@ -21,7 +21,7 @@ def select_tokens(
     mode: Mode = "softmax",
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The tokens that each KV head of each reference keeps: those most looked at (Memory³, arXiv 2407.01178).
+    """Select the tokens that each KV head of each reference keeps: the most attended (Memory³, arXiv 2407.01178).
 
     q: [B, T, Hq, D], k: [B, T, Hkv, D], of one float dtype, **before RoPE** (after q/k norms), any strides but the
     last. Query heads h * Hq // Hkv ... share KV head h; their weights are added. keep: tokens to keep.
@@ -45,7 +45,7 @@ def select_tokens(
 def selection_weights(
     q: Tensor, k: Tensor, valid: Tensor | None = None, *, scale: float | None = None, mode: Mode = "softmax"
 ) -> Tensor:
-    """ln of every token's weight, fp32 [B, Hkv, T], -inf where it is not valid. Arguments as for ``select_tokens``."""
+    """Return ln of each token's weight, fp32 [B, Hkv, T], -inf where not valid. Arguments as for ``select_tokens``."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # The op boundary is for tracers (torch.compile, fake tensors) only.
     traced = torch.compiler.is_compiling() or type(q) is not Tensor

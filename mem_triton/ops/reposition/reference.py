@@ -24,12 +24,12 @@ def rotate(x: Tensor, positions: Tensor, rope: RotaryEmbedding) -> Tensor:
 
 
 def unrotate(x: Tensor, positions: Tensor, rope: RotaryEmbedding) -> Tensor:
-    """The inverse of ``rotate``: from a key as the engine caches it to the key before RoPE. Same arguments."""
+    """Invert ``rotate``: from a key as the engine caches it to the key before RoPE. Same arguments."""
     return _turn(x, positions, rope, -1)
 
 
 def move(x: Tensor, old: Tensor, new: Tensor, rope: RotaryEmbedding) -> Tensor:
-    """From positions ``old`` to ``new`` in one turn, which is rounded once. Shapes as for ``rotate``."""
+    """Rotate keys from positions ``old`` to ``new`` in one turn, which is rounded once. Shapes as for ``rotate``."""
     return _turn(x, new.to(torch.int64) - old.to(torch.int64), rope, 0)
 
 

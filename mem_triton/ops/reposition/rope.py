@@ -44,7 +44,7 @@ class RotaryEmbedding:
 
 
 def rope_from_config(config: Mapping[str, Any], layer_index: int | None = None) -> RotaryEmbedding:
-    """The rotary embedding that a Hugging Face ``config.json`` gives to a layer.
+    """Make the rotary embedding that a Hugging Face ``config.json`` gives to a layer.
 
     config: the parsed file (or ``PreTrainedConfig.to_dict()``), with ``rope_parameters`` (transformers 5) or
     ``rope_theta`` and ``rope_scaling``. layer_index: needed where layers differ (NoPE layers, one RoPE per layer type).

@@ -52,7 +52,7 @@ class Continuation:
 
     @property
     def place(self) -> Place | None:
-        """What the engine's scheduler has to know of the coming engine request; None where it is the whole answer."""
+        """Describe the coming engine request to the scheduler; None where it is the whole answer."""
         goes_on = len(self.generated) + self.room < self.limit
         return Place(self._answer, self.index > 0, goes_on) if goes_on or self.index else None
 

@@ -48,7 +48,7 @@ class Gate:
 
     @contextlib.contextmanager
     def reopened(self, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """Within it an engine goes to sleep behind the gate, which opens again if that raises.
+        """Close the gate while an engine goes to sleep, and open it again if that raises.
 
         unless: whether the engine sleeps all the same, because a part of it did before.
         """

@@ -211,7 +211,7 @@ class MemoryFrontEnd:
         return (min(every for every, _ in cuts), min(limit for _, limit in cuts)) if cuts else None
 
     async def advance(self, opened: Opened, prompt_tokens: int, generated: Sequence[int]) -> None:
-        """The answer has come to a cut: change what the coming tokens read."""
+        """Change what the coming tokens read, at a cut of the answer."""
         for name, memory in opened.parts.items():
             await self.parts[name].advance(memory, prompt_tokens, generated, self._rpc[name])
 
@@ -227,7 +227,7 @@ class MemoryFrontEnd:
         return RequestPayload(parts, place=place) if parts or place is not None else None
 
     def identity(self, opened: Opened, among: Collection[str] | None = None) -> str | None:
-        """What a KV cache needs to tell all tokens of the request from those of others; None for the engine's own.
+        """Return what separates the request's tokens from those of others in a KV cache; None for the engine's own.
 
         among: the systems of the request's payload, where an engine takes requests that carry nothing past this front
         end, and shares with them what only plain parts depend on; None: all systems.
@@ -285,7 +285,7 @@ class MemoryFrontEnd:
             await self.parts[name].finish(memory, mine, self._rpc[name])
 
     def _own(self, ending: Coroutine[Any, Any, None], opened: Opened) -> asyncio.Task[None]:
-        """A task of nobody's but ours that sees to a request's end."""
+        """Run the end of a request as a task that its client cannot cancel."""
         opened.ending = task = asyncio.create_task(ending)
         self._owned.add(task)
         task.add_done_callback(lambda _: self._ended(task, opened))

@@ -124,7 +124,7 @@ class BatchMemory:
 
     @locked
     def skip_step(self, request_ids: Sequence[str], error: BaseException) -> None:
-        """The coming step's rows cannot be told: none of them has memory in it."""
+        """Run the coming step without memory, since its rows cannot be assigned to requests."""
         self._step, self.reading = list(request_ids), ()
         for part in self.parts.values():
             part.forget_rows()
@@ -138,12 +138,12 @@ class BatchMemory:
         self.lose(self._step if everybody else self._readers(self._step), where, error)
 
     def segments(self, layer: int) -> LayerSegments | None:
-        """What an attention layer reads besides its context, by its index in the model; None if nothing."""
+        """Return what an attention layer reads besides its context, by its index in the model; None if nothing."""
         found = (part.segments(layer) for part in self.parts.values())
         return next((segments for segments in found if segments is not None), None)
 
     def describe(self) -> str:
-        """One line for the log."""
+        """Describe the memory in one line, for the log."""
         return "; ".join(part.describe() for part in self.parts.values())
 
     def _reading(self, request_ids: Sequence[str]) -> Sequence[bool]:

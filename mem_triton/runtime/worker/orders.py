@@ -50,7 +50,7 @@ class Orders:
         return self._outcomes[id]
 
     def forget(self, id: str) -> None:
-        """Nobody asks for a call any more, whether it was carried out or not."""
+        """Drop a call that has been answered, or that no front end waits for."""
         with self._lock:
             self._left.pop(id, None)
             self._outcomes.pop(id, None)

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 class Padding(NamedTuple):
-    """The tables of a batch in which nobody asks anything; int32."""
+    """Holds the tables of a batch without requests; int32."""
 
     query_start_loc: Tensor  # [rows + 1]
     seq_lens: Tensor  # [rows]

@@ -68,7 +68,7 @@ class Bank(OpenedBank):
         writing.fill(self, {ref: block})
 
     def fill_all(self, blocks: Mapping[str, MemoryBlock]) -> None:
-        """``fill`` for many references in one transaction."""
+        """Fill many references in one transaction, see ``fill``."""
         writing.fill(self, blocks)
 
     def delete(self, id_or_ref: str, tenant: str | None = None) -> None:
@@ -86,7 +86,7 @@ class Bank(OpenedBank):
     # Reading.
 
     def knows(self, id_or_ref: str, tenant: str = "") -> bool:
-        """Whether ``resolve`` would find it."""
+        """Return whether ``resolve`` would find it."""
         try:
             self.resolve(id_or_ref, tenant)
             return True
@@ -94,11 +94,11 @@ class Bank(OpenedBank):
             return False
 
     def has_known(self, id_or_ref: str) -> bool:
-        """Whether there ever was an entry of this id, deleted or not."""
+        """Return whether there ever was an entry of this id, deleted or not."""
         return bool(self.catalogue.read("SELECT 1 FROM ids WHERE id = ?", split_ref(id_or_ref)[0]))
 
     def token_ids(self, ref: str) -> list[int] | None:
-        """The tokens that an entry was written with, if they were given."""
+        """Return the tokens that an entry was written with, if they were given."""
         row = self.catalogue.find(ref, "token_ids")
         if row is None:
             raise UnknownEntryError(ref)
@@ -112,7 +112,7 @@ class Bank(OpenedBank):
         dtype: torch.dtype | None = None,
         deleted: bool = False,
     ) -> MemoryBlock:
-        """An entry's block, or the part of it in some layers and KV heads; no more is read than that.
+        """Load an entry's block, or the part of it in some layers and KV heads; no more is loaded than that.
 
         layers: indices of the model's layers, in any order. dtype: None for the bank's. deleted: a version that was
         deleted may be read until ``compact`` drops it, for requests that were admitted before.
@@ -153,7 +153,7 @@ class Bank(OpenedBank):
     def search(
         self, text: str, top_k: int, tenant: str = "", source: str | None = None, only_filled: bool = False
     ) -> list[Hit]:
-        """The entries nearest in meaning that ``tenant`` may see, best first. only_filled: none that are cold."""
+        """Find the entries nearest in meaning that ``tenant`` may see, best first. only_filled: none that are cold."""
         if top_k < 1:
             raise BankError(f"top_k: {top_k}, expected at least 1")
         if self.catalogue.meta("dim") is None:  # nothing was ever written
@@ -163,7 +163,7 @@ class Bank(OpenedBank):
         return self.vectors.search(query, top_k, tenants, source, only_filled)
 
     def find_hash(self, content_hash: str, tenant: str = "") -> str | None:
-        """The current version with this content: the tenant's own, else everybody's."""
+        """Find the current version with this content: the tenant's own, else everybody's."""
         try:
             digest = bytes.fromhex(content_hash)
         except ValueError:

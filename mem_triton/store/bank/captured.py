@@ -14,7 +14,7 @@ EVERYBODY = "capture:"
 
 
 def captured_id(name: str, tenant: str) -> str:
-    """The entry's id of what ``tenant`` ("": nobody in particular) captures as ``name``."""
+    """Return the entry's id of what ``tenant`` ("" for none) captures as ``name``."""
     return f"capture.{tenant}:{name}" if tenant else f"capture:{name}"
 
 

@@ -66,7 +66,7 @@ def connect(path: Path, writable: bool) -> Connection:
 
 
 def stamp_of(path: Path) -> Stamp:
-    """What changes when somebody writes a catalogue: inode, length and time of it and of its log."""
+    """Return what every write to a catalogue changes: inode, length and time of it and of its log."""
     found: list[tuple[int, int, int] | None] = []
     for name in (path, path.with_name(f"{path.name}-wal")):
         try:

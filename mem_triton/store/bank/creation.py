@@ -99,7 +99,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _is_empty_catalogue(path: Path) -> bool:
-    """Whether nobody's rows are lost with it."""
+    """Return whether a catalogue can be replaced without losing rows."""
     if path.is_symlink() or not path.is_file():
         return False
     try:

@@ -224,7 +224,7 @@ def _inside(folder: Path, folders: bool = False) -> list[Path]:
 
 
 def _left_captures(bank: OpenedBank) -> list[Path]:
-    """Files in ``incoming`` that no server writes, or is about to take: all while none lives, else those that are old.
+    """List files in ``incoming`` that no server writes or will take: all while none runs, else those that are old.
 
     A server that captures holds a shared lock on the folder for as long as it lives (``systems.explicit.captures``).
     """

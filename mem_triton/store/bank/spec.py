@@ -75,7 +75,7 @@ class BankSpec(BaseModel):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "bank.json") -> BankSpec:
-        """From JSON. Raises BankError naming the key, with the nearest known name for an unknown one."""
+        """Parse JSON. Raises BankError naming the key, with the nearest known name for an unknown one."""
         version = data.get("schema_version")
         if not isinstance(version, int) or version < 1:
             raise BankError(f"{where}: schema_version is {version!r}; this is no bank of mem_triton")

@@ -57,7 +57,7 @@ def graph_digest(path: Path, tenant: str, through: int, count: int) -> str:
 
 @dataclass
 class _Scope:
-    """What this process knows of one tenant. tail: float32 [n, dim] of the entries behind the graph."""
+    """Holds the vectors of one tenant in this process. tail: float32 [n, dim] of the entries behind the graph."""
 
     revision: int | None = None
     file: str | None = None

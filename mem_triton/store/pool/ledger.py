@@ -21,7 +21,7 @@ class LedgerEntry:
 
 
 class PageLedger:
-    """``num_pages`` pages of ``page_bytes`` in a tier; the least recently used entry that nobody owns makes room.
+    """Assigns ``num_pages`` pages of ``page_bytes`` of a tier; the least recently used entry without owner is evicted.
 
     entries: by reference. An entry is reserved, then filled, then ready; until it is, its pages are not given away.
     Not thread-safe: its user holds a lock. Example::
@@ -48,7 +48,7 @@ class PageLedger:
 
     @property
     def pinned_pages(self) -> int:
-        """Pages of entries that somebody owns."""
+        """Pages of entries that have an owner."""
         return sum(len(e.pages) for e in self.entries.values() if e.owners)
 
     def is_ready(self, ref: str) -> bool:
@@ -75,7 +75,7 @@ class PageLedger:
         self._settle(ref)
 
     def drop(self, ref: str) -> None:
-        """Forget the entry, whoever owns it; its pages are free."""
+        """Remove the entry with all its owners; its pages are free."""
         entry = self.entries.pop(ref)
         if ref in self._idle:
             del self._idle[ref]

@@ -1,4 +1,4 @@
-"""Fills the pages that a worker is told to fill, in the background (``fetching``), and says when they are filled.
+"""Fills the pages that orders name, in the background (``fetching``), and reports when they are filled.
 
 Which entry goes into which pages is decided by the front end (``store.pool.residency``), for all workers alike.
 """

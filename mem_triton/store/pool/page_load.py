@@ -33,7 +33,7 @@ class PageLoad:
 
     @property
     def order(self) -> tuple[str, list[int], int]:
-        """What a worker is told: ``PageLoad(*order)`` is its own."""
+        """Return the order to a worker, which makes its own load of it by ``PageLoad(*order)``."""
         return self.ref, list(self.pages), self.tokens
 
     def end(self, error: str | None) -> None:

@@ -83,17 +83,17 @@ class Residency:
             return ticket
 
     def pin(self, tokens: Mapping[str, int]) -> Ticket:
-        """Claim entries for as long as the engine lives."""
+        """Claim entries until the engine ends."""
         return self.request(_PINNED, tokens)
 
     def take_loads(self) -> list[PageLoad]:
-        """Loads that the workers have not been told of; each is handed out once."""
+        """Return the loads that no order has gone out for; each is returned once."""
         with self._lock:
             loads, self._loads = self._loads, {}
             return list(loads.values())
 
     def put_back(self, loads: Iterable[PageLoad]) -> None:
-        """The workers could not be told of these: hand them out again, before those that came meanwhile."""
+        """Return loads whose orders did not arrive to the head of the queue."""
         with self._lock:
             self._loads = {load.ref: load for load in loads} | self._loads
 

@@ -157,7 +157,7 @@ def load_adapter(
 
 
 def adapter_from_tensors(config: DeltaMemConfig, flat: Mapping[str, Tensor], scope: Scope = "all") -> DeltaMemAdapter:
-    """An adapter from a flat ``module.tensor`` -> tensor mapping, e.g. a state dict."""
+    """Make an adapter of a flat ``module.tensor`` -> tensor mapping, e.g. a state dict."""
     layers: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in flat.items():
         name, dot, key = full_name.rpartition(".")

@@ -65,7 +65,7 @@ class DeltaLayers:
         return DeltaMemory(own, sizes, self.reads, step, **options)
 
     def describe(self, tokens_per_state: int) -> str:
-        """One line for the log."""
+        """Describe the memory in one line, for the log."""
         corrects = "".join(self._adapter.config.delta_heads) or "nothing"
         return (
             f"{len(self.weights)} of {len(self._names)} layers, rank {self.spec.rank}, {self.spec.heads} head(s), "

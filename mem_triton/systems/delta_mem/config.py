@@ -157,7 +157,7 @@ class DeltaMemConfig(BaseModel):
         return len(HEAD_NAMES) if self.delta_scale_granularity == "head" else 1
 
     def scale_factors(self, delta_scale_raw: Tensor | None) -> dict[HeadName, float | Tensor]:
-        """s per head, differentiable: alpha / rank, times sigmoid(raw) * delta_scale_max if the scale is trained."""
+        """Compute s per head, differentiable: alpha / rank, times sigmoid(raw) * delta_scale_max if it is trained."""
         base = self.alpha / self.rank
         if not self.trainable_delta_scale:
             return dict.fromkeys(HEAD_NAMES, base)
@@ -168,7 +168,7 @@ class DeltaMemConfig(BaseModel):
         return {head: trained[i if self.scale_width > 1 else 0] for i, head in enumerate(HEAD_NAMES)}
 
     def scales(self, delta_scale_raw: Tensor | None = None) -> dict[HeadName, float]:
-        """s per head as plain floats, for inference."""
+        """Return s per head as plain floats, for inference."""
         raw = None if delta_scale_raw is None else delta_scale_raw.detach().double().cpu()
         return {head: float(s) for head, s in self.scale_factors(raw).items()}
 
@@ -179,7 +179,7 @@ class DeltaMemConfig(BaseModel):
         return math.log(share / (1 - share))
 
     def targets(self, module_name: str) -> bool:
-        """Whether the module, e.g. ``model.layers.3.self_attn``, is one that the adapter corrects."""
+        """Return whether the adapter corrects the module, e.g. ``model.layers.3.self_attn``."""
         *parents, last = module_name.split(".")
         if last not in self.target_modules:
             return False
@@ -207,7 +207,7 @@ class DeltaMemConfig(BaseModel):
             raise ConfigError(f"bad δ-mem config: {text}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Every live and archived key, JSON-ready; the official ``HFDeltaMemConfig.from_dict`` accepts it."""
+        """Return every live and archived key, JSON-ready; the official ``HFDeltaMemConfig.from_dict`` accepts it."""
         archived = {key: list(value) if isinstance(value, list) else value for key, value in ARCHIVED_KEYS.items()}
         return self.model_dump(mode="json") | archived
 

@@ -64,7 +64,7 @@ class DeltaMemLayerWeights:
     o_rmsnorm_eps: float
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> DeltaMemLayerWeights:
-        """A copy on ``device``: projections in ``dtype``; gate bias and norm weight in at least fp32."""
+        """Copy to ``device``: projections in ``dtype``; gate bias and norm weight in at least fp32."""
         exact = {"gate_bias", "o_rmsnorm_weight"}
         moved = {}
         for field in fields(self):
@@ -75,7 +75,7 @@ class DeltaMemLayerWeights:
         return DeltaMemLayerWeights(**moved)
 
     def correct_output(self, reads: Tensor) -> Tensor | None:
-        """Δo of reads [..., H*r] -> [..., o], in the reads' dtype; None if o is not corrected."""
+        """Compute Δo of reads, [..., H*r] -> [..., o], in the reads' dtype; None if o is not corrected."""
         if self.delta_o is None:
             return None
         delta = F.linear(reads, self.delta_o)

@@ -1,4 +1,4 @@
-"""δ-mem as the registry knows it."""
+"""Registers δ-mem as a memory system."""
 
 from __future__ import annotations
 

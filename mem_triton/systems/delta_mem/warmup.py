@@ -1,4 +1,4 @@
-"""Launches δ-mem's kernels on values that nobody reads, with the strides that serving will have: for a warm-up."""
+"""Launches δ-mem's kernels for a warm-up, on values that are not used, with the strides that serving will have."""
 
 from __future__ import annotations
 

@@ -230,7 +230,7 @@ class Captures:
 
 
 def _hold(folder: Path) -> int:
-    """Remove what captures of servers that are gone have left, and show other servers that this one lives.
+    """Remove what captures of servers that have ended left, and mark this server as running for others.
 
     Every server holds a shared lock on the folder for as long as it lives, so nothing of a living one is removed.
     Returns the handle that holds it. Raises ConfigError.

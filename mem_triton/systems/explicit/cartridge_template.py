@@ -1,4 +1,4 @@
-"""A chat template for cartridges: the model's own, without BOS and without the system message that nobody wrote.
+"""A chat template for cartridges: the model's own, without BOS and without the default system message.
 
 A cartridge stands where the system message stood, and was trained with text that begins with the user's turn
 (https://github.com/HazyResearch/cartridges, ``cartridges/datasets.py``). Under the stock template it would be read

@@ -148,7 +148,7 @@ class ReadingPlans:
             self._leave_out(ref, "its keys and values cannot be read any more")
 
     def check(self, request: ReadingRequest) -> None:
-        """Raises RequestError if the fields ask for what there is not."""
+        """Raise RequestError if the fields name what does not exist."""
         self._top_k(request)
         self._resolve(request)
 
@@ -355,14 +355,14 @@ class ReadingPlans:
             raise RequestError("mem_ids" if reading.request.ids else "mem_top_k", str(error)) from None
 
     def close(self, reading: Reading) -> None:
-        """The request is over, however it ended: its pages may go when somebody needs the room."""
+        """End the request: its pages may be evicted."""
         reading.closed = True
         self.release(reading)
         if reading.capture is not None:
             self.captures.release(reading.capture)
 
     def release(self, reading: Reading) -> None:
-        """Unpin the request's pages: they may go when somebody needs the room."""
+        """Unpin the request's pages: they may be evicted."""
         if failed := {ticket.failed for ticket in reading.tickets if ticket.failed is not None}:
             self._lose_defaults(failed)
         for ticket in reading.tickets:

@@ -1,4 +1,4 @@
-"""Explicit memory as the registry knows it."""
+"""Registers explicit memory as a memory system."""
 
 from __future__ import annotations
 

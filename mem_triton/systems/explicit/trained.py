@@ -1,4 +1,4 @@
-"""Which entries were trained elsewhere and imported, and what requests that read several of them are told."""
+"""Finds entries that were trained elsewhere and imported, and warns requests that read several of them."""
 
 from __future__ import annotations
 

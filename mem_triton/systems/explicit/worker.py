@@ -134,7 +134,7 @@ class ExplicitMemory(WorkerPart):
             self.captures.drop(leases)
 
     def describe(self) -> str:
-        """One line for the log."""
+        """Describe the memory in one line, for the log."""
         layout, spec = self.layout, self.bank.spec
         return (
             f"bank {self.bank.path} ({spec.kind}), {len(self.captures.ropes)} memory layer(s) here, {layout.num_pages} "

@@ -56,7 +56,7 @@ class WorkerCaptures:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="mem_triton-capture")
 
     def enter(self, request_id: str, order: CaptureOrder | None) -> None:
-        """Register a request that asks to be kept; nothing without an order."""
+        """Register a request whose prompt is captured; nothing without an order."""
         if order is not None and request_id not in self._requests and order.handle not in self._dropped:
             file = Path(order.folder) / f"{order.handle}.{self.rank}.safetensors"
             self._requests[request_id] = _Capturing(order.handle, file, order.tokens)

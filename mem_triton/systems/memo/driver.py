@@ -1,4 +1,4 @@
-"""Makes the calls that the protocol wants, and tells it how they ended.
+"""Makes the calls that the protocol requests, and returns their results to it.
 
 Whoever waits for ``run`` may leave at any time: cancelling it cancels every call that is open.
 """

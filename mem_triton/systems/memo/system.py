@@ -1,4 +1,4 @@
-"""MeMo as the registry knows it: a chat model of the server's, without a part in its workers."""
+"""Registers MeMo as a memory system: a chat model of the server's, without a part in its workers."""
 
 from __future__ import annotations
 

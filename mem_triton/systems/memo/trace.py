@@ -38,7 +38,7 @@ class Trace:
     events: tuple[Event, ...]
 
     def steps(self) -> Iterator[tuple[State, list[Call], Event | None]]:
-        """Run the protocol again on the events: each step's state, the calls that it wants, and its event."""
+        """Run the protocol again on the events: each step's state, the calls that it requests, and its event."""
         state, calls = machine.start(self.question, self.settings)
         yield state, calls, None
         for event in self.events:

@@ -120,7 +120,7 @@ class LongTerm:
         return after.merging(shape) if sum(map(len, after.fresh[0])) >= shape.merge else after
 
     def merging(self, shape: LongTermShape) -> Self:
-        """The fresh rows join the others; a layer forgets what has decayed if enough is left to be read."""
+        """Merge the fresh rows into the others; a layer drops what has decayed if enough is left to be read."""
         return replace(
             self,
             merged=tuple(_decayed(self.rows(layer), shape) for layer in range(len(self.merged))),
@@ -156,7 +156,7 @@ def long_term_after(rows: Tensor | None, long: LongTerm | None, step: UpdateStep
 
 
 def scores_of(queries: Tensor, keys: Sequence[Tensor]) -> Tensor:
-    """How much a prompt wants each row: [n]. queries: [T, K] of all its tokens; keys: [.., K] each, n together."""
+    """Score each row for a prompt: [n]. queries: [T, K] of all its tokens; keys: [.., K] each, n together."""
     return torch.cat([(queries @ part.to(queries).transpose(-2, -1)).sigmoid().mean(0) for part in keys])
 
 

@@ -1,4 +1,4 @@
-"""MemoryLLM as the registry knows it."""
+"""Registers MemoryLLM as a memory system."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class PagedContext(NamedTuple):
 
     @classmethod
     def elsewhere(cls, query_start_loc: Tensor, seq_lens: Tensor, max_query_len: int) -> PagedContext:
-        """The rows alone, without keys, values and block table: another kernel attends their context."""
+        """Describe rows without keys, values and block table: another kernel attends their context."""
         return cls(None, None, None, query_start_loc, seq_lens, max_query_len)
 
 

@@ -1,4 +1,4 @@
-"""``memory_attention`` on a CPU: by numba, and by torch what numba does not know."""
+"""Chooses how ``memory_attention`` runs on a CPU: by numba, or by torch for what numba's kernels do not take."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def multiply(way, data, step, turn, groups, turns, f, f_row, out, out_row, many)
 
 @njit(**OPTIONS)
 def fold(logits, reach, seen_from, seen_to, worth, position, scale, soft_cap, top, total, acc):
-    """Make weights of a tile's products, and let the running softmax know. Logits are in base 2 from here on.
+    """Make weights of a tile's products, and update the running softmax. Logits are in base 2 from here on.
 
     reach: how many tokens of the tile each four rows may see; a row sees those whose ``seen_from`` is not behind its
     position and whose ``seen_to`` is. worth: added to each token's logit. scale, soft_cap: as in ``AttentionCall``.

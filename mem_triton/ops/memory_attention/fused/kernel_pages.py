@@ -1,4 +1,4 @@
-"""Device functions that walk a slot's memory pages, for the fused kernel and for the one that reads pages alone."""
+"""Device functions that loop over a slot's memory pages, for the fused kernel and the one that reads pages alone."""
 
 import triton
 import triton.language as tl

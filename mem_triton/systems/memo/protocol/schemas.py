@@ -16,7 +16,7 @@ Prose = Annotated[str, StringConstraints(strip_whitespace=True, max_length=4000)
 
 
 class Reply(BaseModel):
-    """A reply in JSON; keys that nobody asked for are ignored."""
+    """A reply in JSON; unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

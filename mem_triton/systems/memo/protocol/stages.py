@@ -1,4 +1,4 @@
-"""The stages of a run: what each asks, and what it does with what comes back."""
+"""Defines the stages of a run: what each asks, and what it does with the reply."""
 
 from __future__ import annotations
 

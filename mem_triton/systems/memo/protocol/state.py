@@ -1,4 +1,4 @@
-"""What the protocol knows of a run, what happens to it, and which calls it wants."""
+"""Holds the state of a run of the protocol, its events, and the calls that it requests."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class State:
         return replace(self, open=dict(self.open), heard=dict(self.heard), outbox=[])
 
     def note(self, text: str) -> None:
-        """Remember what a reader of the trace, and the executive in its next prompt, should know."""
+        """Add a note to the trace and to the executive's next prompt."""
         self.notes = (*self.notes, f"{self.stage}, turn {self.turn}: {text}")
 
     def exhausted(self, budget: str) -> None:

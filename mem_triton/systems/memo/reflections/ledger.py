@@ -135,7 +135,7 @@ class Ledger:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """A transaction with errors told as BuildError."""
+        """Run a transaction, with errors raised as BuildError."""
         with self._guarded(), self._transaction():
             yield
 

@@ -1,6 +1,6 @@
-"""Gives SGLang's front end a memory, by hooks.
+"""Makes SGLang's tokenizer manager its counterpart with memory, by hooks.
 
-The first one's parts are imported when a server starts and not before: ``prometheus_client`` decides at its import
+The parts of the first hook are imported when a server starts and not before: ``prometheus_client`` decides at import
 where counts are kept, and SGLang, whose ``/metrics`` adds up the counts of its processes, tells it so only then.
 """
 
