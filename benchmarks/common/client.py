@@ -19,12 +19,14 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Answer:
-    """text; tokens: output tokens; ttft: seconds to the first token, which engines send at once; prompt: its tokens."""
+    """text; tokens: output tokens; ttft: seconds to the first token, which engines send at once; prompt: its tokens;
+    progress: what was said on the way to the answer."""
 
     text: str
     tokens: int
     ttft: float
     prompt: int = 0
+    progress: str = ""
 
 
 def user(text: str) -> Messages:
@@ -48,7 +50,7 @@ class Client:
         """Send one streamed request with memory fields ``memory``. Raises BenchmarkError with the server's words."""
         body = {"model": "recall", "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         body |= {"stream_options": {"include_usage": True}, **({self.fields_in: memory} if memory else {}), **fields}
-        text, tokens, first, prompt = [], 0, None, 0
+        text, progress, tokens, first, prompt = [], [], 0, None, 0
         async with self.free:
             start = time.perf_counter()
             try:
@@ -64,11 +66,12 @@ class Client:
                         if "error" in event:
                             raise BenchmarkError(f"The server failed in the middle of an answer: {event['error']}")
                         text += [choice["delta"].get("content") or "" for choice in event["choices"]]
+                        progress += [choice["delta"].get("reasoning_content") or "" for choice in event["choices"]]
                         usage = event.get("usage") or {}
                         tokens, prompt = usage.get("completion_tokens", tokens), usage.get("prompt_tokens", prompt)
             except httpx.TransportError as error:
                 raise BenchmarkError(f"The connection to the server broke: {error!r}") from None
-        return Answer("".join(text).strip(), tokens, first or time.perf_counter() - start, prompt)
+        return Answer("".join(text).strip(), tokens, first or time.perf_counter() - start, prompt, "".join(progress))
 
     async def close(self) -> None:
         await self.http.aclose()

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich import box
 from rich.console import Console
@@ -51,7 +50,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def demo(
-    questions: Annotated[int, typer.Option(min=0, help="How many, as many of each kind; 0: all.")] = 40,
+    questions: Annotated[int, typer.Option(min=0, help="How many, as many of each kind; 0: all.")] = 20,
+    calls: Annotated[int, typer.Option(min=1, help="Memory calls one by one, and as many at once.")] = 8,
     train: Annotated[bool, typer.Option("--train", help="Train both adapters anew, some 20 CPU minutes.")] = False,
     adapters: Annotated[Path, typer.Option(help="A folder with memory and executive.")] = SHIPPED,
     dtype: Annotated[str, typer.Option(help="Of the model.", show_default="bfloat16 on a GPU")] = "",
@@ -77,14 +77,14 @@ def demo(
         console.print(f"[bold]{server.name:<8}[/] {escape(server.shown_command)}")
         asked = chosen(questions)
         with running([server], console):
-            found, single, calls = asyncio.run(_course(console, server, asked))
-        show(console, found, asked, single, calls)
+            found, single, told = asyncio.run(_course(console, server, asked, calls))
+        show(console, found, asked, single, told)
         console.print(f"[dim]{time.monotonic() - begin:.0f} s in all[/]")
         if save:
             facts = {"model": "smollm2", "dtype": dtype, "seed": corpora.WORLD.seed, "section": SECTION}
             facts["adapters_sha256"] = record.digests(*(adapters / name for name in TRAINED))
             ways_found = {way.name: way.figures(asked) for way in found}
-            report = head | facts | {"ways": ways_found, "memory_calls": calls, "one_question": single}
+            report = head | facts | {"ways": ways_found, "memory_calls": told, "one_question": single}
             console.print(f"kept in {record.save(report, 'memo').relative_to(record.ROOT)}")
 
 
@@ -110,7 +110,7 @@ def make_server(model: Path, dtype: str, adapters: Path, logs: Path) -> Server:
 
 
 async def _course(
-    console: Console, server: Server, asked: list[Question]
+    console: Console, server: Server, asked: list[Question], count: int
 ) -> tuple[list[Way], dict[str, Any], dict[str, Any]]:
     found = ways()
     async with connected([server], AT_ONCE, ENGINES["vllm"].fields_in) as clients:
@@ -119,34 +119,41 @@ async def _course(
             for way in found:
                 status.update(f"asking {len(asked)} questions: {way.name}")
                 await way.ask(client, asked)
-            status.update("one question turn by turn")
-            single = await _one(server.url, next(one for one in asked if one.kind == KINDS[1]))
             status.update("memory calls one by one and at once")
-            calls = await _calls(client)
-    return found, single, calls
+            calls = await _calls(client, count)
+    return found, _one(next(way for way in found if way.model == "M+memo"), asked), calls
 
 
-async def _one(url: str, question: Question) -> dict[str, Any]:
-    """A question to M+memo with what it asked and heard."""
-    body = {"model": "M+memo", "messages": user(question.text), "temperature": 0}
-    async with httpx.AsyncClient(base_url=url, timeout=300) as http:
-        said = (await http.post("/v1/chat/completions", json=body)).json()
-    message = said["choices"][0]["message"]
-    turns = (message.get("reasoning_content") or "").strip().splitlines()
-    return {"question": question.text, "value": question.value, "turns": turns, "answer": message["content"]}
+def _one(way: Way, asked: list[Question]) -> dict[str, Any]:
+    """A question of two hops with what was asked and heard for it."""
+    question, answer = next(pair for pair in zip(asked, way.answers, strict=True) if pair[0].kind == KINDS[1])
+    turns = answer.progress.strip().splitlines()
+    return {"question": question.text, "value": question.value, "turns": turns, "answer": answer.text}
 
 
-async def _calls(client: Client, count: int = 24) -> dict[str, Any]:
-    """Seconds of so many memory calls one by one, and at once."""
+async def _calls(client: Client, count: int) -> dict[str, Any]:
+    """Seconds of so many memory calls one by one, and of as many at once; prefix tokens that these found cached."""
     texts = [one.text for one in chosen(0)[: 2 * count]]
     begin = time.perf_counter()
     for text in texts[:count]:
         await client.chat(user(text), 24, model="memo")
     alone = time.perf_counter() - begin
-    begin = time.perf_counter()
+    before, begin = await _prefix_tokens(client), time.perf_counter()
     await asyncio.gather(*(client.chat(user(text), 24, model="memo") for text in texts[count:]))
     together = time.perf_counter() - begin
-    return {"calls": count, "one_by_one_s": round(alone, 2), "at_once_s": round(together, 2), "at_a_time": AT_ONCE}
+    looked_up, hit = (now - then for now, then in zip(await _prefix_tokens(client), before, strict=True))
+    told = {"calls": count, "one_by_one_s": round(alone, 2), "at_once_s": round(together, 2), "at_a_time": AT_ONCE}
+    return told | {"prefix_tokens": looked_up, "prefix_tokens_hit": hit}
+
+
+async def _prefix_tokens(client: Client) -> tuple[int, int]:
+    """(prompt tokens looked up in the prefix cache, those found), of all requests so far."""
+    lines = (await client.http.get("/metrics")).text.splitlines()
+    queries, hits = (
+        sum(float(line.split()[-1]) for line in lines if line.startswith(f"vllm:prefix_cache_{name}_total{{"))
+        for name in ("queries", "hits")
+    )
+    return int(queries), int(hits)
 
 
 def show(
@@ -168,7 +175,8 @@ def show(
         console.print(Text(f"  {line}", "dim"))
     console.print(Text.assemble("  answer: ", (single["answer"], "bold"), f"  (right: {single['value']})"))
     told = f"{calls['one_by_one_s']:.1f} s one by one, {calls['at_once_s']:.1f} s at once"
-    console.print(f"\n{calls['calls']} memory calls: {told}")
+    cached = f"{calls['prefix_tokens_hit']} of {calls['prefix_tokens']} prompt tokens from the prefix cache"
+    console.print(f"\n{calls['calls']} memory calls: {told}; {cached}")
 
 
 def main() -> None:
