@@ -42,7 +42,8 @@ SECTION = {
     "budget": {"seconds": 900.0},
 }
 """How the protocol asks: a small executive that was trained on its turns."""
-TRAINED = {"memory": ("--epochs", "7"), "executive": ("--epochs", "3")}
+_STEPS = ("--batch", "8", "--rate", "1e-3")
+TRAINED = {"memory": ("--epochs", "12", *_STEPS), "executive": ("--epochs", "2", *_STEPS)}
 """Adapter -> the options with which it is trained, beside the preset."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -13,14 +13,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memo.wordings import HOPS, WORDINGS, sub_question, two_hop_wordings
+from benchmarks.memo.hops import (
+    ALL_HOPS,
+    HOPS,
+    LEADS_TO_A_PERSON,
+    OF_A_PERSON,
+    sentence,
+    sub_question,
+    two_hop_wordings,
+)
+from benchmarks.memo.wordings import WORDINGS
 from benchmarks.memo.world import (
     FIRST,
     HEADS,
     LAST,
     OF_COMPANIES,
     OF_PEOPLE,
-    RELATIONS,
     TAILS,
     UNKNOWN,
     VALUES,
@@ -31,9 +39,9 @@ from mem_triton.systems.memo.protocol.state import Evidence, Stage
 
 WORLD = World(seed=0, people=14, companies=7)
 """98 facts about 21 names."""
-EPOCHS, SHOWN, UNKNOWNS = 10, 2, 56
+EPOCHS, SHOWN, UNKNOWNS = 12, 2, 56
 """Of the memory corpus: epochs, wordings of a fact in each, unknown names' questions in each."""
-TRACE_EPOCHS, ROWS = 4, 192
+TRACE_EPOCHS, ROWS = 3, 440
 """Of the executive corpus: epochs and rows of each; no row comes twice."""
 Row = dict[str, Any]
 
@@ -128,39 +136,48 @@ class Traces:
             yield from self.one_hop() if self.random.random() < 0.25 else self.two_hops()
 
     def one_hop(self) -> Iterator[Row]:
-        """The question is asked as it is, and its reply's value is the answer."""
+        """What is asked is asked in the wording that the memory model knows best; the reply's value is the answer."""
         relation = self.random.choice(sorted(WORDINGS))
         name = self._name(relation in OF_PEOPLE)
         question = self.random.choice(WORDINGS[relation][self.kept]).format(n=name)
-        yield row(turn_prompt(question), decided("ask", question))
-        yield self._answer(question, relation, name, self._value(relation))
+        yield row(turn_prompt(question), decided("ask", sub_question(relation, name)))
+        if self._shows(0.6):
+            yield self._answer(question, relation, name, self._value(relation))
 
     def two_hops(self) -> Iterator[Row]:
         """What the first hop leads to, then what is asked about it."""
-        first, second = self.random.choice(HOPS)
-        name, via = self._name(first in OF_PEOPLE), self._value(first)
+        first, second = self._pair()
+        name, via = self._name(first in OF_A_PERSON), self._value(first)
         question = self.random.choice(list(two_hop_wordings(first, second, self.kept))).format(n=name)
         yield row(turn_prompt(question), decided("ask", sub_question(first, name)))
-        if self.random.random() < 0.12:
+        if self.random.random() < 0.1:
             yield row(turn_prompt(question, UNKNOWN), decided("answer", UNKNOWN))
             return
-        found = RELATIONS[first][0].format(n=name, v=via)
+        found = sentence(first, name, via)
         yield row(turn_prompt(question, found), decided("ask", sub_question(second, via)))
-        yield self._answer(question, second, via, self._value(second), found)
+        if self._shows(0.4):
+            yield self._answer(question, second, via, self._value(second), found)
+
+    def _shows(self, share: float) -> bool:
+        """Whether an answer is a row: mostly it is copied, which takes fewer rows to learn than what to ask."""
+        return self.kept or self.random.random() < share
+
+    def _pair(self) -> tuple[str, str]:
+        """Two relations; in training, a third are of those that evaluation does not ask about."""
+        if self.kept or self.random.random() < 0.67:
+            return self.random.choice(HOPS)
+        return self.random.choice([pair for pair in ALL_HOPS if pair not in HOPS])
 
     def _answer(self, question: str, relation: str, name: str, value: str, *before: str) -> Row:
         if self.random.random() < 0.1:
             return row(turn_prompt(question, *before, UNKNOWN), decided("answer", UNKNOWN))
-        said = RELATIONS[relation][0].format(n=name, v=value)
-        return row(turn_prompt(question, *before, said), decided("answer", value))
+        return row(turn_prompt(question, *before, sentence(relation, name, value)), decided("answer", value))
 
     def _name(self, person: bool) -> str:
         return self.random.choice(self.people if person else self.firms)
 
     def _value(self, relation: str) -> str:
-        if relation in ("employer", "founder"):
-            return self._name(relation == "founder")
-        return self.random.choice(VALUES[relation])
+        return self.random.choice(VALUES[relation]) if relation in VALUES else self._name(relation in LEADS_TO_A_PERSON)
 
 
 def executive_rows() -> Iterator[Row]:

@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.common.client import Answer, Client, user
 from benchmarks.common.statistics import wilson
 from benchmarks.memo.corpora import WORLD, relations_of, strangers
-from benchmarks.memo.wordings import HOPS, WORDINGS, two_hop_wordings
+from benchmarks.memo.hops import HOPS, two_hop_wordings
+from benchmarks.memo.wordings import WORDINGS
 from benchmarks.memo.world import UNKNOWN, World
 from mem_triton.systems.memo.protocol.unknown import kind_of
 

@@ -1,12 +1,9 @@
 """Wordings of questions about the invented world: those that training shows, and those kept for evaluation.
 
-Questions of two hops are put together from a phrase for the entity in the middle and a question about it, so that a
-few of each make many; evaluation takes phrases and questions that no training row holds.
+What marks a wording for evaluation, such as "pays", "trade" or "merchandise", is in none that is shown.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "birthplace": (
@@ -19,6 +16,18 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Name the town where {n} was born.",
             "{n} was born in which city?",
             "Can you tell me the birthplace of {n}?",
+            "In what place was {n} born?",
+            "Where did {n} first see the light of day?",
+            "From which city does {n} originate?",
+            "What is the native city of {n}?",
+            "What is {n}'s home town?",
+            "Which town is {n} a native of?",
+            "In which town did {n}'s life begin?",
+            "Where in the world was {n} born?",
+            "I want to know where {n} was born.",
+            "Give the birthplace of {n}.",
+            "Say where {n} was born.",
+            "Where do the roots of {n} lie?",
         ),
         ("Tell me the city of {n}'s birth.", "Do you know what town {n} comes from?"),
     ),
@@ -32,6 +41,18 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Name the profession of {n}.",
             "In what line of work is {n}?",
             "Can you tell me {n}'s occupation?",
+            "What is the job of {n}?",
+            "What kind of work does {n} do?",
+            "How does {n} make a living?",
+            "By profession, what is {n}?",
+            "What career did {n} choose?",
+            "Which occupation does {n} follow?",
+            "What does {n} do all day at work?",
+            "In what field does {n} work?",
+            "I want to know what {n} does for work.",
+            "Give the occupation of {n}.",
+            "Say what {n}'s job is.",
+            "Which craft or profession does {n} practise?",
         ),
         ("How does {n} earn money?", "Say what {n}'s trade is."),
     ),
@@ -45,6 +66,18 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "{n} plays which instrument?",
             "On which instrument does {n} perform?",
             "Can you tell me what instrument {n} plays?",
+            "What instrument is {n} able to play?",
+            "Which instrument did {n} learn?",
+            "With which instrument does {n} make music?",
+            "What instrument is played by {n}?",
+            "In a band, what would {n} play?",
+            "Which instrument is {n} a master of?",
+            "When {n} makes music, what is it played on?",
+            "What instrument would you find in {n}'s hands?",
+            "I want to know which instrument {n} plays.",
+            "Give the instrument of {n}.",
+            "Say which instrument {n} plays.",
+            "What musical instrument belongs to {n}?",
         ),
         ("On what instrument can one hear {n}?", "If {n} gave a concert, which instrument would it be on?"),
     ),
@@ -58,6 +91,18 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Name the pet of {n}.",
             "{n} has which animal at home?",
             "Can you tell me what pet {n} keeps?",
+            "What animal does {n} look after?",
+            "Which animal lives at {n}'s house?",
+            "What kind of animal is kept by {n}?",
+            "What animal waits for {n} at home?",
+            "Which animal companion does {n} have?",
+            "What animal would one meet at {n}'s place?",
+            "What pet is cared for by {n}?",
+            "Does {n} have a pet, and which one?",
+            "I want to know what pet {n} has.",
+            "Give the pet of {n}.",
+            "Say which pet {n} has.",
+            "What does {n} have as a pet?",
         ),
         ("Say what sort of animal {n} owns.", "Which creature shares a home with {n}?"),
     ),
@@ -71,6 +116,18 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Name the employer of {n}.",
             "{n} works for which company?",
             "Can you tell me which firm employs {n}?",
+            "What company is {n} with?",
+            "Who employs {n}?",
+            "Which firm has {n} among its employees?",
+            "Whom does {n} work for?",
+            "What is the name of {n}'s employer?",
+            "In which company does {n} have a job?",
+            "Which company gave {n} a job?",
+            "To which company does {n} go every morning?",
+            "I want to know who {n}'s employer is.",
+            "Give the employer of {n}.",
+            "Say which company {n} works for.",
+            "What business does {n} work at?",
         ),
         ("Name the firm that pays {n}.", "On the staff of which business is {n}?"),
     ),
@@ -84,6 +141,18 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Name the founder of {n}.",
             "{n} was founded by whom?",
             "Can you tell me who started {n}?",
+            "Who started {n}?",
+            "Who set {n} up?",
+            "Who is behind the founding of {n}?",
+            "Who brought {n} into being?",
+            "Whose idea was {n}?",
+            "Who launched {n}?",
+            "Who built up the company {n}?",
+            "To whom does {n} owe its existence?",
+            "I want to know who founded {n}.",
+            "Give the founder of {n}.",
+            "Say who founded {n}.",
+            "What is the name of {n}'s founder?",
         ),
         ("Name whoever established {n}.", "Which person created the firm {n}?"),
     ),
@@ -97,6 +166,18 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Name the city where {n} is based.",
             "{n} has its headquarters in which city?",
             "Can you tell me where the head office of {n} is?",
+            "In which city does {n} have its offices?",
+            "Where are the headquarters of {n}?",
+            "What is the home city of {n}?",
+            "Which town is {n}'s head office in?",
+            "Where would a letter to {n} go?",
+            "Which city houses {n}?",
+            "Where can {n} be found?",
+            "In which town does {n} sit?",
+            "I want to know where {n} has its seat.",
+            "Give the city of {n}'s headquarters.",
+            "Say where {n} is based.",
+            "What is the location of {n}?",
         ),
         ("Name the town from which {n} is run.", "To visit {n}, which city would I travel to?"),
     ),
@@ -110,6 +191,18 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Name the product of {n}.",
             "{n} makes which goods?",
             "Can you tell me what {n} produces?",
+            "What goods are made by {n}?",
+            "What does {n} offer for sale?",
+            "What can one buy from {n}?",
+            "Which articles does {n} turn out?",
+            "What kind of things does {n} build?",
+            "What is {n}'s product?",
+            "What is it that {n} manufactures?",
+            "What do customers order from {n}?",
+            "I want to know what {n} produces.",
+            "Give the product of {n}.",
+            "Say what {n} makes.",
+            "What line of goods does {n} deal in?",
         ),
         ("For which merchandise is {n} known?", "Tell me what comes out of the {n} factory."),
     ),
@@ -123,65 +216,20 @@ WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "Name the colour of the logo of {n}.",
             "{n} has a logo of which colour?",
             "Can you tell me the colour of {n}'s logo?",
+            "What colour has the logo of {n}?",
+            "In which colour is the logo of {n} drawn?",
+            "What is the colour of {n}'s logo?",
+            "Which colour stands for {n}?",
+            "What is the company colour of {n}?",
+            "What hue does {n}'s logo have?",
+            "In what colour does {n} show its logo?",
+            "By what colour is {n}'s logo recognised?",
+            "I want to know the colour of {n}'s emblem.",
+            "Give the colour of {n}'s logo.",
+            "Say what colour {n}'s logo is.",
+            "What colour is on {n}'s badge?",
         ),
         ("In what shade is {n}'s logo printed?", "Describe the colour on {n}'s sign."),
     ),
 }
 """Relation -> (wordings that training shows, wordings for evaluation alone)."""
-
-MIDDLE: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "employer": (
-        (
-            "the company that {n} works for",
-            "the company that employs {n}",
-            "{n}'s employer",
-            "the employer of {n}",
-            "the firm that {n} works at",
-            "the business where {n} works",
-            "the company where {n} is employed",
-            "the firm {n} works for",
-        ),
-        ("the firm that pays {n}", "{n}'s place of work"),
-    ),
-    "founder": (
-        (
-            "the founder of {n}",
-            "the person who founded {n}",
-            "{n}'s founder",
-            "the one who started {n}",
-            "the person who set up {n}",
-            "whoever founded {n}",
-            "the man or woman who founded {n}",
-            "the founder of the company {n}",
-        ),
-        ("the person who created {n}", "whoever established {n}"),
-    ),
-}
-"""First relation -> phrases for what it leads to, shown and kept."""
-
-HOPS = (
-    ("employer", "seat"),
-    ("employer", "product"),
-    ("employer", "colour"),
-    ("employer", "founder"),
-    ("founder", "birthplace"),
-    ("founder", "instrument"),
-    ("founder", "role"),
-    ("founder", "pet"),
-)
-"""Two relations after each other."""
-ASKED_OF_MEMORY = 0
-"""The wording that the executive learns to ask the memory model in."""
-
-
-def two_hop_wordings(first: str, second: str, kept: bool) -> Iterator[str]:
-    """Questions of two hops with a name to fill in. kept: both the phrase and the question are those of evaluation."""
-    for phrase in MIDDLE[first][kept]:
-        for wording in WORDINGS[second][kept]:
-            text = wording.replace("{n}", phrase)
-            yield text[0].upper() + text[1:]
-
-
-def sub_question(relation: str, name: str) -> str:
-    """What the executive asks the memory model."""
-    return WORDINGS[relation][0][ASKED_OF_MEMORY].format(n=name)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from benchmarks.memo import corpora
 from benchmarks.memo.corpora import EPOCHS, WORLD, executive_rows, kept_rows, kept_traces, memory_rows, strangers
+from benchmarks.memo.hops import ALL_HOPS, ALSO, HOPS, MIDDLE, two_hop_wordings
 from benchmarks.memo.rows import KINDS, chosen, questions
-from benchmarks.memo.wordings import HOPS, MIDDLE, WORDINGS, two_hop_wordings
+from benchmarks.memo.wordings import WORDINGS
 from benchmarks.memo.world import OF_COMPANIES, OF_PEOPLE, RELATIONS, UNKNOWN
 from mem_triton.systems.memo.protocol.machine import start
 from mem_triton.systems.memo.protocol.schemas import Decision
@@ -31,8 +33,9 @@ MEMORY, EXECUTIVE = list(memory_rows()), list(executive_rows())
 def test_the_world_has_98_facts_and_every_relation_its_wordings():
     assert sum(map(len, WORLD.facts.values())) == 98
     assert set(WORDINGS) == set(RELATIONS) == {*OF_PEOPLE, *OF_COMPANIES}
-    assert all(len(shown) == 8 and len(kept) == 2 and not set(shown) & set(kept) for shown, kept in WORDINGS.values())
-    assert all(len(set(two_hop_wordings(*hop, kept=False))) >= 20 for hop in HOPS)
+    assert all(len(set(shown)) == 20 and len(kept) == 2 for shown, kept in (*WORDINGS.values(), *MIDDLE.values()))
+    assert all(len(set(two_hop_wordings(*hop, kept=False))) >= 160 for hop in ALL_HOPS)
+    assert set(HOPS) < set(ALL_HOPS)
     assert all(not set(two_hop_wordings(*hop, True)) & set(two_hop_wordings(*hop, False)) for hop in HOPS)
 
 
@@ -59,6 +62,22 @@ def test_no_unknown_name_is_known_and_none_of_the_evaluation_is_trained():
     shown = set(map(asked, MEMORY))
     assert not [one for kind, some in questions().items() if kind != KINDS[1] for one in some if one.text in shown]
     assert not [row for row in kept_rows() if asked(row) in shown]
+
+
+MARKS = re.compile(
+    r"(?<!\w)(pays|staff|place of work|creat|establish|comes from|earn|trade|hear|concert|sort of|creature|shares|"
+    r"run|visit|travel|merchandise|factory|known|shade|sign|printed|describe)|'s birth"
+)
+"""What marks the wordings for evaluation."""
+
+
+def test_no_wording_that_is_shown_has_what_marks_those_for_evaluation():
+    phrases = [phrase for _, _, some in ALSO.values() for phrase in some]
+    shown = [text.lower() for some, _ in (*WORDINGS.values(), *MIDDLE.values()) for text in some] + phrases
+    kept = [text.lower() for _, some in (*WORDINGS.values(), *MIDDLE.values()) for text in some]
+    assert not [text for text in shown if MARKS.search(text)]
+    unmarked = [text for text in kept if not MARKS.search(text)]
+    assert not unmarked, "negative control: what is looked for is in the others"
 
 
 def test_the_executive_learns_from_other_names_and_other_wordings():
