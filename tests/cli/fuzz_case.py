@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import random
 import shutil
 import struct
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
@@ -17,6 +20,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mem_triton.cli import main
+from tests.support.soak import SECONDS, SEED
 
 WORDS = [
     "",
@@ -235,3 +239,18 @@ def check(arguments: list[str]) -> int:
         assert len([line for line in lines if line.startswith("mem-triton: ")]) == 1, (arguments, err)
         assert lines[-1].startswith("mem-triton: ") and len(lines[-1]) > 20, (arguments, err)
     return code
+
+
+def soak(run: Callable[[int], int]) -> None:
+    """Run seed after seed for the soak's time: other ones each time; a failure prints its seed. run: gives a code."""
+    until, codes = time.monotonic() + SECONDS, Counter()
+    for seed in itertools.count(SEED):
+        try:
+            codes[run(seed)] += 1
+        except BaseException:
+            print(f"MEM_TRITON_SOAK_SEED={seed}")
+            raise
+        if time.monotonic() > until:
+            break
+    print(f"soak: seeds {SEED} to {seed}, {dict(codes)}")
+    assert codes[0] and codes[2]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
-import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,13 +20,14 @@ from tests.cli.fuzz_case import (
     commands,
     copied,
     outcome,
+    soak,
     spoil,
     spoil_arguments,
     spoil_json,
     spoil_tensor,
 )
 from tests.memory3.support import RECALL, TEXT
-from tests.support.soak import SECONDS, SEED
+from tests.support.soak import SECONDS
 
 ADAPTER = RECALL.parent / "adapter"
 SOON = 40
@@ -89,18 +87,7 @@ def test_fault22_spoilt_files_are_one_line(place, work):
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 600)
 def test_fault22_soak_of_spoilt_arguments_and_files(place, work):
-    """Other ones each time; a failure prints its seed."""
-    until, codes = time.monotonic() + SECONDS, Counter()
-    for seed in itertools.count(SEED):
-        try:
-            codes[run_one(place, work, seed, only_arguments=seed % 2 == 0)] += 1
-        except BaseException:
-            print(f"MEM_TRITON_SOAK_SEED={seed}")
-            raise
-        if time.monotonic() > until:
-            break
-    print(f"soak: seeds {SEED} to {seed}, {dict(codes)}")
-    assert codes[0] and codes[2]
+    soak(lambda seed: run_one(place, work, seed, only_arguments=seed % 2 == 0))
 
 
 @pytest.mark.parametrize(

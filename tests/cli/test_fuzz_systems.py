@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
-import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,10 +11,10 @@ import torch
 
 from mem_triton.runtime.serving import Serving
 from mem_triton.systems.memoryllm.pools import Pools
-from tests.cli.fuzz_case import check, copied, outcome, spoil, spoil_arguments
+from tests.cli.fuzz_case import check, copied, outcome, soak, spoil, spoil_arguments
 from tests.memo.test_memo_merging import adapter
 from tests.memoryllm.test_pools import GOLDEN
-from tests.support.soak import SECONDS, SEED
+from tests.support.soak import SECONDS
 from tests.support.trained import chance_cache, load_model, save_adapter, save_cartridge, save_model
 
 NOBODY = "http://127.0.0.1:9/v1#m"
@@ -134,15 +131,4 @@ def test_fault22_spoilt_arguments_and_files_are_one_line(place, work):
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 600)
 def test_fault22_soak_of_every_other_command(place, work):
-    """Other ones each time; a failure prints its seed."""
-    until, codes = time.monotonic() + SECONDS, Counter()
-    for seed in itertools.count(SEED):
-        try:
-            codes[run_one(place, work, seed)] += 1
-        except BaseException:
-            print(f"MEM_TRITON_SOAK_SEED={seed}")
-            raise
-        if time.monotonic() > until:
-            break
-    print(f"soak: seeds {SEED} to {seed}, {dict(codes)}")
-    assert codes[0] and codes[2]
+    soak(lambda seed: run_one(place, work, seed))
