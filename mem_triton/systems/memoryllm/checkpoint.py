@@ -149,17 +149,16 @@ class Checkpoint:
                     f"{self.folder}: {name} is {list(found)}, config.json says {list(expected)}; fetch both again"
                 )
         adapters = ("default", "decoder_adapter") if self.config.get("add_decoder_lora") else ("default",)
-        for name in [name for name in self.names if ".lora_A." in name]:
-            stem = name.partition(".lora_A.")[0]
+        for stem, name in {name.partition(".lora_A.")[0]: name for name in self.names if ".lora_A." in name}.items():
             wanted_names = [f"{stem}.lora_{x}.{adapter}.weight" for x in "AB" for adapter in adapters]
             for other in [*wanted_names, f"{stem}.base_layer.weight"]:
                 if other not in self.names:
                     raise PoolError(f"{self.folder}: has no tensor {other}; {AGAIN}")
             if not self.lora:
                 raise PoolError(f"{self.folder}/config.json: lora_config is missing, and {name} is there")
+            linear = self._shape_of(f"{stem}.base_layer.weight")
             for adapter in adapters:
                 down, up = (self._shape_of(f"{stem}.lora_{x}.{adapter}.weight") for x in "AB")
-                linear = self._shape_of(f"{stem}.base_layer.weight")
                 if len(down) != 2 or len(up) != 2 or down[0] != up[1] or (up[0], down[1]) != linear:
                     raise PoolError(
                         f"{self.folder}: {stem}: lora_A.{adapter} is {list(down)}, lora_B.{adapter} {list(up)}, the "

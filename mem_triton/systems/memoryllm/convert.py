@@ -25,7 +25,7 @@ from mem_triton.store.files import INDEX, SINGLE, is_occupied, write_durably
 from mem_triton.systems.memoryllm.checkpoint import MEMORY, OWN_KEYS, Checkpoint
 from mem_triton.systems.memoryllm.mplus import MPLUS_KEYS, MPlusCheckpoint, tensors_back
 from mem_triton.systems.memoryllm.pools import WEIGHTS, Pools
-from mem_triton.systems.memoryllm.records import PoolError, digest_of
+from mem_triton.systems.memoryllm.records import PoolError, digest_of, tensors_of
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("auto", "float32", "bfloat16")
@@ -129,12 +129,10 @@ def load_weights(store: Path) -> dict[str, Tensor]:
     """What lies beside a store's pools: embeddings, and factors of the adapter that writes. Raises PoolError."""
     path = store / WEIGHTS
     try:
-        with safe_open(path, framework="pt") as file:
-            digest = (file.metadata() or {}).get("digest")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, header = tensors_of(path)
     except (OSError, SafetensorError) as error:
         raise PoolError(f"{path}: {error}; convert the checkpoint again") from None
-    if digest not in (None, digest_of(tensors, WEIGHTS)):
+    if header.get("digest") not in (None, digest_of(tensors, WEIGHTS)):
         raise PoolError(f"{path}: has changed since it was written; convert the checkpoint again")
     return tensors
 

@@ -81,6 +81,12 @@ def digest_of(tensors: Mapping[str, Tensor], *words: object) -> str:
     return digest.hexdigest()
 
 
+def tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file, and what its header says. Raises OSError, SafetensorError or ValueError."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
 def write_snapshot(
     folder: Path, version: int, rows: Tensor, state: Tensor, link: str | None, long: LongTerm | None = None
 ) -> str:
@@ -242,9 +248,7 @@ def _write(folder: Path, version: int, kind: str, tensors: Mapping[str, Tensor],
 def _read(folder: Path, version: int, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = folder / file_name(version, kind)
     try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, about = tensors_of(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise damaged(path, f"cannot be read ({error})") from None
     if about.get("format") != FORMAT or about.get("version") != str(version):
