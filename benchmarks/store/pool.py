@@ -5,8 +5,7 @@
 
 A fetch is the way that a server's references take, in one process: ``Residency`` claims their pages, ``PageLoader``
 fills them, and ``before_step`` orders the next step behind the copies. What a server
-adds is a call to its workers and back. The last line says what part of a load from disk it takes to compare a reference
-with its checksums, in one thread. The bank is written for it. Shapes are those of a 4B model: 8 KV heads of 128;
+adds is a call to its workers and back. The bank is written for it. Shapes are those of a 4B model: 8 KV heads of 128;
 memory3: 18 layers, 8 of 128 tokens a head; prefix: 36 layers, 128 tokens. Every group of references that is fetched
 from host or disk has been pushed off the tiers above by others. "disk" reads with a warm page cache: it times the
 bank, RoPE and packing, not the drive. The copy is one contiguous piece of the same size, from page-locked memory on a
@@ -28,7 +27,6 @@ import torch
 from benchmarks.common import record
 from mem_triton.ops.reposition import rope_from_config
 from mem_triton.store.bank import Bank, BankSpec, NewEntry
-from mem_triton.store.bank.checksums import part_checksums
 from mem_triton.store.bank.fingerprint import Fingerprint
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.pool.loader import PageLoader
@@ -131,23 +129,6 @@ class Bench:
         return times
 
 
-def check_times(bench: Bench, repeats: int) -> dict[str, float]:
-    """Microseconds of one reference's load from disk in one thread (read, place, pack), and of its comparison with the
-    checksums, which is part of that; the fastest of ``repeats``."""
-    layers, _ = KEPT[bench.kind]
-    shard, row = bench.bank.catalogue.read("SELECT s.name, e.row FROM entries e JOIN shards s USING (shard) LIMIT 1")[0]
-    refs, taken = list(bench.sizes), {"load_us": [], "check_us": []}
-    for i in range(repeats):
-        begin = time.perf_counter()
-        bench.pool.layout.pack(bench.place(bench.bank.load(refs[i % len(refs)])))
-        taken["load_us"].append(time.perf_counter() - begin)
-        read = bench.bank.shards.raw(shard, row)
-        begin = time.perf_counter()
-        part_checksums(row, read, range(layers), slice(0, HEADS), often=True)
-        taken["check_us"].append(time.perf_counter() - begin)
-    return {name: 1e6 * min(times) for name, times in taken.items()}
-
-
 def copy_times(size: int, device: str, repeats: int) -> list[float]:
     """Seconds of one copy of ``size`` bytes to the device, each from and to another place, as cold as the fetches."""
     gpu = device == "cuda"
@@ -195,7 +176,6 @@ def main() -> int:
         bench = make(False)
         measured["disk"] = bench.times(max(args.repeats // 5, 5), resident=False)
         bench.loader.close()
-        checks = check_times(bench, args.repeats)
     print(f"{args.references} references ({args.kind}, pool {args.pool_dtype}), {size / 1e6:.2f} MB, on {where}")
     print(f"one copy of {size / 1e6:.2f} MB: {floor * 1e6:.0f} us, {size / floor / 1e9:.2f} GB/s")
     print(f"{'tier':>8} {'us':>10} {'10 %':>10} {'90 %':>10} {'GB/s':>8} {'of the copy':>12}")
@@ -223,9 +203,7 @@ def main() -> int:
                 "device": args.device,
             }
         )
-    share = checks["check_us"] / checks["load_us"]
-    print(f"checksums: {checks['check_us']:.1f} us of {checks['load_us']:.1f} us a reference, {share:.1%}")
-    report = head | {"rows": rows, "checks": checks}
+    report = head | {"rows": rows}
     if args.json:
         record.write(report, args.json)
     if args.save:

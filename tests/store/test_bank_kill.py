@@ -22,6 +22,10 @@ from tests.store import bank_case
 from tests.store.kill_writer import seed_of, text_of
 
 ROOT = Path(__file__).parents[2]
+SILENCE = 300.0
+"""Seconds that a writer may say nothing: its machine may be busy, and its first one imports torch."""
+WORDS = 16
+"""Words of a writer behind which it dies at the latest."""
 
 
 class Killer:
@@ -42,26 +46,33 @@ class Killer:
         self.compacted = False  # superseded versions may have been dropped
 
     def kill_one(self) -> None:
-        """Start a writer, let it run for a while, kill it, and take down what it said."""
+        """Start a writer, let it say some words, kill it a moment later, and take down what it said.
+
+        It is killed by what it has done and not by the clock: on a busy machine a tenth of a second passes without a
+        single change.
+        """
         assert self.nursery.poll() is None, f"the process that starts writers ended with {self.nursery.returncode}"
         self.nursery.stdin.write(f"{self.next}\n")
-        silence = threading.Timer(120, self.nursery.kill)  # so that a test that waits for nothing ends
-        silence.start()
-        pid, ready = 0, self.random.random() < 0.1  # one in ten dies while it opens the bank
-        while not (pid and ready):
-            before = pid
-            pid, ready = self._hear(pid, ready)
-            assert pid or not before, f"writer {before} ended by itself after {self.kills} kills"
-        time.sleep(self.random.random() * 0.12)
+        pid = self._hear(0)
+        words = 0 if self.random.random() < 0.1 else self.random.randint(1, WORDS)  # one in ten dies as it opens it
+        for _ in range(words):
+            before, pid = pid, self._hear(pid)
+            assert pid, f"writer {before} ended by itself after {self.kills} kills"
+        time.sleep(self.random.random() * 0.03)
         os.kill(pid, signal.SIGKILL)
         while pid:
-            pid, _ = self._hear(pid, True)
-        silence.cancel()
+            pid = self._hear(pid)
         self.next += 1
         self.kills += 1
 
-    def _hear(self, pid: int, ready: bool) -> tuple[int, bool]:
-        word, _, what = self.nursery.stdout.readline().strip().partition(" ")
+    def _hear(self, pid: int) -> int:
+        """Take down one word; the writer that lives, 0 for none."""
+        silence = threading.Timer(SILENCE, self.nursery.kill)  # so that a test that waits for nothing ends
+        silence.start()
+        line = self.nursery.stdout.readline()
+        silence.cancel()
+        assert line, f"no word in {SILENCE:.0f} s, or the process that starts writers has ended"
+        word, _, what = line.strip().partition(" ")
         if word == "pid":
             pid = int(what)
         elif word == "dead":
@@ -74,7 +85,7 @@ class Killer:
             {"has": self.acknowledged, "cold": self.cold, "doomed": self.doomed, "gone": self.gone}[word].add(what)
         elif word not in ("ready", "compacted"):
             raise AssertionError(f"the writer failed: {word!r} {what}")
-        return pid, ready or word == "ready"
+        return pid
 
     def problems(self) -> Iterator[str]:
         """What is not as it was acknowledged; torn, wrong or half a batch."""

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 64
-"""Words of 8 bytes that are added up before they are weighed; that is what makes it as cheap as reading."""
-MIX = np.uint64(0x9E3779B97F4A7C15)
+from mem_triton.store.bank.checksum_constants import BLOCK, MIX
+
 SMALL = 512
 """Words of a part up to which compiled code is faster than torch (checksums_compiled)."""
 

@@ -10,10 +10,9 @@ from numba import carray, njit
 
 from mem_triton.ops.common.compiled import OPTIONS
 from mem_triton.ops.common.pointers import pointer
+from mem_triton.store.bank.checksum_constants import BLOCK, MIX
 
-BLOCK = np.uint64(64)
-MIX = np.uint64(0x9E3779B97F4A7C15)
-ONE, SHIFT = np.uint64(1), np.uint64(29)
+WORDS, ONE, SHIFT = np.uint64(BLOCK), np.uint64(1), np.uint64(29)
 
 
 @njit("void(int64, int64, uint64, uint64[::1])", **OPTIONS)
@@ -23,17 +22,17 @@ def mix_in(address, count, salt, totals):
     Indices are unsigned, so that the loop over a block becomes vector instructions.
     """
     words = carray(pointer(address), (totals.shape[0], count), np.int64)
-    whole = np.uint64(count) // BLOCK
+    whole = np.uint64(count) // WORDS
     for part in range(np.uint64(totals.shape[0])):
         blocks, weight = np.uint64(0), np.uint64(0)
         for block in range(whole):
-            block_sum, first = np.int64(0), np.uint64(block * BLOCK)
-            for i in range(BLOCK):
+            block_sum, first = np.int64(0), np.uint64(block * WORDS)
+            for i in range(WORDS):
                 block_sum += words[part, first + i]
             weight += MIX
             blocks += np.uint64(block_sum) * (weight | ONE)
         rest, weight = np.uint64(0), np.uint64(0)
-        for i in range(whole * BLOCK, np.uint64(count)):
+        for i in range(whole * WORDS, np.uint64(count)):
             weight += MIX
             rest += np.uint64(words[part, i]) * (weight | ONE)
         before = totals[part]
