@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from mem_triton.schema import ConfigError
 from mem_triton.store.pool.pages import PageLayout
@@ -267,6 +268,29 @@ def test_the_front_end_says_at_start_that_its_default_is_unknown(pool_bench, tmp
     section = MemoryLLMSection(pools=pool_bench.store(tmp_path), default="nobody")
     with pytest.raises(ConfigError, match=r'memoryllm\.default: pool "nobody" is unknown'):
         PoolFrontEnd(engine(pool_bench), section, FrontendServices())
+
+
+def test_fault10_a_running_server_serves_on_without_a_default_pool_that_was_deleted(pool_bench, tmp_path, caplog):
+    from mem_triton.systems.base import FrontendServices
+    from mem_triton.systems.memoryllm.frontend import PoolFrontEnd
+    from mem_triton.systems.memoryllm.request import parse
+    from mem_triton.systems.params import RequestParams
+
+    store = pool_bench.store(tmp_path)
+    front = PoolFrontEnd(engine(pool_bench), MemoryLLMSection(pools=store), FrontendServices())
+    assert front.admit(parse({}), RequestParams()).version.id == "main@1"
+    before = REGISTRY.get_sample_value("mem_triton:defaults_lost_total")
+    with Pools.open(store, writable=True) as pools:
+        pools.delete("main")
+    for _ in range(2):
+        assert front.admit(parse({}), RequestParams()) is None
+    assert REGISTRY.get_sample_value("mem_triton:defaults_lost_total") == before + 1
+    assert caplog.text.count("served without a pool") == 1
+    with pytest.raises(RequestError, match=r"mem_pool: .*unknown"):
+        front.admit(parse({"mem_pool": "main"}), RequestParams())
+    with Pools.open(store, writable=True) as pools:
+        pools.add("main", torch.zeros(pools.shape.layers, pools.shape.rows, pools.shape.hidden))
+    assert front.admit(parse({}), RequestParams()).version.id == "main@1", "one that is made again is read"
 
 
 def admit(pool_bench, store, fields, **said):

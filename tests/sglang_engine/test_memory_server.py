@@ -160,7 +160,7 @@ def test_clients_that_come_and_go_leave_nothing_behind(server, memory_bench):
     assert "Traceback" not in text, text[text.index("Traceback") :][:3000]
 
 
-def test_an_entry_that_cannot_be_read_fails_its_request_alone(server, memory_bench):
+def test_fault28_an_entry_that_cannot_be_read_fails_its_request_alone(server, memory_bench):
     b, shards, text = memory_bench, memory_bench.prefixes / "shards", tokens_of(90, 20)
     server.tokens(text, 2, {"mem_capture": "far"})  # lies in a file of its own, which nobody has opened yet
     shards.rename(shards.with_name("away"))

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from tests.sglang_engine.engine import run_engine
+from tests.support import fault_scenarios
 from tests.support import pool_scenarios as scenarios
 from tests.support import pool_server_scenarios as server_scenarios
 from tests.support.pool_bench import PoolBench, make_pool_bench
@@ -28,6 +29,10 @@ def test_c7_c9_prompts_choose_long_term_rows(bench, tmp_path):
 
 def test_c3_c11_long_term_rows_are_written(bench, tmp_path):
     scenarios.long_term_rows_are_written(bench, tmp_path, run_whole)
+
+
+def test_fault01_no_exception_of_ours_ends_an_engine(bench, tmp_path):
+    fault_scenarios.no_exception_of_ours_in_pools_ends_an_engine(bench, run_whole, tmp_path)
 
 
 @pytest.mark.slow

@@ -35,6 +35,16 @@ VLLM = {
     "block keys": "mem_triton_vllm.block_keys:memory_keys",
     "places": "mem_triton_vllm.places:place_of",
 }
+POOLS = {
+    "enter a pool": "mem_triton.systems.memoryllm.worker:PoolWorker.enter",
+    "leave a pool": "mem_triton.systems.memoryllm.worker:PoolWorker.leave",
+    "rows of pools": "mem_triton.systems.memoryllm.worker:PoolWorker.begin_step",
+    "fetch a version": "mem_triton.systems.memoryllm.worker:PoolWorker.fetch",
+    "place a version": "mem_triton.systems.memoryllm.worker:PoolWorker.place",
+    "begin a write": "mem_triton.systems.memoryllm.worker:PoolWorker.write",
+    "choose rows": "mem_triton.systems.memoryllm.choosing:RowChooser._choose",
+}
+"""Of MemoryLLM's and M+'s pools, on both engines."""
 SGLANG = {
     **SHARED,
     "payload": "mem_triton_sglang.worker:carried_of",
@@ -62,6 +72,10 @@ def install_vllm() -> None:
 
 def install_sglang() -> None:
     _install(SGLANG)
+
+
+def install_pools() -> None:
+    _install(POOLS)
 
 
 def without_guards() -> None:

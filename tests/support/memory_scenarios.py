@@ -7,12 +7,15 @@ the prompt is the oracle, and it knows nothing of memory. Several entries, and s
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from mem_triton.store.bank import Bank
+from mem_triton.store.bank import Bank, NewEntry
 from mem_triton.store.pool.plan import FOREVER, Attachment
 from mem_triton_transformers.encode import TransformersEncoder
 from mem_triton_transformers.explicit import read_plans
@@ -54,6 +57,24 @@ def every_row_has_its_own_memory(b: MemoryBench, run: Run, page: int, **options:
     assert tokens(result, 2) == [b.after(short, "beta"), b.after(short), b.after(long, "alpha", "gamma"), b.after(long)]
     assert cached(result, 2) == [0] * 4, "another memory, or none, shares nothing"
     assert expected[0] != b.after(short) and expected[2] != b.after(long), "memory matters"
+
+
+def an_entry_that_cannot_be_loaded_fails_its_request_alone(b: MemoryBench, run: Run, folder: Path) -> None:
+    """Its file is gone: that request fails with the entry and the reason, its neighbour and the next round do not."""
+    short, middle, *_ = PROMPTS
+    shutil.copytree(b.prefixes, folder)
+    with Bank.open(folder, writable=True) as bank:
+        bank.add([NewEntry("lonely", "a text in a file of its own", bank.load("alpha@1"))])
+        sql = "SELECT s.name FROM entries e JOIN shards s USING (shard) WHERE id = ?"
+        ((shard,),) = bank.catalogue.read(sql, "lonely")
+    (folder / "shards" / shard).unlink()
+    rounds = [[ask(short, 12, "lonely"), ask(middle)], [ask(short, 12, "alpha")]]
+    result = run(b.model, rounds, memory=b.section(folder), errors_are_results=True)
+    failed, plain = result["rounds"][0]
+    said = json.dumps([failed["finish"], failed["memory"]])
+    assert ("error" in said or "abort" in said) and "lonely@1" in said and "missing" in said, failed
+    assert failed["tokens"] == [] and plain["tokens"] == b.after(middle)
+    assert tokens(result, 1) == [b.after(short, "alpha")]
 
 
 def sparse_references_beside_a_constant_prefix(b: MemoryBench, run: Run, **options: Any) -> None:

@@ -76,3 +76,15 @@ def captures_of_other_blocks() -> None:
 
     stock = v1_runner._block_rows
     v1_runner._block_rows = lambda runner: lambda request_id: stock(runner)(request_id) + 5
+
+
+def adapters_loaded_in_the_step() -> None:
+    """An adapter counts as what its files hold when a request that names it is admitted; workers load it later."""
+    from mem_triton.systems.lora import files_of
+    from mem_triton_vllm import adapters
+
+    def to_load(loras, prompt, lora) -> None:
+        if lora is not None and not loras.knows(lora.lora_int_id):
+            loras.loaded(lora.lora_int_id, lora.lora_path, files_of(lora.lora_path))
+
+    adapters.to_load = to_load

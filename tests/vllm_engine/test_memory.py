@@ -31,6 +31,10 @@ def test_b6_b10_every_row_has_its_own_memory(memory_bench, runner):
     scenarios.every_row_has_its_own_memory(memory_bench, run_engine, BLOCK, **RUNNERS[runner])
 
 
+def test_fault28_an_entry_that_cannot_be_loaded_fails_its_request_alone(memory_bench, tmp_path):
+    scenarios.an_entry_that_cannot_be_loaded_fails_its_request_alone(memory_bench, run_engine, tmp_path / "bank")
+
+
 def test_b10_control_without_memory_in_the_block_hash_wrong_tokens_appear(memory_bench):
     tamper = f"{TAMPER}:no_memory_in_block_keys"
     scenarios.without_memory_in_the_cache_keys_wrong_tokens_appear(memory_bench, run_engine, tamper)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.memory_bench import SECRET, MemoryBench, make_memory_bench, reference
+from tests.support.memory_bench import SECRET, MemoryBench, make_memory_bench, reference, tokens_of
 from tests.support.memory_scenarios import PROMPTS, three_pages
 from tests.support.memory_server_scenarios import *  # noqa: F403
 from tests.support.models import tiny_tokenizer
@@ -49,6 +49,22 @@ def test_memory_over_http_and_what_was_read_is_in_the_answer(server, memory_benc
 )
 def test_bad_fields_are_400_that_name_the_id(server, fields, message):
     bad_fields_are_400(server, PROMPTS[0], fields, message)
+
+
+def test_fault28_an_entry_that_cannot_be_read_fails_its_request_alone(server, memory_bench):
+    b, shards, text = memory_bench, memory_bench.prefixes / "shards", tokens_of(90, 20)
+    server.tokens(text, 2, {"mem_capture": "far"})  # lies in a file of its own, which nobody has opened yet
+    shards.rename(shards.with_name("away"))
+    try:
+        failed = server.complete(PROMPTS[1], fields=ids("capture:far"))
+        assert failed.status_code == 500 and "capture:far@1" in failed.text and "missing" in failed.text
+        streamed = list(server.events(PROMPTS[1], 12, ids("capture:far")))
+        assert "missing" in str(streamed[-1]) and not any("choices" in event for event in streamed)
+        assert server.tokens(PROMPTS[1]) == b.after(PROMPTS[1]), "others go on"
+    finally:
+        shards.with_name("away").rename(shards)
+    after = b.generate(text + PROMPTS[1])
+    assert server.tokens(PROMPTS[1], fields=ids("capture:far")) == after, "the next one tries again"
 
 
 @pytest.mark.parametrize("kind", ["plain", "streamed", "chat"])

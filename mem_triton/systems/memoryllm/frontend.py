@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mem_triton import metrics
 from mem_triton.schema import ConfigError
 from mem_triton.store.pool.residency import Ticket
 from mem_triton.systems.base import (
@@ -26,7 +27,7 @@ from mem_triton.systems.base import (
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.memoryllm.injections import Injecting, Injections
 from mem_triton.systems.memoryllm.layout import cache_key, layout_of, open_store
-from mem_triton.systems.memoryllm.records import PoolError
+from mem_triton.systems.memoryllm.records import PoolError, UnknownPoolError
 from mem_triton.systems.memoryllm.request import PoolRequest
 from mem_triton.systems.memoryllm.residents import Residents
 from mem_triton.systems.memoryllm.section import MemoryLLMSection
@@ -66,6 +67,7 @@ class PoolFrontEnd(FrontendPart):
         self._logger = logging.getLogger(f"{engine.engine.lower()}.mem_triton")
         self.residents = Residents(self.layout, section.layers_per_step or self.pools.shape.layers, self.pools.shape)
         self.injections = Injections(self.pools, section, engine, self.residents)
+        self._default_is_gone = False
         self.check_default()
         self._logger.info("mem_triton.memoryllm: %s", self.layout.describe())
 
@@ -121,8 +123,18 @@ class PoolFrontEnd(FrontendPart):
                 return None
             self.pools.resolve(name, request.tenant)  # says what is missing
         except PoolError as error:
+            if request.pool is None and isinstance(error, UnknownPoolError):
+                self._leave_out(error)
+                return None
             raise RequestError("mem_pool", str(error)) from None
         return None
+
+    def _leave_out(self, why: PoolError) -> None:
+        """The default pool was deleted while the server runs: requests that name none are served without."""
+        if not self._default_is_gone:
+            self._default_is_gone = True
+            metrics.DEFAULTS_LOST.inc()
+            self._logger.warning("mem_triton.memoryllm.default: requests are served without a pool: %s", why)
 
     async def prepare(self, memory: RequestMemory, prompt_ids: Sequence[int], rpc: Rpc) -> None:
         """Claim the version's pages, or look at the text that is to be written. Raises RequestError."""

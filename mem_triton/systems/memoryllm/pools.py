@@ -26,7 +26,7 @@ from mem_triton.store.errors import not_written
 from mem_triton.store.files import WRITING, WriterLock, is_occupied, sync_folder, write_durably
 from mem_triton.systems.memoryllm import records
 from mem_triton.systems.memoryllm.long_term import LongTerm, PoolState, long_term_after
-from mem_triton.systems.memoryllm.records import PoolError, damaged
+from mem_triton.systems.memoryllm.records import PoolError, UnknownPoolError, damaged
 from mem_triton.systems.memoryllm.shape import PoolInfo, PoolShape, PoolVersion
 from mem_triton.systems.memoryllm.update import UpdateStep, updated
 from mem_triton.systems.memoryllm.writing import PoolWrite
@@ -329,7 +329,7 @@ class Pools:
             folder = self.path / "pools" / records.directory(name, owner)
             if (folder / records.POOL).is_file():
                 return folder
-        raise PoolError(
+        raise UnknownPoolError(
             f'pool "{str(name)[:200]}" is unknown, or not yours; `mem-triton pool list` shows what there is'
         )
 

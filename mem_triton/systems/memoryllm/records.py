@@ -36,6 +36,10 @@ class PoolError(BankError):
     """A store of pools cannot do what was asked; names the pool or the file, and the fix."""
 
 
+class UnknownPoolError(PoolError):
+    """There is no such pool, or not for this tenant."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """All rows [L, N, d] of a version. link: the chain's hash at it; state: of the pool's generator. long: of M+."""
