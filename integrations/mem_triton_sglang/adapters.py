@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
-from mem_triton.systems.lora import LoadedAdapters, files_digest
+from mem_triton.runtime.incidents import VARIABLE
+from mem_triton.systems.lora import Adapter, Files, LoadedAdapters, files_of
 
 TENSORS = "__tensor__"
 """What SGLang calls the path of an adapter that came as tensors."""
@@ -16,32 +21,63 @@ class KnownAdapters(TokenizerManager):
     """Notes each load, also that of an adapter which SGLang had dropped to make room."""
 
     def know_adapters(self) -> None:
-        """Note the adapters that the server was started with."""
-        self._loras = LoadedAdapters(self.server_args.max_loaded_loras)
-        for lora in self.lora_ref_cache.values():
-            self._loras.loaded(lora.lora_name, lora.lora_path, files_digest(lora.lora_path))
+        """Look at the adapters that the server is started with; its schedulers are loading them.
 
-    def identity_of(self, name: str) -> str:
-        """Which adapter answers under this name."""
+        Files that were changed since the launch began may be others than those that a scheduler has read.
+        """
+        self._loras = LoadedAdapters(self.server_args.max_loaded_loras)
+        launched = Path(os.environ[VARIABLE]).parent.stat().st_mtime_ns  # made before any scheduler was
+        self._loading: dict[str, Files | None] = {}
+        for lora in self.lora_ref_cache.values():
+            files = files_of(lora.lora_path)
+            self._loading[lora.lora_name] = None if any(changed > launched for *_, changed in files) else files
+
+    def answering(self, name: str | None) -> Adapter | None:
+        """The LoRA adapter that answers under this name. None for none.
+
+        Those that the server was started with are there by now: they are what their files were before, if these have
+        not changed.
+        """
+        while self._loading:
+            started, files = self._loading.popitem()
+            self._loras.loaded(started, self._path_of(started), files)
+        return self._loras.answering(name, name, self._path_of(name)) if name else None
+
+    def _path_of(self, name: str) -> str | None:
         loaded = self.lora_ref_cache.get(name)
-        path = loaded.lora_path if loaded is not None and loaded.lora_path != TENSORS else None
-        return self._loras.identity(name, name, path)
+        return loaded.lora_path if loaded is not None and loaded.lora_path != TENSORS else None
 
     async def load_lora_adapter(self, obj: Any, request: Any = None) -> Any:
-        before = files_digest(obj.lora_path)
-        result = await super().load_lora_adapter(obj, request)
+        before = files_of(obj.lora_path)
+        with self._noting(obj.lora_name):
+            result = await super().load_lora_adapter(obj, request)
         if result.success:
-            self._loras.loaded(obj.lora_name, obj.lora_path, before)
+            self._noted(obj.lora_name, obj.lora_path, before)
         return result
 
     async def load_lora_adapter_from_tensors(self, obj: Any, request: Any = None) -> Any:
-        result = await super().load_lora_adapter_from_tensors(obj, request)
+        with self._noting(obj.lora_name):
+            result = await super().load_lora_adapter_from_tensors(obj, request)
         if result.success:
-            self._loras.loaded(obj.lora_name, None, None)
+            self._noted(obj.lora_name, None, None)
         return result
 
     async def unload_lora_adapter(self, obj: Any, request: Any = None) -> Any:
         result = await super().unload_lora_adapter(obj, request)
         if result.success:
+            self._loading.pop(obj.lora_name, None)
             self._loras.forget(obj.lora_name)
         return result
+
+    @contextlib.contextmanager
+    def _noting(self, name: str) -> Iterator[None]:
+        """A load whose caller leaves may have happened."""
+        try:
+            yield
+        except BaseException:
+            self._loras.unsure(name)
+            raise
+
+    def _noted(self, name: str, path: str | None, before: Files | None) -> None:
+        self._loading.pop(name, None)
+        self._loras.loaded(name, path, before)

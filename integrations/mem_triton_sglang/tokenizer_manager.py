@@ -197,7 +197,7 @@ class TokenizerManagerWithMemory(FixedWeights, KnownAdapters, ServesChatModels):
             fixed_by = fixed_by_engine(self.server_args) or fixed(obj, obj.sampling_params)
             asked = RequestParams(
                 answers,
-                self.identity_of(obj.lora_path) if obj.lora_path else "",
+                self.answering(obj.lora_path),
                 _unfit(obj),
                 fixed_by,
                 prompt_tokens=None if obj.input_ids is None else len(obj.input_ids),

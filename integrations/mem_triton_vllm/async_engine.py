@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 from vllm.exceptions import GenerationError, RetryableRequestError
@@ -17,8 +17,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
 from mem_triton.store.pool.loads import MemoryLoadError
+from mem_triton.systems.lora import files_of
 from mem_triton.systems.request import RequestError
-from mem_triton_vllm import callers, front_end, http_fields, weights
+from mem_triton_vllm import adapters, callers, front_end, http_fields, weights
 from mem_triton_vllm.front_end import VLLMFrontEnd
 from mem_triton_vllm.generation import generate
 from mem_triton_vllm.service import BARRIER, CALL
@@ -45,6 +46,7 @@ class AsyncLLMWithMemory(AsyncLLM):
         Where no event loop runs yet, that begins with the first request that needs it.
         """
         http_fields.install()
+        self._loading, self._loads = asyncio.Lock(), set()
         self.memory.barrier = functools.partial(self.collective_rpc, BARRIER)
         self.memory.between_steps = self._between_steps
         with contextlib.suppress(RuntimeError):
@@ -67,8 +69,29 @@ class AsyncLLMWithMemory(AsyncLLM):
         return await super().collective_rpc(method, *args, **kwargs)
 
     async def add_lora(self, lora_request: Any) -> bool:
-        with self.memory.loading(lora_request):
-            return await super().add_lora(lora_request)
+        return await self._to_its_end(self._load(lambda: lora_request))
+
+    async def _to_its_end(self, loading: Coroutine[Any, Any, bool]) -> bool:
+        """A load that goes on if its caller leaves: workers may have read the files by then."""
+        task = asyncio.create_task(loading)
+        self._loads.add(task)
+        task.add_done_callback(self._loads.discard)
+        return await asyncio.shield(task)
+
+    async def _load(self, which: Callable[[], Any]) -> bool:
+        """Load an adapter, one at a time. which: it, None if it is there by then."""
+        async with self._loading:
+            if (lora := which()) is None:
+                return True
+            loras, before = self.memory.loras, files_of(lora.lora_path)
+            try:
+                done = await super().add_lora(lora)
+            except BaseException:
+                loras.unsure(lora.lora_int_id)
+                raise
+            if adapters.reads_files(loras, lora):
+                await asyncio.to_thread(loras.loaded, lora.lora_int_id, lora.lora_path, before)
+            return done
 
     async def remove_lora(self, lora_id: int) -> bool:
         removed = await super().remove_lora(lora_id)
@@ -90,14 +113,28 @@ class AsyncLLMWithMemory(AsyncLLM):
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        opened = self.memory.open_request(
-            prompt, sampling_params, kwargs.get("lora_request"), callers.headers(), request_id.startswith(CHAT)
-        )
+        lora = kwargs.get("lora_request")
+        if adapters.to_load(self.memory.loras, prompt, lora) is not None:
+            return self._loaded_first(prompt, sampling_params, request_id, kwargs)
+        prompt, lora = adapters.settled(prompt, lora)
+        if lora is not None:
+            kwargs["lora_request"] = lora
+        opened = self.memory.open_request(prompt, sampling_params, lora, callers.headers(), request_id.startswith(CHAT))
         stream = self._generate(prompt, sampling_params, request_id, kwargs, opened, begun := [])
         # A stream that nobody ever reads runs no code of its own. One that was read closes its memory itself, and may
         # be gone while its commit is still being written.
         weakref.finalize(stream, lambda memory: begun or memory.close(opened), self.memory)
         return stream
+
+    async def _loaded_first(
+        self, prompt: Any, params: SamplingParams, request_id: str, kwargs: dict[str, Any]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Serve a request that is the first to name its adapter. Bad fields raise when it is first read."""
+        named = functools.partial(adapters.to_load, self.memory.loras, prompt, kwargs.get("lora_request"))
+        await self._to_its_end(self._load(named))
+        async with contextlib.aclosing(self.generate(prompt, params, request_id, **kwargs)) as outputs:
+            async for output in outputs:
+                yield output
 
     async def _generate(
         self,

@@ -7,12 +7,11 @@ travels with the request in ``extra_args``; what a KV cache needs to tell memori
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import re
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -24,7 +23,7 @@ from mem_triton.runtime.frontend.memory import MemoryFrontEnd, Opened
 from mem_triton.runtime.frontend.tenants import Tenants
 from mem_triton.runtime.incidents import Incidents, make_file
 from mem_triton.systems.base import FrontendPart
-from mem_triton.systems.lora import LoadedAdapters, files_digest
+from mem_triton.systems.lora import Adapter, LoadedAdapters
 from mem_triton.systems.params import RequestParams
 from mem_triton.systems.payload import Place, encode
 from mem_triton.systems.registry import count_refusal
@@ -81,7 +80,7 @@ class VLLMFrontEnd(MemoryFrontEnd):
         fixed_by = self._fixed or fixed(params)
         said = RequestParams(
             params.n,
-            self.lora_of(lora) if lora else "",
+            self.answering(lora),
             _unfit(prompt),
             fixed_by,
             _prompt_tokens(prompt),
@@ -94,19 +93,9 @@ class VLLMFrontEnd(MemoryFrontEnd):
         except RequestError as error:
             raise refused(error) from None
 
-    def lora_of(self, lora: Any) -> str:
-        """Which LoRA adapter answers. Workers read one that is loaded in place anew whenever they run it."""
-        if lora.load_inplace:
-            return f"{lora.lora_name}:{files_digest(lora.lora_path)}"
-        return self.loras.identity(lora.lora_int_id, lora.lora_name, lora.lora_path)
-
-    @contextlib.contextmanager
-    def loading(self, lora: Any) -> Iterator[None]:
-        """Record an adapter while workers load it; one that they have they do not load again."""
-        before = files_digest(lora.lora_path)
-        yield
-        if lora.load_inplace or not self.loras.knows(lora.lora_int_id):
-            self.loras.loaded(lora.lora_int_id, lora.lora_path, before)
+    def answering(self, lora: Any) -> Adapter | None:
+        """Return the LoRA adapter that a request names, which is loaded. lora: None for none."""
+        return lora and self.loras.answering(lora.lora_int_id, lora.lora_name, lora.lora_path)
 
     def carry(self, prompt: Any, params: Any, opened: Opened, place: Place | None = None) -> tuple[Any, Any]:
         """The salted prompt, and a copy of the parameters with what workers, block hashes and the scheduler need."""

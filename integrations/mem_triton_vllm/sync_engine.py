@@ -19,8 +19,9 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
 from mem_triton.runtime.frontend.stepped import PAUSE_SECONDS, SteppedLoop
 from mem_triton.store.pool.loads import MemoryLoadError
+from mem_triton.systems.lora import files_of
 from mem_triton.systems.request import RequestError
-from mem_triton_vllm import front_end, weights
+from mem_triton_vllm import adapters, front_end, weights
 from mem_triton_vllm.front_end import VLLMFrontEnd
 from mem_triton_vllm.generation import generate
 from mem_triton_vllm.service import BARRIER, CALL
@@ -66,10 +67,21 @@ class LLMEngineWithMemory(LLMEngine):
     async def _between_steps(self, *call: Any) -> list[Any]:
         return self.collective_rpc(CALL, args=call)
 
-    def add_request(self, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
-        opened = self.memory.open_request(
-            prompt, params, kwargs.get("lora_request", args[1] if len(args) > 1 else None)
-        )
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: Any,
+        arrival_time: float | None = None,
+        lora_request: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> str:
+        if (lora := adapters.to_load(self.memory.loras, prompt, lora_request)) is not None:
+            self.add_lora(lora)
+        prompt, lora_request = adapters.settled(prompt, lora_request)
+        args = (arrival_time, lora_request, *args)
+        opened = self.memory.open_request(prompt, params, lora_request)
         prompt_ids: list[int] = []
         try:
             if not opened.finishes:
@@ -176,8 +188,16 @@ class LLMEngineWithMemory(LLMEngine):
         return super().collective_rpc(method, *args, **kwargs)
 
     def add_lora(self, lora_request: Any) -> bool:
-        with self.memory.loading(lora_request):
-            return super().add_lora(lora_request)
+        loras, key, path = self.memory.loras, lora_request.lora_int_id, lora_request.lora_path
+        before = files_of(path)
+        try:
+            done = super().add_lora(lora_request)
+        except BaseException:
+            loras.unsure(key)
+            raise
+        if adapters.reads_files(loras, lora_request):
+            loras.loaded(key, path, before)
+        return done
 
     def remove_lora(self, lora_id: int) -> bool:
         removed = super().remove_lora(lora_id)

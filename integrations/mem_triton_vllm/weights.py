@@ -23,10 +23,12 @@ CHANGES = frozenset(
     }
 )
 """Worker methods that change weights, or prepare for it."""
+LOADS = frozenset({"add_lora", "remove_lora"})
+"""Worker methods that change adapters; the engine's methods of these names tell memory of it."""
 
 
 def check_call(method: Any, timeout: float | None = None, args: tuple = (), kwargs: dict | None = None) -> None:
-    """Raise VLLMValidationError, which vLLM answers with HTTP 400, for a worker method that changes the weights.
+    """Raise VLLMValidationError, which vLLM answers with HTTP 400, for what changes weights or adapters of workers.
 
     method: its name; what a function does to a model is its caller's responsibility, most only look.
     """
@@ -34,6 +36,12 @@ def check_call(method: Any, timeout: float | None = None, args: tuple = (), kwar
         raise VLLMValidationError(
             f"mem_triton: {method} is refused: banks and sessions belong to the weights that this server was started "
             "with; restart it with the new weights, and with a bank that was written with them",
+            parameter=method,
+        )
+    if method in LOADS:
+        raise VLLMValidationError(
+            f"mem_triton: {method} of the workers is refused: sessions and cached prefixes belong to the adapter that "
+            f"answers; call the engine's {method}, or load it by the server's route for adapters",
             parameter=method,
         )
     if method == "sleep":

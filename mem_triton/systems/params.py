@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mem_triton.systems.lora import Adapter
+
 
 @dataclass(frozen=True)
 class RequestParams:
-    """answers: how many the request wants (``n``). lora: the LoRA adapter that answers it, "" for none.
+    """answers: how many the request wants (``n``). lora: the LoRA adapter that answers it, None for none.
 
     unfit: the kind of request that memory cannot serve, "streaming inputs" for example, None for plain tokens.
     fixed: why its references cannot change while it answers, None if they can. prompt_tokens: of its prompt, None if
@@ -17,7 +19,7 @@ class RequestParams:
     """
 
     answers: int = 1
-    lora: str = ""
+    lora: Adapter | None = None
     unfit: str | None = None
     fixed: str | None = None
     prompt_tokens: int | None = None

@@ -22,6 +22,7 @@ from mem_triton.systems.delta_mem.request import SessionRequest
 from mem_triton.systems.delta_mem.sessions import SessionStore, StateLayout
 from mem_triton.systems.explicit.frontend import ExplicitFrontEnd, Reading
 from mem_triton.systems.explicit.request import ReadingRequest
+from mem_triton.systems.lora import Adapter
 from mem_triton.systems.params import RequestParams
 from mem_triton.systems.request import RequestError
 from tests.support.front import Waits, end, front_end
@@ -273,9 +274,22 @@ def test_a_wait_ends_when_nobody_waits_any_more():
 
 def test_fault27_a_session_is_refused_under_another_lora_adapter(sessions):
     memory = front_end(sessions, call=taken)
-    opened = memory.open({"mem_session": "alice"}, RequestParams(lora="poet:1"))
+    opened = memory.open({"mem_session": "alice"}, RequestParams(lora=Adapter("poet:1")))
     asyncio.run(end(memory, opened, 2, 1))
-    for lora in ("", "poet:2"):
+    for lora in (None, Adapter("poet:2")):
         with pytest.raises(RequestError, match=r"mem_session.*LoRA"):
             memory.open({"mem_session": "alice"}, RequestParams(lora=lora))
-    memory.close(memory.open({"mem_session": "alice"}, RequestParams(lora="poet:1")))
+    memory.close(memory.open({"mem_session": "alice"}, RequestParams(lora=Adapter("poet:1"))))
+
+
+def test_fault14_a_session_whose_adapter_was_loaded_anew_while_it_answered_is_not_committed(sessions):
+    memory, stays = front_end(sessions, call=taken), [False]
+    for version in (0, 1):
+        opened = memory.open({"mem_session": "alice"}, RequestParams(lora=Adapter("poet:1", "#1", lambda: stays[0])))
+        asyncio.run(end(memory, opened, 2, 1))
+        warned = (opened.report() or {}).get("warnings", [])
+        assert bool(warned) == (version == 0) and all("LoRA adapter was loaded anew" in text for text in warned)
+        with_it = memory.open({"mem_session": "alice"}, RequestParams(lora=Adapter("poet:1")))
+        assert with_it.parts["delta"].lease.start.version == version
+        memory.close(with_it)
+        stays[0] = True

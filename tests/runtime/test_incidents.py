@@ -9,10 +9,12 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 from unittest import mock
 
 import pytest
 import torch
+from prometheus_client import REGISTRY
 
 from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
 from mem_triton.runtime.incidents import VARIABLE, IncidentLog, Incidents, make_file
@@ -20,7 +22,7 @@ from mem_triton.runtime.worker.memory import BatchMemory, attend_or_lose
 from mem_triton.store.pool import loader
 from mem_triton.store.pool.page_load import PageLoad
 from mem_triton.store.pool.tables import MemoryTables
-from mem_triton.systems.base import RequestMemory
+from mem_triton.systems.base import RequestMemory, WorkerPart
 from mem_triton.systems.delta_mem.slots import StateSlots
 from mem_triton.systems.delta_mem.worker import DeltaWorker
 from mem_triton.systems.explicit.worker import ExplicitMemory
@@ -92,6 +94,17 @@ def test_fault01_a_worker_reports_and_the_front_end_reads_it_once(path):
     assert set(incidents.lost()) == {"a", "b", "c"}
 
 
+def test_fault01_a_counter_says_how_many_and_where(path):
+    def counted(where: str) -> float:
+        return REGISTRY.get_sample_value("mem_triton:incidents_total", {"where": where}) or 0.0
+
+    before = {where: counted(where) for where in ("enter", "attention")}
+    IncidentLog().report(["a", "b"], "enter", ValueError("x" * 5000))
+    IncidentLog().report(["c"], "attention", KeyError("a client's word"))
+    Incidents(path).look(final=True)
+    assert [counted(where) - before[where] for where in before] == [2, 1]
+
+
 def test_fault01_an_engine_without_a_file_still_goes_on(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     IncidentLog().report(["a"], "enter", ValueError("x"))
@@ -120,6 +133,33 @@ def test_fault01_whose_answer_is_withheld_and_what_is_not_found_again(path):
         memory.check("a", final=True)
     memory.check("b", final=True)
     assert before == "k" and memory.identity(opened) != before
+
+
+def test_fault01_nothing_that_a_part_raises_gets_past_the_batch(path):
+    """Every method of a part fails, also those that put right what failed before."""
+
+    class Broken(WorkerPart):
+        calls: ClassVar = {}
+
+        def enter(self, request_id, payload):
+            raise RuntimeError("enter")
+
+        def begin_step(self, step):
+            raise RuntimeError("begin_step")
+
+        def forget_rows(self):
+            raise RuntimeError("forget_rows")
+
+        def leave(self, request_id):
+            raise RuntimeError("leave")
+
+        drop_request = leave
+
+    memory, incidents = BatchMemory({"memory": Broken()}), Incidents(path)
+    memory.enter("a", lambda: reads("alice", 0))
+    memory.begin_step(["a", "plain"], [0, 0], [3, 3])
+    memory.leave("a")
+    assert set(incidents.lost()) == {"a", "plain"}, "rows of the step before may be read by anybody"
 
 
 def test_fault29_after_an_incident_blocks_that_lack_their_references_are_not_found_again(path):

@@ -19,6 +19,7 @@ from mem_triton.store.bank import Bank, BankError, NewEntry
 from mem_triton.store.bank.captured import reader_of
 from mem_triton.store.bank.writing import rename_tenant
 from mem_triton.systems.explicit import captures as captures_module
+from mem_triton.systems.explicit import frontend as frontend_module
 from mem_triton.systems.explicit import worker_captures as worker_module
 from mem_triton.systems.params import RequestParams
 from mem_triton.systems.registry import parse_request
@@ -311,6 +312,22 @@ def test_fault18_workers_that_cannot_be_asked_leave_no_file(bank, method):
     capture = served.capture()
     assert (capture.error is None) == (method == "drop_captures")
     assert list(served.captures.folder.iterdir()) == [] and not served.captures._running
+
+
+def test_fault28_a_capture_waits_for_its_files_no_longer_than_the_deadline(bank, monkeypatch):
+    served = Served(bank)
+    stock = served.call
+
+    async def hangs(name, *args):
+        if name == "captured":
+            await asyncio.Event().wait()
+        return await stock(name, *args)
+
+    served.call = hangs
+    served.memory.call = lambda system, *call: hangs(*call)
+    monkeypatch.setattr(frontend_module, "CAPTURE_SECONDS", 0.05)
+    capture = served.capture()
+    assert "were not written in" in str(capture.error) and not served.captures._running
 
 
 def test_fault18_an_engine_request_that_fails_leaves_nothing(bank):

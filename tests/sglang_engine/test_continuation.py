@@ -243,3 +243,12 @@ def test_fault24_turns_are_learnt_from_the_tokenizers_template(monkeypatch):
     turns = UserTurns.of(made["render"])
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who has the key?"}]
     assert turns.last(made["render"](chat)) == "Who has the key?"
+
+
+@pytest.mark.parametrize("told", [{"input_embeds": [[0.0]]}, {"input_ids": [1]}], ids=["embeddings", "tokens"])
+def test_fault27_prompts_given_as_embeddings_are_named_and_tokens_are_plain(told):
+    """What a system refuses by name where memory would be read."""
+    from mem_triton_sglang.tokenizer_manager import _unfit
+
+    kind = _unfit(GenerateReqInput(sampling_params={}, **told))
+    assert kind == ("prompts given as embeddings" if "input_embeds" in told else None)

@@ -8,6 +8,8 @@ import pytest
 
 from tests.sglang_engine.engine import run_engine
 from tests.support import session_scenarios as scenarios
+from tests.support.cases import tokens
+from tests.support.memory_scenarios import ask
 
 pytestmark = pytest.mark.engine
 
@@ -49,6 +51,27 @@ def test_fault14_an_overwritten_lora_is_another_one_when_it_is_loaded(lora_bench
         lora_backend="torch_native",
         tamper="tests.sglang_engine.tamper:no_pinned_memory",
     )
+
+
+def test_fault14_an_adapter_that_was_never_loaded_is_refused_by_name(lora_bench, prompts):
+    """SGLang loads none that a request is first to name; the request's session is free for the next one."""
+    rounds = [
+        [{**ask(prompts[0], mem_session="alice"), "lora": str(lora_bench.lora)}],
+        [ask(prompts[0], mem_session="alice")],
+    ]
+    result = run_engine(
+        lora_bench.model,
+        rounds,
+        memory=lora_bench.memory,
+        errors_are_results=True,
+        enable_lora=True,
+        max_lora_rank=8,
+        lora_target_modules=["q_proj"],
+        lora_backend="torch_native",
+        tamper="tests.sglang_engine.tamper:no_pinned_memory",
+    )
+    assert f"LoRA adapter that has never been loaded: {lora_bench.lora}" in result["rounds"][0]["error"]
+    assert len(tokens(result, 1)[0]) == 12
 
 
 def test_without_memory_in_the_radix_keys_tokens_are_wrong(bench, prompts):

@@ -12,7 +12,8 @@ def request(prompt: list[int], max_tokens: int = 12, **others: Any) -> dict[str,
     """One request of a case; others: fields (mem_...), lora, stop_token_ids, and what else the engine's case reads.
 
     Before the round of a request with them, overwrite is a folder whose files replace those of its LoRA adapter, and
-    reload tells the engine to load the adapter anew.
+    reload tells the engine to load the adapter anew. swap is such a folder, too: its files replace the adapter's as
+    soon as the request is admitted, before the engine has run a step of it.
     """
     return {"prompt": prompt, "max_tokens": max_tokens, **others}
 
@@ -21,6 +22,18 @@ def overwrite_lora(request: dict[str, Any]) -> None:
     """What a request with ``overwrite`` asks for."""
     if "overwrite" in request:
         shutil.copytree(request["overwrite"], request["lora"], dirs_exist_ok=True)
+
+
+def swap_lora(owner: Any, admits: str, request: dict[str, Any]) -> None:
+    """What a request with ``swap`` asks for. admits: the method of ``owner`` that admits a request."""
+    stock = getattr(owner, admits)
+
+    def admit(*args: Any, **kwargs: Any) -> Any:
+        admitted = stock(*args, **kwargs)
+        shutil.copytree(request["swap"], request["lora"], dirs_exist_ok=True)
+        return admitted
+
+    setattr(owner, admits, admit)
 
 
 def result_of(process: subprocess.CompletedProcess[str], mark: str, fails: bool) -> Any:

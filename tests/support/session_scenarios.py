@@ -75,10 +75,7 @@ def an_overwritten_lora_is_another_one_when_it_is_loaded(
     """Its files change under a running engine: sessions and prefixes stay those of the weights that answer, until the
     engine reads the new files. folder: where the adapter lies."""
     told, asked, long, _ = prompts
-    shutil.copytree(lora_bench.lora, folder)
-    other = shutil.copytree(lora_bench.lora, folder.with_name("other"))
-    weights = {name: 2 * tensor for name, tensor in load_file(other / "adapter_model.safetensors").items()}
-    save_file(weights, other / "adapter_model.safetensors")
+    other = _two_loras(lora_bench, folder)
 
     def with_lora(*requests: dict[str, Any], **before: Any) -> list[dict[str, Any]]:
         return [{**request, "lora": str(folder), **before} for request in requests]
@@ -96,6 +93,38 @@ def an_overwritten_lora_is_another_one_when_it_is_loaded(
     assert cached(result, 1)[1] == whole_pages(long, page), "and their prefixes"
     assert cached(result, 2) == [0] and tokens(result, 2) != [fresh], "the new weights find nothing of the old ones'"
     assert '"alice" was told under LoRA adapter' in result["rounds"][3]["error"]
+
+
+def a_lora_that_changes_behind_an_admission_is_the_one_that_was_admitted(
+    lora_bench: Bench, prompts: list[list[int]], run: Run, folder: Path, tamper: str = "", **options: Any
+) -> None:
+    """The request is the first to name its adapter; its files are others before the engine runs a step. What a session
+    was told under them is continued under the first files by another server. tamper: a control that loads in the step.
+    """
+    told, asked, *_ = prompts
+    other = _two_loras(lora_bench, folder)
+    memory = {**lora_bench.memory, "session_dir": str(folder.with_name("sessions"))}
+    alice = {"lora": str(folder), **options.pop("request", {})}
+    first = [{**ask(told, mem_session="alice"), **alice, "swap": str(other)}]
+    answers = [tokens(run(lora_bench.model, [first], memory=memory, tamper=tamper, **options))]
+    shutil.copytree(lora_bench.lora, folder, dirs_exist_ok=True)
+    then = [{**ask(asked, mem_session="alice"), **alice}]
+    answers.append(tokens(run(lora_bench.model, [then], memory=memory, tamper=tamper, **options)))
+    lora_bench.forget()
+    right = [[lora_bench.generate(told)], [lora_bench.generate(asked)]]
+    if tamper:
+        assert answers[0] != right[0] and answers[1] != right[1], "told under others, continued as if it were not"
+    else:
+        assert answers == right
+
+
+def _two_loras(lora_bench: Bench, folder: Path) -> Path:
+    """The bench's LoRA adapter in ``folder``, and another one's folder."""
+    shutil.copytree(lora_bench.lora, folder)
+    other = shutil.copytree(lora_bench.lora, folder.with_name("other"))
+    weights = {name: 2 * tensor for name, tensor in load_file(other / "adapter_model.safetensors").items()}
+    save_file(weights, other / "adapter_model.safetensors")
+    return other
 
 
 def without_memory_in_the_cache_keys_tokens_are_wrong(

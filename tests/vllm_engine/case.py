@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any
 
-from tests.support.cases import overwrite_lora
+from tests.support.cases import overwrite_lora, swap_lora
 from tests.support.faults import switch
 
 MARK = "CASE-RESULT "
@@ -45,10 +45,12 @@ def main() -> None:
     for batch in case["rounds"]:
         switch(batch[0].get("fault"))
         overwrite_lora(batch[0])
+        if "swap" in batch[0]:
+            swap_lora(llm.llm_engine.memory, "open_request", batch[0])
         if batch[0].get("reload"):
             llm.llm_engine.add_lora(LoRARequest("l", 1, batch[0]["lora"], load_inplace=True))
         prompts = [{"prompt_token_ids": r["prompt"]} for r in batch]
-        loras = [LoRARequest("l", 1, r["lora"]) if r.get("lora") else None for r in batch]
+        loras = [LoRARequest("l", 1, r["lora"], load_inplace="inplace" in r) if r.get("lora") else None for r in batch]
         try:
             outputs = llm.generate(prompts, [params(r) for r in batch], lora_request=loras, use_tqdm=False)
         except Exception as error:

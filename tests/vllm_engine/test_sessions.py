@@ -50,6 +50,27 @@ def test_fault14_an_overwritten_lora_is_another_one_when_it_is_loaded(lora_bench
     )
 
 
+@pytest.mark.parametrize("inplace", [False, True], ids=["first named", "in place"])
+def test_fault14_a_lora_that_changes_behind_an_admission_is_the_one_that_was_admitted(
+    lora_bench, prompts, tmp_path, inplace
+):
+    options = {"enable_lora": True, "max_lora_rank": 8, "request": {"inplace": 1} if inplace else {}}
+    scenarios.a_lora_that_changes_behind_an_admission_is_the_one_that_was_admitted(
+        lora_bench, prompts, run_engine, tmp_path / "lora", **options
+    )
+
+
+def test_fault14_control_an_adapter_that_is_loaded_in_the_step_is_mistaken_for_another(lora_bench, prompts, tmp_path):
+    options = {
+        "enable_lora": True,
+        "max_lora_rank": 8,
+        "tamper": "tests.vllm_engine.tamper:adapters_loaded_in_the_step",
+    }
+    scenarios.a_lora_that_changes_behind_an_admission_is_the_one_that_was_admitted(
+        lora_bench, prompts, run_engine, tmp_path / "lora", **options
+    )
+
+
 def test_without_memory_in_the_cache_key_tokens_are_wrong(bench, prompts):
     """Negative control."""
     scenarios.without_memory_in_the_cache_keys_tokens_are_wrong(

@@ -106,7 +106,7 @@ class BatchMemory:
                 part.leave(request_id)
             except Exception as error:
                 self.incidents.report([request_id], "leave", error)
-                part.drop_request(request_id)  # its row and pages are free in any case
+                self._drop(part, request_id)  # its row and pages are free in any case
 
     @locked
     def begin_step(self, request_ids: Sequence[str], first: Sequence[int], last: Sequence[int]) -> None:
@@ -126,9 +126,13 @@ class BatchMemory:
     def skip_step(self, request_ids: Sequence[str], error: BaseException) -> None:
         """Run the coming step without memory, since its rows cannot be assigned to requests."""
         self._step, self.reading = list(request_ids), ()
+        lost = self._readers(request_ids)
         for part in self.parts.values():
-            part.forget_rows()
-        self.lose(self._readers(request_ids), "begin_step", error)
+            try:
+                part.forget_rows()
+            except Exception as failure:  # rows of the step before may be read by anybody
+                error, lost = failure, request_ids
+        self.lose(lost, "begin_step", error)
 
     @locked
     def lose_step(self, error: BaseException, everybody: bool) -> None:
@@ -164,7 +168,13 @@ class BatchMemory:
         self._inside |= set(request_ids)
         for request_id in request_ids:
             for part in self.parts.values():
-                part.drop_request(request_id)
+                self._drop(part, request_id)
+
+    def _drop(self, part: WorkerPart, request_id: str) -> None:
+        try:
+            part.drop_request(request_id)
+        except Exception as error:
+            self.incidents.report([request_id], "drop", error)
 
 
 def attend_or_lose(

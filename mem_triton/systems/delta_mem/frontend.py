@@ -19,8 +19,9 @@ from mem_triton.systems.base import FrontendPart, Outcome, RequestMemory, Rpc
 from mem_triton.systems.delta_mem.adapter import DeltaMemAdapter
 from mem_triton.systems.delta_mem.request import SessionRequest
 from mem_triton.systems.delta_mem.section import Scope
-from mem_triton.systems.delta_mem.sessions import Lease, SessionStore, StateLayout, layer_order
+from mem_triton.systems.delta_mem.sessions import Lease, SessionStore, SessionWriteError, StateLayout, layer_order
 from mem_triton.systems.engine import EngineShape
+from mem_triton.systems.lora import Adapter
 from mem_triton.systems.params import RequestParams
 from mem_triton.systems.payload import StateRef, SystemPayload
 from mem_triton.systems.request import RequestError
@@ -34,9 +35,13 @@ LONGEST_NAME = 200
 
 @dataclass(eq=False)
 class SessionMemory(RequestMemory):
-    """lease: the request's hold on its session, or on a memory that starts empty; None when it has ended."""
+    """lease: the request's hold on its session, or on a memory that starts empty; None when it has ended.
+
+    lora: the LoRA adapter that answers it, None for none.
+    """
 
     lease: Lease | None = None
+    lora: Adapter | None = None
 
 
 class SessionFrontEnd(FrontendPart):
@@ -69,7 +74,7 @@ class SessionFrontEnd(FrontendPart):
     def admit(self, fields: SessionRequest, params: RequestParams) -> SessionMemory:
         """Plain requests have a lease, too, of a memory that starts empty."""
         lease = self.open(fields, params)
-        return SessionMemory(lease=lease, finishes=lease.request.session is not None)
+        return SessionMemory(lease=lease, lora=params.lora, finishes=lease.request.session is not None)
 
     def admit_reading(self) -> SessionMemory:
         """A request whose tokens write no state and are corrected by none but an empty one."""
@@ -93,7 +98,8 @@ class SessionFrontEnd(FrontendPart):
                 )
             if params.unfit:
                 raise RequestError("mem_session", f"{params.unfit} cannot use a session")
-        return self.store.open(request, lora=params.lora)
+        named = {} if params.lora is None else {"lora": params.lora.identity, "load": params.lora.load}
+        return self.store.open(request, **named)
 
     def payload(self, memory: SessionMemory) -> SystemPayload | None:
         """The state to start from; None for a plain request."""
@@ -116,6 +122,11 @@ class SessionFrontEnd(FrontendPart):
         """Commit the session. One that cannot be committed is a warning beside the answer."""
         lease = memory.lease
         if not outcome.normal or lease is None or not self.writes(lease):
+            return
+        if memory.lora is not None and not memory.lora.holds():
+            changed = SessionWriteError("its LoRA adapter was loaded anew, or its files changed, while it answered")
+            metrics.COMMIT_FAILURES.inc()
+            memory.warnings.append(self.not_committed(lease, changed))
             return
         arguments = self.take_arguments(lease, outcome.prompt_tokens, outcome.generated)
         try:

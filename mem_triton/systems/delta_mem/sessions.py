@@ -96,15 +96,15 @@ class SessionStore:
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._lock = threading.Lock()
 
-    def open(self, request: SessionRequest, lora: str = "") -> Lease:
-        """Start a request. lora: identity of the LoRA adapter that answers it, "" for none.
+    def open(self, request: SessionRequest, lora: str = "", load: str = "") -> Lease:
+        """Start a request. lora: identity of the LoRA adapter that answers it, "" for none. load: which load of it.
 
         Raises RequestError if its session is being written, here or by another server, was told under another LoRA
         adapter, is unreadable, or beyond the limit.
         """
         lease_id, name = uuid.uuid4().hex, request.session
         if name is None:
-            return Lease(lease_id, request, CommittedState(), self._key(request, CommittedState(), lora), lora)
+            return Lease(lease_id, request, CommittedState(), self._key(request, CommittedState(), lora + load), lora)
         with self._lock:
             held = self._sessions.get(name)
             lock = self._claim(name, held) if request.write else None
@@ -122,7 +122,7 @@ class SessionStore:
                 session.base = self.files.stamp(name) if self.files is not None else None
             else:
                 session.readers.add(lease_id)
-            return Lease(lease_id, request, start, self._key(request, start, lora), lora)
+            return Lease(lease_id, request, start, self._key(request, start, lora + load), lora)
 
     def commit(self, lease: Lease, data: bytes, tokens: int) -> int:
         """Make ``data`` the next version of the lease's session and return its number.
