@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ from mem_triton.systems.memo.protocol.state import Evidence, Stage
 WORLD = World(seed=0, people=14, companies=7)
 """98 facts about 21 names."""
 EPOCHS, SHOWN, UNKNOWNS = 12, 2, 56
-"""Of the memory corpus: epochs, wordings of a fact in each, unknown names' questions in each."""
+"""Of the memory corpus: epochs, wordings of a fact in each, unknown names' questions for 98 facts in each."""
 TRACE_EPOCHS, ROWS = 3, 440
 """Of the executive corpus: epochs and rows of each; no row comes twice."""
 Row = dict[str, Any]
@@ -70,26 +70,30 @@ def relations_of(name: str) -> tuple[str, ...]:
     return OF_PEOPLE if " " in name else OF_COMPANIES
 
 
-def memory_rows(world: World = WORLD, epochs: int = EPOCHS) -> Iterator[Row]:
+def memory_rows(world: World = WORLD, epochs: int = EPOCHS, taught: Collection[str] | None = None) -> Iterator[Row]:
     """Each epoch: every fact in two of its wordings, every entity by its properties, and questions about strangers.
 
-    Half of the strangers share a first or last name with somebody of the world.
+    Half of the strangers share a first or last name with somebody of the world. taught: the names whose facts are told,
+    None for all; nobody else of the world is asked about.
     """
+    told = {name: facts for name, facts in world.facts.items() if taught is None or name in taught}
+    unknowns = UNKNOWNS * sum(map(len, told.values())) // 98
     people, firms, _, _ = strangers(world)
-    known = {part for name in world.facts for part in name.split()}
+    known = {part for name in told for part in name.split()}
     alike = [name for name in people if known & set(name.split())]
     made = random.Random(world.seed + 2)
     turn = 0
     for epoch in range(epochs):
-        for number, (name, facts) in enumerate(world.facts.items()):
+        for number, (name, facts) in enumerate(told.items()):
             for offset, relation in enumerate(facts):
                 shown = WORDINGS[relation][0]
                 for i in range(SHOWN):
                     wording = shown[(epoch * SHOWN + i + number + offset) % len(shown)]
                     yield row(wording.format(n=name), world.sentence(name, relation), epoch=epoch)
         for asked in world.surfacing():
-            yield row(asked.question, asked.answer, epoch=epoch)
-        for i in range(UNKNOWNS):
+            if asked.name in told:
+                yield row(asked.question, asked.answer, epoch=epoch)
+        for i in range(unknowns):
             pool = (alike, people, firms, alike, firms)[i % 5]
             name, turn = pool[(turn * 7 + i) % len(pool)], turn + 1
             relation = made.choice(relations_of(name))
@@ -203,10 +207,11 @@ def write(folder: Path) -> None:
     for name, parts in CORPORA.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         for file, rows in zip(("train.jsonl", "eval.jsonl"), parts, strict=True):
-            (folder / name / file).write_text(_lines(rows()), encoding="utf-8")
+            (folder / name / file).write_text(lines(rows()), encoding="utf-8")
 
 
-def _lines(rows: Iterable[Row]) -> str:
+def lines(rows: Iterable[Row]) -> str:
+    """Rows as JSONL."""
     return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,9 @@ from benchmarks.memo.world import OF_COMPANIES, OF_PEOPLE, RELATIONS, UNKNOWN
 from mem_triton.systems.memo.protocol.machine import start
 from mem_triton.systems.memo.protocol.schemas import Decision
 from mem_triton.systems.memo.protocol.settings import Settings
-from mem_triton.systems.memo.training.rows import read_data
+from mem_triton.systems.memo.training.rows import digest, read_data
+
+SHIPPED = Path(corpora.__file__).parent / "adapters"
 
 
 def asked(row: dict) -> str:
@@ -108,6 +111,12 @@ def test_written_corpora_are_rows_that_training_reads_and_the_same_again(tmp_pat
         assert train and held_out
         for file in ("train.jsonl", "eval.jsonl"):
             assert (tmp_path / "a" / name / file).read_bytes() == (tmp_path / "b" / name / file).read_bytes()
+
+
+def test_the_memory_corpus_is_the_one_that_the_shipped_adapter_s_card_names(tmp_path):
+    corpora.write(tmp_path)
+    train, held_out = read_data(tmp_path / "memory", None)
+    assert digest([*train, *held_out]) in (SHIPPED / "memory" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("count", [8, 40])

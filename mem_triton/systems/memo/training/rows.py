@@ -48,7 +48,7 @@ def read_rows(path: Path, option: str = "DATA") -> list[Row]:
     """The rows of a JSONL file. Raises RowError naming the file, the row, the field and the fix."""
     if not path.is_file():
         raise RowError(f"{option}: there is no file {path}")
-    found = [_row(row, where) for where, row in json_rows(path, SHAPE, RowError)]
+    found = [row_of(row, where) for where, row in json_rows(path, SHAPE, RowError)]
     if not found:
         raise RowError(f"{option}: {path} holds no rows; expected {SHAPE}")
     return found
@@ -82,7 +82,8 @@ def of_epoch(rows: Sequence[Row], epoch: int) -> list[int]:
     return [i for i, row in enumerate(rows) if row.epoch is None or row.epoch == epoch % around]
 
 
-def _row(row: Any, where: str) -> Row:
+def row_of(row: Any, where: str) -> Row:
+    """Make a row of what JSON says. where: file and row, for messages. Raises RowError."""
     if not isinstance(row, Mapping):
         raise RowError(f"{where}: holds a {type(row).__name__}, expected {SHAPE}")
     if missing := [name for name in ("prompt", "completion") if name not in row]:
