@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.store.files import read_object, write_durably
@@ -78,6 +78,7 @@ def train(
     )
     journal = Journal(out, int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0, COLUMNS)
     watcher = Watcher(trainer, recipe, journal, save_every, partial(_keep, model, out), stop, tell)
+    trainer.remove_callback(PrinterCallback)  # its lines on stdout would stand before the report
     trainer.add_callback(watcher)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if checkpoint:
