@@ -89,8 +89,14 @@ def replay(
 def merge(
     models: Annotated[list[Path], typer.Argument(metavar="MODELS...", help="Model or adapter folders.")],
     out: Annotated[Path, typer.Option(help="The new folder.")],
-    method: Annotated[str, typer.Option(help="linear, task, ties, dare_linear, dare_ties or slerp.")] = "ties",
+    method: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="linear, task, ties, dare_linear, dare_ties or slerp. [ties; of one model linear]"),
+    ] = None,
     base: Annotated[Optional[Path], typer.Option(help="The model that MODELS were trained from.")] = None,  # noqa: UP045
+    into_base: Annotated[
+        bool, typer.Option("--into-base", help="Add adapters to --base: a whole model is written.")
+    ] = False,
     weights: Annotated[str, typer.Option(help="One number a model, like 0.7,0.3. [equal]")] = "",
     density: Annotated[float, typer.Option(help="Share of each difference that ties and dare keep.")] = 0.3,
     t: Annotated[float, typer.Option(help="Of slerp: 0 is the first model, 1 the second.")] = 0.5,
@@ -102,24 +108,34 @@ def merge(
     """Merge memory models, whole ones or LoRA adapters, into a new one.
 
     Adapters are merged by what they add to the weights: exactly where that is a sum, else cut to a rank, and the
-    residual is told. Whole models need --base for all methods but linear and slerp.
+    residual is told. With --into-base a whole model comes of them, one adapter's, too. Whole models need --base for all
+    methods but linear and slerp.
     """
     from mem_triton.systems.memo.merging.adapters import is_adapter, merge_adapters
     from mem_triton.systems.memo.merging.arithmetic import MergeError, MergeRecipe
     from mem_triton.systems.memo.merging.checkpoints import merge_checkpoints
+    from mem_triton.systems.memo.merging.into_base import merge_into_base
 
     try:
         numbers = tuple(float(one) for one in weights.split(",")) if weights else ()
     except ValueError:
         raise MergeError(f"--weights: numbers with commas between them, got {weights!r}") from None
+    method = method or ("ties" if len(models) > 1 else "linear")
     recipe = MergeRecipe(method, numbers, density, t, scale, seed)  # type: ignore[arg-type]
     kinds = {is_adapter(folder) for folder in models}
     if len(kinds) > 1:
         raise MergeError("MODELS: some are adapters and some whole models; merge the ones or the others")
-    if kinds == {True}:
+    if kinds == {False} and (rank is not None or into_base):
+        raise MergeError(f"{'--into-base' if into_base else '--rank'}: is of adapters, and MODELS are whole models")
+    if into_base and (base is None or rank is not None):
+        wrong = "--base: name the model that the adapters are of" if base is None else "--rank: a whole model has none"
+        raise MergeError(wrong)
+    if into_base:
+        told = merge_into_base(recipe, models, base, out)
+    elif kinds == {True}:
+        if base is not None:
+            raise MergeError("--base: is of whole models, or with --into-base the model to which adapters are added")
         told = merge_adapters(recipe, models, out, rank)
-    elif rank is not None:
-        raise MergeError("--rank: is of adapters, and MODELS are whole models")
     else:
         told = merge_checkpoints(recipe, models, base, out)
     if json:

@@ -16,6 +16,7 @@ from mem_triton.systems.memo.merging import checkpoints
 from mem_triton.systems.memo.merging.adapters import merge_adapters, read_adapter
 from mem_triton.systems.memo.merging.arithmetic import METHODS, MergeError, MergeRecipe, merge, slerp
 from mem_triton.systems.memo.merging.checkpoints import RECORD, merge_checkpoints
+from mem_triton.systems.memo.merging.into_base import merge_into_base
 
 BASE = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
 A = BASE + torch.tensor([4.0, -3.0, 2.0, 0.5, 0.1, 1.0])
@@ -309,6 +310,60 @@ def test_d7_a_merged_adapter_is_one_of_peft(tmp_path):
     assert changed == 4
 
 
+@pytest.mark.parametrize("method", ["linear", "task", "ties"])
+def test_d7_adapters_in_their_base_are_the_model_that_peft_merges(tmp_path, method):
+    """One adapter by itself is added whole; two as their method says."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    from tests.support.models import save_tiny_model
+
+    base, folders = save_tiny_model(tmp_path / "base", "llama"), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made = peft.get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+            peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+        )
+        made.save_pretrained(tmp_path / str(seed))
+        folders.append(tmp_path / str(seed))
+
+    def weights(folder):
+        loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return peft.PeftModel.from_pretrained(loaded, folder).merge_and_unload().state_dict()
+
+    plain, first, second = load_file(base / "model.safetensors"), weights(folders[0]), weights(folders[1])
+    alone = merge_into_base(MergeRecipe("linear"), folders[:1], base, tmp_path / "alone")
+    merge_into_base(MergeRecipe(method, density=0.5), folders, base, tmp_path / "both")
+    out, both = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "both"))
+    assert alone == {"tensors": len(plain), "changed": 4} and out.keys() == plain.keys()
+    for name, start in plain.items():
+        assert torch.allclose(out[name], first[name], atol=1e-6) and out[name].dtype == start.dtype, name
+        expected = merge(MergeRecipe(method, density=0.5), [first[name], second[name]], start, name)
+        assert torch.allclose(both[name], expected, atol=1e-5), name
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert names == {path.name for path in base.iterdir()} | {RECORD}
+
+
+def test_adapters_that_do_not_fit_their_base_are_named_and_nothing_is_left(tmp_path):
+    a, q = adapter(tmp_path / "a", 1, modules=("q_proj",)), "layers.0.q_proj.weight"
+    cases = {
+        "has no such weight; is it their base": {},
+        r"\[8, 7\] in .*shape and \[8, 6\] in": {q: torch.zeros(8, 7)},
+        "plain weights alone": {q: torch.zeros(8, 6).to(torch.int8)},
+        "holds it as torch.float8": {q: torch.zeros(8, 6).to(torch.float8_e4m3fn)},
+    }
+    for (said, changes), name in zip(cases.items(), ("none", "shape", "int", "float8"), strict=True):
+        base = model(tmp_path / name, 0, **changes)
+        with pytest.raises(MergeError, match=said):
+            merge_into_base(MergeRecipe("linear"), [a], base, tmp_path / "out")
+        assert not [path for path in tmp_path.iterdir() if "out" in path.name]
+    base = model(tmp_path / "bf16", 0, **{q: torch.ones(8, 6).bfloat16()})
+    merge_into_base(MergeRecipe("linear"), [a], base, tmp_path / "out")
+    (delta,) = deltas(a).values()
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[q], (1 + delta).bfloat16())
+
+
 def test_adapters_that_cannot_be_merged_are_named(tmp_path):
     a = adapter(tmp_path / "a", 1)
     cases = {
@@ -362,21 +417,30 @@ def test_the_command_merges_both_kinds(tmp_path, monkeypatch, capsys):
     code, out, _ = command(monkeypatch, capsys, "merge", m, n, "--base", base, "--out", tmp_path / "2")
     assert code == 0 and "changed  4" in out
     for arguments, said in {
-        ("--weights", "x"): "--weights",
-        ("--rank", "2"): "--rank",
-        ("--method", "sum"): "--method",
-        (): "--base",
-        (str(a),): "some are adapters",
+        (m, n, "--weights", "x"): "--weights",
+        (m, n, "--rank", "2"): "--rank",
+        (m, n, "--into-base", "--base", base): "--into-base: is of adapters",
+        (m, n, "--method", "sum"): "--method",
+        (m, n): "--base",
+        (m, n, a): "some are adapters",
+        (a, b, "--base", base): "--base: is of whole models",
+        (a, "--into-base"): "--base: name the model",
+        (a, "--into-base", "--base", base, "--rank", 2): "--rank: a whole model has none",
     }.items():
-        code, out, err = command(monkeypatch, capsys, "merge", m, n, *arguments, "--out", tmp_path / "3")
-        assert code == 2 and said in err and err.count("\n") == 1
+        code, out, err = command(monkeypatch, capsys, "merge", *arguments, "--out", tmp_path / "3")
+        assert code == 2 and said in err and err.count("\n") == 1, err
+    q = model(tmp_path / "q", 0, **{f"layers.0.{name}.weight": torch.zeros(8, 6) for name in ("q_proj", "v_proj")})
+    code, out, _ = command(monkeypatch, capsys, "merge", a, "--into-base", "--base", q, "--out", tmp_path / "4")
+    assert code == 0 and "changed  2" in out
+    assert json.loads((tmp_path / "4" / RECORD).read_text())["recipe"]["method"] == "linear", "of one, nothing is cut"
 
 
 def test_commands_of_the_page_run(tmp_path):
     from tests.support.documents import PAGES, blocks, commands, mem_triton
 
+    weights = {f"layers.0.{name}.weight": torch.zeros(8, 6) for name in ("q_proj", "v_proj")}
     for seed, name in enumerate(("OLD", "NEW", "M")):
-        model(tmp_path / name, seed)
+        model(tmp_path / name, seed, **weights)
     for seed, name in enumerate(("OLD-ADAPTER", "NEW-ADAPTER")):
         adapter(tmp_path / name, seed)
     titled = [
@@ -384,4 +448,4 @@ def test_commands_of_the_page_run(tmp_path):
     ]
     for line in commands("".join(titled)):
         mem_triton(tmp_path, line.split()[1:])
-    assert (tmp_path / "BOTH" / RECORD).exists() and (tmp_path / "BOTH-ADAPTER" / RECORD).exists()
+    assert all((tmp_path / name / RECORD).exists() for name in ("BOTH", "BOTH-ADAPTER", "WHOLE"))

@@ -101,18 +101,16 @@ def merge_adapters(recipe: MergeRecipe, folders: list[Path], out: Path, rank: in
     rank: of the result; None is the sum of the ranks, which is exact for sums. A weight that one adapter leaves alone
     is merged as a change of nothing. residual: |result − wanted| / |wanted| over all weights, Frobenius.
     """
-    recipe.check(len(folders), based=True)
     if rank is not None and rank < 1:
         raise MergeError(f"--rank: at least 1, got {rank}")
-    adapters = [read_adapter(folder) for folder in folders]
-    _check_alike(adapters)
-    names = sorted({name for adapter in adapters for name in adapter.modules})
+    adapters = read_adapters(recipe, folders)
+    names = modules_of(adapters)
     made: dict[str, Factors] = {}
     missed = wanted = 0.0
     for name in names:
-        parts = [_of(adapter, name, adapters) for adapter in adapters]
+        parts = parts_of(adapters, name)
         whole = _cat(recipe, parts) if recipe.method in SUMS else None
-        delta = whole.delta if whole is not None else _delta(recipe, parts, name)
+        delta = merged_delta(recipe, parts, name)
         most = rank or sum(part.a.shape[0] for part in parts)
         factors = whole if whole is not None and whole.a.shape[0] <= most else _cut(delta, most)
         made[name] = Factors(factors.a.to(adapters[0].dtype), factors.b.to(adapters[0].dtype))
@@ -126,6 +124,24 @@ def merge_adapters(recipe: MergeRecipe, folders: list[Path], out: Path, rank: in
         (folder / CONFIG).write_text(json.dumps(_config(adapters, made, widest), indent=2) + "\n")
         write_record(folder, recipe, folders, None, told)
     return told
+
+
+def read_adapters(recipe: MergeRecipe, folders: list[Path]) -> list[PeftAdapter]:
+    """Read adapters that are to be merged. Raises MergeError for a recipe or adapters that do not fit together."""
+    recipe.check(len(folders), based=True)
+    adapters = [read_adapter(folder) for folder in folders]
+    _check_alike(adapters)
+    return adapters
+
+
+def modules_of(adapters: list[PeftAdapter]) -> list[str]:
+    """The modules that one of them changes, sorted."""
+    return sorted({name for adapter in adapters for name in adapter.modules})
+
+
+def parts_of(adapters: list[PeftAdapter], name: str) -> list[Factors]:
+    """What each adapter adds to a module; one that leaves it alone adds nothing."""
+    return [_of(adapter, name, adapters) for adapter in adapters]
 
 
 def _check_alike(adapters: list[PeftAdapter]) -> None:
@@ -153,7 +169,10 @@ def _cat(recipe: MergeRecipe, parts: list[Factors]) -> Factors:
     return Factors(torch.cat([part.a for part in parts]), torch.cat(scaled, 1))
 
 
-def _delta(recipe: MergeRecipe, parts: list[Factors], name: str) -> Tensor:
+def merged_delta(recipe: MergeRecipe, parts: list[Factors], name: str) -> Tensor:
+    """What the merged adapter adds to a module's weight, in fp32."""
+    if recipe.method in SUMS:
+        return _cat(recipe, parts).delta
     deltas = [part.delta for part in parts]
     if recipe.method == "slerp":
         return slerp(deltas[0], deltas[1], recipe.t)

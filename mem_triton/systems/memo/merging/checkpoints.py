@@ -71,16 +71,17 @@ def merge_checkpoints(recipe: MergeRecipe, folders: list[Path], base: Path | Non
                 tensors[name] = _merged(recipe, name, models, start)
                 changed += not torch.equal(tensors[name], models[0][name])
             save_file(tensors, made / file, metadata={"format": "pt"})
-        for path in folders[0].iterdir():
-            if (
-                path.is_file()
-                and path.name not in models[0].files
-                and path.suffix in (".json", ".txt", ".model", ".jinja")
-            ):
-                shutil.copyfile(path, made / path.name)
+        copy_rest(models[0], made)
         told = {"tensors": len(models[0].names), "changed": changed}
         write_record(made, recipe, folders, base, told)
     return told
+
+
+def copy_rest(model: ModelTensors, made: Path) -> None:
+    """Copy a model's configuration and tokenizer, all but its weights."""
+    for path in model.folder.iterdir():
+        if path.is_file() and path.name not in model.files and path.suffix in (".json", ".txt", ".model", ".jinja"):
+            shutil.copyfile(path, made / path.name)
 
 
 def _check_alike(checkpoints: list[ModelTensors]) -> None:
