@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,6 +88,24 @@ def test_fault07_a_chat_is_kept_so_that_reading_it_is_sound(server: ServerProces
     with Bank.open(memory_bench.prefixes) as bank:
         text = tiny_tokenizer().decode(bank.token_ids("capture:chat@1"))
     assert text == "<|im_start|>user\nThe locker is falcon.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_fault22_half_a_surrogate_pair_in_a_chat_ends_no_server(
+    server: ServerProcess, memory_bench: MemoryBench, role: str
+) -> None:
+    """JSON can say it, and UTF-8 cannot: an answer, or the client's mistake; nothing of it is kept."""
+    half = {"role": role, "content": "The locker \ud83d is falcon."}
+    words: list[dict[str, Any]] = [{}, {"mem_ids": '["alpha"]'}, {"mem_capture": f"half-{role}"}]
+    for fields in words:
+        body = {"messages": [half, USER], "max_tokens": 2, "model": "m", server.fields_in: fields}
+        headers = {"Content-Type": "application/json"}
+        response = server.http.post("/v1/chat/completions", content=json.dumps(body), headers=headers)
+        assert response.status_code in (200, 400), response.text
+        if response.status_code == 400:
+            assert "surrogate" in response.text or "Unicode" in response.text or "codec" in response.text
+    assert server.tokens(PROMPTS[0], fields=ids("alpha")) == memory_bench.after(PROMPTS[0], "alpha")
+    assert left(memory_bench) == []
 
 
 def test_fault07_fault17_a_capture_that_fails_is_an_http_error_with_its_reason(
