@@ -17,7 +17,7 @@ from tests.ops.inputs_case import InputsCase, assert_inputs_match, make_inputs
 from tests.support.interp import sanitize
 from tests.support.places import device_of, everywhere, interpreted, on_gpu
 
-CONFIG = DeltaRuleConfig(max_recurrent=8, rows=8, warps=1, chunk=4, chunk_rows=4, chunk_warps=1)
+CONFIG = DeltaRuleConfig(max_recurrent=8, rows=8, warps=1, chunk=4, chunk_rows=4, maps_warps=1)
 TOLERANCE = {"cpu": 5e-6, "interpreter": 2e-6, "gpu": 1e-5}
 
 

@@ -17,7 +17,7 @@ from tests.support.interp import sanitize
 from tests.support.pairwise import pairs
 from tests.support.places import MARKS, cases, device_of, interpreted, on_gpu
 
-TOKEN_BY_TOKEN = DeltaRuleConfig(max_recurrent=1 << 30, rows=8, warps=1, chunk=4, chunk_rows=4, chunk_warps=1)
+TOKEN_BY_TOKEN = DeltaRuleConfig(max_recurrent=1 << 30, rows=8, warps=1, chunk=4, chunk_rows=4, maps_warps=1)
 IN_CHUNKS = replace(TOKEN_BY_TOKEN, max_recurrent=0)  # chunks of 4 tokens, so that short rows have many
 TOLERANCE = {"cpu": 5e-6, "interpreter": 2e-6, "gpu": 1e-5}
 WAYS = {

@@ -7,6 +7,7 @@ import pytest
 from tests.sglang_engine.engine import run_engine
 from tests.support.cases import request
 from tests.support.memory_scenarios import PROMPTS, ask
+from tests.support.specialisations import CHUNKS
 from tests.support.warmup_on_cpu import COLD, FORGETFUL, MISSED, SERVED, WARMED
 
 pytestmark = pytest.mark.engine
@@ -28,6 +29,6 @@ def test_serving_launches_nothing_that_is_cold(memory_bench, bench):
         env={"TRITON_INTERPRET": "1"},
     )["output"]
     assert WARMED in output and COLD not in output, [line for line in output.splitlines() if COLD in line][:5]
-    for kernel in ("attention_kernel", "recurrent_kernel", "chunk_maps_kernel", "inputs_kernel"):
+    for kernel in ("attention_kernel", "recurrent_kernel", *CHUNKS, "inputs_kernel"):
         assert f"{SERVED} {kernel}" in output, output[-2000:]
     assert all(f"{MISSED} {control}" in output for control in FORGETFUL), "a control that nothing would notice"

@@ -9,12 +9,11 @@ must not be set when the kernel's module is imported. Example::
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.support.sass import Loop, loops
 from tests.support.traffic import Bytes, read_traffic, total
 
 TARGETS = {
@@ -49,7 +49,7 @@ class Resources:
     occupancy: warps of programs that a multiprocessor (a compute unit on AMD) holds at a time. local: instructions that
     address local memory, and bytes of it. matrix: kinds of matrix instruction among "wgmma", "tcgen05", "mma", "mfma".
     traffic: see ``traffic.py``. in_flight: of each loop that copies asynchronously, the copies that it leaves on their
-    way when it waits (0: it waits for what it has just asked for).
+    way when it waits (0: it waits for what it has just asked for). loops: see ``sass.py``; on request, on NVIDIA.
     """
 
     registers: int
@@ -60,16 +60,23 @@ class Resources:
     matrix: frozenset[str]
     traffic: dict[str, Bytes]
     in_flight: tuple[int, ...]
+    loops: tuple[Loop, ...] = ()
 
 
 def compile_for(
-    target: str, kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], **options: Any
+    target: str,
+    kernel: Any,
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    machine_code: bool = False,
+    **options: Any,
 ) -> Resources:
     """Compile ``kernel`` for a target of TARGETS.
 
     arguments: Triton type per runtime argument ("*bf16", "i32"), or a tuple of such, in which all that is no string is
     a constant. Pointers are taken as 16-byte aligned, as the caching allocator's are; "i32:16" says the same of an
-    integer. constants: the tl.constexpr arguments, and arguments that are None. options: num_warps, num_stages, ...
+    integer. constants: the tl.constexpr arguments, and arguments that are None. machine_code: read the
+    loops, too, which takes half a second. options: num_warps, num_stages, ...
     """
     unknown = (set(arguments) | set(constants)) - set(kernel.arg_names)
     if unknown:
@@ -98,7 +105,8 @@ def compile_for(
             signature[name] = typed(arguments[name], (index,), name)
     source = ASTSource(kernel, signature, values, attributes)
     compiled = triton.compile(source, target=TARGETS[target], options=options)
-    return _measure(target, compiled, names)
+    result = _measure(target, compiled, names)
+    return replace(result, loops=loops(_cuobjdump(compiled.asm["cubin"], "-sass"))) if machine_code else result
 
 
 def types_of(value: Any, integer: Callable[[str, int], str], name: str = "") -> Any:
@@ -241,12 +249,14 @@ def _field(assembly: str, name: str) -> int:
 
 def _read_cubin(cubin: bytes) -> tuple[int, int]:
     """Registers, and bytes of local memory: the kernels use no local arrays, so any of it is a spill."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        Path(path).write_bytes(cubin)
-        report = subprocess.run(
-            [tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True
-        ).stdout
+    report = _cuobjdump(cubin, "--dump-resource-usage")
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report).groups())
     return registers, stack + local
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout

@@ -17,7 +17,8 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 Key = tuple[Any, ...]
-OURS = ("attention_kernel", "shared_kernel", "recurrent_kernel", "chunk_maps_kernel", "inputs_kernel")
+CHUNKS = ("activate_kernel", "chunk_maps_kernel", "chunk_scan_kernel")
+OURS = ("attention_kernel", "shared_kernel", "recurrent_kernel", *CHUNKS, "inputs_kernel")
 
 
 def key_of(kernel: InterpretedFunction, args: tuple, kwargs: dict[str, Any]) -> Key:

@@ -16,7 +16,7 @@ COLD, SERVED, WARMED, MISSED = "COLD-LAUNCH", "SERVED-BY", "WARMED-UP", "WOULD-B
 NO_PAGES = f"({', '.join(['None'] * 9)})"  # a tuple of None
 FORGETFUL: dict[str, Callable[[Key], bool]] = {
     "no long prompts": lambda key: key[0] == "chunk_maps_kernel",
-    "no steps of one token": lambda key: key[0] == "recurrent_kernel" and ("CHUNK", "0") in key,
+    "no steps of one token": lambda key: key[0] == "recurrent_kernel",
     "no memory": lambda key: key[0] == "attention_kernel" and ("pages", NO_PAGES) not in key,
 }
 """Controls: what a warm-up might leave out. Serving says MISSED, and which, if it would have met a cold launch then."""

@@ -33,7 +33,7 @@ def layer(monkeypatch):
         def __getitem__(self, grid):
             return lambda *arguments, **options: grids.append(grid)
 
-    for name in ("chunk_maps_kernel", "recurrent_kernel"):
+    for name in ("activate_kernel", "chunk_maps_kernel", "chunk_scan_kernel", "recurrent_kernel"):
         monkeypatch.setattr(launch, name, Kernel())
     monkeypatch.setattr(launch, "architecture", lambda device: "sm90")
     model, meta = tiny_model(), torch.device("meta")
@@ -72,7 +72,7 @@ def test_decode_is_one_launch_and_reads_nothing_back(layer):
 def test_prefill_reads_nothing_back_either(layer):
     layer.metadata.max_query_len = select("sm90", 8).max_recurrent + 1
     layer.step()
-    assert len(layer.grids) == 2
+    assert len(layer.grids) == 3
 
 
 def test_a_host_sync_would_be_seen(layer, monkeypatch):

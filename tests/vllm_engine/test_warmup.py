@@ -7,7 +7,7 @@ import pytest
 from mem_triton.runtime.worker.warmup import batches
 from tests.support.cases import request
 from tests.support.memory_scenarios import PROMPTS, ask
-from tests.support.specialisations import OURS
+from tests.support.specialisations import CHUNKS, OURS
 from tests.support.warmup_on_cpu import COLD, FORGETFUL, MISSED, SERVED, WARMED
 from tests.vllm_engine.engine import run_engine
 
@@ -31,7 +31,7 @@ def test_serving_launches_nothing_that_is_cold(bench, memory_bench):
         tamper="tests.support.warmup_on_cpu:vllm",
     )["output"]
     assert WARMED in output and COLD not in output, [line for line in output.splitlines() if COLD in line][:5]
-    for kernel in ("attention_kernel", "recurrent_kernel", "chunk_maps_kernel", "inputs_kernel"):
+    for kernel in ("attention_kernel", "recurrent_kernel", *CHUNKS, "inputs_kernel"):
         assert f"{SERVED} {kernel}" in output and kernel in OURS
     assert all(f"{MISSED} {control}" in output for control in FORGETFUL), "a control that nothing would notice"
 

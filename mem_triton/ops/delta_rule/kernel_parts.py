@@ -1,7 +1,7 @@
-"""Device functions that the delta rule's kernels share. Everything is fp32 and laid out by state row.
+"""Device functions that the delta rule's kernels share. Everything is fp32.
 
-A state row is one of the H*r rows of a layer's state; a program owns ROWS of them. Rows never mix, so a row's gates and
-its head's q and k are loaded once per row, and every reduction runs along the row.
+A state row is one of the H*r rows of a layer's state; a program owns ROWS of them. Rows never mix, so every reduction
+runs along a row. ``recurrent_kernel`` takes projections as they are, those for chunks what ``activate_kernel`` left.
 """
 
 import triton
@@ -53,17 +53,6 @@ def load_bias(gate_bias, rows, RULE):
 
 
 @triton.jit
-def find_chunk(query_start_loc, num_rows, slot, CHUNK: tl.constexpr):
-    """Row and chunk number of grid slot ``slot``. Row n owns the slots from start[n] // CHUNK + n on: enough for it."""
-    low, high = 0, num_rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        after = tl.load(query_start_loc + middle) // CHUNK + middle <= slot
-        low, high = tl.where(after, middle, low), tl.where(after, high, middle)
-    return low, slot - (tl.load(query_start_loc + low) // CHUNK + low)
-
-
-@triton.jit
 def cell_of(batch, row, position, stride_table, RULE):
     """Pointer to the state of this position, and whether there is one (block 0 has none)."""
     entry = batch.block_table + tl.cast(row, tl.int64) * stride_table + position // RULE.BLOCK_SIZE
@@ -82,24 +71,4 @@ def load_start(batch, row, computed, element, live, stride_table, RULE):
         use = (slot >= 0) & (computed == 0)
         start = batch.initial_states + slot * (RULE.WIDTH * RULE.RANK)
         state = tl.where(use, tl.load(start + element, mask=live & use, other=0.0), state)
-    return state
-
-
-@triton.jit
-def load_mapped_start(maps, first_map, chunk, writing, rows, RANK: tl.constexpr, WIDTH: tl.constexpr):
-    """State at the start of chunk ``chunk`` of the row whose maps begin at ``first_map``, [ROWS, RANK]."""
-    d = tl.arange(0, RANK)
-    live = (rows < WIDTH)[:, None]
-    row_map: tl.constexpr = (RANK + 1) * RANK  # RANK images of basis vectors, then the offset
-    base = maps + tl.cast(first_map, tl.int64) * (WIDTH * row_map)
-    offset = rows[:, None] * row_map + d[None, :]
-    state = tl.load(base + offset, mask=live, other=0.0)  # chunk 0 keeps the start itself in place of its map
-    if chunk > 0 and writing != 0:
-        state = tl.load(base + offset + RANK * RANK, mask=live, other=0.0)  # and its end in place of the offset
-        for _ in tl.range(1, chunk, num_stages=4):  # keeps the next maps' loads in flight: the chain is all latency
-            base += WIDTH * row_map
-            images = rows[:, None, None] * row_map + d[None, :, None] * RANK + d[None, None, :]
-            transfer = tl.load(base + images, mask=live[:, :, None], other=0.0)  # [ROWS, basis vector, RANK]
-            push = tl.load(base + offset + RANK * RANK, mask=live, other=0.0)
-            state = tl.sum(transfer * state[:, :, None], axis=1) + push
     return state

@@ -6,20 +6,23 @@ import torch
 from torch import Tensor
 
 from mem_triton.ops.common.architecture import architecture
-from mem_triton.ops.delta_rule.kernels import chunk_maps_kernel, recurrent_kernel
-from mem_triton.ops.delta_rule.operands import batch_of, rule_of
+from mem_triton.ops.delta_rule.chunk_kernels import activate_kernel, chunk_maps_kernel, chunk_scan_kernel
+from mem_triton.ops.delta_rule.chunk_parts import PARTS
+from mem_triton.ops.delta_rule.kernels import recurrent_kernel
+from mem_triton.ops.delta_rule.operands import Rule, batch_of, rule_of
 from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
 from mem_triton.ops.delta_rule.types import StateBatch
 from mem_triton.ops.tuning.delta_rule import DeltaRuleConfig, select
 
 # enable_fp_fusion is pinned: Triton is about to change its default, which would change the last bits.
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
+ACTIVATED = 64
+"""Tokens of a program of ``activate_kernel``."""
 
 
-def program_shape(config: DeltaRuleConfig, spec: DeltaRuleSpec, chunked: bool) -> tuple[int, int]:
-    """State rows and warps of one program."""
-    rows, warps = (config.chunk_rows, config.chunk_warps) if chunked else (config.rows, config.warps)
-    return min(rows, 1 << (spec.read_width - 1).bit_length()), warps
+def program_rows(config: DeltaRuleConfig, spec: DeltaRuleSpec) -> int:
+    """State rows of a program of ``recurrent_kernel``."""
+    return min(config.rows, 1 << (spec.read_width - 1).bit_length())
 
 
 def step_rows(
@@ -32,7 +35,7 @@ def step_rows(
     max_query_len: int,
     config: DeltaRuleConfig | None = None,
 ) -> None:
-    """Advance all rows of a batch in place, in one launch for short queries and two for long ones.
+    """Advance all rows of a batch in place, in one launch for short queries and three for long ones.
 
     Arguments as in ``op.delta_rule_paged``. The grid depends on shapes and ``max_query_len`` alone.
     """
@@ -40,26 +43,61 @@ def step_rows(
     tokens, num_rows = projections.shape[0], batch.seq_lens.shape[0]
     if num_rows == 0 or tokens == 0:
         return
-    chunk = config.chunk if max_query_len > config.max_recurrent else 0
-    rows, warps = program_shape(config, spec, chunked=chunk > 0)
-    slots = tokens // chunk + num_rows if chunk else num_rows
-    maps = None
-    if chunk:
-        maps = projections.new_empty(tokens // chunk + 1, spec.state_size, spec.rank + 1, dtype=torch.float32)
-    grid = (slots, -(-spec.read_width // rows))
+    rule, stride_table = rule_of(spec, block_size, tokens_per_state), batch.block_table.stride(0)
+    if max_query_len > config.max_recurrent:
+        _in_chunks(projections, reads, batch, spec, rule, stride_table, config)
+        return
+    rows = program_rows(config, spec)
+    recurrent_kernel[(num_rows, -(-spec.read_width // rows))](
+        projections=projections,
+        reads=reads,
+        batch=batch_of(batch),
+        stride_token=projections.stride(0),
+        stride_read=reads.stride(0),
+        stride_table=stride_table,
+        RULE=rule,
+        ROWS=rows,
+        num_warps=config.warps,
+        **OPTIONS,
+    )
+
+
+def _in_chunks(
+    projections: Tensor,
+    reads: Tensor,
+    batch: StateBatch,
+    spec: DeltaRuleSpec,
+    rule: Rule,
+    stride_table: int,
+    config: DeltaRuleConfig,
+) -> None:
+    tokens, num_rows = projections.shape[0], batch.seq_lens.shape[0]
+    chunk, rank, heads = config.chunk, spec.rank, spec.heads
+    # A chunk's walk loads one token ahead: so there is room for one more, which nobody fills.
+    active = projections.new_empty(tokens + 1, heads, PARTS.value, rank, dtype=torch.float32)
+    maps = projections.new_empty(tokens // chunk + 1, spec.state_size, rank + 1, dtype=torch.float32)
+    activate_kernel[(-(-tokens // ACTIVATED), heads)](
+        projections=projections,
+        gate_bias=batch.gate_bias,
+        active=active,
+        num_tokens=tokens,
+        stride_token=projections.stride(0),
+        RULE=rule,
+        TOKENS=ACTIVATED,
+        num_warps=4,
+        **OPTIONS,
+    )
+    grid = (tokens // chunk + num_rows, spec.read_width // config.chunk_rows)
     arguments = {
-        "projections": projections,
+        "active": active,
         "batch": batch_of(batch),
         "maps": maps,
         "num_rows": num_rows,
-        "stride_token": projections.stride(0),
-        "stride_table": batch.block_table.stride(0),
-        "RULE": rule_of(spec, block_size, tokens_per_state),
-        "ROWS": rows,
+        "stride_table": stride_table,
+        "RULE": rule,
+        "ROWS": config.chunk_rows,
         "CHUNK": chunk,
-        "num_warps": warps,
         **OPTIONS,
     }
-    if chunk:
-        chunk_maps_kernel[grid](**arguments)
-    recurrent_kernel[grid](reads=reads, stride_read=reads.stride(0), **arguments)
+    chunk_maps_kernel[grid](**arguments, num_warps=config.maps_warps)
+    chunk_scan_kernel[grid](**arguments, reads=reads, stride_read=reads.stride(0), num_warps=1)

@@ -1,0 +1,151 @@
+"""Device functions of the kernels for chunks. Everything is fp32.
+
+A row of a state is a tuple of RANK tensors, [lanes] each: a lane has a state row of its own, or the image of a basis
+vector.
+"""
+
+import triton
+import triton.language as tl
+
+from mem_triton.ops.delta_rule.kernel_parts import cell_of
+
+PARTS = tl.constexpr(5)
+"""What ``activate_kernel`` leaves of a token and head, RANK floats each: k, q, keep, erase, write * v."""
+
+
+@triton.jit
+def find_chunk(query_start_loc, num_rows, slot, CHUNK: tl.constexpr):
+    """Row and chunk number of grid slot ``slot``. Row n owns the slots from start[n] // CHUNK + n on: enough for it."""
+    low, high = 0, num_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        after = tl.load(query_start_loc + middle) // CHUNK + middle <= slot
+        low, high = tl.where(after, middle, low), tl.where(after, high, middle)
+    return low, slot - (tl.load(query_start_loc + low) // CHUNK + low)
+
+
+@triton.jit
+def load_row(pointer, mask, RANK: tl.constexpr):
+    """RANK consecutive floats of each pointer; 0 where the mask is False."""
+    row = (tl.load(pointer, mask=mask, other=0.0),)
+    for d in tl.static_range(1, RANK):
+        row = row + (tl.load(pointer + d, mask=mask, other=0.0),)
+    return row
+
+
+@triton.jit
+def store_row(pointer, row, mask, RANK: tl.constexpr):
+    for d in tl.static_range(RANK):
+        tl.store(pointer + d, row[d], mask=mask)
+
+
+@triton.jit
+def filled(value, LANES: tl.constexpr, RANK: tl.constexpr):
+    """Rows that hold ``value`` everywhere."""
+    row = (tl.full([LANES], value, tl.float32),)
+    for _ in tl.static_range(1, RANK):
+        row = row + (tl.full([LANES], value, tl.float32),)
+    return row
+
+
+@triton.jit
+def unit_rows(basis, RANK: tl.constexpr):
+    """Each lane's basis vector."""
+    row = ((basis == 0).to(tl.float32),)
+    for d in tl.static_range(1, RANK):
+        row = row + ((basis == d).to(tl.float32),)
+    return row
+
+
+@triton.jit
+def chosen(condition, row, other, RANK: tl.constexpr):
+    """``row`` where the condition holds, ``other`` elsewhere."""
+    found = (tl.where(condition, row[0], other[0]),)
+    for d in tl.static_range(1, RANK):
+        found = found + (tl.where(condition, row[d], other[d]),)
+    return found
+
+
+@triton.jit
+def dot(row, other, RANK: tl.constexpr):
+    total = row[0] * other[0]
+    for d in tl.static_range(1, RANK):
+        total += row[d] * other[d]
+    return total
+
+
+@triton.jit
+def step(row, k, keep, erase, push, RANK: tl.constexpr):
+    """Rows after a token: keep s + (push - erase (s · k)) k."""
+    change = push - erase * dot(row, k, RANK)
+    after = (keep * row[0] + change * k[0],)
+    for d in tl.static_range(1, RANK):
+        after = after + (keep * row[d] + change * k[d],)
+    return after
+
+
+@triton.jit
+def head_parts(active, token, row, RULE):
+    """Pointer to what ``activate_kernel`` left of a token and the head of a state row."""
+    return active + (tl.cast(token, tl.int64) * RULE.HEADS + row // RULE.RANK) * (PARTS * RULE.RANK)
+
+
+@triton.jit
+def load_active(parts, inner, RANK: tl.constexpr):
+    """One token's k, a tuple of RANK numbers, and keep, erase and push (write * v) of a head's state rows ``inner``."""
+    gates = parts + 2 * RANK + inner
+    return load_row(parts, True, RANK), tl.load(gates), tl.load(gates + RANK), tl.load(gates + 2 * RANK)
+
+
+@triton.jit
+def load_start_row(batch, row, computed, rows, stride_table, RULE):
+    """State rows before this step: of the last token's cell, or of the session's state, or zeros."""
+    RANK: tl.constexpr = RULE.RANK
+    cell, real = cell_of(batch, row, tl.maximum(computed - 1, 0), stride_table, RULE)
+    state = load_row(cell + rows * RANK, real & (computed > 0) & (rows >= 0), RANK)
+    if batch.initial_states is not None:
+        slot = tl.load(batch.initial_slot + row).to(tl.int64)
+        use = (slot >= 0) & (computed == 0) & (rows >= 0)
+        start = load_row(batch.initial_states + slot * (RULE.WIDTH * RANK) + rows * RANK, use, RANK)
+        state = chosen(use, start, state, RANK)
+    return state
+
+
+@triton.jit
+def load_mapped_start(maps, first_map, chunk, writing, first_row, RULE, ROWS: tl.constexpr):
+    """State rows at the start of chunk ``chunk`` of the batch row whose maps begin at ``first_map``."""
+    RANK: tl.constexpr = RULE.RANK
+    basis, lane = tl.arange(0, RANK), tl.arange(0, ROWS * RANK)  # a lane: an element of the program's state rows
+    row_map: tl.constexpr = (RANK + 1) * RANK  # RANK images of basis vectors, then the offset
+    base = maps + tl.cast(first_map, tl.int64) * (RULE.WIDTH * row_map)
+    place = (first_row + lane // RANK) * row_map + lane % RANK
+    first = tl.arange(0, ROWS)
+    row = load_row(
+        base + (first_row + first) * row_map, first >= 0, RANK
+    )  # chunk 0 keeps the start in place of its map
+    if chunk > 0 and writing != 0:
+        state = tl.load(base + place + RANK * RANK)  # and its end in place of the offset
+        for _ in tl.range(1, chunk, num_stages=4):  # keeps the next maps' loads in flight: the chain is all latency
+            base += RULE.WIDTH * row_map
+            transfer = tl.load(base + basis[:, None] * RANK + place[None, :])  # [basis vector, lane]
+            push = tl.load(base + place + RANK * RANK)
+            state = tl.sum(transfer * row_of_lanes(state, ROWS, RANK), axis=0) + push
+        row = columns_of(tl.reshape(state, [ROWS, RANK]), RANK)
+    return row
+
+
+@triton.jit
+def columns_of(table, RANK: tl.constexpr):
+    """Rows of [lanes, RANK]."""
+    column = tl.arange(0, RANK)[None, :]
+    row = (tl.sum(tl.where(column == 0, table, 0.0), axis=1),)
+    for d in tl.static_range(1, RANK):
+        row = row + (tl.sum(tl.where(column == d, table, 0.0), axis=1),)
+    return row
+
+
+@triton.jit
+def row_of_lanes(state, ROWS: tl.constexpr, RANK: tl.constexpr):
+    """[RANK, ROWS * RANK]: beside each element of state rows its whole row."""
+    columns = tl.trans(tl.reshape(state, [ROWS, RANK]))
+    return tl.reshape(tl.broadcast_to(columns[:, :, None], [RANK, ROWS, RANK]), [RANK, ROWS * RANK])
