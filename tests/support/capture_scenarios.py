@@ -102,8 +102,6 @@ def test_fault22_half_a_surrogate_pair_in_a_chat_ends_no_server(
         headers = {"Content-Type": "application/json"}
         response = server.http.post("/v1/chat/completions", content=json.dumps(body), headers=headers)
         assert response.status_code in (200, 400), response.text
-        if response.status_code == 400:
-            assert "surrogate" in response.text or "Unicode" in response.text or "codec" in response.text
     assert server.tokens(PROMPTS[0], fields=ids("alpha")) == memory_bench.after(PROMPTS[0], "alpha")
     assert left(memory_bench) == []
 
