@@ -27,6 +27,7 @@ from mem_triton.store.pool.placement import place
 from mem_triton.systems.memoryllm.convert import load_weights
 from mem_triton.systems.memoryllm.long_term import LongTerm
 from mem_triton.systems.memoryllm.pools import Pools
+from mem_triton.systems.memoryllm.read_adapter import READ, factors_of
 from mem_triton.systems.memoryllm.records import PoolError
 from mem_triton.systems.memoryllm.retriever import RowRetriever
 from mem_triton.systems.memoryllm.section import MemoryLLMSection
@@ -71,14 +72,18 @@ def attach_pools(model: PreTrainedModel, section: Mapping[str, Any]) -> PreTrain
         extra = load_weights(reader.path)
     except PoolError as error:
         raise ConfigError(f"mem_triton.memoryllm.pools: {error}") from None
+    if reader.about.get(READ) is not None:
+        raise ConfigError(
+            f"mem_triton.memoryllm.pools: {reader.path} was converted with --unmerged, for engines, which serve the "
+            "adapter that reads as LoRA; convert the checkpoint without"
+        )
     _check_model(model, reader)
     bos = extra.get("bos_embedding") if reader.shape.bos else None
-    names = {name.removeprefix("write.").rpartition(".")[0] for name in extra if name.startswith("write.")}
     kept = ModelPools(
         reader.path,
         reader,
         WriteWeights(None if bos is None else bos.to(model.device), extra["new_memory_positional_emb"].flatten()),
-        {n: tuple(extra[f"write.{n}.{part}"].to(model.device, model.dtype) for part in ("down", "up")) for n in names},
+        {n: tuple(x.to(model.device, model.dtype) for x in pair) for n, pair in factors_of(extra, "write").items()},
         chosen,
     )
     if reader.shape.long_term is not None:

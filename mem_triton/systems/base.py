@@ -274,8 +274,10 @@ class LayerIO(Protocol):
     def run(self, layer: int, hidden: Tensor, adapter: Adapter) -> Tensor:
         """Run a layer on hidden rows [T, d] at positions 0...T-1, causal. adapter: added to its linears."""
 
-    def project(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys before RoPE and values, [Hkv, T, D] of this rank, that a layer makes of its input rows [T, d]."""
+    def project(self, layer: int, rows: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values, [Hkv, T, D] of this rank, that a layer makes of its input rows [T, d].
+
+        adapter: added to its linears."""
 
     def normed(self, layer: int, rows: Tensor) -> Tensor:
         """Normalise a layer's input rows [T, d] by its first norm."""

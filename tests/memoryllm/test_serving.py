@@ -319,7 +319,6 @@ def admit(pool_bench, store, fields, **said):
         ({"mem_inject": "main"}, {"obstacle": True}, "mem_inject: not here"),
         ({"mem_inject": "main"}, {"lora": "l:1"}, "mem_inject: does not go together with a LoRA adapter"),
         ({"mem_inject": "main"}, {"unfit": "prompts given as embeddings"}, "mem_inject: .*prompts given as embeddings"),
-        ({"mem_inject": "main"}, {"shape": {"pp_spans": ((0, 2), (2, 3))}}, "mem_inject: .*pipeline stages"),
         ({"mem_inject": "main"}, {"answers": 2}, "mem_inject: .*n: a write has one answer"),
         ({"mem_inject": "main"}, {"stops": True}, "mem_inject: .*stop strings"),
     ],
@@ -349,7 +348,8 @@ class HostLayers:
         self.layers = model.get_decoder().layers
         self.projected = 0
 
-    def project(self, layer, rows):
+    def project(self, layer, rows, adapter):
+        assert not adapter
         attention, given = self.layers[layer].self_attn, self.layers[layer].input_layernorm(rows)
         self.projected += len(rows)
         keys, values = attention.k_proj(given), attention.v_proj(given)
@@ -400,7 +400,7 @@ def test_workers_make_a_version_of_the_one_before_and_of_its_rows_alike(pool_ben
                 assert (worker._sources[ref].before is not None) == follows
                 for first, end in ((0, 2), (2, 3)):
                     assert worker.place(ref, pages, first, end) == {"error": None}
-            fresh._newest.clear()
+            fresh.host.clear()
             assert torch.equal(follower.pool.read(pages).data, fresh.pool.read(pages).data)
     assert "is unknown" in follower.fetch(":nobody:0@1")["error"]
 

@@ -21,6 +21,25 @@ def test_control_without_pools_in_the_radix_keys(pool_bench, tmp_path):
     scenarios.without_pools_in_the_cache_keys_wrong_tokens_appear(pool_bench, tmp_path, run_engine, tamper)
 
 
+def test_the_adapter_that_reads_may_be_a_lora_adapter(pool_bench, tmp_path):
+    read = str(tmp_path / "apart" / "read")
+    scenarios.the_adapter_that_reads_is_served_as_lora(
+        pool_bench,
+        tmp_path,
+        run_engine,
+        enable_lora=True,
+        max_lora_rank=8,
+        lora_paths={read: read},
+        lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        lora_backend="torch_native",
+        tamper="tests.sglang_engine.tamper:no_pinned_memory",
+    )
+
+
+def test_pipeline_stages_write_and_read(pool_bench, tmp_path):
+    scenarios.texts_are_written_and_read(pool_bench, tmp_path, run_engine, pp_size=2)
+
+
 @pytest.mark.slow
 def test_tensor_parallel_ranks_write_and_read(pool_bench, tmp_path):
     scenarios.every_row_reads_its_own_version(pool_bench, tmp_path / "read", run_engine, PAGE, tp_size=2)

@@ -157,6 +157,12 @@ class PoolBench:
         return new, [float(step[0].log_softmax(-1)[token]) for step, token in zip(made.logits, new, strict=True)]
 
 
+def unmerged_of(bench: PoolBench, target: Path) -> Path:
+    """The bench's checkpoint, converted with the adapter that reads apart; its folder."""
+    convert(bench.folder.parent / "source", target, merged=False)
+    return target
+
+
 def rows_of(store: Path, reference: str, tenant: str = "") -> torch.Tensor:
     """The rows that lie on the disk."""
     with Pools.open(store) as pools:

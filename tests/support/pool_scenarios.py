@@ -13,7 +13,7 @@ import torch
 
 from mem_triton.systems.memoryllm.pools import Pools
 from tests.support.cases import cached, tokens
-from tests.support.pool_bench import PROMPTS, TEXTS, PoolBench, off, rows_of
+from tests.support.pool_bench import PROMPTS, TEXTS, PoolBench, off, rows_of, unmerged_of
 
 Run = Callable[..., Any]
 LOGPROBS = 3.6e-5
@@ -135,6 +135,27 @@ def versions_are_read_in_turn(b: PoolBench, tmp_path: Path, run: Run, tamper: st
     right.append(b.answer(store, PROMPTS[2], "main@2", 8))
     answers = result["rounds"][0]
     assert (isinstance(answers, list) and tokens(result) == right) == (not tamper)
+
+
+def the_adapter_that_reads_is_served_as_lora(b: PoolBench, tmp_path: Path, run: Run, **options: Any) -> None:
+    """Of an unmerged checkpoint: rows and answers are those of the merged one. Control: without it tokens differ."""
+    there, folder = b.store(tmp_path / "transformers"), unmerged_of(b, tmp_path / "apart")
+    read = {"lora": str(folder / "read")}
+    section = {"memoryllm": {"pools": str(folder / "memory"), "gib": 0.01}}
+    rounds = [
+        [ask(prompt) | read for prompt in PROMPTS[:3]],
+        [tell(TEXTS[0], mem_seed=0)],
+        [ask(PROMPTS[1]) | read, ask(PROMPTS[2], "main@1") | read],
+        [ask(PROMPTS[2], "")],
+    ]
+    result = run(folder / "model", rounds, memory=section, **options)
+    before = [(PROMPTS[i], "main@1") for i in range(3)]
+    name = b.write(there, TEXTS[0], seed=0)
+    for index, asked in ((0, before), (2, [(PROMPTS[1], name), (PROMPTS[2], "main@1")])):
+        for answer, (prompt, version) in zip(result["rounds"][index], asked, strict=True):
+            same_scores(answer, b.scored(there, prompt, version))
+    assert off(rows_of(folder / "memory", name), rows_of(there, name)) < ROWS
+    assert tokens(result, 3) != [b.answer(there, PROMPTS[2], None)]
 
 
 def prompts_choose_long_term_rows(b: PoolBench, tmp_path: Path, run: Run, **options: Any) -> None:

@@ -41,6 +41,11 @@ def test_tensor_parallel_ranks_write_and_read(pool_bench, tmp_path, runner):
     scenarios.texts_are_written_and_read(pool_bench, tmp_path / "write", run_engine, **options)
 
 
+def test_pipeline_stages_write_and_read(pool_bench, tmp_path):
+    options = {"runner": "v2", "pipeline_parallel_size": 2, "env": {"TORCHDYNAMO_DISABLE": "1"}}
+    scenarios.texts_are_written_and_read(pool_bench, tmp_path, run_engine, **options)
+
+
 @pytest.mark.slow
 def test_beside_compiled_layers(pool_bench, tmp_path):
     """The model is compiled, its layers are called beside that."""
@@ -52,6 +57,11 @@ def test_beside_the_loras_of_requests(pool_bench, tmp_path):
     """What LoRA has put around the layers is left out of a write."""
     options = {"enable_lora": True, "max_lora_rank": 8}
     scenarios.texts_are_written_and_read(pool_bench, tmp_path, run_engine, **options)
+
+
+def test_the_adapter_that_reads_may_be_a_lora_adapter(pool_bench, tmp_path):
+    options = {"enable_lora": True, "max_lora_rank": 8}
+    scenarios.the_adapter_that_reads_is_served_as_lora(pool_bench, tmp_path, run_engine, **options)
 
 
 @pytest.mark.slow

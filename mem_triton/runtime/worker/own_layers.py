@@ -59,9 +59,9 @@ class LlamaLayers:
         table = _own(self._embed)
         return table(torch.tensor(ids, device=next(table.parameters()).device))
 
-    def project(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def project(self, layer: int, rows: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
         module = self._layers[layer]
-        _, *both = self._queries_keys_values(module, rows, {})
+        _, *both = self._queries_keys_values(module, rows, adapter)
         size = module.self_attn.head_dim
         keys, values = (part.reshape(len(rows), -1, size).transpose(0, 1) for part in both)
         return keys, values

@@ -33,16 +33,28 @@ OWN_KEYS = (
 )
 """Keys of the configuration that no Llama has."""
 PEFT = "base_model.model."
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that engines join. SGLang serves no LoRA adapter that has one of them without the others."""
 AGAIN = "fetch the checkpoint again"
+
+
+Factors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class LinearAdapters:
-    """A linear's adapters: what is served is ``weight + read``, and writing adds ``up @ down`` to that. fp32."""
+    """A linear's adapters as (down, up), fp32, the scale in ``up``. write: None if the one that reads writes, too."""
 
-    read: Tensor
-    down: Tensor
-    up: Tensor
+    read: Factors
+    write: Factors | None
+
+    @property
+    def beside_merged(self) -> Factors | None:
+        """What writing adds to a weight that the reading adapter is merged into; None for nothing."""
+        if self.write is None:
+            return None
+        (down, up), (read_down, read_up) = self.write, self.read
+        return torch.cat([down, read_down]), torch.cat([up, -read_up], 1)
 
 
 class Checkpoint:
@@ -91,15 +103,19 @@ class Checkpoint:
             return None
         scale = float(self.lora["lora_alpha"]) / float(self.lora["r"])
 
-        def factors(adapter: str) -> tuple[Tensor, Tensor]:
+        def factors(adapter: str) -> Factors:
             a, b = (self.tensor(f"{stem}.lora_{x}.{adapter}.weight").float() for x in "AB")
             return a, b * scale
 
-        down, up = factors("default")
         if not self.config.get("add_decoder_lora"):
-            return LinearAdapters(up @ down, down[:0], up[:, :0])
-        read_down, read_up = factors("decoder_adapter")
-        return LinearAdapters(read_up @ read_down, torch.cat([down, read_down]), torch.cat([up, -read_up], 1))
+            return LinearAdapters(factors("default"), None)
+        return LinearAdapters(factors("decoder_adapter"), factors("default"))
+
+    def adapter_beside(self, name: str) -> LinearAdapters | None:
+        """Those of a linear that engines join with this one, which has none; None if no such linear has any."""
+        stem, _, last = name.removesuffix(".weight").rpartition(".")
+        others = next((group for group in JOINED if last in group), ())
+        return next(filter(None, (self.adapter(f"{stem}.{other}.weight") for other in others)), None)
 
     def _is_memory(self, name: str) -> bool:
         """Whether a tensor is no part of the Llama."""

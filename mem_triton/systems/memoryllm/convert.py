@@ -25,6 +25,7 @@ from mem_triton.store.files import INDEX, SINGLE, is_occupied, write_durably
 from mem_triton.systems.memoryllm.checkpoint import MEMORY, OWN_KEYS, Checkpoint
 from mem_triton.systems.memoryllm.mplus import MPLUS_KEYS, MPlusCheckpoint, tensors_back
 from mem_triton.systems.memoryllm.pools import WEIGHTS, Pools
+from mem_triton.systems.memoryllm.read_adapter import READ, named_factors, write_read_adapter
 from mem_triton.systems.memoryllm.records import PoolError, digest_of, tensors_of
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -40,17 +41,25 @@ TOKENIZER = (
 )
 ROPES = ("bf16", "exact")
 """Frequencies of RoPE: rounded as the authors of M+ run it, or as they are."""
+ADAPTERS = {"default": "write", "decoder_adapter": READ}
+"""Adapters of a checkpoint, by what they are for."""
 DROPPED = (*OWN_KEYS, *MPLUS_KEYS, "torch_dtype", "transformers_version", "_name_or_path", "attn_implementation")
 MAIN = "main"
 
 
 def convert(
-    source: Path, target: Path, dtype: Dtype = "auto", kind: type[Checkpoint] = Checkpoint, rope: str = "exact"
+    source: Path,
+    target: Path,
+    dtype: Dtype = "auto",
+    kind: type[Checkpoint] = Checkpoint,
+    rope: str = "exact",
+    merged: bool = True,
 ) -> str | None:
     """Write ``target/model`` and ``target/memory``; the reference of the checkpoint's pool, None if it has no rows.
 
     dtype: of the model and the rows; "auto" keeps that of the checkpoint's embeddings. kind: ``MPlusCheckpoint`` for
-    M+, and rope "bf16" puts the frequencies that its authors run it with into the model's configuration. Raises
+    M+, and rope "bf16" puts the frequencies that its authors run it with into the model's configuration. merged: the
+    adapter that reads is part of the model; else it is ``target/read``, which an engine serves as LoRA. Raises
     PoolError for a checkpoint that cannot be read, or a target that is there already.
     """
     if is_occupied(target):
@@ -62,18 +71,20 @@ def convert(
     made = not target.exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
-        writing = _write_model(checkpoint, target / "model", getattr(torch, chosen), frequencies)
+        factors = _write_model(checkpoint, target / "model", getattr(torch, chosen), frequencies, merged)
         about = {"model": model_fingerprint(target / "model").model_dump(), "checkpoint": checkpoint.config}
+        if not merged:
+            about[READ] = write_read_adapter(target / READ, factors, target / "model")
         with Pools.create(target / "memory", checkpoint.shape, about) as pools:
             extra = {name: checkpoint.tensor(name).float() for name in MEMORY[1:3] if name in checkpoint.names}
             extra |= mplus.retriever() if mplus is not None else {}
-            tensors = {name: x.contiguous() for name, x in (extra | writing).items()}
+            tensors = {name: x.contiguous() for name, x in (extra | factors).items()}
             header = {"digest": digest_of(tensors, WEIGHTS)}
             write_durably(target / "memory" / WEIGHTS, lambda temporary: save_file(tensors, temporary, header))
             rows = checkpoint.tensor("memory") if checkpoint.initialized else None
             reference = pools.add(MAIN, rows, long_term=None if mplus is None else mplus.long_term(rows))
     except BaseException as error:
-        for part in ("model", "memory"):
+        for part in ("model", "memory", READ):
             shutil.rmtree(target / part, ignore_errors=True)
         if made:
             shutil.rmtree(target, ignore_errors=True)
@@ -86,8 +97,8 @@ def convert(
 def convert_back(source: Path, target: Path, pool: str = MAIN) -> None:
     """Write a checkpoint that the authors' code loads, with the rows of one pool, from what ``convert`` made.
 
-    What is served becomes its base weights; the adapter that reads adds nothing, and the one that writes has the rank
-    of both. Raises PoolError.
+    What is served becomes its base weights; an adapter that reads which was merged adds nothing, and the one that
+    writes has the rank of both. Raises PoolError.
     """
     if is_occupied(target):
         raise PoolError(f"{target} is there already; choose another folder")
@@ -152,23 +163,27 @@ def _stored_dtype(source: Path, kind: type[Checkpoint]) -> str:
 
 
 def _write_model(
-    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, frequencies: list[float] | None
+    checkpoint: Checkpoint, folder: Path, dtype: torch.dtype, frequencies: list[float] | None, merged: bool
 ) -> dict[str, Tensor]:
-    """The served Llama, in as many files as the checkpoint; the factors of the adapter that writes, by linear."""
+    """The served Llama, in as many files as the checkpoint; the factors that are beside it, by use and linear."""
     folder.mkdir()
     files: dict[str, dict[str, str]] = {}
     for name, here in checkpoint.model_tensors():
         files.setdefault(checkpoint.files[checkpoint.names[here]], {})[name] = here
-    writing: dict[str, Tensor] = {}
+    beside: dict[str, Tensor] = {}
     for i, names in enumerate(files.values()):
         tensors = {}
         for name, here in names.items():
             tensor, adapter = checkpoint.tensor(here), checkpoint.adapter(name)
-            if adapter is not None:
-                tensor = tensor.float() + adapter.read
-                if len(adapter.down):
-                    stem = name.removesuffix(".weight")
-                    writing |= {f"write.{stem}.down": adapter.down, f"write.{stem}.up": adapter.up}
+            if adapter is not None and merged:
+                down, up = adapter.read
+                tensor = tensor.float() + up @ down
+                beside |= named_factors(name, {"write": adapter.beside_merged})
+            elif adapter is not None:
+                beside |= named_factors(name, {READ: adapter.read, "write": adapter.write or adapter.read})
+            elif not merged and (joined := checkpoint.adapter_beside(name)) is not None:
+                down = torch.zeros_like(joined.read[0])
+                beside |= named_factors(name, {READ: (down, torch.zeros(len(tensor), len(down)))})
             tensors[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         path = folder / (SINGLE if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors")
         write_durably(path, lambda temporary, held=tensors: save_file(held, temporary, metadata={"format": "pt"}))
@@ -181,7 +196,7 @@ def _write_model(
     config["tie_word_embeddings"] = "lm_head.weight" not in checkpoint.names
     write_durably(folder / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=1) + "\n"))
     _copy_tokenizer(checkpoint.folder, folder)
-    return writing
+    return beside
 
 
 def _write_index(folder: Path) -> None:
@@ -228,9 +243,8 @@ def _add_adapters(tensors: dict[str, Tensor], extra: Mapping[str, Tensor], confi
         stem, weight = name.removesuffix(".weight"), tensors.pop(name)
         tensors[f"{stem}.base_layer.weight"] = weight
         nothing = torch.zeros(rank, weight.shape[1]), torch.zeros(weight.shape[0], rank)
-        down, up = extra.get(f"write.{stem}.down"), extra.get(f"write.{stem}.up")
-        for adapter in ("default", "decoder_adapter") if config.get("add_decoder_lora") else ("default",):
-            a, b = (down, up) if adapter == "default" and down is not None else nothing
+        for adapter, use in ADAPTERS.items() if config.get("add_decoder_lora") else (("default", "write"),):
+            a, b = (extra.get(f"{use}.{stem}.{part}", x) for part, x in zip(("down", "up"), nothing, strict=True))
             tensors |= {f"{stem}.lora_A.{adapter}.weight": a.to(kind), f"{stem}.lora_B.{adapter}.weight": b.to(kind)}
     return rank
 
@@ -245,5 +259,6 @@ def describe(pools: Pools) -> dict[str, Any]:
         "hidden_bytes": shape.layers * shape.rows * shape.hidden * size,
         "keys_and_values_bytes": (shape.rows + shape.bos) * row,
         "model": model.get("weights"),
+        "read_adapter": pools.about.get(READ),
     }
     return told if shape.long_term is None else told | {"chosen_bytes": shape.long_term.read * row}

@@ -27,6 +27,7 @@ from mem_triton.systems.base import (
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.memoryllm.injections import Injecting, Injections
 from mem_triton.systems.memoryllm.layout import cache_key, layout_of, open_store
+from mem_triton.systems.memoryllm.read_adapter import READ, unfit_adapter
 from mem_triton.systems.memoryllm.records import PoolError, UnknownPoolError
 from mem_triton.systems.memoryllm.request import PoolRequest
 from mem_triton.systems.memoryllm.residents import Residents
@@ -104,8 +105,7 @@ class PoolFrontEnd(FrontendPart):
         if version is None:
             return None
         reasons = [self.obstacle, params.unfit and f"{params.unfit} cannot read a pool"]
-        if params.lora:
-            reasons.append("a LoRA adapter computes other keys and values than those that the pool's rows were made to")
+        reasons.append(unfit_adapter(self.pools.about.get(READ), params.lora))
         if reason := next(filter(None, reasons), None):
             raise RequestError("mem_pool", f'{reason}; with mem_pool "" the request reads none')
         return PoolReading(version=version)

@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor
 
 from mem_triton.store.errors import BankFullError, BankLockedError
@@ -66,7 +67,7 @@ class Injections:
     def __init__(self, pools: Pools, section: MemoryLLMSection, engine: EngineShape, residents: Residents) -> None:
         self._pools, self._section, self._residents = pools, section, residents
         self._bos, self._vocabulary = engine.hf_config.get("bos_token_id"), engine.hf_config["vocab_size"]
-        self._stages, self._stride = len(engine.pp_spans), section.layers_per_step or pools.shape.layers
+        self._stages, self._stride = engine.pp_spans, section.layers_per_step or pools.shape.layers
         self._under_way = 0
         self._turns: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
@@ -93,7 +94,6 @@ class Injections:
             "stop strings: a write has no tokens to stop at": params.stops,
             "a LoRA adapter: texts are written by the checkpoint's own weights": bool(params.lora),
             f"{params.unfit}: a text is tokens": params.unfit is not None,
-            "pipeline stages: write on a server with --pipeline-parallel-size 1": self._stages > 1,
         }
         if reason := next((reason for reason, there in reasons.items() if there), None):
             raise RequestError("mem_inject", f"does not go together with {reason}")
@@ -158,25 +158,36 @@ class Injections:
     async def _new_rows(
         self, memory: Injecting, ids: list[int], tail: Tensor | None, rpc: Rpc
     ) -> tuple[Tensor, Tensor | None]:
-        """The new rows [L, n, d] that the workers make of some tokens, and of M+ the retriever's keys [L, n, K]."""
-        shape = self._pools.shape
-        before = None if tail is None else to_bytes(tail)
-        answers = await rpc("write", memory.id, ids, before, self._stride)
+        """The new rows [L, n, d] that the workers make of some tokens, and of M+ the retriever's keys [L, n, K].
+
+        Pipeline stages go one after the other, each with the rows that the one before has left of the text.
+        """
+        shape, text, new, keys = self._pools.shape, ids, [], []
         try:
-            while True:
-                if error := next((answer["error"] for answer in answers if answer["error"]), None):
-                    raise PoolError(f"the text could not be written: {error}")
-                if not answers[0]["left"]:
-                    break
-                answers = await rpc("write_on", memory.id, self._stride)
+            for first, end in self._stages:
+                before = None if tail is None else to_bytes(tail[first:end])
+                found = await self._stage(memory.id, first, text, before, rpc)
+                size, text = end - first, found["text"]
+                new.append(from_bytes(found["new"], (size, -1, shape.hidden), shape.torch_dtype))
+                if shape.long_term is not None:
+                    keys.append(from_bytes(found["keys"], (size, -1, shape.long_term.keys), shape.torch_dtype))
         except BaseException:
             with contextlib.suppress(Exception):  # workers that cannot be asked are gone
                 await rpc("write_off", memory.id)
             raise
-        found = next(answer for answer in answers if answer["new"] is not None)
-        new, long = from_bytes(found["new"], (shape.layers, -1, shape.hidden), shape.torch_dtype), shape.long_term
-        keys = None if long is None else from_bytes(found["keys"], (shape.layers, -1, long.keys), shape.torch_dtype)
-        return new, keys
+        return torch.cat(new), torch.cat(keys) if keys else None
+
+    async def _stage(
+        self, id: str, first: int, text: list[int] | bytes, before: bytes | None, rpc: Rpc
+    ) -> dict[str, Any]:
+        """What the stage that begins with layer ``first`` says at its end. Raises PoolError."""
+        answers = await rpc("write", id, first, text, before, self._stride)
+        while True:
+            if error := next((answer["error"] for answer in answers if answer["error"]), None):
+                raise PoolError(f"the text could not be written: {error}")
+            if not any(answer["left"] for answer in answers):
+                return next(answer for answer in answers if answer["new"] is not None)
+            answers = await rpc("write_on", id, self._stride)
 
     async def _commit(self, memory: Injecting, write: PoolWrite, rpc: Rpc) -> None:
         """Put the new version on the disk once it has a place on the device, and fill that."""

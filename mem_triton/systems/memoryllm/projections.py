@@ -6,13 +6,14 @@ are turned to their positions from what they are before RoPE, and never from whe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mem_triton.systems.base import LayerIO
+from mem_triton.systems.base import Adapter, LayerIO
 from mem_triton.systems.memoryllm.update import UpdateStep
 
 Projected = tuple[Tensor, Tensor]
@@ -22,14 +23,25 @@ Projected = tuple[Tensor, Tensor]
 class Projections:
     """io: the model's layers. bos: [L, 1, d], None for pools without; block: rows that are projected together.
 
+    reading: what is added to the served weights where a pool is read, by layer.
+
     Example::
 
         one = projections.whole(layer, rows)              # of main@1
         two = projections.after(layer, one, delta.steps)  # of main@2: to the bit what ``whole`` gives for its rows
     """
 
-    def __init__(self, io: LayerIO, bos: Tensor | None, block: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        io: LayerIO,
+        bos: Tensor | None,
+        block: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        reading: Mapping[int, Adapter] = MappingProxyType({}),
+    ) -> None:
         self._io, self._bos, self._block, self._device, self._dtype = io, bos, block, device, dtype
+        self._reading = reading
 
     def whole(self, layer: int, rows: Tensor) -> Projected:
         """Of all rows [N, d] of a version."""
@@ -60,7 +72,7 @@ class Projections:
         count, found = len(rows), []
         rows = F.pad(rows, (0, 0, 0, -count % self._block))
         for part in rows.split(self._block):
-            found.append(self._io.project(layer, part))
+            found.append(self._io.project(layer, part, self._reading.get(layer, {})))
         keys, values = _joined(found)
         return keys[:, :count], values[:, :count]
 

@@ -30,6 +30,8 @@ class MemoryLLMSection(Section):
     pools: the store that ``mem-triton convert memoryllm`` or ``mplus`` has made.
     default: the pool that a request reads which names none; None: it reads none.
     gib: device memory for keys and values of versions, taken before the KV cache is sized.
+    host_gib: host memory of each worker for the newest versions of pools that were read, the least recent go first;
+        what is in it comes back to the device without the model. One always stays.
     versions: versions of one pool that running requests may read at once; a writer waits for one of them to end.
     chunk: tokens of a text that are written at once; the authors trained with 512.
     layers_per_step: layers that a write, or the loading of a version, runs between two steps; None: all at once.
@@ -40,6 +42,7 @@ class MemoryLLMSection(Section):
     pools: Path
     default: str | None = "main"
     gib: float = Field(default=4.0, gt=0)
+    host_gib: float = Field(default=4.0, ge=0)
     versions: int = Field(default=3, ge=1)
     chunk: int = Field(default=512, ge=1)
     layers_per_step: int | None = Field(default=None, ge=1)

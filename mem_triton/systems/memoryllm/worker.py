@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,15 +19,18 @@ from torch import Tensor
 from mem_triton.ops.memory_attention import MemoryPages
 from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config, rotate
 from mem_triton.schema import ConfigError
+from mem_triton.store.pool.pages import GIB
 from mem_triton.store.pool.pool import PagePool
 from mem_triton.store.pool.tables import MemoryTables
-from mem_triton.systems.base import StepBatch, WorkerHost, WorkerPart
+from mem_triton.systems.base import Adapter, StepBatch, WorkerHost, WorkerPart
 from mem_triton.systems.engine import EngineShape
 from mem_triton.systems.memoryllm.choosing import LongTermReader, RowChooser
 from mem_triton.systems.memoryllm.convert import load_weights
+from mem_triton.systems.memoryllm.host_tier import HeldVersion, HostTier
 from mem_triton.systems.memoryllm.layout import layout_of, open_store
 from mem_triton.systems.memoryllm.long_term import LongTerm, LongTermRows
 from mem_triton.systems.memoryllm.projections import Projected, Projections
+from mem_triton.systems.memoryllm.read_adapter import READ, factors_of
 from mem_triton.systems.memoryllm.records import PoolError
 from mem_triton.systems.memoryllm.retriever import RowRetriever
 from mem_triton.systems.memoryllm.rows import from_bytes, to_bytes
@@ -38,27 +40,19 @@ from mem_triton.systems.memoryllm.update import UpdateStep
 from mem_triton.systems.memoryllm.write import WritePass, WriteWeights
 from mem_triton.systems.payload import SystemPayload
 
-KEPT = 2
-"""Pools of whose newest version keys before RoPE and values stay on the host."""
-
-
-@dataclass(frozen=True)
-class Newest:
-    """made: keys before RoPE and values of a version, by layer, on the host. long: of M+."""
-
-    version: int
-    made: Mapping[int, Projected]
-    long: LongTerm | None = None
+NOTHING = {"error": None, "left": 0, "new": None, "keys": None, "text": None}
+"""What a stage answers to a call that is none of its own."""
 
 
 @dataclass
 class RowSource:
-    """What a version is made of: the one before and what changed since, or all rows [L, N, d]. made: see ``Newest``.
+    """What a version is made of: what the host holds and what changed since, or all rows [L, N, d]. made: see
+    ``HeldVersion``.
 
     long: of M+, of the version before or as the store has it; gone: what each step drops, by layer; old: all its rows.
     """
 
-    before: Newest | None
+    before: HeldVersion | None
     steps: Sequence[UpdateStep]
     rows: Tensor | None = None
     made: dict[int, Projected] = field(default_factory=dict)
@@ -98,7 +92,7 @@ class PoolWorker(WorkerPart):
         self._layers = tuple(host.layers)
         self._io = host.layer_io()
         self._ropes = {index: rope_from_config(engine.hf_config, index) for index in self._layers}
-        self._weights, self._factors = self._load_weights()
+        self._weights, self._factors, reading = self._load_weights()
         page, pages = self.layout.page, self.layout.pages + self.layout.picks
         self.tables = MemoryTables(engine.max_requests, pages, page.page_tokens, host.device)
         self.pool = PagePool(
@@ -113,9 +107,9 @@ class PoolWorker(WorkerPart):
         self._read = {index: PoolLayer(self.tables, self.pool.layer(place)) for place, index in enumerate(self._layers)}
         self._held: dict[int, str] = {}  # page -> the version that lies there
         block = self._shape.tokens
-        self._projections = Projections(self._io, self._weights.bos, block, host.device, engine.dtype)
+        self._projections = Projections(self._io, self._weights.bos, block, host.device, engine.dtype, reading)
         self._sources: dict[str, RowSource] = {}  # of versions that are being placed
-        self._newest: OrderedDict[str, Newest] = OrderedDict()  # by a pool's identity
+        self.host = HostTier(int(section.host_gib * GIB))
         self._lock = threading.Lock()
         self._writes: dict[str, WritePass] = {}
         self._long: dict[str, LongTerm] = {}  # of versions on the device, by their references
@@ -133,20 +127,20 @@ class PoolWorker(WorkerPart):
                 host.lose,
             )
 
-    def _load_weights(self) -> tuple[WriteWeights, dict[int, dict[str, tuple[Tensor, Tensor]]]]:
-        """Embeddings, and the adapter that writes, by layer. Raises ConfigError."""
+    def _load_weights(self) -> tuple[WriteWeights, dict[int, Adapter], dict[int, Adapter]]:
+        """Embeddings, and what writing and reading add to the served weights, by layer. Raises ConfigError."""
         try:
             extra = load_weights(self.pools.path)
         except PoolError as error:
             raise ConfigError(f"mem_triton.memoryllm.pools: {error}") from None
         self._extra, kind = extra, {"device": self._host.device, "dtype": self._dtype}
         bos = extra["bos_embedding"].to(**kind) if self._shape.bos else None
-        factors: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
-        for name in {name.removeprefix("write.").rpartition(".")[0] for name in extra if name.startswith("write.")}:
-            _, _, layer, linear = name.split(".", 3)  # model.layers.3.self_attn.q_proj
-            down, up = (extra[f"write.{name}.{part}"].to(**kind) for part in ("down", "up"))
-            factors.setdefault(int(layer), {})[linear] = down, up
-        return WriteWeights(bos, extra["new_memory_positional_emb"].flatten().to(**kind)), factors
+        uses: dict[str, dict[int, Adapter]] = {"write": {}, READ: {}}
+        for use, factors in uses.items():
+            for name, (down, up) in factors_of(extra, use).items():
+                _, _, layer, linear = name.split(".", 3)  # model.layers.3.self_attn.q_proj
+                factors.setdefault(int(layer), {})[linear] = down.to(**kind), up.to(**kind)
+        return WriteWeights(bos, extra["new_memory_positional_emb"].flatten().to(**kind)), uses["write"], uses[READ]
 
     def _load_retriever(self, act: str) -> RowRetriever:
         try:
@@ -159,19 +153,17 @@ class PoolWorker(WorkerPart):
     def fetch(self, ref: str) -> dict[str, Any]:
         """Read a version's rows into this process, while steps run: {"error": None or why they could not be}."""
         version = PoolVersion.of(ref)
-        with self._lock:
-            before = self._newest.get(version.identity)
         try:
-            source = self._source(version, before)
+            source = self._source(version, self.host.get(version.identity))
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"}
         with self._lock:
             self._sources[ref] = source
         return {"error": None}
 
-    def _source(self, version: PoolVersion, before: Newest | None) -> RowSource:
+    def _source(self, version: PoolVersion, before: HeldVersion | None) -> RowSource:
         """What the workers make a version of: as little as has to be read. Raises PoolError."""
-        if before is not None and before.version < version.version:
+        if before is not None and before.version <= version.version:
             with contextlib.suppress(PoolError):  # the store was compacted in between
                 return RowSource(before, self.pools.changes(version, before.version), long=before.long)
         state = self.pools.state_of(version)
@@ -204,25 +196,33 @@ class PoolWorker(WorkerPart):
                 self._held.pop(page, None)
             return {"error": f"{type(error).__name__}: {error}"}
 
-    def write(self, id: str, ids: list[int], tail: bytes | None, count: int) -> dict[str, Any]:
-        """Begin to write tokens between two steps, through ``count`` layers; see ``write_on``.
+    def write(self, id: str, first: int, text: list[int] | bytes, tail: bytes | None, count: int) -> dict[str, Any]:
+        """Begin to write between two steps on the stage that begins with layer ``first``, through ``count`` layers.
 
-        tail: the pool's last rows [L, rows of a write, d], None for a pool that has none.
+        text: tokens, or the rows [T, d] that the stage before has left. tail: the pool's last rows [layers of the
+        stage, rows of a write, d], None for a pool that has none. The answer is that of ``write_on``.
         """
 
         def begin() -> WritePass:
-            shape = self._shape
+            shape, device = self._shape, self._host.device
             before = None
             if tail is not None:
-                before = from_bytes(tail, (shape.layers, shape.tokens, shape.hidden), shape.torch_dtype)
-                before = before.to(self._host.device)
-            return WritePass(self._io.embed(ids), self._weights, before, shape.tokens, shape.embedding_first)
+                before = from_bytes(tail, (-1, shape.tokens, shape.hidden), shape.torch_dtype).to(device)
+            if isinstance(text, bytes):
+                rows = from_bytes(text, (-1, shape.hidden), self._dtype).to(device)
+            else:
+                rows = self._io.embed(text)
+            return WritePass(rows, self._weights, before, shape.tokens, shape.embedding_first, first)
 
-        return self._advance(id, begin, count)
+        return self._advance(id, begin, count) if first == self._layers[0] else dict(NOTHING)
 
     def write_on(self, id: str, count: int) -> dict[str, Any]:
-        """Go on through ``count`` layers: {"error", "left": layers that are left, "new": the new rows at the end}."""
-        return self._advance(id, lambda: self._writes[id], count)
+        """Go on through ``count`` layers of the stage that writes.
+
+        {"error", "left": its layers that are left}, and at the end {"new": its new rows, "keys": the retriever's,
+        "text": the text's rows behind it, where a stage follows}.
+        """
+        return self._advance(id, lambda: self._writes[id], count) if id in self._writes else dict(NOTHING)
 
     def write_off(self, id: str) -> None:
         """Give a write up; harmless if it is over."""
@@ -232,21 +232,26 @@ class PoolWorker(WorkerPart):
         try:
             with torch.inference_mode():
                 write = self._writes[id] = which()
-                for layer in range(write.done, min(write.done + count, self._shape.layers)):
+                for layer in self._layers[write.done : write.done + count]:
                     write.advance(partial(self._io.run, layer, adapter=self._factors.get(layer, {})))
-                left, new, keys = self._shape.layers - write.done, None, None
+                left, told = len(self._layers) - write.done, {}
                 if not left:
                     del self._writes[id]
-                    made = write.new()
-                    rows = made.to("cpu", self._shape.torch_dtype)
-                    new = to_bytes(rows) if self._host.tp_rank == 0 else None
-                    if self._chooser is not None and new is not None:
-                        found = torch.stack([self._chooser.keys_of(i, part) for i, part in enumerate(made)])
-                        keys = to_bytes(found.to("cpu", self._shape.torch_dtype))
-            return {"error": None, "left": left, "new": new, "keys": keys}
+                    told = self._written(write) if self._host.tp_rank == 0 else {}
+            return {**NOTHING, "left": left, **told}
         except Exception as error:
             self._writes.pop(id, None)
-            return {"error": f"{type(error).__name__}: {error}", "left": 0, "new": None, "keys": None}
+            return {**NOTHING, "error": f"{type(error).__name__}: {error}"}
+
+    def _written(self, write: WritePass) -> dict[str, bytes]:
+        """What the first of the ranks that split heads says of a write that has been through this stage."""
+        dtype, last = self._shape.torch_dtype, self._layers[-1] + 1 == self._shape.layers
+        made = write.new(last)
+        told = {"new": to_bytes(made.to("cpu", dtype))}
+        if self._chooser is not None:
+            keys = [self._chooser.keys_of(layer, part) for layer, part in zip(self._layers, made, strict=True)]
+            told["keys"] = to_bytes(torch.stack(keys).to("cpu", dtype))
+        return told if last else told | {"text": to_bytes(write.hidden.cpu())}
 
     def _keys_and_values(self, layer: int, source: RowSource) -> tuple[Tensor, Tensor]:
         """A version's keys before RoPE and its values: [Hkv, rows, D]."""
@@ -274,12 +279,7 @@ class PoolWorker(WorkerPart):
             self._long = {ref: one for ref, one in self._long.items() if ref in held} | {version.ref: long}
         with self._lock:
             del self._sources[version.ref]
-            before = self._newest.get(version.identity)
-            if before is None or before.version < version.version:
-                self._newest[version.identity] = Newest(version.version, source.made, long)
-                self._newest.move_to_end(version.identity)
-            while len(self._newest) > KEPT:
-                self._newest.popitem(last=False)
+        self.host.keep(version.identity, HeldVersion(version.version, source.made, long))
 
     # Steps.
 

@@ -26,7 +26,9 @@ class WriteWeights:
 
 
 class WritePass:
-    """A pass that can stop after any layer. hidden: the text's input embeddings [T, d]; see ``write_pass``.
+    """A pass that can stop after any layer. hidden: the text's rows [T, d] before layer ``first``; see ``write_pass``.
+
+    Where layers are split into stages, each has a pass of its own, which goes on with the rows of the one before.
 
     Example::
 
@@ -37,9 +39,15 @@ class WritePass:
     """
 
     def __init__(
-        self, hidden: Tensor, weights: WriteWeights, tail: Tensor | None, rows: int, embedding_first: bool = True
+        self,
+        hidden: Tensor,
+        weights: WriteWeights,
+        tail: Tensor | None,
+        rows: int,
+        embedding_first: bool = True,
+        first: int = 0,
     ) -> None:
-        self._hidden, self._weights, self._tail, self._rows = hidden, weights, tail, rows
+        self.hidden, self._weights, self._tail, self._rows, self._first = hidden, weights, tail, rows, first
         self._adds = tail is not None or embedding_first
         self._found: list[Tensor] = []
 
@@ -50,11 +58,11 @@ class WritePass:
 
     def advance(self, layer: Layer) -> None:
         """Go through the next layer."""
-        hidden, weights, index = self._hidden, self._weights, len(self._found)
+        hidden, weights, index = self.hidden, self._weights, len(self._found)
         read = [hidden]
         if self._tail is not None:
             read = [
-                *([weights.bos[index].to(hidden)] if weights.bos is not None else []),
+                *([weights.bos[self._first + index].to(hidden)] if weights.bos is not None else []),
                 self._tail[index].to(hidden),
                 hidden,
             ]
@@ -63,13 +71,13 @@ class WritePass:
             given[-self._rows :] += weights.new_rows.to(hidden)
         output = layer(given)
         self._found.append(output[-self._rows :].clone())
-        self._hidden = output[-len(hidden) :]
+        self.hidden = output[-len(hidden) :]
 
-    def new(self) -> Tensor:
-        """The new rows [L, n, d], once it has been through all layers."""
+    def new(self, last: bool = True) -> Tensor:
+        """The new rows [L, n, d], once it has been through its layers. last: the model's last one is among them."""
         new = torch.stack(self._found)
         if self._tail is None and self._adds:
-            new[:-1] += self._weights.new_rows.to(new)
+            new[: len(new) - last] += self._weights.new_rows.to(new)
         return new
 
 
