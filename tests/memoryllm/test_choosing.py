@@ -79,7 +79,7 @@ def test_c9_a_version_that_follows_has_to_the_bit_the_long_term_rows_of_a_fresh_
             ref = pools.exact("main").ref
             for worker in (follower, fresh):
                 place(worker, ref, [number])
-            fresh._newest.clear()
+            fresh.host.clear()
             one, other = follower._long[ref], fresh._long[ref]
             stored = pools.state("main").long_term
             for layer in range(LAYERS):
@@ -113,7 +113,12 @@ def test_a_prompt_chooses_once_and_what_it_chose_stays_when_it_is_preempted(benc
     worker.enter("c", payload(ref, [0], 5, "c", 4))  # the page has another owner
     worker.begin_step(StepBatch(["c"], [0], [3]))
     io.step(4, seed=3)
-    assert not torch.equal(worker.pool.read([5]).data, first)
+    assert not torch.equal(third := worker.pool.read([5]).data, first)
+    worker.leave("c")
+    worker.enter("a", payload(ref, [0], 5, "a", 7))
+    worker.begin_step(StepBatch(["a"], [0], [9]))
+    io.step(10, seed=17)
+    assert not torch.equal(worker.pool.read([5]).data, third), "what another has chosen there is not its own"
 
 
 def test_prompts_that_are_split_or_not_seen_lose_their_memory_and_say_so(bench, tmp_path):
