@@ -60,7 +60,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("parts", nargs="*", default=["latency"], help=f"vllm: {', '.join(PARTS['vllm'])}; sglang: serve, pool")
     add("--engine", choices=tuple(PARTS), default="vllm")
-    add("--memory", nargs="+", default=["delta"], metavar="KIND", help="delta, explicit, pool, text")
+    add(
+        "--memory",
+        nargs="+",
+        default=["delta"],
+        metavar="KIND",
+        help="delta, explicit, pool, text, memoryllm, memoryllm-unread",
+    )
     add("--batches", nargs="+", type=int, default=[1, 4, 16, 64, 256] if gpu else [1, 16], metavar="N")
     add("--contexts", nargs="+", type=int, default=[1024] if gpu else [128], metavar="N", help="prompt tokens")
     add("--output", type=int, default=128 if gpu else 32, help="output tokens of a request")

@@ -72,7 +72,8 @@ class Oracle:
         if memory.section is None:
             self.stock_error, budget = error, EXACT if self.exact else 0.5
         else:
-            effect = float((chosen - self._all_logprobs(answers, None)[0]).abs().max())
+            if memory.reads:
+                effect = float((chosen - self._all_logprobs(answers, None)[0]).abs().max())
             budget = EXACT if self.exact else 2 * self.stock_error + ROUNDING
         return self._verdict(int((gap == 0).sum()), gap.numel(), error, budget, effect, float(gap.max()))
 
@@ -109,8 +110,10 @@ class Oracle:
 
 def remembering(model: Any, memory: Memory | None) -> AbstractContextManager[Any]:
     """The model with a memory, within the context."""
-    if memory is None or memory.section is None:
+    if memory is None or not memory.reads:
         return nullcontext()
+    if memory.pools is not None:
+        return _with_pools(model, memory)
     if memory.adapter is not None:
         return _with_adapter(model, memory)
     return _with_bank(model, memory)
@@ -123,6 +126,18 @@ def _with_adapter(model: Any, memory: Memory) -> Iterator[None]:
     apply_mem_triton(model, {"delta": {"adapter": str(memory.adapter)}})
     try:
         yield
+    finally:
+        remove_mem_triton(model)
+
+
+@contextmanager
+def _with_pools(model: Any, memory: Memory) -> Iterator[None]:
+    from mem_triton_transformers import apply_mem_triton, read_pool, remove_mem_triton
+
+    apply_mem_triton(model, {"memoryllm": {"pools": str(memory.pools)}})
+    try:
+        with read_pool(model, ["main"]):
+            yield
     finally:
         remove_mem_triton(model)
 

@@ -12,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.common.random_adapter import random_adapter
 from mem_triton.store.bank import Bank
 from mem_triton.store.bank.fingerprint import model_fingerprint
 from mem_triton.systems.delta_mem import save_adapter
+from mem_triton.systems.memoryllm.pools import WEIGHTS, Pools
+from mem_triton.systems.memoryllm.records import digest_of
+from mem_triton.systems.memoryllm.shape import PoolShape
 from mem_triton.write import Document, WriteConfig, Writer, bank_spec
 from mem_triton_transformers import TransformersEncoder
 
 SPECIAL = ("<|endoftext|>", "<|im_end|>", "<|pad|>", "<|unk|>")
 REFERENCES, REFERENCE_TOKENS, KEEP = 5, 128, 8
 """What a request reads of explicit memory: Memory³'s defaults (arXiv 2407.01178)."""
+NEW_ROWS = 256
+"""Rows that a write into a pool makes (MemoryLLM, arXiv 2402.04624)."""
 
 
 def _shape(
@@ -57,7 +63,10 @@ SHAPES = {
     "qwen3-8b": _shape("qwen3", 4096, 36, 32, 8, 128, 12288, 151936, 1e6),
     "llama3-8b": _shape("llama", 4096, 32, 32, 8, 128, 14336, 128256, 5e5),
     "qwen3-100m": _shape("qwen3", 768, 12, 12, 4, 64, 2048, 32000, 1e6),
+    "llama-100m": _shape("llama", 768, 12, 12, 4, 64, 2048, 32000, 5e5),
+    "llama-pool": _shape("llama", 512, 4, 8, 2, 64, 1536, 12000, 5e5),  # most of its work is to read a pool
     "qwen3-tiny": _shape("qwen3", 128, 2, 4, 2, 64, 256, 12000, 1e6),  # for tests: vLLM's tools want 10,000 words
+    "llama-tiny": _shape("llama", 128, 2, 4, 2, 64, 256, 12000, 5e5),
 }
 """Names that ``--model`` knows besides folders and Hugging Face ids."""
 
@@ -180,6 +189,22 @@ def make_pool(made: Made, folder: Path, tokens: int, shared: bool) -> MadeBank:
         return _write(made, folder / "pool-per-request", WriteConfig(kind="prefix"), [ids])
     bank = _write(made, folder / "pool-shared", _memory3(ids), [random_ids(KEEP, vocab, 98)])
     return MadeBank(bank.path, bank.refs, tokens)
+
+
+def make_store(made: Made, folder: Path, rows: int, new_rows: int = NEW_ROWS) -> Path:
+    """A store of pools of MemoryLLM with one, "main@1", of ``rows`` random rows; a write makes ``new_rows``."""
+    config, path = made.model.config, folder / "pools"
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    chance = torch.Generator().manual_seed(5)
+    extra = {
+        "bos_embedding": torch.randn(layers, 1, hidden, generator=chance),
+        "new_memory_positional_emb": 0.3 * torch.randn(1, 1, hidden, generator=chance),
+    }
+    shape = PoolShape(layers, rows, hidden, new_rows, str(made.dtype).removeprefix("torch."))
+    with Pools.create(path, shape, {"model": model_fingerprint(made.folder).model_dump()}) as pools:
+        save_file(extra, path / WEIGHTS, {"digest": digest_of(extra, WEIGHTS)})
+        pools.add("main", torch.randn(layers, rows, hidden, generator=chance).to(made.dtype))
+    return path
 
 
 def _memory3(prefix: Iterable[int]) -> WriteConfig:

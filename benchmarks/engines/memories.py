@@ -14,12 +14,17 @@ STOCK = "stock"
 
 @dataclass(frozen=True)
 class Memory:
-    """What one engine has besides its model. section: mem_triton's configuration, None for the stock engine."""
+    """What one engine has besides its model. section: mem_triton's configuration, None for the stock engine.
+
+    reads: whether requests read of it; pools: a store of MemoryLLM.
+    """
 
     name: str
     section: dict[str, Any] | None = None
     adapter: Path | None = None
     bank: MadeBank | None = None
+    pools: Path | None = None
+    reads: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ def comparisons(asked: list[str], part: str) -> list[Comparison]:
         "delta": Comparison("delta", "delta"),
         "explicit": Comparison("explicit", "explicit"),
         "pool": Comparison("pool", "pool"),
+        "memoryllm": Comparison("memoryllm", "memoryllm"),
+        "memoryllm-unread": Comparison("memoryllm, unread", "memoryllm unread"),
         "text": Comparison("memory instead of text", "explicit", more=text),
     }
     if unknown := [name for name in asked if name not in known]:
@@ -54,10 +61,12 @@ def comparisons(asked: list[str], part: str) -> list[Comparison]:
 def make_memory(name: str, made: Made, folder: Path, pool_tokens: int) -> Memory:
     """The adapter or bank of one engine, under ``folder``."""
     if name == STOCK:
-        return Memory(name)
+        return Memory(name, reads=False)
     if name == "delta":
         adapter = made_up.make_adapter(made, folder)
         return Memory(name, {"delta": {"adapter": str(adapter)}}, adapter)
+    if name.startswith("memoryllm"):
+        return _with_pools(name, made, made_up.make_store(made, folder, pool_tokens), pool_tokens)
     if name == "explicit":
         return _with_bank(name, made, made_up.make_references(made, folder))
     return _with_bank(name, made, made_up.make_pool(made, folder, pool_tokens, shared=name == "pool"))
@@ -68,6 +77,14 @@ def _with_bank(name: str, made: Made, bank: MadeBank) -> Memory:
     gib = max(0.05, 2 * bank.tokens * kv_bytes_per_token(made) / 2**30)
     section = {"bank": str(bank.path), "default": list(bank.refs), "pool_gib": round(gib, 3)}
     return Memory(name, {"memory": section}, bank=bank)
+
+
+def _with_pools(name: str, made: Made, store: Path, rows: int) -> Memory:
+    """A server of MemoryLLM whose requests all read the newest version, or none; three of them have room."""
+    reads = name == "memoryllm"
+    gib = max(0.05, 3 * (rows + 128) * kv_bytes_per_token(made) / 2**30)
+    section = {"pools": str(store), "default": "main" if reads else None, "gib": round(gib, 3)}
+    return Memory(name, {"memoryllm": section}, pools=store, reads=reads)
 
 
 def kv_bytes_per_token(made: Made) -> int:

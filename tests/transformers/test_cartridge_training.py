@@ -76,6 +76,9 @@ def test_a_run_learns_goes_on_where_it_was_and_is_imported(folder, tmp_path, que
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert whole["divergence"]["cartridge"] < whole["divergence"]["nothing"]
     assert whole["recall"]["questions"] == whole["held_out"] == len(ASKED) // 4
+    replies = [json.loads(line) for line in Path(whole["replies"]).read_text().splitlines()]
+    assert [line["question"] for line in replies] == [row["question"] for row in ASKED[3::4]]
+    assert set(replies[0]) == {"question", "answer", "text in the context", "cartridge", "first rows", "nothing"}
 
     out, seen = tmp_path / "parts", []
     assert run(folder, out, questions, tell=seen.append, stop=lambda: len(seen) >= 2) is None

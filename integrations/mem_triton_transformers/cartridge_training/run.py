@@ -28,6 +28,8 @@ from mem_triton_transformers.runs.statistics import wilson
 
 QUESTION_TOKENS = 40
 """Most tokens in which the model asks."""
+REPLIES = "replies.jsonl"
+"""What was replied to each held-out question that has an answer, each way to ask."""
 
 
 def train(
@@ -94,6 +96,11 @@ def train(
     replies |= {"first rows": reply(adapted, alone), "nothing": reply(model, alone)}
     divergence |= {"first rows": trainer.divergence(), "nothing": trainer.divergence(alone=True)}
     texts = {way: tokenizer.batch_decode(said, skip_special_tokens=True) for way, said in replies.items()}
+    lines = [
+        {"question": q.text, "answer": q.answer, **{way: said[i] for way, said in texts.items()}}
+        for i, q in enumerate(asked)
+    ]
+    (out / REPLIES).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     report = {
         "adapter": str(out),
         "rows": recipe.rows,
@@ -106,6 +113,7 @@ def train(
         "held_out": len(other),
         "divergence": {way: round(value, 4) for way, value in divergence.items()},
         "recall": _recall(asked, texts),
+        "replies": str(out / REPLIES),
         "digest": digest,
         "log": str(out / LOG),
         "curve": str(out / CURVE),
