@@ -90,6 +90,11 @@ class Server(ServerProcess):
         names = ("sglang_num_running_reqs{", "sglang_num_waiting_reqs{")
         return sum(float(line.split()[-1]) for line in lines if line.startswith(names))
 
+    @staticmethod
+    def adapted(name: str) -> str:
+        """The model name of a LoRA adapter."""
+        return f"m:{name}"
+
     def load_adapter(self, name: str, folder: Any) -> None:
         """Load a LoRA adapter under a name that has one."""
         self.http.post("/unload_lora_adapter", json={"lora_name": name}).raise_for_status()

@@ -79,6 +79,11 @@ class Server(ServerProcess):
         """Requests that the engine runs, or has in its queue."""
         return self.metric("vllm:num_requests_running{") + self.metric("vllm:num_requests_waiting{")
 
+    @staticmethod
+    def adapted(name: str) -> str:
+        """The model name of a LoRA adapter."""
+        return name
+
     def load_adapter(self, name: str, folder: Any) -> None:
         """Load a LoRA adapter under a name that has one."""
         body = {"lora_name": name, "lora_path": str(folder), "load_inplace": True}
