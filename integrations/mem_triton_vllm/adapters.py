@@ -20,12 +20,17 @@ def to_load(loras: LoadedAdapters, prompt: Any, named: LoRARequest | None) -> Lo
 
     named: the call's; a prompt that is an engine's request brings its own, and vLLM runs that.
     """
-    lora = prompt.lora_request if isinstance(prompt, EngineCoreRequest) else named
+    lora = of_request(prompt, named)
     if lora is None or loras.capacity is None:  # an engine without LoRA says so itself
         return None
     key, path = lora.lora_int_id, lora.lora_path
     is_there = loras.has_read(key, path) if lora.load_inplace else loras.knows(key)
     return None if is_there else _in_place(lora, True)
+
+
+def of_request(prompt: Any, named: LoRARequest | None) -> LoRARequest | None:
+    """The adapter that a request names."""
+    return prompt.lora_request if isinstance(prompt, EngineCoreRequest) else named
 
 
 def settled(prompt: Any, named: LoRARequest | None) -> tuple[Any, LoRARequest | None]:

@@ -18,6 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
 from mem_triton.store.pool.loads import MemoryLoadError
 from mem_triton.systems.lora import files_of
+from mem_triton.systems.lora_users import AdapterInUseError, AdapterUsers
 from mem_triton.systems.request import RequestError
 from mem_triton_vllm import adapters, callers, front_end, http_fields, weights
 from mem_triton_vllm.front_end import VLLMFrontEnd
@@ -46,7 +47,7 @@ class AsyncLLMWithMemory(AsyncLLM):
         Where no event loop runs yet, that begins with the first request that needs it.
         """
         http_fields.install()
-        self._loading, self._loads = asyncio.Lock(), set()
+        self._users, self._loads = AdapterUsers(), set()
         self.memory.barrier = functools.partial(self.collective_rpc, BARRIER)
         self.memory.between_steps = self._between_steps
         with contextlib.suppress(RuntimeError):
@@ -69,7 +70,7 @@ class AsyncLLMWithMemory(AsyncLLM):
         return await super().collective_rpc(method, *args, **kwargs)
 
     async def add_lora(self, lora_request: Any) -> bool:
-        return await self._to_its_end(self._load(lambda: lora_request))
+        return await self._to_its_end(self._load(lora_request.lora_int_id, lambda: lora_request))
 
     async def _to_its_end(self, loading: Coroutine[Any, Any, bool]) -> bool:
         """A load that goes on if its caller leaves: workers may have read the files by then."""
@@ -78,12 +79,18 @@ class AsyncLLMWithMemory(AsyncLLM):
         task.add_done_callback(self._loads.discard)
         return await asyncio.shield(task)
 
-    async def _load(self, which: Callable[[], Any]) -> bool:
-        """Load an adapter, one at a time. which: it, None if it is there by then."""
-        async with self._loading:
+    async def _load(self, key: int, which: Callable[[], Any]) -> bool:
+        """Load an adapter, one at a time under each key, and none in the place of one that requests in flight use.
+
+        which: it, None if it is there by then. Raises RetryableRequestError, HTTP 503 where a request asks for it.
+        """
+        async with self._users.lock(key):
             if (lora := which()) is None:
                 return True
-            loras, before = self.memory.loras, files_of(lora.lora_path)
+            loras = self.memory.loras
+            if adapters.reads_files(loras, lora):
+                await self._unused(key, lora.lora_name)
+            before = files_of(lora.lora_path)
             try:
                 done = await super().add_lora(lora)
             except BaseException:
@@ -93,9 +100,18 @@ class AsyncLLMWithMemory(AsyncLLM):
                 await asyncio.to_thread(loras.loaded, lora.lora_int_id, lora.lora_path, before)
             return done
 
+    async def _unused(self, key: int, name: str) -> None:
+        """Wait until no request uses an adapter."""
+        try:
+            await self._users.gone(key, name)
+        except AdapterInUseError as error:
+            raise RetryableRequestError(str(error)) from None
+
     async def remove_lora(self, lora_id: int) -> bool:
-        removed = await super().remove_lora(lora_id)
-        self.memory.loras.forget(lora_id)
+        async with self._users.lock(lora_id):
+            await self._unused(lora_id, str(lora_id))
+            removed = await super().remove_lora(lora_id)
+            self.memory.loras.forget(lora_id)
         return removed
 
     async def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> None:
@@ -114,24 +130,30 @@ class AsyncLLMWithMemory(AsyncLLM):
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
         lora = kwargs.get("lora_request")
-        if adapters.to_load(self.memory.loras, prompt, lora) is not None:
-            return self._loaded_first(prompt, sampling_params, request_id, kwargs)
+        if (named := adapters.of_request(prompt, lora)) is not None and (
+            self._users.lock(named.lora_int_id).locked()
+            or adapters.to_load(self.memory.loras, prompt, lora) is not None
+        ):
+            return self._loaded_first(named.lora_int_id, prompt, sampling_params, request_id, kwargs)
         prompt, lora = adapters.settled(prompt, lora)
         if lora is not None:
             kwargs["lora_request"] = lora
         opened = self.memory.open_request(prompt, sampling_params, lora, callers.headers(), request_id.startswith(CHAT))
-        stream = self._generate(prompt, sampling_params, request_id, kwargs, opened, begun := [])
+        leave = self._users.enter(named.lora_int_id) if named is not None else _nobody
+        stream = self._generate(prompt, sampling_params, request_id, kwargs, opened, leave, begun := [])
+        weakref.finalize(stream, leave)
         # A stream that nobody ever reads runs no code of its own. One that was read closes its memory itself, and may
         # be gone while its commit is still being written.
         weakref.finalize(stream, lambda memory: begun or memory.close(opened), self.memory)
         return stream
 
     async def _loaded_first(
-        self, prompt: Any, params: SamplingParams, request_id: str, kwargs: dict[str, Any]
+        self, key: int, prompt: Any, params: SamplingParams, request_id: str, kwargs: dict[str, Any]
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Serve a request that is the first to name its adapter. Bad fields raise when it is first read."""
+        """Serve a request whose adapter is not loaded yet, or is being replaced. Bad fields raise when it is first
+        read."""
         named = functools.partial(adapters.to_load, self.memory.loras, prompt, kwargs.get("lora_request"))
-        await self._to_its_end(self._load(named))
+        await self._to_its_end(self._load(key, named))
         async with contextlib.aclosing(self.generate(prompt, params, request_id, **kwargs)) as outputs:
             async for output in outputs:
                 yield output
@@ -143,6 +165,7 @@ class AsyncLLMWithMemory(AsyncLLM):
         request_id: str,
         kwargs: dict[str, Any],
         opened: Opened,
+        leave: Callable[[], None],
         begun: list[bool],
     ) -> AsyncGenerator[RequestOutput, None]:
         begun.append(True)
@@ -169,6 +192,11 @@ class AsyncLLMWithMemory(AsyncLLM):
             raise RetryableRequestError(str(error)) from None  # HTTP 503
         finally:
             self.memory.close(opened)
+            leave()
+
+
+def _nobody() -> None:
+    """What a request without an adapter leaves."""
 
 
 def _not_kept(opened: Opened, output: RequestOutput, kind: RequestOutputKind) -> NotKeptError:

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -20,6 +21,7 @@ from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
 from mem_triton.runtime.frontend.stepped import PAUSE_SECONDS, SteppedLoop
 from mem_triton.store.pool.loads import MemoryLoadError
 from mem_triton.systems.lora import files_of
+from mem_triton.systems.lora_users import in_use
 from mem_triton.systems.request import RequestError
 from mem_triton_vllm import adapters, front_end, weights
 from mem_triton_vllm.front_end import VLLMFrontEnd
@@ -189,6 +191,8 @@ class LLMEngineWithMemory(LLMEngine):
 
     def add_lora(self, lora_request: Any) -> bool:
         loras, key, path = self.memory.loras, lora_request.lora_int_id, lora_request.lora_path
+        if adapters.reads_files(loras, lora_request):
+            self._check_unused(key, lora_request.lora_name)
         before = files_of(path)
         try:
             done = super().add_lora(lora_request)
@@ -199,7 +203,15 @@ class LLMEngineWithMemory(LLMEngine):
             loras.loaded(key, path, before)
         return done
 
+    def _check_unused(self, key: int, name: str) -> None:
+        """Raise VLLMValidationError for an adapter that answers requests in flight: they keep it."""
+        named = [state.lora_request for state in self.output_processor.request_states.values()]
+        named += [one.rest[0][1] for one in self._running.values() if not one.internal_ids]
+        if users := sum(lora is not None and lora.lora_int_id == key for lora in named):
+            raise VLLMValidationError(in_use(name, users), parameter="lora_request")
+
     def remove_lora(self, lora_id: int) -> bool:
+        self._check_unused(lora_id, str(lora_id))
         removed = super().remove_lora(lora_id)
         self.memory.loras.forget(lora_id)
         return removed

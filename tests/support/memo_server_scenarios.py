@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -387,11 +388,53 @@ def test_an_adapter_is_replaced_while_it_serves(
     assert questions[1] == plain  # the other one adds nothing
 
 
+LONG = 600
+"""Tokens of an answer that an adapter is replaced under."""
+
+
+def replaced_in_flight(server: Any, lora: Path, other: Path) -> tuple[str, str, str]:
+    """Replace the adapter, which is loaded, under a request that it answers. Ends with the first adapter.
+
+    Returns what the request says undisturbed, what it says disturbed, and what the new adapter says.
+    """
+    undisturbed = long_answer(server)
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(long_answer, server)
+        until(lambda: server.inside() == 1, "the request is in the engine")
+        replaced = pool.submit(server.load_adapter, "memo", other)
+        time.sleep(0.05)
+        assert not asked.done(), "the answer is too short for this test"
+        replaced.result()
+        found = undisturbed, asked.result(), long_answer(server)
+    server.load_adapter("memo", lora)
+    return found
+
+
+def long_answer(server: Any) -> str:
+    """What the adapter says; the penalty keeps it out of loops, from which no other weights would bring it."""
+    more = {"ignore_eos": True, "frequency_penalty": 1.0}
+    answer = server.chat("Who has a kite?", LONG, model=server.adapted("memo"), **more)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+def test_a_request_in_flight_keeps_its_adapter(server: Any, lora_bench: Bench, tmp_path: Path) -> None:
+    """The new one is loaded when it has ended."""
+    other = scaled(tmp_path / "other", lora_bench.lora, 4.0)
+    undisturbed, disturbed, new = replaced_in_flight(server, lora_bench.lora, other)
+    assert disturbed == undisturbed != new
+
+
 def adapter_of_nothing(folder: Path, lora: Path) -> Path:
     """The same adapter with zeros."""
+    return scaled(folder, lora, 0.0)
+
+
+def scaled(folder: Path, lora: Path, factor: float) -> Path:
+    """The same adapter with all its factors multiplied."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(lora, folder, dirs_exist_ok=True)
     weights = folder / "adapter_model.safetensors"
-    save_file({name: 0 * value for name, value in load_file(weights).items()}, weights)
+    save_file({name: factor * value for name, value in load_file(weights).items()}, weights)
     return folder

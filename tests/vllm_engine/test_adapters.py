@@ -45,7 +45,7 @@ def served(request, monkeypatch, tmp_path):
         return add_lora(self, lora)
 
     def add_request(self, request_id, prompt, params, arrival_time=None, lora_request=None):
-        happened.append(("run", lora_request.lora_int_id, lora_request.load_inplace))
+        happened.append(("run", lora_request and lora_request.lora_int_id, lora_request and lora_request.load_inplace))
 
     async def generate(self, prompt, params, request_id, lora_request=None):
         add_request(self, request_id, prompt, params, None, lora_request)
@@ -60,6 +60,8 @@ def served(request, monkeypatch, tmp_path):
     part.seen = happened
     engine.memory = VLLMFrontEnd({"delta": part}, kept_loras=4)
     engine.start_memory()
+    if not is_async:
+        engine.output_processor = SimpleNamespace(request_states={})
     (tmp_path / "adapter_config.json").write_text("{}")
     return engine, happened, tmp_path
 
@@ -174,6 +176,90 @@ def test_fault14_two_who_name_it_at_once_have_it_loaded_once(served):
 
     asyncio.run(both())
     assert [event[0] for event in happened if not isinstance(event, str)] == ["load", "run", "run"]
+
+
+def test_fault14_a_request_in_flight_keeps_its_adapter_and_those_behind_it_get_the_new_one(served):
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    engine, happened, folder = served
+    if not hasattr(engine, "generate"):
+        pytest.skip("LLMEngine refuses, see below")
+    lora = LoRARequest("poet", 7, str(folder))
+
+    async def read(stream):
+        async for _ in stream:
+            pass
+
+    async def main():
+        await read(engine.generate([1], SamplingParams(), "a", lora_request=lora))
+        inside = engine.generate([1], SamplingParams(), "b", lora_request=lora)
+        await anext(inside)
+        (folder / "adapter_config.json").write_text('{"r": 1}')
+        loading = asyncio.ensure_future(engine.add_lora(LoRARequest("poet", 7, str(folder), load_inplace=True)))
+        await asyncio.sleep(0.01)
+        behind = asyncio.ensure_future(read(engine.generate([1], SamplingParams(), "c", lora_request=lora)))
+        other = asyncio.ensure_future(read(engine.generate([1], SamplingParams(), "d")))
+        await asyncio.sleep(0.05)
+        assert other.done() and not loading.done() and not behind.done()
+        happened.append("ends")
+        await inside.aclose()
+        await asyncio.gather(loading, behind)
+
+    asyncio.run(main())
+    events = [event if isinstance(event, str) else event[0] for event in happened if event is not None]
+    first, ends = events[1], events.index("ends")
+    assert events[ends:][:2] == ["ends", "load"] and events[ends + 2] != first and events.count("load") == 2
+
+
+def test_fault14_a_load_waits_for_nobody_without_end(served):
+    """Its error names the adapter; nothing was loaded, and the request goes on."""
+    from vllm import SamplingParams
+    from vllm.exceptions import RetryableRequestError
+    from vllm.lora.request import LoRARequest
+
+    engine, happened, folder = served
+    if not hasattr(engine, "generate"):
+        pytest.skip("LLMEngine refuses at once, see below")
+    engine._users.longest_wait = 0.05
+    lora = LoRARequest("poet", 7, str(folder))
+
+    async def main():
+        inside = engine.generate([1], SamplingParams(), "b", lora_request=lora)
+        await anext(inside)
+        with pytest.raises(RetryableRequestError, match="'poet' answers 1 requests, which keep it"):
+            await engine.add_lora(LoRARequest("poet", 7, str(folder), load_inplace=True))
+        with pytest.raises(RetryableRequestError, match="keep it"):
+            await engine.remove_lora(7)
+        await inside.aclose()
+        await engine.add_lora(LoRARequest("poet", 7, str(folder), load_inplace=True))
+        unread = engine.generate([1], SamplingParams(), "e", lora_request=lora)
+        del unread
+        await engine.add_lora(LoRARequest("poet", 7, str(folder), load_inplace=True))
+
+    asyncio.run(main())
+    assert [event[0] for event in happened if isinstance(event, tuple)] == ["load", "run", "load", "load"]
+
+
+def test_fault14_the_stepped_engine_replaces_no_adapter_under_a_request(served):
+    from vllm.exceptions import VLLMValidationError
+    from vllm.lora.request import LoRARequest
+
+    engine, happened, folder = served
+    if hasattr(engine, "generate"):
+        pytest.skip("AsyncLLM waits")
+    lora = LoRARequest("poet", 7, str(folder))
+    ask(engine, lora)
+    engine.output_processor.request_states["r"] = SimpleNamespace(lora_request=lora)
+    for change in (
+        lambda: engine.add_lora(LoRARequest("poet", 7, str(folder), load_inplace=True)),
+        lambda: engine.remove_lora(7),
+    ):
+        with pytest.raises(VLLMValidationError, match="answers 1 requests, which keep it"):
+            change()
+    engine.output_processor.request_states.clear()
+    engine.add_lora(LoRARequest("poet", 7, str(folder), load_inplace=True))
+    assert [event[0] for event in happened if isinstance(event, tuple)] == ["load", "run", "load"]
 
 
 def test_fault14_workers_load_no_adapter_that_the_engine_did_not_tell_of(served):
