@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from mem_triton.runtime.serving_beside import Beside
 
 Text = Optional[str]  # noqa: UP045  typer reads annotations on Python 3.10
 
@@ -20,6 +23,9 @@ def serve(
     memo_executive: Annotated[
         Text, typer.Option(help="The model that asks it, likewise; MODEL itself if left out.")
     ] = None,
+    memo_merged: Annotated[
+        bool, typer.Option("--memo-merged", help="Merge the adapter into MODEL, and serve that on the next port.")
+    ] = False,
     memo_name: Annotated[Text, typer.Option(help="The name under which both are served. [MODEL+memo]")] = None,
     bank: Annotated[Text, typer.Option(help="A bank of texts: its folder.")] = None,
     delta: Annotated[Text, typer.Option(help="An adapter of δ-mem: its folder, or a name on a hub.")] = None,
@@ -33,19 +39,23 @@ def serve(
     """Start an engine's server with memory.
 
     The command is vLLM's or SGLang's own; it takes this one's place, so that signals and the exit code are the
-    server's. --print shows it. Adapters are checked first: whose base they are of, and their rank.
+    server's. --print shows it. Adapters are checked first: whose base they are of, and their rank. With --memo-merged
+    there are two servers, which end together: on a CPU a LoRA adapter costs more than a second model does.
     """
+    from mem_triton.cli.settings import folder_of
     from mem_triton.runtime.serving import Serving, engine_of, option_of
     from mem_triton.schema import ConfigError
+    from mem_triton.systems.lora_files import check_base, read_adapter_files
 
     chosen, more = engine_of(engine), more or []
     section: dict[str, Any] = _section(config)
     adapters: dict[str, Path] = {}
-    if memo is None and (memo_executive or memo_name):
-        raise ConfigError("--memo-executive and --memo-name need --memo, the memory model")
+    if memo is None and (memo_executive or memo_name or memo_merged):
+        raise ConfigError("--memo-executive, --memo-name and --memo-merged need --memo, the memory model")
+    beside = _beside(chosen, memo, more) if memo is not None and memo_merged else None
     if memo is not None:
         served = option_of(more, "--served-model-name") or model
-        said = {"memory": _served("memo", memo, adapters), "name": memo_name}
+        said = {"memory": beside.spec if beside else _served("memo", memo, adapters), "name": memo_name}
         said["executive"] = _served("executive", memo_executive, adapters)
         given = {name: value for name, value in said.items() if value is not None}
         section["memo"] = {"name": f"{served}+memo", "executive": served, **(section.get("memo") or {}), **given}
@@ -56,10 +66,26 @@ def serve(
         raise ConfigError("nothing to remember with: give --memo, --bank, --delta or --config")
     serving = Serving(chosen, model, section, adapters, more)
     serving.check()
+    if beside is not None:
+        check_base(read_adapter_files(beside.adapter), model)
     if show:
-        typer.echo(serving.printed())
+        typer.echo(beside.printed(serving) if beside else serving.printed())
+    elif beside is not None:
+        beside.made(folder_of(model))
+        raise typer.Exit(beside.run(serving))
     else:
         serving.run()
+
+
+def _beside(engine: str, memo: str, more: list[str]) -> Beside:
+    """The server of the merged memory model, whose folder lies beside the adapter's."""
+    from mem_triton.runtime.serving_beside import Beside
+    from mem_triton.schema import ConfigError
+
+    if "#" in memo:
+        raise ConfigError(f"--memo-merged: merges a LoRA adapter, and --memo {memo} is a model elsewhere")
+    adapter = Path(memo)
+    return Beside(engine, adapter.with_name(f"{adapter.resolve().name}-merged"), adapter, more)
 
 
 def _served(name: str, said: str | None, adapters: dict[str, Path]) -> str | None:

@@ -116,20 +116,29 @@ class Serving:
             set_first.append(f"{CONFIG}={CONFIG_FILE}")
         return before + " ".join([*set_first, shlex.join(self.arguments())])
 
-    def run(self) -> None:
-        """Become the engine's server: signals and the exit code are its own. Returns only by an exception."""
+    def program(self) -> tuple[str, list[str], dict[str, str]]:
+        """(file, arguments, environment) of the engine's server."""
         environment = {**os.environ, **self.environment}
-        command = self.arguments()
         if self.engine == "sglang":
             environment[CONFIG] = _in_memory(json.dumps(self.section))
-            program = sys.executable
-        else:  # the script of this environment, whatever is first in PATH
-            program = str(Path(sys.executable).with_name("vllm"))
-            if not Path(program).is_file():
-                program, command = sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *command[1:]]
+        return *program_of(self.engine, self.arguments()), environment
+
+    def run(self) -> None:
+        """Become the engine's server: signals and the exit code are its own. Returns only by an exception."""
+        program = self.program()
         sys.stdout.flush()
         sys.stderr.flush()
-        os.execve(program, command, environment)
+        os.execve(*program)
+
+
+def program_of(engine: str, command: list[str]) -> tuple[str, list[str]]:
+    """(file, arguments) that run an engine's command in this environment, whatever is first in PATH."""
+    if engine == "sglang":
+        return sys.executable, command
+    program = str(Path(sys.executable).with_name("vllm"))
+    if Path(program).is_file():
+        return program, command
+    return sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *command[1:]]
 
 
 def engine_of(named: str | None) -> str:

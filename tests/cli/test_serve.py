@@ -42,7 +42,7 @@ def adapter(folder: Path, rank: int = 8, shape=(6, 4), layer: int = 0, **config)
     if layer:
         factors |= {key.replace(f"layers.{layer}", "layers.0"): value for key, value in factors.items()}
     save_file(factors, folder / "adapter_model.safetensors")
-    said = {"peft_type": "LORA", "r": rank, "base_model_name_or_path": "hub/M", **config}
+    said = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": "hub/M", **config}
     (folder / "adapter_config.json").write_text(json.dumps(said))
     return folder
 
@@ -81,6 +81,40 @@ def test_the_executive_is_the_model_itself_under_the_name_that_it_is_served_by(m
     words = shlex.split(printed(model, "--memo", adapter(tmp_path / "a"), "--", "--served-model-name", "m"))
     assert section_of(words)["memo"] == {"name": "m+memo", "memory": "memo", "executive": "m"}
     assert "--max-loras" not in words
+
+
+def test_a_merged_memory_model_is_a_second_server_on_the_next_port(model, tmp_path):
+    """Without LoRA in the first one. The second has its options but those that are the first one's own."""
+    memory = adapter(tmp_path / "a", 8)
+    own = ["--served-model-name", "m", "--port", 80, "--host", "0.0.0.0", "--api-key", "k", "--max-loras", 2]
+    text = printed(model, "--memo", memory, "--memo-merged", "--", *own, "--dtype", "float32", "--enforce-eager")
+    merge, second, first = text.strip().split("\n")
+    assert merge == f"mem-triton memo merge {memory} --into-base --base {model} --out {memory}-merged"
+    expected = f"vllm serve {memory}-merged --served-model-name memo --host 127.0.0.1 --port 81"
+    assert second == f"{expected} --dtype float32 --enforce-eager &"
+    words = shlex.split(first)
+    assert section_of(words)["memo"]["memory"] == "http://127.0.0.1:81/v1#memo"
+    assert "--lora-modules" not in words and "--enable-lora" not in words
+    sglang = printed(model, "--memo", memory, "--memo-merged", "--engine", "sglang", "--", "--tp=2")
+    assert "--served-model-name memo --host 127.0.0.1 --port 30001 --tp=2 &" in sglang
+    assert not Path(f"{memory}-merged").exists(), "--print starts and writes nothing"
+
+
+def test_a_merged_model_is_made_once_and_never_taken_for_another(model, tmp_path):
+    from mem_triton.runtime.serving_beside import Beside
+    from mem_triton.schema import ConfigError
+
+    memory = adapter(tmp_path / "a", 8)
+    beside = Beside("vllm", tmp_path / "a-merged", memory)
+    beside.made(model)
+    made = (tmp_path / "a-merged" / "model.safetensors").stat().st_mtime_ns
+    beside.made(model)
+    assert (tmp_path / "a-merged" / "model.safetensors").stat().st_mtime_ns == made
+    (memory / "adapter_config.json").write_text((memory / "adapter_config.json").read_text() + " ")
+    with pytest.raises(ConfigError, match=r"holds another merge than .*a into .*M; remove it"):
+        beside.made(model)
+    with pytest.raises(ConfigError, match="there already"):
+        Beside("vllm", tmp_path / "M", memory).made(model)
 
 
 def test_a_memory_model_elsewhere_needs_no_adapter(model):
@@ -135,7 +169,10 @@ def test_what_cannot_start_is_one_line_that_names_it(model, tmp_path, monkeypatc
         "gone: there is no such folder; give the model's": [tmp_path / "gone", "--memo", good],
         "adapter_model.safetensors: cannot be read": [model, "--memo", broken],
         "peft_type is not LORA": [model, "--memo", kind],
-        "--memo-executive and --memo-name need --memo": [model, "--memo-name", "x"],
+        "--memo-executive, --memo-name and --memo-merged need --memo": [model, "--memo-name", "x"],
+        "--memo-merged: merges a LoRA adapter": [model, "--memo", "http://h/v1#m", "--memo-merged"],
+        "wide: is an adapter of another base": [model, "--memo", wide, "--memo-merged"],
+        "--port x: must be a number": [model, "--memo", good, "--memo-merged", "--", "--port", "x"],
         "nothing to remember with": [model],
         "--engine llama: one of vllm, sglang": [model, "--memo", good, "--engine", "llama"],
         "--load-format is set by mem-triton serve": [model, "--memo", good, "--", "--load-format=auto"],
@@ -155,8 +192,8 @@ def test_what_cannot_start_is_one_line_that_names_it(model, tmp_path, monkeypatc
 
 ENGINE = """
 import os, signal, sys, time
-print(open(os.environ["MEM_TRITON_CONFIG"]).read(), *sys.argv[1:], flush=True)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+print(open(os.environ["MEM_TRITON_CONFIG"]).read(), *sys.argv[1:], flush=True)
 time.sleep(60)
 """
 

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mem_triton.systems.lora import files_digest
 from mem_triton.systems.memo.merging.adapters import merged_delta, modules_of, parts_of, read_adapters
 from mem_triton.systems.memo.merging.arithmetic import MergeError, MergeRecipe
 from mem_triton.systems.memo.merging.checkpoints import ModelTensors, copy_rest, new_folder, write_record
@@ -39,7 +40,8 @@ def merge_into_base(recipe: MergeRecipe, folders: list[Path], base: Path, out: P
             save_file(tensors, made / file, metadata={"format": "pt"})
         copy_rest(model, made)
         told = {"tensors": len(model.names), "changed": len(modules)}
-        write_record(made, recipe, folders, base, told)
+        digests = [files_digest(str(folder)) for folder in folders]
+        write_record(made, recipe, folders, base, {**told, "digests": digests})
     return told
 
 
