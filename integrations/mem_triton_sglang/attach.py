@@ -14,7 +14,6 @@ from typing import Any
 from sglang.srt.layers.linear import QKVParallelLinear
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
-from sglang.srt.model_executor.forward_context import get_attn_backend
 from torch import Tensor, nn
 
 from mem_triton.config import ConfigError
@@ -25,6 +24,7 @@ from mem_triton.systems.delta_mem.folding import fold
 from mem_triton.systems.delta_mem.layer_memory import DeltaMemory, has_launches
 from mem_triton.systems.engine import EngineShape
 from mem_triton_sglang.states import DeltaStates
+from mem_triton_sglang.step import current_step
 
 logger = logging.getLogger("sglang.mem_triton")
 
@@ -146,7 +146,7 @@ def _advance(
     reads: Tensor,
 ) -> None:
     try:
-        states.advance(layer, projections, gate_bias, reads, getattr(get_attn_backend(), "mem_step", None))
+        states.advance(layer, projections, gate_bias, reads, current_step())
     except Exception as error:
         reads.zero_()
         lose(error)
@@ -162,9 +162,8 @@ def _prepare(
     reads: Tensor,
     rounded: Tensor,
 ) -> None:
-    step = getattr(get_attn_backend(), "mem_step", None)
     try:
-        states.prepare(layer, qkv, projections, gate_bias, reads, rounded, step)
+        states.prepare(layer, qkv, projections, gate_bias, reads, rounded, current_step())
     except Exception as error:
         reads.zero_()
         rounded.zero_()

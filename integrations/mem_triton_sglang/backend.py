@@ -64,7 +64,8 @@ def create(runner: Any) -> AttentionBackend:
 class BackendWithMemory(AttentionBackend):
     """Overrides a stock backend: adds to its result what rows read of memory.
 
-    mem_step: the step that runs, or is captured, now. mem_planned: what stays between steps, by layer.
+    mem_step: the step that runs, or is captured, now; others have it from ``step.current_step``. mem_planned: what
+    stays between steps, by layer.
     """
 
     needs_cpu_seq_lens = True

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from sglang.srt.model_executor.forward_context import get_attn_backend
 from torch import Tensor
 
 from mem_triton.ops.memory_attention.planned import Plans
@@ -23,6 +24,11 @@ class Step:
     max_query_len: int
     captured: bool = False
     plans: Plans = field(default_factory=dict)
+
+
+def current_step() -> Step | None:
+    """Find the step that runs, or is captured, now: None while the attention backend is not ours."""
+    return getattr(get_attn_backend(), "mem_step", None)
 
 
 class StepBuilder:

@@ -56,7 +56,7 @@ class BuilderWithMemory(AttentionMetadataBuilder):
             kind = type(layer.impl)
             if kind not in layouts:
                 layouts[kind] = layout_of_cache(name, layer, kv_cache_spec, device)
-            layer.impl.mem_layout = layouts[kind]
+            layer.impl.mem_set_layout(layouts[kind])
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
@@ -77,7 +77,7 @@ class AttentionWithMemory(AttentionImpl):
 
     mem_batch: which rows of the step read memory; None until ``mem_connect``. mem_segments: what this layer reads
     besides its context, None for nothing. mem_policy: how; None leaves that to each step's batch. mem_layout: how the
-    KV cache lies, said by the builder. mem_planned: what stays between steps.
+    KV cache lies; None until ``mem_set_layout``. mem_planned: what stays between steps.
     """
 
     mem_batch: BatchMemory | None = None
@@ -90,6 +90,10 @@ class AttentionWithMemory(AttentionImpl):
         """Read memory from now on; vLLM has built this object before there was any."""
         self.mem_batch, self.mem_segments, self.mem_policy = batch, segments, policy
         self.mem_planned = PlannedLayer()
+
+    def mem_set_layout(self, layout: CacheLayout) -> None:
+        """Read the KV cache as ``layout`` says from now on; vLLM knows of the cache after it has built this object."""
+        self.mem_layout = layout
 
     def forward(
         self,

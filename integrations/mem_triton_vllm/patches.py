@@ -118,8 +118,9 @@ PATCHES: tuple[EnginePatch, ...] = (
         kind="object",
         sites=("backend.add_to: attention.attn_backend", "backend.add_to: impl.__class__"),
         what="In a worker whose configuration has a bank, each attention layer's backend and implementation get "
-        "subclasses of the classes that vLLM has chosen. Steps in which no row reads memory call the stock methods "
-        "and nothing else.",
+        "subclasses of the classes that vLLM has chosen. Their methods mem_connect and mem_set_layout say what is "
+        "read and how the KV cache lies: vLLM builds these objects before either is known. Steps in which no row "
+        "reads memory call the stock methods and nothing else.",
         why="Rows that read memory attend to it and to their context in one softmax.",
         upstream="A backend of one's own replaces vLLM's choice instead of adding to it, and the CPU platform takes "
         "none.",
@@ -165,13 +166,12 @@ PATCHES: tuple[EnginePatch, ...] = (
         until="A plugin may add rows to a merged projection.",
     ),
     EnginePatch(
-        target="attention layers: impl.mem_batch, impl.mem_segments, impl.mem_policy, impl.mem_layout",
+        target="attention metadata: mem_triton",
         kind="object",
         sites=("backend.BuilderWithMemory.*",),
-        what="A layer's attention is told which pages and segments it reads, how its batches are computed, and whom "
-        "to tell of an exception.",
-        why="vLLM builds the backend's objects itself, before the memory is there.",
-        upstream="A backend's constructor gets no argument of a plugin's.",
+        what="A step's metadata say where its rows' contexts lie, in the form that memory attention reads.",
+        why="The stock builder's own fields differ from backend to backend.",
+        upstream="CommonAttentionMetadata, which all builders get, does not reach the implementations.",
         until="It does.",
     ),
     EnginePatch(

@@ -15,6 +15,7 @@ from mem_triton.ops.delta_rule import DeltaRuleSpec
 from mem_triton.ops.tuning.delta_rule import DeltaRuleConfig
 from tests.ops.inputs_case import InputsCase, assert_inputs_match, make_inputs
 from tests.support.interp import sanitize
+from tests.support.pairwise import pairs
 from tests.support.places import device_of, everywhere, interpreted, on_gpu
 
 CONFIG = DeltaRuleConfig(max_recurrent=8, rows=8, warps=1, chunk=4, chunk_rows=4, maps_warps=1)
@@ -155,11 +156,19 @@ def test_fault16_rows_frozen_at_zeros_keep_every_bit_of_the_projection(place, ba
     assert wrote.states.state_cache.any(), "control: such rows have something to write"
 
 
-@pytest.mark.parametrize("queries,computed", [([1, 1, 0, 1], [3, 8, 5, 0]), ([6, 1, 0, 9], [3, 8, 5, 0]), ([0], [2])])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("corrects,norms,rotated", [("q", True, 16), ("qkv", False, 8), ("", True, 0), ("v", False, 0)])
+ORACLE = {"decode": ([1, 1, 0, 1], [3, 8, 5, 0]), "mixed": ([6, 1, 0, 9], [3, 8, 5, 0]), "empty": ([0], [2])}
+
+
+@pairs(
+    {
+        "batch": list(ORACLE),
+        "dtype": [torch.float32, torch.bfloat16],
+        "corrects,norms,rotated": [("q", True, 16), ("qkv", False, 8), ("", True, 0), ("v", False, 0)],
+    }
+)
 @everywhere
-def test_against_the_oracle(place, queries, computed, dtype, corrects, norms, rotated):
+def test_against_the_oracle(place, batch, dtype, corrects, norms, rotated):
+    queries, computed = ORACLE[batch]
     case = make_inputs(
         DeltaRuleSpec(8, 2),
         queries,

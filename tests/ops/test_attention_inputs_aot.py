@@ -10,10 +10,14 @@ import torch
 
 from mem_triton.ops.attention_inputs import HeadInputs
 from mem_triton.ops.delta_rule import DeltaRuleSpec, StateBatch
-from tests.support.aot import TARGETS, Resources, check_budget, check_traffic, compile_for, types_of
-from tests.support.aot_suite import Suite, needs_the_compiler
-
-pytestmark = [needs_the_compiler, pytest.mark.kernels]
+from tests.support.aot import TARGETS, Resources, check_traffic, compile_for, types_of
+from tests.support.aot_suite import (  # noqa: F401
+    Budget,
+    Suite,
+    pytest_generate_tests,
+    pytestmark,
+    test_compiles_within_budget,
+)
 
 LAYERS = {  # query heads, KV heads, head size, norms, corrected parts, state
     "qwen3-4b": (32, 8, 128, True, "q", DeltaRuleSpec(8, 1)),
@@ -94,12 +98,12 @@ def integer(name: str, value: int) -> str:
     return "i32" if value % 16 or name == "num_rows" else "i32:16"
 
 
-suite = Suite(compile_case, CASES, always=[Case("llama3-8b", True, target) for target in ("sm90", "gfx942")])
+def budget_of(case: Case) -> Budget:
+    return Budget(REGISTERS[case.layer], 48 << 10, OCCUPANCY[case.layer])
 
 
-@suite.each
-def test_compiles_within_budget(case: Case):
-    check_budget(suite[case], REGISTERS[case.layer], 48 << 10, occupancy=OCCUPANCY[case.layer])
+ALWAYS = [Case("llama3-8b", True, target) for target in ("sm90", "gfx942")]
+suite = Suite(compile_case, CASES, budget_of, ALWAYS)
 
 
 @pytest.mark.parametrize("target", ["sm90", "gfx942"])

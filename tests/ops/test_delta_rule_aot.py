@@ -8,10 +8,15 @@ from typing import NamedTuple
 import pytest
 
 from mem_triton.ops.delta_rule import DeltaRuleSpec
-from tests.support.aot import EXCESS, SPILLS, TARGETS, Resources, check_budget, check_traffic, compile_for
-from tests.support.aot_suite import Suite, needs_the_compiler
-
-pytestmark = [needs_the_compiler, pytest.mark.kernels]
+from tests.support.aot import SPILLS, TARGETS, Resources, compile_for
+from tests.support.aot_suite import (  # noqa: F401
+    Budget,
+    Suite,
+    pytest_generate_tests,
+    pytestmark,
+    test_compiles_within_budget,
+    test_reads_and_writes_what_it_must,
+)
 
 RANKS = (4, 8, 16, 32)
 KERNELS = ("recurrent", "activate", "chunk_maps", "chunk_scan")
@@ -113,18 +118,17 @@ def compile_case(case: Case, **options) -> Resources:
     return compile_for(case.target, kernel, arguments, constants, num_warps=warps, **launch.OPTIONS, **options)
 
 
-suite = Suite(compile_case, CASES)
+def budget_of(case: Case) -> Budget:
+    return Budget(
+        REGISTER_BUDGET[case.rank],
+        SHARED_BUDGET,
+        OCCUPANCY[case.kernel][case.rank],
+        least=least_bytes(case),
+        turns=CHUNK_TURNS,
+    )
 
 
-@suite.each
-def test_compiles_within_budget(case: Case):
-    result = suite[case]
-    check_budget(result, REGISTER_BUDGET[case.rank], SHARED_BUDGET, occupancy=OCCUPANCY[case.kernel][case.rank])
-
-
-@suite.each
-def test_reads_and_writes_what_it_must(case: Case):
-    check_traffic(suite[case], least_bytes(case), turns=CHUNK_TURNS, excess=EXCESS)
+suite = Suite(compile_case, CASES, budget_of)
 
 
 @pytest.mark.parametrize("rank", RANKS)

@@ -15,17 +15,12 @@ from tests.ops.attention_case import FP8, INT8, make_case
 from tests.support.aot import (
     TARGETS,
     Resources,
-    check_budget,
-    check_matrix,
-    check_no_padding,
     check_prefetch,
-    check_traffic,
     compile_for,
     types_of,
 )
-from tests.support.aot_suite import Suite, needs_the_compiler
-
-pytestmark = [needs_the_compiler, pytest.mark.kernels]
+from tests.support.aot_suite import *  # noqa: F403
+from tests.support.aot_suite import Budget, Suite
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SHARED_BUDGET = {"sm80": 163, "sm90": 227, "sm100": 227, "gfx942": 64}  # KiB that one program can have
@@ -124,33 +119,24 @@ def integer(name: str, value: int) -> str:
     return "i32:16" if aligned else "i32"
 
 
-suite = Suite(compile_case, CASES)
-
-
-@suite.each
-def test_compiles_within_budget(case: Case):
-    result = suite[case]
-    check_budget(
-        result,
+def budget_of(case: Case) -> Budget:
+    return Budget(
         REGISTER_BUDGET.get(case.target, 255),
         SHARED_BUDGET[case.target] * 1024,
-        spills=SPILL_BUDGET,
-        occupancy=OCCUPANCY.get(case.target, 8),
+        OCCUPANCY.get(case.target, 8),
+        SPILL_BUDGET,
+        least_bytes(case),
+        pads=False,
+        matrix=(config_of(case).block_m, case.dtype.itemsize),
     )
 
 
-@suite.each
-def test_reads_and_writes_what_it_must(case: Case):
-    check_traffic(suite[case], least_bytes(case))
-    check_no_padding(suite[case])
+suite = Suite(compile_case, CASES, budget_of)
 
 
-@suite.each
-def test_takes_the_widest_matrix_instruction(case: Case):
-    check_matrix(suite[case], case.target, config_of(case).block_m, case.dtype.itemsize)
-
-
-@suite.of(lambda case: case.target in ("sm80", "sm90") and case.memory == BF16 and case.size <= 128)
+@pytest.mark.parametrize(
+    "case", suite.of(lambda case: case.target in ("sm80", "sm90") and case.memory == BF16 and case.size <= 128)
+)
 def test_keys_are_on_their_way_while_others_are_multiplied(case: Case):
     """Those of the next tile, of shared segment, pages and context; and three splits where blocks are small."""
     merge = (4,) if config_of(case).merge_stages(case.size) > 1 else ()

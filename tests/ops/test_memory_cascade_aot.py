@@ -15,16 +15,13 @@ from tests.ops.attention_case import make_case
 from tests.support.aot import (
     TARGETS,
     Resources,
-    check_budget,
     check_matrix,
     check_no_padding,
-    check_traffic,
     compile_for,
     types_of,
 )
-from tests.support.aot_suite import Suite, needs_the_compiler
-
-pytestmark = [needs_the_compiler, pytest.mark.kernels]
+from tests.support.aot_suite import *  # noqa: F403
+from tests.support.aot_suite import Budget, Suite
 
 DATA = {
     "fp32": torch.float32,
@@ -125,29 +122,21 @@ def integer(name: str, value: int) -> str:
 
 
 LSE_STRIDES = {f"{name}{head}" for name in ("stride_lse", "stride_a", "stride_b") for head in ("", "_head")}
-suite = Suite(compile_case, CASES, always=[Case("sm90", "shared", BATCH, size, "bf16", "bf16") for size in (80, 128)])
 
 
-@suite.each
-def test_compiles_within_budget(case: Case):
-    result = suite[case]
-    check_budget(
-        result,
+def budget_of(case: Case) -> Budget:
+    return Budget(
         512 if case.target == "gfx942" else REGISTERS,
         SHARED_BUDGET[case.target] * 1024,
-        occupancy=OCCUPANCY.get(case.target, 8),
+        OCCUPANCY.get(case.target, 8),
+        least=least_bytes(case),
+        pads=False,
+        matrix=None if case.kernel == "merge" else (config_of(case).block_m, DATA[case.query].itemsize),
     )
 
 
-@suite.each
-def test_reads_and_writes_what_it_must(case: Case):
-    check_traffic(suite[case], least_bytes(case))
-    check_no_padding(suite[case])
-
-
-@suite.of(lambda case: case.kernel != "merge")
-def test_takes_the_widest_matrix_instruction(case: Case):
-    check_matrix(suite[case], case.target, config_of(case).block_m, DATA[case.query].itemsize)
+ALWAYS = [Case("sm90", "shared", BATCH, size, "bf16", "bf16") for size in (80, 128)]
+suite = Suite(compile_case, CASES, budget_of, ALWAYS)
 
 
 def test_a_spill_is_seen():

@@ -5,12 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-import pytest
-
-from tests.support.aot import TARGETS, Resources, check_budget, check_matrix, check_traffic, compile_for
-from tests.support.aot_suite import Suite, needs_the_compiler
-
-pytestmark = [needs_the_compiler, pytest.mark.kernels]
+from tests.support.aot import TARGETS, Resources, compile_for
+from tests.support.aot_suite import *  # noqa: F403
+from tests.support.aot_suite import Budget, Suite
 
 REGISTER_BUDGET = 255  # a reference's program is alone on its multiprocessor more often than not; spills would hurt
 OCCUPANCY = 8  # warps at a time
@@ -47,27 +44,18 @@ def compile_case(case: Case) -> Resources:
     return compile_for(case.target, kernel, arguments, constants, num_warps=warps, **launch.OPTIONS)
 
 
-suite = Suite(compile_case, CASES)
-
-
-@suite.each
-def test_compiles_within_budget(case: Case):
-    result = suite[case]
-    check_budget(result, REGISTER_BUDGET, SHARED_BUDGET, occupancy=OCCUPANCY)
-
-
-@suite.each
-def test_reads_and_writes_what_it_must(case: Case):
+def budget_of(case: Case) -> Budget:
     """Keys come from the L1 cache again with every step of queries: logits of all tokens would not fit a program. The
     last step of channels may be masked in part, which only the kernel's loop counter tells."""
     from mem_triton.ops.memory_selection.launch import QUERIES
 
     item = 4 if case.dtype == "fp32" else 2
     channels = -(-case.head_dim * item // 64) * 64
-    result = suite[case]
     least = {"q": (0, QUERIES * channels), "k": (0, case.tokens * channels), "out": (case.tokens * 4, 0)}
-    check_traffic(result, least)
-    check_matrix(result, case.target, QUERIES, item)
+    return Budget(REGISTER_BUDGET, SHARED_BUDGET, OCCUPANCY, least=least, matrix=(QUERIES, item))
+
+
+suite = Suite(compile_case, CASES, budget_of)
 
 
 def test_a_new_length_needs_no_new_kernel():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-import pytest
-
-from tests.support.aot import TARGETS, Resources, check_budget, check_traffic, compile_for
-from tests.support.aot_suite import Suite, needs_the_compiler
-
-pytestmark = [needs_the_compiler, pytest.mark.kernels]
+from tests.support.aot import TARGETS, Resources, compile_for
+from tests.support.aot_suite import (  # noqa: F401
+    Budget,
+    Suite,
+    pytest_generate_tests,
+    pytestmark,
+    test_compiles_within_budget,
+    test_reads_and_writes_what_it_must,
+)
 
 REGISTER_BUDGET = 64  # eight programs of 128 threads fill a multiprocessor
 OCCUPANCY = 32  # warps at a time, eight on each scheduler
@@ -50,17 +53,7 @@ def compile_case(case: Case) -> Resources:
     return compile_for(case.target, kernel, arguments, constants, **launch.OPTIONS)
 
 
-suite = Suite(compile_case, CASES)
-
-
-@suite.each
-def test_compiles_within_budget(case: Case):
-    result = suite[case]
-    check_budget(result, REGISTER_BUDGET, SHARED_BUDGET, occupancy=OCCUPANCY)
-
-
-@suite.each
-def test_reads_and_writes_what_it_must(case: Case):
+def budget_of(case: Case) -> Budget:
     from mem_triton.ops.reposition import launch
 
     fixed = launch.constants(PAGE_SIZE, case.head_dim, case.rotary_dim, interleaved=False)
@@ -68,4 +61,7 @@ def test_reads_and_writes_what_it_must(case: Case):
     least = {"source": (moved, 0), "pool": (moved, 0)}
     if case.rotary_dim:
         least |= {"quarter_turns": (fixed["HALF"] * 8, 0), "positions": (fixed["TOKENS"] * 4, 0)}
-    check_traffic(suite[case], least)
+    return Budget(REGISTER_BUDGET, SHARED_BUDGET, OCCUPANCY, least=least)
+
+
+suite = Suite(compile_case, CASES, budget_of)

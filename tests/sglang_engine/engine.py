@@ -21,6 +21,8 @@ from tests.support.zygote import SPAWN, Zygote
 
 TIMEOUT = 600.0  # seconds of a case
 MODULES = ("sglang", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler")
+READ_BEFORE = ("SGLANG_", "TORCH", "TRITON_")
+"""How the variables begin that are read when SGLang is imported."""
 DEFAULTS = {
     "device": "cpu",
     "dtype": "float32",
@@ -75,8 +77,9 @@ def run_engine(
     memory: the mem_triton section, None for the stock engine. tamper: "module:function" that breaks something on
     purpose. fails: the engine must not start, or die; returns its output instead.
     """
-    options = {"model_path": str(model), **DEFAULTS, **engine}
-    set_before, env = tuple(sorted((env or {}).items())), environment(**(env or {}))
+    options = {"model_path": str(model), **DEFAULTS, "sleep_on_idle": True, **engine}  # else an idle one takes a core
+    set_before = tuple(sorted(item for item in (env or {}).items() if item[0].startswith(READ_BEFORE)))
+    env = environment(**(env or {}))
     if memory is not None:
         options["attention_backend"] = "mem_triton"
         env["MEM_TRITON_CONFIG"] = str(write_config(memory))

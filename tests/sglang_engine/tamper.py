@@ -65,6 +65,13 @@ def no_pinned_memory() -> None:
     torch.Tensor.pin_memory = lambda self, device=None: self
 
 
+def retract_often() -> None:
+    """Not a control: SGLang's own variable for its tests, SGLANG_TEST_RETRACT, which it reads when it is imported."""
+    from sglang.srt.managers import scheduler
+
+    scheduler.TEST_RETRACT = True
+
+
 def no_front_end() -> None:
     """The process that takes requests knows nothing of memory."""
     from mem_triton_sglang import hooks

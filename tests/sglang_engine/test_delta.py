@@ -65,9 +65,8 @@ def test_every_family_and_kind_of_adapter(tmp_path, prompts, family):
 @pytest.mark.slow
 def test_retracted_requests_resume_right(bench, prompts):
     asked = [p * 2 if len(p) < 50 else p for p in prompts]
-    result = run_engine(
-        bench.model, [[request(p, 60) for p in asked]], memory=bench.memory, env={"SGLANG_TEST_RETRACT": "1"}
-    )
+    often = "tests.sglang_engine.tamper:retract_often"
+    result = run_engine(bench.model, [[request(p, 60) for p in asked]], memory=bench.memory, tamper=often)
     assert sum(answer["retractions"] for answer in result["rounds"][0]) > 0
     assert tokens(result) == [bench.fresh(p, 60) for p in asked]
 

@@ -34,7 +34,7 @@ def test_retracted_requests_find_their_memory_and_their_state_again(memory_bench
     names = [("alpha",), (), ("beta",), ("gamma",), ("alpha", "beta"), ()]
     prompts = [PROMPTS[i % 4] for i in range(6)]
     batch = [ask(p, 60, *n) for p, n in zip(prompts, names, strict=True)]
-    result = run_engine(m.model, [batch], memory={**bench.memory, **m.section()}, env={"SGLANG_TEST_RETRACT": "1"})
+    result = run_engine(m.model, [batch], memory={**bench.memory, **m.section()}, tamper=f"{TAMPER}:retract_often")
     assert tokens(result) == [scenarios.answer(bench, m, p, *n, count=60) for p, n in zip(prompts, names, strict=True)]
     assert sum(a["retractions"] for a in result["rounds"][0]) > 0
 

@@ -45,7 +45,8 @@ def test_a_retracted_request_is_kept_whole(memory_bench):
         [ask(text, 60, mem_capture=f"back-{i}") for i, text in enumerate(texts)],
         [ask(PROMPTS[0], 12, f"capture:back-{i}") for i in range(4)],
     ]
-    result = run_engine(b.model, rounds, memory=b.section(capture="own"), env={"SGLANG_TEST_RETRACT": "1"})
+    often = "tests.sglang_engine.tamper:retract_often"
+    result = run_engine(b.model, rounds, memory=b.section(capture="own"), tamper=often)
     assert sum(answer["retractions"] for answer in result["rounds"][0]) > 0
     assert tokens(result) == [b.generate(text, 60) for text in texts]
     assert tokens(result, 1) == [b.generate(text + PROMPTS[0]) for text in texts]

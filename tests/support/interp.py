@@ -14,7 +14,7 @@ loaded from memory, 3.9 a mask that combines a block with a scalar.
 ``sanitize`` reports, per launch:
 
     oob     an active lane reads or writes outside every tensor that the launch was given
-    race    two programs touch the same byte, at least one of them writing, not both atomically; but a program that
+    race    two programs touch the same element, at least one of them writing, not both atomically; but a program that
             acquires what another released (atomics of the same address) may touch what that one touched before
     dup     one store writes different values to one address
     poison  (no finding) lanes masked off without ``other=`` read NaN or a huge integer instead of 0, so that a kernel
@@ -26,6 +26,7 @@ and runs the programs in the order asked for: forward, reverse or shuffle. Bad l
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import sys
@@ -237,7 +238,7 @@ def _apart(arguments: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 @dataclass
 class _Sanitizer:
-    """State of one ``sanitize`` block; the byte maps are per launch."""
+    """State of one ``sanitize`` block; the maps of elements are per launch."""
 
     poison: bool
     order: str
@@ -256,24 +257,26 @@ class _Sanitizer:
                 last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
                 low, size = value.data_ptr(), value.element_size()
                 self.arguments.append(_Argument(name, low, low + (last + 1) * size, size))
-        merged: list[list[int]] = []  # byte ranges; overlapping views become one
-        for low, high in sorted((a.low, a.high) for a in self.arguments):
+        merged: list[list[int]] = []  # byte ranges and element sizes; overlapping views become one, by common parts
+        for low, high, size in sorted((a.low, a.high, a.element_size) for a in self.arguments):
             if merged and low < merged[-1][1]:
-                merged[-1][1] = max(merged[-1][1], high)
+                first, end, element = merged[-1]
+                merged[-1][1:] = max(end, high), math.gcd(element, size, low - first)
             else:
-                merged.append([low, high])
-        self.low = np.array([low for low, _ in merged], np.uint64)
-        self.high = np.array([high for _, high in merged], np.uint64)
-        self.base = np.concatenate([[0], np.cumsum([high - low for low, high in merged])]).astype(np.int64)
-        # per byte: the program that wrote it, read it, used it atomically; -1 = none, -2 = several readers
+                merged.append([low, high, size])
+        self.low, self.high, self.element = np.array(merged, np.uint64).reshape(-1, 3).T.copy()
+        self.base = np.concatenate([[0], np.cumsum([(high - low) // size for low, high, size in merged])])
+        self.base = self.base.astype(np.int64)
+        # per element: the program that wrote it, read it, used it atomically; -1 = none, -2 = several readers
         self.writer, self.reader, self.atomic = (np.full(int(self.base[-1]), -1, np.int32) for _ in range(3))
-        # happens-before through atomics: how often a program released, after how many releases a byte was written,
+        # happens-before through atomics: how often a program released, after how many releases an element was written,
         # what was released through an address, and up to which release a program knows each other one
         self.releases: dict[int, int] = {}
         self.written_at = np.zeros(int(self.base[-1]), np.int32)
-        self.loads: list[tuple[int, int, np.ndarray]] = []  # of a program, after how many of its releases, which bytes
+        self.loads: list[tuple[int, int, np.ndarray]] = []  # of a program, after how many of its releases, what
         self.released: dict[int, dict[int, int]] = {}
         self.known: dict[int, dict[int, int]] = {}
+        self.unordered: tuple[Any, np.ndarray, int] = (None, self.writer, 0)  # see _read_by_others
 
     def access(self, kind: str, pointers, mask, size: int, value=None) -> np.ndarray:
         """Record one load, store or atomic; returns the mask without the lanes that are out of bounds."""
@@ -293,12 +296,16 @@ class _Sanitizer:
         if kind == "store" and addresses.size > 1:
             self._check_duplicates(addresses, np.broadcast_to(value, pointers.shape)[mask])
         if addresses.size:
-            offsets = (addresses - self.low[region]).astype(np.int64) + self.base[region]
-            for byte in range(size):
-                self._check_race(kind, addresses, offsets + byte)
+            offsets, element = addresses - self.low[region], self.element[region]
+            first = (offsets // element).astype(np.int64) + self.base[region]
+            last = ((offsets + np.uint64(size - 1)) // element).astype(np.int64) + self.base[region]
+            for part in range(int((last - first).max()) + 1):  # more than one where a pointer was cast
+                self._check_race(kind, addresses, np.minimum(first + part, last))
         return mask
 
     def _check_duplicates(self, addresses: np.ndarray, values: np.ndarray) -> None:
+        if (addresses[1:] > addresses[:-1]).all():
+            return
         order = np.argsort(addresses, kind="stable")
         same = addresses[order][1:] == addresses[order][:-1]
         bits = values.view(_NUMPY_BITS[values.dtype.itemsize])[order]
@@ -324,14 +331,24 @@ class _Sanitizer:
         others_read = (reader == -2) | ((reader >= 0) & (reader != me))
         known = self.known.get(me, {})
         if known and others_read.any():  # who read before what they released, which this program acquired, is through
-            before = [read for other, count, read in self.loads if other != me and count >= known.get(other, 0)]
-            others_read &= np.isin(at, np.concatenate(before)) if before else False
+            others_read &= self._read_by_others(me, known)[at]
         conflict(others_read, f"{kind} to what another program of this launch read")
         if kind == "store":
             conflict((atomic >= 0) & (atomic != me), "plain store over another program's atomic")
             self.writer[at], self.written_at[at] = me, self.releases.get(me, 0)
         else:
             self.atomic[at] = me
+
+    def _read_by_others(self, me: int, known: dict[int, int]) -> np.ndarray:
+        """Whether another program read an element, and released nothing since that this one acquired."""
+        key, read, seen = self.unordered
+        if key != (me, known):
+            key, read, seen = (me, dict(known)), np.zeros(len(self.writer), bool), 0
+        for other, count, at in self.loads[seen:]:
+            if other != me and count >= known.get(other, 0):
+                read[at] = True
+        self.unordered = key, read, len(self.loads)
+        return read
 
     def synchronise(self, pointers, mask, semantics: str) -> None:
         """Order this program behind those that released through the same addresses, and later ones behind it."""

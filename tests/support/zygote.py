@@ -9,6 +9,7 @@ that ask for a ``fresh`` one, and for ``MEM_TRITON_TEST_SPAWN=1``, with which al
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -134,6 +135,8 @@ class Forks:
 def main() -> None:
     for module in sys.argv[1:]:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # or every fork's collector, which engines call several times, looks at all that was imported
     forks, answers = Forks(), os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         method, argument = json.loads(line)

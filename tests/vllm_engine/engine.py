@@ -29,7 +29,13 @@ MODULES = (
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.models.llama",
     "transformers.models.llama",
+    *("compressed_tensors.compressors", "compressed_tensors.quantization", "compressed_tensors.transform"),
+    *("loguru", "usearch", "vllm.entrypoints.launchers.run_batch", "vllm.entrypoints.llm", "vllm.renderers.hf"),
+    *("vllm.v1.core.sched.scheduler", "vllm.v1.engine.async_llm", "vllm.v1.attention.backends.cpu_attn"),
+    "vllm.model_executor.layers.quantization.compressed_tensors.utils",
+    "vllm.model_executor.layers.quantization.online.base",
 )
+"""What engines import sooner or later, but for numba, whose modules vLLM's start trips over."""
 DEFAULTS = {
     "enforce_eager": True,
     "max_model_len": 512,
@@ -40,6 +46,7 @@ DEFAULTS = {
     "enable_prefix_caching": True,
     "disable_log_stats": False,
     "gpu_memory_utilization": 0.3,
+    "num_gpu_blocks_override": 512,  # a GiB of zeros takes longer to write than a case's requests to run
 }
 
 

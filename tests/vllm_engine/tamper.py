@@ -71,6 +71,21 @@ def no_memory_in_block_keys() -> None:
     block_keys.memory_keys = lambda carried, start, end: (("mem_triton", ()),)
 
 
+def show_code() -> None:
+    """Not a control: the code that torch's compiler makes is printed."""
+    import torch
+
+    torch._logging.set_logs(output_code=True)
+
+
+def show_code_as_on_a_gpu() -> None:
+    """Not a control: the same, wired as on a GPU."""
+    from tests.support.kernels_on_cpu import as_on_a_gpu
+
+    show_code()
+    as_on_a_gpu()
+
+
 def captures_of_other_blocks() -> None:
     from mem_triton_vllm import v1_runner
 

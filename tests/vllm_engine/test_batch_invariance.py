@@ -84,12 +84,11 @@ def test_attention_is_told(monkeypatch):
     monkeypatch.setattr(backend, "memory_attention", lambda *args, policy, **options: seen.append(policy))
     layer = backend.implementation_with_memory(Stock)()
     layer.num_heads, layer.head_size, layer.scale = 2, 32, 1.0
-    layer.mem_batch, layer.mem_layout = BatchMemory(), CacheLayout(32)
-    layer.mem_segments = SimpleNamespace(read=lambda rows: {})
+    layer.mem_set_layout(CacheLayout(32))
     tensors = [torch.zeros(1, 64) for _ in range(3)]
     step = backend.Step(1, 1, *(torch.zeros(1, dtype=torch.int32) for _ in range(3)))
     for policy in (None, Policy(batch_invariant=True)):
-        layer.mem_policy = policy
+        layer.mem_connect(BatchMemory(), SimpleNamespace(read=lambda rows: {}), policy)
         metadata = SimpleNamespace(mem_triton=step)
         layer.forward(SimpleNamespace(), *tensors, torch.zeros(1, 2, 16, 64), metadata, torch.zeros(1, 64))
     assert seen == [Policy(batch_invariant=True)] and layer.stock_calls == 1

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import pytest
 
 from tests.support.cases import request
-from tests.vllm_engine.engine import ROOT, environment, run_engine
+from tests.vllm_engine.engine import run_engine, run_python
 
 pytestmark = pytest.mark.engine
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return run_python(["-c", code], "v1", env)
+
 
 UNPATCHED = """
 import vllm.v1.worker.gpu_model_runner as runner, vllm.v1.core.kv_cache_utils as hashing
@@ -38,7 +42,8 @@ assert snapshot() == after, "registering twice changes nothing"
 
 
 def test_without_the_flag_only_two_constructors_and_the_block_hash_look():
-    subprocess.run([sys.executable, "-c", UNPATCHED], check=True, env=environment(), cwd=ROOT)
+    result = python(UNPATCHED)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 FOREIGN = """
@@ -56,8 +61,7 @@ with pytest.raises(RuntimeError, match=r"lacks what mem_triton builds on.* vllm>
 
 
 def test_a_foreign_vllm_keeps_working_and_refuses_the_load_format():
-    env = environment(VLLM_PLUGINS="")
-    result = subprocess.run([sys.executable, "-c", FOREIGN], capture_output=True, text=True, env=env, cwd=ROOT)
+    result = python(FOREIGN, VLLM_PLUGINS="")
     assert result.returncode == 0, result.stderr[-2000:]
 
 
@@ -82,8 +86,7 @@ assert not TOUCH_POINTS["op registration"](), "an op that is not registered is s
 
 def test_fault_versions_vllm_may_wrap_what_our_ops_call():
     """With the variable, which vLLM sets itself for some models, it wraps functions before they become ops."""
-    env = environment(VLLM_PLUGINS="", VLLM_USE_BREAKABLE_CUDAGRAPH="1")
-    result = subprocess.run([sys.executable, "-c", BREAKABLE], capture_output=True, text=True, env=env, cwd=ROOT)
+    result = python(BREAKABLE, VLLM_PLUGINS="", VLLM_USE_BREAKABLE_CUDAGRAPH="1")
     assert result.returncode == 0, result.stderr[-2000:]
 
 
@@ -135,8 +138,7 @@ with pytest.raises(KeyboardInterrupt):
 
 def test_fault_versions_no_failure_of_ours_reaches_vllm():
     code = UNPATCHED.partition("before =")[0] + BROKEN
-    env = environment(VLLM_PLUGINS="")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
+    result = python(code, VLLM_PLUGINS="")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "mem_triton is off, --load-format mem_triton cannot be used" in result.stderr + result.stdout
 
