@@ -57,7 +57,7 @@ class Authors:
             out = self._run(out.logits[:, -1:].argmax(-1), out.past_key_values)
         step = (time.perf_counter() - begin) / max(1, output - 1)
         cache = out.past_key_values
-        held = sum(x.numel() * x.element_size() for x in (*cache.key_cache, *cache.value_cache))
+        held = sum(x.numel() * x.element_size() for layer in cache for x in layer)
         return {"prefill": prefill, "step": step, "held": float(held)}
 
     def inject(self, ids: list[int], seed: int, rows: str | None = None) -> float:
@@ -74,7 +74,9 @@ class Authors:
 
     @torch.no_grad()
     def _run(self, ids: torch.Tensor, cache: Any = None) -> Any:
-        return self.model(ids, past_key_values=cache, use_cache=True)
+        from transformers import DynamicCache
+
+        return self.model(ids, past_key_values=DynamicCache() if cache is None else cache, use_cache=True)
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ class Course:
         self.rows = args.pool * args.context
         self.made = made_up.make_model(args.model, folder, torch.float32)
         self.memory = memories.make_memory("memoryllm", self.made, folder / "read", self.rows)
-        longest, most = args.context + OUTPUT + 16, max(args.batches)
+        longest, most = max(256, args.context + OUTPUT + 16), max(args.batches)
         kv = most * longest * memories.kv_bytes_per_token(self.made)
         self.setting = Setting(
             self.made.folder, "float32", longest, most, gpu=False, kv_gib=-(-kv // 2**30), eager=True
