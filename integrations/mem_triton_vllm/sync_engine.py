@@ -205,8 +205,9 @@ class LLMEngineWithMemory(LLMEngine):
 
     def _check_unused(self, key: int, name: str) -> None:
         """Raise VLLMValidationError for an adapter that answers requests in flight: they keep it."""
-        named = [state.lora_request for state in self.output_processor.request_states.values()]
-        named += [one.rest[0][1] for one in self._running.values() if not one.internal_ids]
+        inside = (state.lora_request for state in self.output_processor.request_states.values())
+        waiting = (one.rest[0][1] for one in self._running.values() if not one.internal_ids)
+        named = [*inside, *waiting]
         if users := sum(lora is not None and lora.lora_int_id == key for lora in named):
             raise VLLMValidationError(in_use(name, users), parameter="lora_request")
 

@@ -71,7 +71,9 @@ def serve(
     if show:
         typer.echo(beside.printed(serving) if beside else serving.printed())
     elif beside is not None:
-        beside.made(folder_of(model))
+        from mem_triton.systems.memo.merging.into_base import merged_once
+
+        merged_once(beside.adapter, folder_of(model), beside.folder)
         raise typer.Exit(beside.run(serving))
     else:
         serving.run()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -61,26 +60,6 @@ class Beside:
         start += [str(self.folder)] if self.engine == "vllm" else ["--model-path", str(self.folder)]
         own = ["--served-model-name", NAME, "--host", HOST, "--port", str(self.port)]
         return [*start, *own, *shared(self.more)]
-
-    def made(self, model: Path) -> None:
-        """Write the merged model if it is not there. Raises ConfigError for a folder that holds another one."""
-        from mem_triton.systems.lora import files_digest
-        from mem_triton.systems.memo.merging.arithmetic import MergeError, MergeRecipe
-        from mem_triton.systems.memo.merging.checkpoints import RECORD
-        from mem_triton.systems.memo.merging.into_base import merge_into_base
-
-        if (record := self.folder / RECORD).is_file():
-            try:
-                said = json.loads(record.read_text(encoding="utf-8"))
-            except ValueError:
-                said = {}
-            if said.get("base") == str(model) and said.get("digests") == [files_digest(str(self.adapter))]:
-                return
-            raise ConfigError(f"{self.folder}: holds another merge than {self.adapter} into {model}; remove it")
-        try:
-            merge_into_base(MergeRecipe("linear"), [self.adapter], model, self.folder)
-        except MergeError as error:
-            raise ConfigError(str(error)) from None
 
     def printed(self, serving: Serving) -> str:
         """Lines for a shell that do what ``run`` does, but that both end together."""

@@ -101,20 +101,19 @@ def test_a_merged_memory_model_is_a_second_server_on_the_next_port(model, tmp_pa
 
 
 def test_a_merged_model_is_made_once_and_never_taken_for_another(model, tmp_path):
-    from mem_triton.runtime.serving_beside import Beside
-    from mem_triton.schema import ConfigError
+    from mem_triton.systems.memo.merging.arithmetic import MergeError
+    from mem_triton.systems.memo.merging.into_base import merged_once
 
-    memory = adapter(tmp_path / "a", 8)
-    beside = Beside("vllm", tmp_path / "a-merged", memory)
-    beside.made(model)
-    made = (tmp_path / "a-merged" / "model.safetensors").stat().st_mtime_ns
-    beside.made(model)
-    assert (tmp_path / "a-merged" / "model.safetensors").stat().st_mtime_ns == made
+    memory, out = adapter(tmp_path / "a", 8), tmp_path / "a-merged"
+    merged_once(memory, model, out)
+    made = (out / "model.safetensors").stat().st_mtime_ns
+    merged_once(memory, model, out)
+    assert (out / "model.safetensors").stat().st_mtime_ns == made
     (memory / "adapter_config.json").write_text((memory / "adapter_config.json").read_text() + " ")
-    with pytest.raises(ConfigError, match=r"holds another merge than .*a into .*M; remove it"):
-        beside.made(model)
-    with pytest.raises(ConfigError, match="there already"):
-        Beside("vllm", tmp_path / "M", memory).made(model)
+    with pytest.raises(MergeError, match=r"holds another merge than .*a into .*M; remove it"):
+        merged_once(memory, model, out)
+    with pytest.raises(MergeError, match="there already"):
+        merged_once(memory, model, model)
 
 
 def test_a_memory_model_elsewhere_needs_no_adapter(model):

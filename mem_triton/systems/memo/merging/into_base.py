@@ -9,10 +9,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mem_triton.store.files import read_object
 from mem_triton.systems.lora import files_digest
 from mem_triton.systems.memo.merging.adapters import merged_delta, modules_of, parts_of, read_adapters
 from mem_triton.systems.memo.merging.arithmetic import MergeError, MergeRecipe
-from mem_triton.systems.memo.merging.checkpoints import ModelTensors, copy_rest, new_folder, write_record
+from mem_triton.systems.memo.merging.checkpoints import RECORD, ModelTensors, copy_rest, new_folder, write_record
 
 PREFIX = "base_model.model."
 """What peft puts before the names of a model's modules."""
@@ -43,6 +44,19 @@ def merge_into_base(recipe: MergeRecipe, folders: list[Path], base: Path, out: P
         digests = [files_digest(str(folder)) for folder in folders]
         write_record(made, recipe, folders, base, {**told, "digests": digests})
     return told
+
+
+def merged_once(adapter: Path, base: Path, out: Path) -> None:
+    """Write the base with one adapter into ``out`` unless it is there.
+
+    Raises MergeError for a folder that holds another merge, or something else.
+    """
+    if not (out / RECORD).is_file():
+        merge_into_base(MergeRecipe("linear"), [adapter], base, out)
+        return
+    said = read_object(out / RECORD, "remove the folder", MergeError)
+    if said.get("base") != str(base) or said.get("digests") != [files_digest(str(adapter))]:
+        raise MergeError(f"{out}: holds another merge than {adapter} into {base}; remove it")
 
 
 def _sum(name: str, weight: Tensor, delta: Tensor, base: Path, adapter: Path) -> Tensor:
