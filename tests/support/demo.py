@@ -15,7 +15,6 @@ import psutil
 
 from mem_triton.systems.delta_mem import save_adapter
 from tests.support.models import random_adapter, save_tiny_model, tiny_model
-from tests.support.zygote import SPAWN
 
 ROOT = Path(__file__).parents[2]
 SHORT = tempfile.gettempdir()  # for vLLM's sockets, whose paths may have 107 characters: pytest's folders are longer
@@ -34,14 +33,13 @@ class Demo:
 
     def __init__(self, folder: Path, *options: str, worker: str = "EngineCore") -> None:
         self.log, self.seen, self.worker = folder / "output.txt", set(), worker
-        forked = {} if SPAWN else {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}  # an engine that imports vLLM once
         with self.log.open("w") as log:
             self.process = psutil.Popen(
                 [sys.executable, "-m", "benchmarks.demo", *options],
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **forked, "COLUMNS": "120", "TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": SHORT},
+                env={**os.environ, "COLUMNS": "120", "TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": SHORT},
             )
 
     def until(self, condition: Callable[[], bool], limit: float) -> None:
