@@ -207,8 +207,7 @@ class LLMEngineWithMemory(LLMEngine):
         """Raise VLLMValidationError for an adapter that answers requests in flight: they keep it."""
         inside = (state.lora_request for state in self.output_processor.request_states.values())
         waiting = (one.rest[0][1] for one in self._running.values() if not one.internal_ids)
-        named = [*inside, *waiting]
-        if users := sum(lora is not None and lora.lora_int_id == key for lora in named):
+        if users := sum(lora is not None and lora.lora_int_id == key for lora in (*inside, *waiting)):
             raise VLLMValidationError(in_use(name, users), parameter="lora_request")
 
     def remove_lora(self, lora_id: int) -> bool:

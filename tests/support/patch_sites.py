@@ -44,7 +44,7 @@ class Own:
         nodes = [node for tree in trees for node in ast.walk(tree)]
         self.classes = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
         functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-        self.makers = {f.name for f in functions if self.annotated(f.returns)}
+        self.makers = {f.name for f in functions if self.annotated(f.returns)} - KEEPS
         fields = [n for n in nodes if isinstance(n, ast.AnnAssign) and isinstance(n.target, (ast.Name, ast.Attribute))]
         named = [(n.target.id if isinstance(n.target, ast.Name) else n.target.attr, n.annotation) for n in fields]
         self.attributes = {name for name, annotation in named if self.annotated(annotation)}

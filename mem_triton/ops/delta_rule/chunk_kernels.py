@@ -11,21 +11,16 @@ that a lane keeps a whole state row in registers: sums over RANK need no other l
 import triton
 import triton.language as tl
 
-from mem_triton.ops.delta_rule.chunk_parts import (
+from mem_triton.ops.delta_rule.chunk_kernel_parts import (
     PARTS,
-    dot,
-    filled,
     find_chunk,
     head_parts,
     load_active,
     load_mapped_start,
-    load_row,
     load_start_row,
-    step,
-    store_row,
-    unit_rows,
 )
 from mem_triton.ops.delta_rule.kernel_parts import activate, cell_of
+from mem_triton.ops.delta_rule.kernel_rows import dot, filled, load_row, step, store_row, unit_rows
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

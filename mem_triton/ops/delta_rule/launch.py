@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mem_triton.ops.common.architecture import architecture
+from mem_triton.ops.delta_rule.chunk_kernel_parts import PARTS
 from mem_triton.ops.delta_rule.chunk_kernels import activate_kernel, chunk_maps_kernel, chunk_scan_kernel
-from mem_triton.ops.delta_rule.chunk_parts import PARTS
 from mem_triton.ops.delta_rule.kernels import recurrent_kernel
 from mem_triton.ops.delta_rule.operands import Rule, batch_of, rule_of
 from mem_triton.ops.delta_rule.reference import DeltaRuleSpec
