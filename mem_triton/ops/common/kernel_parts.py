@@ -15,6 +15,20 @@ def tanh(x):
 
 
 @triton.jit
+def find_block(query_start_loc, num_rows, block, TOKENS: tl.constexpr):
+    """Row of block ``block`` of TOKENS tokens, and its number in it: row n owns those from start[n] // TOKENS + n on.
+
+    That is enough for each row, and depends on no length but those before it.
+    """
+    low, high = 0, num_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        after = tl.load(query_start_loc + middle) // TOKENS + middle <= block
+        low, high = tl.where(after, middle, low), tl.where(after, high, middle)
+    return low, block - (tl.load(query_start_loc + low) // TOKENS + low)
+
+
+@triton.jit
 def is_last(counter, programs):
     """Whether the other programs of ``counter`` are through; their stores are then visible, and it is 0 again."""
     tl.debug_barrier()  # every thread's stores come before the one thread's atomic

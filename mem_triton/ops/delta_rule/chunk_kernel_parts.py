@@ -11,17 +11,6 @@ PARTS = tl.constexpr(5)
 
 
 @triton.jit
-def find_chunk(query_start_loc, num_rows, slot, CHUNK: tl.constexpr):
-    """Row and chunk number of grid slot ``slot``. Row n owns the slots from start[n] // CHUNK + n on: enough for it."""
-    low, high = 0, num_rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        after = tl.load(query_start_loc + middle) // CHUNK + middle <= slot
-        low, high = tl.where(after, middle, low), tl.where(after, high, middle)
-    return low, slot - (tl.load(query_start_loc + low) // CHUNK + low)
-
-
-@triton.jit
 def head_parts(active, token, row, RULE):
     """Pointer to what ``activate_kernel`` left of a token and the head of a state row."""
     return active + (tl.cast(token, tl.int64) * RULE.HEADS + row // RULE.RANK) * (PARTS * RULE.RANK)
@@ -39,10 +28,10 @@ def load_start_row(batch, row, computed, rows, stride_table, RULE):
     """State rows before this step: of the last token's cell, or of the session's state, or zeros."""
     RANK: tl.constexpr = RULE.RANK
     cell, real = cell_of(batch, row, tl.maximum(computed - 1, 0), stride_table, RULE)
-    state = load_row(cell + rows * RANK, real & (computed > 0) & (rows >= 0), RANK)
+    state = load_row(cell + rows * RANK, real & (computed > 0), RANK)
     if batch.initial_states is not None:
         slot = tl.load(batch.initial_slot + row).to(tl.int64)
-        use = (slot >= 0) & (computed == 0) & (rows >= 0)
+        use = (slot >= 0) & (computed == 0)
         start = load_row(batch.initial_states + slot * (RULE.WIDTH * RANK) + rows * RANK, use, RANK)
         state = chosen(use, start, state, RANK)
     return state
@@ -56,10 +45,8 @@ def load_mapped_start(maps, first_map, chunk, writing, first_row, RULE, ROWS: tl
     row_map: tl.constexpr = (RANK + 1) * RANK  # RANK images of basis vectors, then the offset
     base = maps + tl.cast(first_map, tl.int64) * (RULE.WIDTH * row_map)
     place = (first_row + lane // RANK) * row_map + lane % RANK
-    first = tl.arange(0, ROWS)
-    row = load_row(
-        base + (first_row + first) * row_map, first >= 0, RANK
-    )  # chunk 0 keeps the start in place of its map
+    rows = first_row + tl.arange(0, ROWS)
+    row = load_row(base + rows * row_map, True, RANK)  # chunk 0 keeps the start in place of its map
     if chunk > 0 and writing != 0:
         state = tl.load(base + place + RANK * RANK)  # and its end in place of the offset
         for _ in tl.range(1, chunk, num_stages=4):  # keeps the next maps' loads in flight: the chain is all latency

@@ -11,9 +11,9 @@ that a lane keeps a whole state row in registers: sums over RANK need no other l
 import triton
 import triton.language as tl
 
+from mem_triton.ops.common.kernel_parts import find_block
 from mem_triton.ops.delta_rule.chunk_kernel_parts import (
     PARTS,
-    find_chunk,
     head_parts,
     load_active,
     load_mapped_start,
@@ -63,7 +63,7 @@ def chunk_maps_kernel(active, batch, maps, num_rows, stride_table, RULE, ROWS: t
     """
     RANK: tl.constexpr = RULE.RANK
     WIDTH: tl.constexpr = RULE.WIDTH
-    row, chunk = find_chunk(batch.query_start_loc, num_rows, tl.program_id(0), CHUNK)
+    row, chunk = find_block(batch.query_start_loc, num_rows, tl.program_id(0), CHUNK)
     first, last = tl.load(batch.query_start_loc + row), tl.load(batch.query_start_loc + row + 1)
     begin = first + chunk * CHUNK
     writing = 1
@@ -94,7 +94,7 @@ def chunk_maps_kernel(active, batch, maps, num_rows, stride_table, RULE, ROWS: t
 
     store_row(base + RANK * RANK, state, basis == 0, RANK)
     if chunk > 0:
-        store_row(base + basis * RANK, images, basis >= 0, RANK)
+        store_row(base + basis * RANK, images, True, RANK)
 
 
 @triton.jit(do_not_specialize=["num_rows", "stride_table"])
@@ -103,7 +103,7 @@ def chunk_scan_kernel(
 ):
     """Grid as ``chunk_maps_kernel``, which has left maps. Stores what each token reads, and the states of cells."""
     RANK: tl.constexpr = RULE.RANK
-    row, chunk = find_chunk(batch.query_start_loc, num_rows, tl.program_id(0), CHUNK)
+    row, chunk = find_block(batch.query_start_loc, num_rows, tl.program_id(0), CHUNK)
     first, last = tl.load(batch.query_start_loc + row), tl.load(batch.query_start_loc + row + 1)
     begin = first + chunk * CHUNK
     end = tl.minimum(begin + CHUNK, last)
@@ -134,10 +134,10 @@ def chunk_scan_kernel(
         position = computed + (token - first)
         if (position + 1) % RULE.TOKENS_PER_STATE == 0 or token == last - 1:
             cell, real = cell_of(batch, row, position, stride_table, RULE)
-            store_row(cell + rows * RANK, state, real & (rows >= 0), RANK)
+            store_row(cell + rows * RANK, state, real, RANK)
         k, q, keep, erase, push = k1, q1, keep1, erase1, push1
 
     if batch.last_states is not None:
         session = tl.load(batch.initial_slot + row).to(tl.int64)
         ring = batch.last_states + (session * 2 + (length - 1) % 2) * (RULE.WIDTH * RANK)
-        store_row(ring + rows * RANK, state, (session >= 0) & (end == last) & (rows >= 0), RANK)
+        store_row(ring + rows * RANK, state, (session >= 0) & (end == last), RANK)

@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
+from mem_triton.ops.common.kernel_parts import find_block
 from mem_triton.ops.memory_attention.cascade.kernel_parts import store_merged
 from mem_triton.ops.memory_attention.fused.kernel_output import join_splits
 from mem_triton.ops.memory_attention.fused.kernel_pages import attend_pages
-from mem_triton.ops.memory_attention.fused.kernel_parts import Block, find_row, load_queries, nothing_seen
+from mem_triton.ops.memory_attention.fused.kernel_parts import Block, load_queries, nothing_seen
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "split_pages", "stride_lse", "stride_lse_head"])
@@ -34,7 +35,7 @@ def memory_only_kernel(
     """
     TOKENS: tl.constexpr = LAUNCH.BLOCK_M // HEAD.GROUP  # query tokens of a block
     head = tl.program_id(1).to(tl.int64)
-    row, number = find_row(query.start_loc, num_rows + 1, tl.program_id(0), TOKENS)  # one more row: the padding
+    row, number = find_block(query.start_loc, num_rows + 1, tl.program_id(0), TOKENS)  # one more row: the padding
     real_row = row < num_rows
     begin = tl.load(query.start_loc + row)
     stop = tl.load(query.start_loc + row + 1, mask=real_row, other=0)

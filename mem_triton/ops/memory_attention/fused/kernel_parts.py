@@ -33,17 +33,6 @@ class Softmax(NamedTuple):
 
 
 @triton.jit
-def find_row(query_start_loc, num_rows, block, TOKENS: tl.constexpr):
-    """Row of query block ``block`` and its number in it. Row n owns blocks from start[n] // TOKENS + n on: enough."""
-    low, high = 0, num_rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        after = tl.load(query_start_loc + middle) // TOKENS + middle <= block
-        low, high = tl.where(after, middle, low), tl.where(after, high, middle)
-    return low, block - (tl.load(query_start_loc + low) // TOKENS + low)
-
-
-@triton.jit
 def asked(begin, stop, block, slot, TOKENS: tl.constexpr, PART: tl.constexpr):
     """Queries of a row from block ``block`` of it on.
 

@@ -8,13 +8,13 @@ any. The last split to finish merges all of them.
 import triton
 import triton.language as tl
 
+from mem_triton.ops.common.kernel_parts import find_block
 from mem_triton.ops.memory_attention.fused.kernel_output import join_splits, store_outputs
 from mem_triton.ops.memory_attention.fused.kernel_pages import attend_pages, seen_columns
 from mem_triton.ops.memory_attention.fused.kernel_parts import (
     LOG2E,
     Block,
     asked,
-    find_row,
     load_queries,
     nothing_seen,
 )
@@ -29,7 +29,7 @@ def attention_kernel(
     TOKENS: tl.constexpr = LAUNCH.BLOCK_M // HEAD.GROUP  # query tokens of a block
     row, number, head = tl.program_id(0), 0, tl.program_id(1).to(tl.int64)
     if not LAUNCH.ONE_BLOCK:
-        row, number = find_row(query.start_loc, num_rows, row, TOKENS)
+        row, number = find_block(query.start_loc, num_rows, row, TOKENS)
     begin, stop = tl.load(query.start_loc + row), tl.load(query.start_loc + row + 1)
     slot = -1
     if query.slot is not None:
