@@ -79,7 +79,7 @@ def test_c9_a_version_that_follows_has_to_the_bit_the_long_term_rows_of_a_fresh_
             ref = pools.exact("main").ref
             for worker in (follower, fresh):
                 place(worker, ref, [number])
-            fresh.host.clear()
+            fresh.tier.clear()
             one, other = follower._long[ref], fresh._long[ref]
             stored = pools.state("main").long_term
             for layer in range(LAYERS):

@@ -29,7 +29,7 @@ def test_what_left_the_device_comes_back_from_the_host_without_the_model(pool_be
                 assert worker.fetch(refs[name]) == worker.place(refs[name], [0, 1], 0, 3) == {"error": None}
                 again = worker.pool.read([0, 1]).data.clone()
                 assert torch.equal(first.setdefault(name, again), again)
-            assert len(worker.host) == stay
+            assert len(worker.tier) == stay
             io.projected = 0
             assert worker.fetch(refs["main"]) == worker.place(refs["main"], [2, 3], 0, 3) == {"error": None}
             assert io.projected == 0 and torch.equal(worker.pool.read([2, 3]).data, first["main"])

@@ -400,7 +400,7 @@ def test_workers_make_a_version_of_the_one_before_and_of_its_rows_alike(pool_ben
                 assert (worker._sources[ref].before is not None) == follows
                 for first, end in ((0, 2), (2, 3)):
                     assert worker.place(ref, pages, first, end) == {"error": None}
-            fresh.host.clear()
+            fresh.tier.clear()
             assert torch.equal(follower.pool.read(pages).data, fresh.pool.read(pages).data)
     assert "is unknown" in follower.fetch(":nobody:0@1")["error"]
 

@@ -109,7 +109,7 @@ class PoolWorker(WorkerPart):
         block = self._shape.tokens
         self._projections = Projections(self._io, self._weights.bos, block, host.device, engine.dtype, reading)
         self._sources: dict[str, RowSource] = {}  # of versions that are being placed
-        self.host = HostTier(int(section.host_gib * GIB))
+        self.tier = HostTier(int(section.host_gib * GIB))
         self._lock = threading.Lock()
         self._writes: dict[str, WritePass] = {}
         self._long: dict[str, LongTerm] = {}  # of versions on the device, by their references
@@ -154,7 +154,7 @@ class PoolWorker(WorkerPart):
         """Read a version's rows into this process, while steps run: {"error": None or why they could not be}."""
         version = PoolVersion.of(ref)
         try:
-            source = self._source(version, self.host.get(version.identity))
+            source = self._source(version, self.tier.get(version.identity))
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"}
         with self._lock:
@@ -279,7 +279,7 @@ class PoolWorker(WorkerPart):
             self._long = {ref: one for ref, one in self._long.items() if ref in held} | {version.ref: long}
         with self._lock:
             del self._sources[version.ref]
-        self.host.keep(version.identity, HeldVersion(version.version, source.made, long))
+        self.tier.keep(version.identity, HeldVersion(version.version, source.made, long))
 
     # Steps.
 

@@ -110,7 +110,7 @@ def merge_adapters(recipe: MergeRecipe, folders: list[Path], out: Path, rank: in
     for name in names:
         parts = parts_of(adapters, name)
         whole = _cat(recipe, parts) if recipe.method in SUMS else None
-        delta = merged_delta(recipe, parts, name)
+        delta = merged_delta(recipe, parts, name) if whole is None else whole.delta
         most = rank or sum(part.a.shape[0] for part in parts)
         factors = whole if whole is not None and whole.a.shape[0] <= most else _cut(delta, most)
         made[name] = Factors(factors.a.to(adapters[0].dtype), factors.b.to(adapters[0].dtype))
