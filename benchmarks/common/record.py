@@ -57,6 +57,14 @@ def about(what: str, module: str) -> dict[str, Any]:
     }
 
 
+def keep(report: dict[str, Any], name: str, save_it: bool, path: Path | None) -> None:
+    """Write a report where the options --save and --json say, and print where it was saved."""
+    if path:
+        write(report, path)
+    if save_it:
+        print(f"kept in {save(report, name).relative_to(ROOT)}")
+
+
 def machine_facts() -> dict[str, Any]:
     """The machine, as far as it matters for a figure. gpu: its name, or None. load: other work, processes a minute."""
     cpu = platform.processor()

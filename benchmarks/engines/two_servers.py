@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,18 @@ def two_servers(launch: Launch, section: dict[str, Any], folder: Path, console: 
     ]
     with running(servers, console):
         yield servers
+
+
+@asynccontextmanager
+async def going_on(requests: Iterable[Coroutine[Any, Any, None]]) -> AsyncIterator[None]:
+    """These run at once until the block ends, which cancels them."""
+    tasks = [asyncio.create_task(one) for one in requests]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Client:

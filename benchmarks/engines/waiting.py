@@ -33,7 +33,7 @@ from benchmarks.common.engines import ENGINES
 from benchmarks.common.random_bank import pool_bytes, random_bank
 from benchmarks.common.running import REST
 from benchmarks.common.server import BenchmarkError, Server
-from benchmarks.engines.two_servers import NAME, VOCAB, Client, ratios, told, two_servers
+from benchmarks.engines.two_servers import NAME, VOCAB, Client, going_on, ratios, told, two_servers
 
 REFERENCES = 5  # of a request
 ENTRIES = 120
@@ -78,15 +78,10 @@ async def busy(client: Client, others: int, tokens: int, fields: dict[str, Any] 
             await task
             first = tokens
 
-    tasks = [asyncio.create_task(go_on(i)) for i in range(others)]
-    try:
+    async with going_on(go_on(i) for i in range(others)):
         await asyncio.gather(*(event.wait() for event in begun))
         await asyncio.sleep(1.0)
         yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def first_tokens(client: Client, kinds: dict[str, Callable[[int], Any]], args: argparse.Namespace) -> dict:

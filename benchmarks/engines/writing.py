@@ -33,7 +33,7 @@ from benchmarks.common.running import REST, end_by_interrupt, running
 from benchmarks.common.server import BenchmarkError, Server, choose_ports
 from benchmarks.engines import commands, made_up, memories
 from benchmarks.engines.commands import NAME, Setting
-from benchmarks.engines.two_servers import Client, percentile, told
+from benchmarks.engines.two_servers import Client, going_on, percentile, told
 from mem_triton_transformers import apply_mem_triton, read_pool, remove_mem_triton
 
 ANSWER = 96
@@ -141,14 +141,9 @@ async def decoding(client: Client, others: int) -> AsyncIterator[None]:
         while True:
             await client.answer(ANSWER, READ)
 
-    tasks = [asyncio.create_task(go_on()) for _ in range(others)]
-    try:
+    async with going_on(go_on() for _ in range(others)):
         await asyncio.sleep(1.0)
         yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def measure(

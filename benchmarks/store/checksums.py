@@ -141,11 +141,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{row['kind']:>8}, {row['tokens']} tokens in {row['layers']} layers: {row['unchecked_us']:.0f} us, with "
             f"checksums {row['checked_us']:.0f} us, {found['median'] - 1:+.1%}{interval} over {found['pairs']} pairs"
         )
-    report = head | {"threads": 1, "rows": rows}
-    if args.json:
-        record.write(report, args.json)
-    if args.save:
-        print(f"kept in {record.save(report, 'checksums').relative_to(record.ROOT)}")
+    record.keep(head | {"threads": 1, "rows": rows}, "checksums", args.save, args.json)
     return 0
 
 

@@ -203,11 +203,7 @@ def main() -> int:
                 "device": args.device,
             }
         )
-    report = head | {"rows": rows}
-    if args.json:
-        record.write(report, args.json)
-    if args.save:
-        print(f"kept in {record.save(report, 'pool').relative_to(record.ROOT)}")
+    record.keep(head | {"rows": rows}, "pool", args.save, args.json)
     return 0
 
 

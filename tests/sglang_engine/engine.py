@@ -37,6 +37,18 @@ DEFAULTS = {
 }
 
 
+def with_lora(folder: str) -> dict[str, Any]:
+    """Options of an engine that serves the LoRA adapter in a folder, which is its name, too, on a CPU."""
+    return {
+        "enable_lora": True,
+        "max_lora_rank": 8,
+        "lora_paths": {folder: folder},
+        "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "lora_backend": "torch_native",
+        "tamper": "tests.sglang_engine.tamper:no_pinned_memory",
+    }
+
+
 def environment(**extra: str) -> dict[str, str]:
     """Environment of an engine on the test platform."""
     env = {

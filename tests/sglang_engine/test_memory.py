@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.sglang_engine.engine import run_engine
+from tests.sglang_engine.engine import run_engine, with_lora
 from tests.support import memory_scenarios as scenarios
 from tests.support.cases import tokens
 from tests.support.memory_scenarios import PROMPTS, ask
@@ -65,12 +65,7 @@ def test_lora_and_memory_together(memory_bench, lora_bench):
         memory_bench,
         lora_bench,
         run_engine,
-        enable_lora=True,
-        max_lora_rank=8,
-        lora_paths={lora: lora},
-        lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        lora_backend="torch_native",
-        tamper=f"{TAMPER}:no_pinned_memory",
+        **with_lora(lora),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.sglang_engine.engine import run_engine
+from tests.sglang_engine.engine import run_engine, with_lora
 from tests.support import pool_scenarios as scenarios
 from tests.support.pool_engine_scenarios import *  # noqa: F403
 
@@ -27,12 +27,7 @@ def test_the_adapter_that_reads_may_be_a_lora_adapter(pool_bench, tmp_path):
         pool_bench,
         tmp_path,
         run_engine,
-        enable_lora=True,
-        max_lora_rank=8,
-        lora_paths={read: read},
-        lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        lora_backend="torch_native",
-        tamper="tests.sglang_engine.tamper:no_pinned_memory",
+        **with_lora(read),
     )
 
 

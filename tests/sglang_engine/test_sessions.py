@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.sglang_engine.engine import run_engine
+from tests.sglang_engine.engine import run_engine, with_lora
 from tests.support import session_scenarios as scenarios
 from tests.support.cases import tokens
 from tests.support.memory_scenarios import ask
@@ -44,12 +44,7 @@ def test_fault14_an_overwritten_lora_is_another_one_when_it_is_loaded(lora_bench
         run_engine,
         16,
         tmp_path / "lora",
-        enable_lora=True,
-        max_lora_rank=8,
-        lora_paths={folder: folder},
-        lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        lora_backend="torch_native",
-        tamper="tests.sglang_engine.tamper:no_pinned_memory",
+        **with_lora(folder),
     )
 
 
