@@ -6,8 +6,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import checkout
+
+# Beside other files on a busy machine a slow draw says nothing of the test.
+settings.register_profile("side by side", suppress_health_check=[HealthCheck.too_slow], deadline=None)
+settings.load_profile("side by side")
 
 checkout.prefer()
 

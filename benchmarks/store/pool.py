@@ -19,7 +19,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -87,11 +88,14 @@ class Bench:
         self.place = lambda block: place(block, ropes, kind, REFERENCE)
         self.sizes = {ref: tokens for group in groups for ref in group}
         host_bytes = GROUPS * pages * self.pool.layout.page_bytes if host else 0
-        self.loader = PageLoader(
-            self.pool, lambda ref: self.place(bank.load(ref)), host_bytes, max(2, len(os.sched_getaffinity(0)) // 2)
-        )
+        self.loader = PageLoader(self.pool, self._read, host_bytes, max(2, len(os.sched_getaffinity(0)) // 2))
         self.residency = Residency(pages, page_tokens, self.pool.layout.page_bytes)
         self.bytes = sum(self.pool.layout.pages_for(self.sizes[ref]) for ref in groups[0]) * self.pool.layout.page_bytes
+
+    @contextmanager
+    def _read(self, ref: str) -> Iterator[MemoryBlock]:
+        with self.bank.reading(ref) as block:
+            yield self.place(block)
 
     def fetch(self, refs: Sequence[str]) -> float:
         """Seconds until the pages may be read."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -28,7 +30,7 @@ def pool(request) -> PagePool:
 @pytest.fixture
 def loader(pool):
     disk = Disk(dict(SIZES))
-    loader = PageLoader(pool, lambda ref: placed(disk.load(ref)), host_bytes=8 * pool.layout.page_bytes)
+    loader = PageLoader(pool, lambda ref: nullcontext(placed(disk.load(ref))), host_bytes=8 * pool.layout.page_bytes)
     yield loader
     loader.close()
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -95,7 +96,9 @@ class Bench:
     def __post_init__(self) -> None:
         self.pool = PagePool(LAYERS, HEADS, DIM, PAGE, self.pages, self.dtype, "cpu")
         host_bytes = self.host_pages * self.pool.layout.page_bytes
-        self.loader = PageLoader(self.pool, lambda ref: placed(self.disk.load(ref)), host_bytes, self.workers)
+        self.loader = PageLoader(
+            self.pool, lambda ref: nullcontext(placed(self.disk.load(ref))), host_bytes, self.workers
+        )
         self.residency = Residency(self.pages, PAGE, self.pool.layout.page_bytes)
         self._under_way: dict[str, Future[str | None]] = {}
         self._calls = threading.Lock()  # an engine's front end calls its workers from one thread

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import sqlite3
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from mem_triton.ops.block_codec import get_codec
-from mem_triton.store.bank import Bank, BankError, NewEntry, checksums, vectors
+from mem_triton.store.bank import Bank, BankError, NewEntry, checksums, compared, vectors
+from mem_triton.store.bank.compared import EVERY, Compared
 from mem_triton.store.bank.fingerprint import sampled_digest
-from tests.store.bank_case import HEADS, LAYERS, MODEL, block, entry, equal, spec
+from mem_triton.store.bank.shards import StoredRow
+from mem_triton.store.pool.loader import PageLoader
+from mem_triton.store.pool.page_load import PageLoad
+from mem_triton.store.pool.pool import PagePool
+from tests.store.bank_case import DIM, HEADS, LAYERS, MODEL, block, entry, equal, spec
 
 KINDS = ["bit", "bytes", "zeros", "cut", "longer"]
 
@@ -192,6 +200,80 @@ def test_fault19_compiled_checksums_are_those_of_torch(monkeypatch, dtype):
         monkeypatch.setattr(checksums, "SMALL", 1 << 30)
         found = [checksums.part_checksums(7, tensors, layers, heads, often) for often in (False, True)]
         assert found[0].shape == shape[:2] and np.array_equal(*found), (dtype, shape)
+
+
+def test_fault19_a_file_that_changes_while_it_is_open_is_compared_again(tmp_path, written, monkeypatch):
+    """An entry that was read before: at the next read if the file's times show it, at the eighth if they do not."""
+    monkeypatch.setattr(compared, "SETTLED_NS", 0)  # the copy was made just now
+    path, bank = changed_while_open(tmp_path, written)
+    with bank, pytest.raises(BankError, match=r'"e2@1": .* has changed'):
+        bank.load("e2@1")
+    shutil.rmtree(path)
+    monkeypatch.setattr(Compared, "_stat", lambda self: (1,))  # the negative control: times that show nothing
+    path, bank = changed_while_open(tmp_path, written)
+    with bank:
+        for _ in range(EVERY - 1):
+            bank.load("e2@1")
+        with pytest.raises(BankError, match="has changed"):
+            bank.load("e2@1")
+        assert bank.verify(), "whose reads are all compared"
+
+
+def changed_while_open(tmp_path: Path, written: Callable[[str], Path]) -> tuple[Path, Bank]:
+    """A bank whose shard was written long ago; one bit of e2 has changed since e2 was read."""
+    path = tmp_path / "bank"
+    shutil.copytree(written("fp32"), path)
+    old = time.time() - 100
+    with Bank.open(path) as bank:
+        (shard,) = bank.catalogue.read("SELECT s.name FROM entries e JOIN shards s USING (shard) WHERE e.id = 'e2'")[0]
+    shard = path / "shards" / shard
+    os.utime(shard, (old, old))
+    bank = Bank.open(path)
+    assert equal(bank.load("e2@1"), block(2))
+    data = shard.read_bytes()
+    with shard.open("r+b") as file:
+        file.seek(at := data.index(block(2).keys[1, 1].numpy().tobytes()))
+        file.write(bytes([data[at] ^ 1]))
+    os.utime(shard, (old, old))
+    return path, bank
+
+
+def test_fault19_reads_of_a_file_that_has_just_changed_are_all_compared(tmp_path):
+    path = tmp_path / "shard"
+    path.write_bytes(b"1")
+    seen = Compared(path)
+    assert [seen.is_due(1) or seen.add(1) for _ in range(3)] == [True] * 3
+    for _ in range(3):
+        seen.add(1)
+    assert seen.is_due(1), "its times need not show another change"
+    with mock.patch.object(compared, "SETTLED_NS", 0):
+        assert seen.is_due(1) and seen.is_due(2)
+        seen.add(1)
+        assert [seen.is_due(1) for _ in range(EVERY)] == [False] * (EVERY - 1) + [True] and seen.is_due(2)
+        path.unlink()
+        assert seen.is_due(1), "what is gone shows nothing"
+
+
+def test_fault19_nothing_of_a_damaged_entry_reaches_a_page(tmp_path, written, monkeypatch):
+    """A load places and packs an entry before it is compared; it fails before a page is filled."""
+    shutil.copytree(written("fp32"), tmp_path / "bank")
+    with Bank.open(tmp_path / "bank") as bank:
+        (shard,) = bank.catalogue.read("SELECT s.name FROM entries e JOIN shards s USING (shard) WHERE e.id = 'e2'")[0]
+    path = tmp_path / "bank" / "shards" / shard
+    data = bytearray(path.read_bytes())
+    data[data.index(block(2).values[1, 1].numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+    with Bank.open(tmp_path / "bank") as bank:
+        pool = PagePool(len(LAYERS), HEADS, DIM, 16, 4, torch.float32, "cpu")
+        loader = PageLoader(pool, bank.reading, host_bytes=1 << 20)
+        try:
+            tokens = block(2).tokens
+            assert "has changed since" in loader.load(PageLoad("e2@1", [1], tokens)).result(20)
+            assert not pool.read([1]).data.any() and loader.stats()["used.host"] == 0
+            monkeypatch.setattr(StoredRow, "compare", lambda self: None)
+            assert loader.load(PageLoad("e2@1", [1], tokens)).result(20) is None and pool.read([1]).data.any()
+        finally:
+            loader.close()
 
 
 def test_fault19_a_shard_without_checksums_is_read_and_checked_as_a_whole(tmp_path, written):

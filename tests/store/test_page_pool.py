@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -62,12 +64,13 @@ def test_smaller_pages_lose_little_and_say_so_in_their_size(dtype, error):
 def test_a_slow_load_holds_nobody_up_and_an_error_is_an_answer():
     p, go, blocks = pool(), threading.Event(), {"slow@1": block(4, 1), "quick@1": block(4, 2)}
 
-    def source(ref: str) -> MemoryBlock:
+    @contextmanager
+    def source(ref: str) -> Iterator[MemoryBlock]:
         if ref == "bad@1":
             raise OSError("disk on fire")
         if ref == "slow@1":
             assert go.wait(20)
-        return blocks[ref]
+        yield blocks[ref]
 
     loader = PageLoader(p, source, host_bytes=1 << 20)
     over = {ref: loader.load(PageLoad(ref, [page], 4)) for page, ref in enumerate(("slow@1", "quick@1", "bad@1"))}
@@ -84,9 +87,10 @@ def test_the_host_keeps_what_left_the_device_until_its_bytes_are_spent():
     reads: list[str] = []
     p = pool()
 
-    def source(ref: str) -> MemoryBlock:
+    @contextmanager
+    def source(ref: str) -> Iterator[MemoryBlock]:
         reads.append(ref)
-        return block(4, int(ref[0]))
+        yield block(4, int(ref[0]))
 
     loader = PageLoader(p, source, host_bytes=2 * p.pack(block(4)).nbytes, workers=1)
     for ref in ("1@1", "2@1", "1@1", "3@1", "1@1", "2@1"):  # the third pushes 2 out, which was used longest ago

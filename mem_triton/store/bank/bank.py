@@ -15,7 +15,8 @@ Example::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 from mem_triton.store.bank import maintenance, transfer, writing
 from mem_triton.store.bank.fingerprint import Fingerprint
 from mem_triton.store.bank.opened import OpenedBank
-from mem_triton.store.bank.shards import runs
+from mem_triton.store.bank.shards import StoredRow, runs
 from mem_triton.store.bank.spec import EntryInfo, Hit, NewEntry, split_ref
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.errors import (
@@ -118,7 +119,35 @@ class Bank(OpenedBank):
         deleted may be read until ``compact`` drops it, for requests that were admitted before.
         Raises UnknownEntryError, and BankError for a cold entry, a layer that the bank has not, or a damaged shard.
         """
-        stored = self._stored_layers(layers)
+        with self.reading(ref, layers, heads, dtype, deleted) as block:
+            return block
+
+    @contextmanager
+    def reading(
+        self,
+        ref: str,
+        layers: Sequence[int] | None = None,
+        heads: slice | None = None,
+        dtype: torch.dtype | None = None,
+        deleted: bool = False,
+    ) -> Iterator[MemoryBlock]:
+        """Give what ``load`` gives, and compare it with its checksums at the end of the with block.
+
+        By then it has been read once and lies in the processor's cache, where the comparison costs a fraction. Nothing
+        that was made of it may be used before the end. Arguments and errors as for ``load``; damage is raised instead
+        of what it led to. Example::
+
+            with bank.reading("mara@1") as block:
+                records = layout.pack(place(block, ropes, "prefix", 0))
+            pool.write(pages, records)
+        """
+        stored = self._open_row(ref, self._stored_layers(layers), self._heads(heads), deleted)
+        try:
+            yield stored.decode(self.shards.codec, dtype or self.spec.torch_dtype)
+        finally:
+            stored.compare()
+
+    def _open_row(self, ref: str, layers: Sequence[int] | None, heads: slice, deleted: bool) -> StoredRow:
         for attempt in range(3):
             name = "(SELECT name FROM shards s WHERE s.shard = entries.shard)"
             row = self.catalogue.find(ref, f"shard, row, {name}", deleted)
@@ -127,7 +156,7 @@ class Bank(OpenedBank):
             if row[0] is None:
                 raise BankError(f'"{ref}" has text but no keys and values yet; fill it first', ref)
             try:
-                return self.shards.read(row[2], row[1], dtype or self.spec.torch_dtype, stored, self._heads(heads))
+                return self.shards.open_row(row[2], row[1], layers, heads, ref)
             except FileNotFoundError as error:  # compact may have moved it since the catalogue was read
                 if attempt == 2:
                     raise BankError(f'"{ref}": {error} is missing; restore it from a backup', ref) from None
@@ -211,7 +240,7 @@ class Bank(OpenedBank):
         for layer in layers:
             if layer not in self.spec.layers:
                 raise BankError(f"layer {layer} is not in {self.path}, which has {_short(self.spec.layers)}")
-        return [self.spec.layers.index(layer) for layer in layers]
+        return None if list(layers) == list(self.spec.layers) else [self.spec.layers.index(layer) for layer in layers]
 
     def _heads(self, heads: slice | None) -> slice:
         heads = heads or slice(None)

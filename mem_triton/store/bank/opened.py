@@ -176,4 +176,4 @@ class OpenedBank:
         if sink is None:
             return None
         shards, dtype = self.shards, dtype or self.spec.torch_dtype
-        return shards.read(json.loads(sink)["name"], 0, dtype, codec=shards.lossless, often=False)
+        return shards.read(json.loads(sink)["name"], 0, dtype, shards.lossless)

@@ -1,7 +1,8 @@
 """Shards: immutable safetensors files with the blocks of many entries, in the bank's codec.
 
 An entry is one row of a shard; its tensors are named "<row>.<tensor>". Dense positions 0..T-1 are not stored. What is
-read is checked against the row's checksums; a shard of an earlier version, which has none, is hashed when it is opened.
+read is compared with the row's checksums, as ``compared`` decides; a shard of an earlier version, which has none, is
+hashed when it is opened.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from mem_triton.ops.block_codec import Codec, codec_from_state, get_codec
 from mem_triton.store.bank.checksums import part_checksums
+from mem_triton.store.bank.compared import Compared
 from mem_triton.store.bank.spec import EXACT_CODECS, BankSpec
 from mem_triton.store.block import MemoryBlock
 from mem_triton.store.errors import COMPACT, BankError, not_written
@@ -58,6 +61,51 @@ class OpenShard(NamedTuple):
     file: Any
     names: dict[int, list[str]]
     checksums: np.ndarray | None
+    compared: Compared
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """Part of an entry as it lies in a mapped shard, read from the disk when it is used.
+
+    layers, heads: which of the stored ones. right: its checksums, uint32 [L, H], None if the whole shard was hashed.
+    damaged: makes the error that says what is wrong with it. compared: decides whether this read is compared, as one of
+    many; None: it is.
+    """
+
+    number: int
+    tensors: Row
+    layers: range | tuple[int, ...]
+    heads: slice
+    right: np.ndarray | None
+    damaged: Callable[[str], BankError]
+    compared: Compared | None
+
+    def decode(self, codec: Codec, dtype: torch.dtype) -> MemoryBlock:
+        """Its keys, values and positions. Raises BankError for what the codec does not know."""
+        tensors = dict(self.tensors)
+        positions = tensors.pop("positions", None)
+        try:
+            keys, values = codec.decode(tensors, dtype)
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise self.damaged(f"is no block of codec {codec.name} ({error})") from None
+        if positions is None:
+            positions = torch.arange(keys.shape[2], dtype=torch.int32).expand(keys.shape[:3]).contiguous()
+        return MemoryBlock(keys, values, positions)
+
+    def compare(self) -> None:
+        """Compare it with its checksums, if that is due. Raises BankError if it has changed since it was written."""
+        part = (self.number, self.layers, self.heads.start, self.heads.stop)
+        if self.right is None or not (self.compared is None or self.compared.is_due(part)):
+            return
+        try:
+            found = part_checksums(self.number, self.tensors, self.layers, self.heads, self.compared is not None)
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise self.damaged(f"cannot be read ({error})") from None
+        if not np.array_equal(found, self.right):
+            raise self.damaged("has changed since it was written")
+        if self.compared is not None:
+            self.compared.add(part)
 
 
 def codec_of(spec: BankSpec, state: bytes | None) -> Codec:
@@ -71,12 +119,14 @@ def codec_of(spec: BankSpec, state: bytes | None) -> Codec:
 class Shards:
     """The shards of one bank. Thread-safe; files stay mapped for as long as they are in use.
 
-    sha256_of: what the catalogue says of a shard's name, None if it does not know it.
+    sha256_of: what the catalogue says of a shard's name, None if it does not know it. compared: decides for a shard's
+    path which reads are compared.
     """
 
     def __init__(self, folder: Path, spec: BankSpec, codec: Codec, sha256_of: Callable[[str], str | None]) -> None:
         self.folder, self.spec, self.codec, self._sha256_of = folder, spec, codec, sha256_of
         self.lossless = get_codec(EXACT_CODECS[spec.dtype])  # for the sink, which every request reads
+        self.compared = Compared
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -126,60 +176,54 @@ class Shards:
 
     def raw(self, name: str, row: int) -> Row:
         """One entry's tensors, undecoded. Raises FileNotFoundError if the shard is gone, BankError if it is damaged."""
-        return self._rows(name, row, None, slice(0, self.spec.kv_heads), often=False)
+        stored = self.open_row(name, row)
+        stored.compare()
+        return stored.tensors
 
-    def read(
-        self,
-        name: str,
-        row: int,
-        dtype: torch.dtype,
-        layers: Sequence[int] | None = None,
-        heads: slice | None = None,
-        codec: Codec | None = None,
-        often: bool = True,
-    ) -> MemoryBlock:
-        """Part of one entry. layers: indices into the stored layers. often: others will be read as well.
-
-        Every tensor of a codec begins with [L, Hkv].
-        """
-        heads = heads or slice(0, self.spec.kv_heads)
-        tensors = self._rows(name, row, layers, heads, often)
-        positions = tensors.pop("positions", None)
+    def read(self, name: str, row: int, dtype: torch.dtype, codec: Codec | None = None) -> MemoryBlock:
+        """One entry. codec: None for the bank's. Raises as ``raw``."""
+        stored = self.open_row(name, row)
         try:
-            keys, values = (codec or self.codec).decode(tensors, dtype)
-        except (RuntimeError, LookupError, TypeError, ValueError) as error:
-            raise self._damaged(name, row, f"is no block of codec {self.spec.codec} ({error})") from None
-        if positions is None:
-            positions = torch.arange(keys.shape[2], dtype=torch.int32).expand(keys.shape[:3]).contiguous()
-        return MemoryBlock(keys, values, positions)
+            return stored.decode(codec or self.codec, dtype)
+        finally:
+            stored.compare()
 
-    def _rows(self, name: str, row: int, layers: Sequence[int] | None, heads: slice, often: bool) -> Row:
-        """One row's tensors, or some layers and heads of them, as they were written."""
-        file, names, checksums = self._file(name)
+    def open_row(
+        self, name: str, row: int, layers: Sequence[int] | None = None, heads: slice | None = None, ref: str = ""
+    ) -> StoredRow:
+        """Map part of one entry. layers: indices into the stored layers. ref: of the entry, if requests read it.
+
+        Every tensor of a codec begins with [L, Hkv]. Raises FileNotFoundError if the shard is gone, BankError for what
+        is not in it; damage is found by the row's ``compare``.
+        """
+        file, names, checksums, compared = self._file(name)
+        damaged = partial(self._damaged, name, row, ref)
         mine = names.get(row)
         if mine is None:
-            raise self._damaged(name, row, "is not in it")
-        parts = [slice(None)] if layers is None else [slice(first, end) for first, end in runs(layers) or [(0, 0)]]
+            raise self._damaged(name, row, "", "is not in it")
+        heads = heads or slice(0, self.spec.kv_heads)
+        spans = [slice(None)] if layers is None else [slice(first, end) for first, end in runs(layers) or [(0, 0)]]
 
         def part(piece: Any) -> Tensor:
-            found = [piece[layer, heads] for layer in parts]
+            found = [piece[span, heads] for span in spans]
             return found[0] if len(found) == 1 else torch.cat(found)
 
         try:
             tensors = {tensor: part(file.get_slice(f"{row}.{tensor}")) for tensor in mine}
+            right = None
             if checksums is not None and tensors["keys"].numel():
-                which = range(len(tensors["keys"])) if layers is None else layers
-                right = checksums[row][list(which), heads]
-                if not np.array_equal(part_checksums(row, tensors, which, heads, often), right):
-                    raise self._damaged(name, row, "has changed since it was written")
+                right = checksums[row][:, heads] if layers is None else checksums[row][list(layers), heads]
         except (SafetensorError, RuntimeError, LookupError, TypeError, OSError) as error:
-            raise self._damaged(name, row, f"cannot be read ({error})") from None
-        return tensors
+            raise self._damaged(name, row, "", f"cannot be read ({error})") from None
+        which = range(len(tensors["keys"])) if layers is None else tuple(layers)
+        return StoredRow(row, tensors, which, heads, right, damaged, compared if ref else None)
 
-    def _damaged(self, name: str, row: int, what: str) -> BankError:
+    def _damaged(self, name: str, row: int, ref: str, what: str) -> BankError:
+        about = f'"{ref}": ' if ref else ""
         return BankError(
-            f"{self.folder / name}: row {row} {what}; run `mem-triton bank verify`, and restore the file from a backup "
-            "or write the entry again"
+            f"{about}{self.folder / name}: row {row} {what}; run `mem-triton bank verify`, and restore the file from a "
+            "backup or write the entry again",
+            ref or None,
         )
 
     def _file(self, name: str) -> OpenShard:
@@ -219,13 +263,15 @@ class Shards:
         header = file.metadata() or {}
         if "checksums" in header:
             found = np.frombuffer(base64.b64decode(header["checksums"], validate=True), "<u4")
-            return OpenShard(file, names, found.reshape(int(header["rows"]), -1, self.spec.kv_heads))
+            return OpenShard(
+                file, names, found.reshape(int(header["rows"]), -1, self.spec.kv_heads), self.compared(path)
+            )
         right = self._sha256_of(path.name)
         if right is None:  # compact has moved its rows meanwhile
             raise FileNotFoundError(path)
         if file_sha256(path) != right:
             raise ValueError("has changed since it was written")
-        return OpenShard(file, names, None)
+        return OpenShard(file, names, None, self.compared(path))
 
     def forget(self, name: str) -> None:
         """Let go of a shard that was removed, so that the disk has its room again."""

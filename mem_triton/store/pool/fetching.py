@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -30,10 +31,15 @@ _COPYING = "copying"
 """Owner of a host entry that is being filled or copied."""
 
 
+Read = Callable[[str], AbstractContextManager[MemoryBlock]]
+"""Gives an entry for a with block, whose end raises if it was damaged."""
+
+
 class Fetcher:
     """Fetches entries for one pool; at most one load of an entry may be under way.
 
-    read: an entry placed for this process (its layers, heads and positions), from disk. over: told of each load, once
+    read: gives an entry placed for this process (its layers, heads and positions), from disk, for a with block; it is
+    packed inside, and used nowhere unless the end of the block finds it undamaged. over: told of each load, once
     its pages are filled or it has failed, from the background. host_bytes: of the host cache, allocated here,
     page-locked if the pool is on a GPU. workers: threads that read from disk, as many slow reads as do not delay
     another.
@@ -42,7 +48,7 @@ class Fetcher:
     def __init__(
         self,
         pool: PagePool,
-        read: Callable[[str], MemoryBlock],
+        read: Read,
         *,
         over: Callable[[PageLoad], None],
         host_bytes: int = 0,
@@ -176,12 +182,13 @@ class Fetcher:
 
     def _from_disk(self, load: PageLoad) -> tuple[Packed, Sequence[int] | None]:
         """The entry's records, and which of them; in the host cache if there is room."""
-        block, layout = self._read(load.ref), self._pool.layout
-        if layout.pages_for(block.tokens) != len(load.pages):
-            raise ValueError(f"{block.tokens} tokens on disk, {len(load.pages)} pages were reserved for it")
-        rows = self._reserve_on_host(load.ref, len(load.pages), block.tokens)
+        layout, rows = self._pool.layout, None
         try:
-            packed = layout.pack(block, layout.empty(len(load.pages), pinned=self._on_gpu and rows is None))
+            with self._read(load.ref) as block:  # at its end it is known to be undamaged
+                if layout.pages_for(block.tokens) != len(load.pages):
+                    raise ValueError(f"{block.tokens} tokens on disk, {len(load.pages)} pages were reserved for it")
+                rows = self._reserve_on_host(load.ref, len(load.pages), block.tokens)
+                packed = layout.pack(block, layout.empty(len(load.pages), pinned=self._on_gpu and rows is None))
             if rows is None:
                 return packed, None
             index = torch.tensor(rows)

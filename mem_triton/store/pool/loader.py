@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from mem_triton.store.block import MemoryBlock
-from mem_triton.store.pool.fetching import Fetcher
+from mem_triton.store.pool.fetching import Fetcher, Read
 from mem_triton.store.pool.page_load import PageLoad
 from mem_triton.store.pool.pool import PagePool
 
@@ -24,9 +23,9 @@ def nobody(pages: Sequence[int]) -> Sequence[str]:
 class PageLoader:
     """Keeps track of one worker's loads into ``pool``, from the order to the filled pages.
 
-    read: gives an entry placed for this worker (its layers, heads and positions). host_bytes: of the host's cache of
-    entries that left the device. workers: threads that read from disk. readers: requests of the batch that read any of
-    these pages now. Orders, ``retry`` and ``holds`` are called by one thread at a time.
+    read: gives an entry placed for this worker (its layers, heads and positions), for a with block. host_bytes: of the
+    host's cache of entries that left the device. workers: threads that read from disk. readers: requests of the batch
+    that read any of these pages now. Orders, ``retry`` and ``holds`` are called by one thread at a time.
 
     Example::
 
@@ -38,7 +37,7 @@ class PageLoader:
     def __init__(
         self,
         pool: PagePool,
-        read: Callable[[str], MemoryBlock],
+        read: Read,
         host_bytes: int = 0,
         workers: int = 2,
         readers: Callable[[Sequence[int]], Sequence[str]] = nobody,

@@ -5,8 +5,9 @@ Made before the engine sizes its KV cache, so that the pool is accounted for and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +69,14 @@ class ExplicitMemory(WorkerPart):
             len(own), layout.kv_heads, layout.head_dim, layout.page_tokens, layout.num_pages, layout.dtype, device
         )
 
-        def read(ref: str) -> Any:
+        @contextmanager
+        def read(ref: str) -> Iterator[MemoryBlock]:
             if (end := head_end(ref)) is not None:
-                return place_sink(_part(self.bank.sink(), list(own), heads), list(own.values()), end)
-            block = self.bank.load(ref, layers=list(own), heads=heads, deleted=True)
-            placed = place(block, list(own.values()), spec.kind, spec.reference_tokens)
-            return tempered(placed, self.layout.temperature)
+                yield place_sink(_part(self.bank.sink(), list(own), heads), list(own.values()), end)
+                return
+            with self.bank.reading(ref, layers=list(own), heads=heads, deleted=True) as block:
+                placed = place(block, list(own.values()), spec.kind, spec.reference_tokens)
+                yield tempered(placed, self.layout.temperature)
 
         host_bytes = int(section.host_gib * GIB)
         self.loader = PageLoader(self.pool, read, host_bytes, readers=self.tables.readers)
