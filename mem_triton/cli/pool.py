@@ -32,7 +32,9 @@ def _open(path: Path, writable: bool = False) -> Pools:
 def list_pools(path: Memory, json: Json = False) -> None:
     """Pools by name, with their newest versions."""
     with _open(path) as pools:
-        infos = pools.list()
+        infos, strangers = pools.list(), pools.strangers()
+    for problem in strangers:
+        output.note(problem)
     if json:
         return output.print_json([asdict(info) for info in infos])
     rows = [[info.name, info.tenant or "-", info.version or "no rows", output.size(info.bytes)] for info in infos]

@@ -186,6 +186,16 @@ def test_the_pools_of_a_converted_checkpoint_on_the_command_line(tmp_path):
     )
     assert "all well: 2 pools" in run("pool", "verify", memory)
     assert "main" in run("pool", "list", memory) and "rows" in run("pool", "info", memory)
+    (memory / "pools" / "notes.txt").write_text("mine")
+    run("pool", "fork", memory, "main", "broken")
+    (memory / "pools" / "broken" / "pool.json").write_text("{")
+    listed = run("pool", "list", memory, both=True)
+    assert "mine" in listed and "notes.txt: has no pool.json" in listed and "broken/pool.json" in listed
+    assert json.loads(run("pool", "info", memory, "--json"))["pools"] == 2
+    problems = run("pool", "verify", memory, code=1)
+    assert "notes.txt: has no pool.json, so it is no pool" in problems and "broken/pool.json" in problems
+    shutil.rmtree(memory / "pools" / "broken")
+    (memory / "pools" / "notes.txt").unlink()
     run("pool", "delete", memory, "main")
     assert 'pool "main" is unknown' in refused("pool", "export", memory, "main", out)
     assert '"mine@4" is gone or not there yet' in refused("pool", "export", memory, "mine@4", out)

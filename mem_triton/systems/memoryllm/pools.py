@@ -13,7 +13,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mem_triton import ids
 from mem_triton.store.errors import not_written
-from mem_triton.store.files import WRITING, WriterLock, is_occupied, sync_folder, write_durably
+from mem_triton.store.files import WriterLock, is_occupied, sync_folder, write_durably
 from mem_triton.systems.memoryllm import records
 from mem_triton.systems.memoryllm.long_term import LongTerm, PoolState, long_term_after
 from mem_triton.systems.memoryllm.records import PoolError, UnknownPoolError, damaged
@@ -88,7 +88,7 @@ class Pools:
         with self._writing:
             if self._lock is None:
                 self._lock = WriterLock(self.path / "writer.lock", wait)
-                self._tidy()
+                records.tidy(self.path / "pools")
 
     def close(self) -> None:
         """Let the next writer in; ``start_writing`` takes its turn again."""
@@ -106,9 +106,12 @@ class Pools:
 
     def list(self, tenant: str | None = None) -> list[PoolInfo]:
         """Pools by name. tenant: None for all, else its own and everybody's."""
-        names = sorted(entry.name for entry in (self.path / "pools").iterdir() if not entry.name.startswith("."))
-        infos = [self._info(self.path / "pools" / name) for name in names]
+        infos, _ = self._look()
         return [info for info in infos if tenant is None or info.tenant in ("", tenant)]
+
+    def strangers(self) -> list[str]:
+        """What lies among the pools and is none, and pools whose own file is damaged: a problem each."""
+        return self._look()[1]
 
     def info(self, name: str, tenant: str = "") -> PoolInfo:
         """One pool. Raises PoolError for one that is not there or not the tenant's, in the same words."""
@@ -170,8 +173,8 @@ class Pools:
 
     def verify(self) -> list[str]:
         """Problems of every pool, each naming its file; empty if all is well."""
-        problems = []
-        for info in self.list():
+        infos, problems = self._look()
+        for info in infos:
             folder = self.path / "pools" / records.directory(info.name, info.tenant)
             try:
                 for version in info.snapshots or (0,):
@@ -333,6 +336,20 @@ class Pools:
             f'pool "{str(name)[:200]}" is unknown, or not yours; `mem-triton pool list` shows what there is'
         )
 
+    def _look(self) -> tuple[list[PoolInfo], list[str]]:
+        """The pools, and what is wrong with the rest."""
+        infos, problems = [], []
+        for entry in sorted((self.path / "pools").iterdir()):
+            if entry.name.startswith("."):
+                continue
+            try:
+                if not (entry / records.POOL).is_file():
+                    raise PoolError(f"{entry}: has no {records.POOL}, so it is no pool; move it elsewhere")
+                infos.append(self._info(entry))
+            except (PoolError, OSError) as error:
+                problems.append(str(error))
+        return infos, problems
+
     def _info(self, folder: Path) -> PoolInfo:
         name, tenant, identity = records.read_about(folder)
         size = sum(entry.stat().st_size for entry in folder.iterdir())
@@ -375,13 +392,3 @@ class Pools:
                 rows, long = updated(rows, step, shape.rows), long_term_after(rows, long, step, shape)
             state = PoolState(number, rows, delta.state, delta.link, long)
         return state
-
-    def _tidy(self) -> None:
-        """Remove what a writer that was killed has left unfinished."""
-        for entry in (self.path / "pools").iterdir():
-            if entry.name.startswith((".making-", ".deleted-")):
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.is_dir():
-                for leftover in entry.glob(f"{WRITING}*"):
-                    with suppress(OSError):  # the write of that name will say what is wrong
-                        leftover.unlink()

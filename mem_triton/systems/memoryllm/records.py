@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from mem_triton import ids
 from mem_triton.store.errors import BankError, not_written
-from mem_triton.store.files import write_durably
+from mem_triton.store.files import WRITING, write_durably
 from mem_triton.systems.memoryllm.long_term import LongTerm, LongTermRows
 from mem_triton.systems.memoryllm.shape import PoolShape
 from mem_triton.systems.memoryllm.update import UpdateStep
@@ -189,6 +191,17 @@ def read_about(folder: Path) -> tuple[str, str, str]:
 def fresh_generator(folder: Path) -> Tensor:
     """The state with which a pool's own generator begins: of its identity, so that a replay gives the same."""
     return torch.Generator().manual_seed(int(read_about(folder)[2][:15], 16)).get_state()
+
+
+def tidy(pools: Path) -> None:
+    """Remove what a writer that was killed has left unfinished."""
+    for entry in pools.iterdir():
+        if entry.name.startswith((".making-", ".deleted-")):
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.is_dir():
+            for leftover in entry.glob(f"{WRITING}*"):
+                with suppress(OSError):  # the write of that name will say what is wrong
+                    leftover.unlink()
 
 
 def directory(name: str, tenant: str) -> str:
