@@ -13,14 +13,13 @@ from numba import carray, njit
 from mem_triton.ops.common.compiled import OPTIONS
 from mem_triton.ops.common.pointers import pointer
 from mem_triton.ops.memory_attention.cpu.numba_floats import TILE, as_float, exp2, rounded
+from mem_triton.ops.memory_attention.cpu.numba_softmax import weigh, weights_of
 from mem_triton.ops.memory_attention.cpu.numba_vectors import (
     LANES,
     interleave,
-    largest,
     multiply_floats,
     multiply_listed,
     multiply_pairs,
-    total_of,
     transpose,
 )
 
@@ -62,29 +61,25 @@ def fold(logits, reach, seen_from, seen_to, worth, position, scale, soft_cap, to
     """
     log2e, nothing = np.float32(1.4426950408889634), np.float32(-np.inf)
     factor = scale * log2e
+    worth_at, from_at, to_at = address(worth), address(seen_from), address(seen_to)
     for m in range(len(top)):
         groups = (reach[m // 4] + LANES - 1) // LANES
-        x, at, width = logits[m], position[m], groups * LANES
+        x, before = logits[m], top[m]
+        at = address(x)
         if soft_cap > 0:
-            for n in range(width):
+            for n in range(groups * LANES):
                 x[n] = soft_cap * math.tanh(x[n] * scale / soft_cap) / scale
-        for n in range(width):
-            logit = x[n] * factor + worth[n] * log2e
-            x[n] = logit if seen_from[n] <= at and at < seen_to[n] else nothing
-        before, at_first = top[m], address(x)
-        highest = max(before, largest(at_first, groups))
+        highest = max(before, weigh(at, groups, factor, worth_at, log2e, from_at, to_at, position[m]))
         if highest == nothing:
-            x[:width] = _ZERO
+            x[: groups * LANES] = _ZERO
             continue
-        for n in range(width):
-            weight = exp2(x[n] - highest)
-            x[n] = weight if x[n] != nothing else _ZERO
+        tile_total = weights_of(at, groups, highest)
         top[m] = highest
         if before == highest:
-            total[m] += total_of(at_first, groups)
+            total[m] += tile_total
             continue
         shrink = exp2(before - highest) if before > nothing else _ZERO
-        total[m] = total[m] * shrink + total_of(at_first, groups)
+        total[m] = total[m] * shrink + tile_total
         sums = acc[m]
         for d in range(len(sums)):
             sums[d] *= shrink

@@ -17,33 +17,33 @@ HAS_DOT = "+avx512bf16" in cpu_target.target_context.codegen().magic_tuple()[2].
 """Whether numba compiles for a CPU with the instruction VDPBF16PS; for another one LLVM would end the process."""
 LANES = 16
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
-_WORDS, _SUMS, _HALVES = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES), ir.VectorType(_I16, 2 * LANES)
+WORDS, SUMS, _HALVES = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES), ir.VectorType(_I16, 2 * LANES)
 
 
-def _int(number):
+def number(number):
     return ir.Constant(_I64, number)
 
 
-def _load(builder, address, kind):
+def load(builder, address, kind):
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=2)
 
 
-def _store(builder, value, address):
+def store(builder, value, address):
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
 
 
-def _spread(builder, word):
+def spread(builder, word):
     kind = ir.VectorType(word.type, LANES)
     lane = builder.insert_element(ir.Constant(kind, ir.Undefined), word, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(lane, ir.Constant(kind, ir.Undefined), ir.Constant(_WORDS, [0] * LANES))
+    return builder.shuffle_vector(lane, ir.Constant(kind, ir.Undefined), ir.Constant(WORDS, [0] * LANES))
 
 
 def _added(builder, sums, words, word, pairs):
     """sums + the products of each lane of ``words`` with ``word``; of pairs of bf16 both products, by VDPBF16PS
     (Intel's manual, volume 2C) where the CPU has it."""
-    flags, word = ("contract",), _spread(builder, word)
+    flags, word = ("contract",), spread(builder, word)
     if pairs and HAS_DOT:
-        kind = ir.FunctionType(_SUMS, [_WORDS, _WORDS, _SUMS])
+        kind = ir.FunctionType(SUMS, [WORDS, WORDS, SUMS])
         return builder.asm(kind, "vdpbf16ps $2, $1, $0", "=v,v,v,0", [words, word, sums], False)
     if pairs:
         for a, b in zip(_halves(builder, words), _halves(builder, word), strict=True):
@@ -54,37 +54,37 @@ def _added(builder, sums, words, word, pairs):
 
 def _halves(builder, words):
     """Pairs of bf16 as two vectors of floats: the second of each pair, and the first."""
-    high = builder.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * LANES))
-    low = builder.shl(words, ir.Constant(_WORDS, [16] * LANES))
-    return builder.bitcast(high, _SUMS), builder.bitcast(low, _SUMS)
+    high = builder.and_(words, ir.Constant(WORDS, [0xFFFF0000] * LANES))
+    low = builder.shl(words, ir.Constant(WORDS, [16] * LANES))
+    return builder.bitcast(high, SUMS), builder.bitcast(low, SUMS)
 
 
 def _sums(context, builder, args, many, groups, pairs, listed):
     """The loop of ``products`` for so many rows and groups: as many sums run side by side, as one waits for itself."""
     data, step, turn, turns, f, f_row, out, out_row = args
-    vector, scalar = (_WORDS, _I32) if pairs else (_SUMS, _F32)
+    vector, scalar = (WORDS, _I32) if pairs else (SUMS, _F32)
     places = [
-        builder.add(builder.add(out, builder.mul(out_row, _int(m))), _int(4 * LANES * g))
+        builder.add(builder.add(out, builder.mul(out_row, number(m))), number(4 * LANES * g))
         for m in range(many)
         for g in range(groups)
     ]
-    cells = [cgutils.alloca_once(builder, _SUMS) for _ in places]
+    cells = [cgutils.alloca_once(builder, SUMS) for _ in places]
     for cell, place in zip(cells, places, strict=True):
-        builder.store(_load(builder, place, _SUMS), cell)
+        builder.store(load(builder, place, SUMS), cell)
     with cgutils.for_range(builder, turns) as loop:
         if listed:
-            at = builder.add(_load(builder, builder.add(data, builder.mul(loop.index, _int(8))), _I64), turn)
+            at = builder.add(load(builder, builder.add(data, builder.mul(loop.index, number(8))), _I64), turn)
         else:
             at = builder.add(data, builder.mul(loop.index, turn))
-        here = [_load(builder, builder.add(at, builder.mul(step, _int(g))), vector) for g in range(groups)]
-        word_at = builder.add(f, builder.mul(loop.index, _int(4)))
+        here = [load(builder, builder.add(at, builder.mul(step, number(g))), vector) for g in range(groups)]
+        word_at = builder.add(f, builder.mul(loop.index, number(4)))
         for m in range(many):
-            word = _load(builder, builder.add(word_at, builder.mul(f_row, _int(m))), scalar)
+            word = load(builder, builder.add(word_at, builder.mul(f_row, number(m))), scalar)
             for g in range(groups):
                 cell = cells[m * groups + g]
                 builder.store(_added(builder, builder.load(cell), here[g], word, pairs), cell)
     for cell, place in zip(cells, places, strict=True):
-        _store(builder, builder.load(cell), place)
+        store(builder, builder.load(cell), place)
 
 
 def _products(pairs, listed):
@@ -95,13 +95,13 @@ def _products(pairs, listed):
     @intrinsic
     def run(typing, many, groups, data, step, turn, turns, f, f_row, out, out_row):
         def generate(context, builder, signature, args):
-            number = builder.add(builder.mul(args[0], _int(8)), args[1])
+            which = builder.add(builder.mul(args[0], number(8)), args[1])
             over = builder.append_basic_block("over")
-            choice = builder.switch(number, over)
+            choice = builder.switch(which, over)
             for rows in (1, 2, 3, 4):
                 for wide in (1, 2, 4):
                     block = builder.append_basic_block(f"rows{rows}x{wide}")
-                    choice.add_case(_int(8 * rows + wide), block)
+                    choice.add_case(number(8 * rows + wide), block)
                     builder.position_at_end(block)
                     _sums(context, builder, args[2:], rows, wide, pairs, listed)
                     builder.branch(over)
@@ -117,7 +117,7 @@ multiply_listed = _products(pairs=False, listed=True)
 multiply_pairs = _products(pairs=True, listed=False)
 
 
-def _reduced(builder, vector, operation):
+def reduced(builder, vector, operation):
     """All lanes of a vector as one, halves with halves."""
     width = LANES
     while width > 1:
@@ -129,28 +129,8 @@ def _reduced(builder, vector, operation):
     return builder.extract_element(vector, ir.Constant(_I32, 0))
 
 
-def _larger(builder, a, b):
+def larger(builder, a, b):
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-
-def _over(operation, first):
-    @intrinsic
-    def run(typing, data, groups):
-        def generate(context, builder, signature, args):
-            cell = cgutils.alloca_once(builder, _SUMS)
-            builder.store(ir.Constant(_SUMS, [first] * LANES), cell)
-            with cgutils.for_range(builder, args[1]) as loop:
-                here = _load(builder, builder.add(args[0], builder.mul(loop.index, _int(64))), _SUMS)
-                builder.store(operation(builder, here, builder.load(cell)), cell)
-            return _reduced(builder, builder.load(cell), operation)
-
-        return types.float32(types.int64, types.int64), generate
-
-    return run
-
-
-largest = _over(_larger, float("-inf"))  # (data, groups): of all floats; NaN is passed over
-total_of = _over(lambda builder, a, b: builder.fadd(a, b), 0.0)  # their sum, the same however many zeros follow
 
 
 @intrinsic
@@ -162,11 +142,11 @@ def transpose(typing, listed, count, offset, out):
 
     def generate(context, builder, signature, args):
         listed, count, offset, out = args
-        last, lines = builder.sub(count, _int(1)), []
+        last, lines = builder.sub(count, number(1)), []
         for n in range(LANES):
-            index = builder.select(builder.icmp_signed("<", _int(n), last), _int(n), last)
-            at = _load(builder, builder.add(listed, builder.mul(index, _int(8))), _I64)
-            lines.append(_load(builder, builder.add(at, offset), _WORDS))
+            index = builder.select(builder.icmp_signed("<", number(n), last), number(n), last)
+            at = load(builder, builder.add(listed, builder.mul(index, number(8))), _I64)
+            lines.append(load(builder, builder.add(at, offset), WORDS))
         for step in (1, 2, 4, 8):
             for n in range(LANES):
                 if n & step:
@@ -174,10 +154,10 @@ def transpose(typing, listed, count, offset, out):
                 a, b = lines[n], lines[n + step]
                 first = [i if not i & step else i - step + 16 for i in range(16)]
                 second = [i + step if not i & step else i + 16 for i in range(16)]
-                lines[n] = builder.shuffle_vector(a, b, ir.Constant(_WORDS, first))
-                lines[n + step] = builder.shuffle_vector(a, b, ir.Constant(_WORDS, second))
+                lines[n] = builder.shuffle_vector(a, b, ir.Constant(WORDS, first))
+                lines[n + step] = builder.shuffle_vector(a, b, ir.Constant(WORDS, second))
         for n, line in enumerate(lines):
-            _store(builder, line, builder.add(out, _int(64 * n)))
+            store(builder, line, builder.add(out, number(64 * n)))
 
     return types.void(*[types.int64] * 4), generate
 
@@ -187,11 +167,11 @@ def interleave(typing, first, second, out, out_step):
     """32 bf16 at ``first`` and at ``second`` as two groups of pairs."""
 
     def generate(context, builder, signature, args):
-        a, b = (_load(builder, place, _HALVES) for place in args[:2])
+        a, b = (load(builder, place, _HALVES) for place in args[:2])
         for half in range(2):
             order = [LANES * half + i // 2 + 32 * (i % 2) for i in range(32)]
             mixed = builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, 32), order))
-            place = builder.add(args[2], builder.mul(args[3], _int(half)))
-            _store(builder, builder.bitcast(mixed, _WORDS), place)
+            place = builder.add(args[2], builder.mul(args[3], number(half)))
+            store(builder, builder.bitcast(mixed, WORDS), place)
 
     return types.void(*[types.int64] * 4), generate
