@@ -9,7 +9,7 @@ from numba import carray, njit
 from mem_triton.ops.common.compiled import OPTIONS
 from mem_triton.ops.common.pointers import pointer
 from mem_triton.ops.memory_attention.cpu.numba_floats import TILE
-from mem_triton.ops.memory_attention.cpu.numba_tiles import ROWS
+from mem_triton.ops.memory_attention.cpu.numba_tiles import COLUMNS, ROWS
 from mem_triton.ops.memory_attention.cpu.numba_vectors import LANES
 
 NEVER = np.int32(2**31 - 1)
@@ -99,11 +99,11 @@ def _list(n, count, at, step, values, listed):
 
 @njit(**OPTIONS)
 def list_context(row, head, step, layer, token, last, listed, seen, worth):
-    """List a row's keys from position ``token`` to ``last``, up to a full tile, of packed blocks up to the block's end.
-    Returns how many, and the address of the last one's block."""
+    """List a row's keys from position ``token`` to ``last``, up to a full tile; of packed blocks up to the block's end,
+    but for fp32 by channel, where a tile may be several whole ones. Returns how many, and the last one's block."""
     block, table = layer.block, step.blocks + row * step.blocks_row
     here = min(TILE, last + 1 - token)
-    if layer.kind != ROWS:
+    if layer.kind != ROWS and not (layer.kind == COLUMNS and layer.wide == 4 and TILE % block == 0):
         here = min(here, block - token % block)
     base, n = np.int64(0), np.int64(0)
     while n < here:

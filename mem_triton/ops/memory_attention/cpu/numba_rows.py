@@ -70,6 +70,12 @@ def _attend_tile(kind, here, keys, values, layer, room):
         out = logits_at + m * row
         if fast:
             multiply(OF_PAIRS, data, step, turn, groups, size // 2, q16_at + m * p_row, p_row, out, row, some)
+        elif data == keys and here > block:
+            for first in range(0, groups, block // LANES):
+                part, at = min(block // LANES, groups - first), listed[0, first * LANES]
+                multiply(
+                    FLOATS, at, step, turn, part, size, q_at + 4 * m * size, 4 * size, out + first * GROUP, row, some
+                )
         else:
             multiply(FLOATS, data, step, turn, groups, size, q_at + 4 * m * size, 4 * size, out, row, some)
     fold(logits, reach, seen[0], seen[1], worth, position, layer.scale, layer.soft_cap, top, total, acc)
@@ -132,7 +138,7 @@ def _attend_block(row, begin, count, head, step, layer, query, out, lse, place):
             slot, kind = np.int64(-1), layer.kind
             here, base = list_context(row, head, step, layer, token, last, listed, seen, worth)
             if kind == COLUMNS:
-                keys = base + token % layer.block * wide
+                keys = (base if layer.block > TILE else listed[0, 0]) + token % layer.block * wide
             elif kind == PAIRS:
                 keys, values = base + token % layer.block * size * 2, base + layer.values + token % layer.block * 32
             for some in range(len(reach)):
