@@ -93,6 +93,22 @@ def test_every_size_and_group_in_bf16(size, group):
         check(case, kind)
 
 
+@pytest.mark.parametrize("kind", ["columns", "pairs"])
+@pytest.mark.parametrize("block", [32, 64, 96, 128, 256])
+def test_fp32_contexts_of_any_block_size(block, kind):
+    """By channel a tile is several blocks, if they make a whole one: prompts that end in each of them, and decoding."""
+    case = make_case(
+        [(1, 127), (1, 128), (1, 300), (200, 0), (40, 97), (3, 31)],
+        heads=(6, 2),
+        size=32,
+        block_size=block,
+        memories=[[(8, 0, FOREVER)] * 3, None, [(8, 64, FOREVER)], None, [(5, 0, FOREVER)], None],
+        dtype=torch.float32,
+        soft_cap=4.0,
+    )
+    check(case, kind)
+
+
 @pytest.mark.parametrize("dot", [True, False])
 @pytest.mark.parametrize("seed", range(20))
 def test_any_batch_with_and_without_the_instruction(seed, dot, monkeypatch):
