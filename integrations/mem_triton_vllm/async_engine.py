@@ -20,7 +20,7 @@ from mem_triton.store.pool.loads import MemoryLoadError
 from mem_triton.systems.lora import files_of
 from mem_triton.systems.lora_users import AdapterInUseError, AdapterUsers
 from mem_triton.systems.request import RequestError
-from mem_triton_vllm import adapters, callers, front_end, http_fields, weights
+from mem_triton_vllm import adapters, callers, front_end, http_fields, lora_routes, weights
 from mem_triton_vllm.front_end import VLLMFrontEnd
 from mem_triton_vllm.generation import generate
 from mem_triton_vllm.service import BARRIER, CALL
@@ -42,11 +42,12 @@ class AsyncLLMWithMemory(AsyncLLM):
     memory: VLLMFrontEnd
 
     def start_memory(self) -> None:
-        """See that no server drops memory's fields, and begin what every request would wait for.
+        """See that servers answer for memory's fields and adapters, and begin what every request would wait for.
 
         Where no event loop runs yet, that begins with the first request that needs it.
         """
         http_fields.install()
+        lora_routes.install()
         self._users, self._loads = AdapterUsers(), set()
         self.memory.barrier = functools.partial(self.collective_rpc, BARRIER)
         self.memory.between_steps = self._between_steps
@@ -70,7 +71,8 @@ class AsyncLLMWithMemory(AsyncLLM):
         return await super().collective_rpc(method, *args, **kwargs)
 
     async def add_lora(self, lora_request: Any) -> bool:
-        return await self._to_its_end(self._load(lora_request.lora_int_id, lambda: lora_request))
+        with lora_routes.refusals_told():
+            return await self._to_its_end(self._load(lora_request.lora_int_id, lambda: lora_request))
 
     async def _to_its_end(self, loading: Coroutine[Any, Any, bool]) -> bool:
         """A load that goes on if its caller leaves: workers may have read the files by then."""

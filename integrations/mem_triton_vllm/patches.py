@@ -114,6 +114,17 @@ PATCHES: tuple[EnginePatch, ...] = (
         until="run-batch refuses fields that it does not know.",
     ),
     EnginePatch(
+        target="vllm.entrypoints.openai.models.serving.OpenAIServingModels.load_lora_adapter",
+        kind="patch",
+        sites=("lora_routes.install: OpenAIServingModels.load_lora_adapter",),
+        what="The method is wrapped: where the engine raises RetryableRequestError, the answer is HTTP 503 with its "
+        "reason.",
+        why="A load in the place of an adapter waits for the requests that it answers, and gives up after five "
+        "minutes: clients may try again, and HTTP 500 says that they may not.",
+        upstream="Whatever add_lora raises is HTTP 500, and its text alone is kept.",
+        until="vLLM answers the engine's own error, as its other routes do.",
+    ),
+    EnginePatch(
         target="attn_backend and the class of impl of attention layers",
         kind="object",
         sites=("backend.add_to: attention.attn_backend", "backend.add_to: impl.__class__"),

@@ -179,6 +179,9 @@ TOUCH_POINTS: dict[str, Callable[[], bool]] = {
     "init_entrypoints_middleware": lambda: _takes(
         "vllm.entrypoints.launchers.app:init_entrypoints_middleware", "args", "app"
     ),
+    "load_lora_adapter": lambda: _takes(
+        "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter", "request"
+    ),
     "run_request": lambda: _takes("vllm.entrypoints.launchers.run_batch:run_request", "serving_engine_func", "request"),
     "parse_model_prompt": lambda: _takes(
         "vllm.renderers.inputs.preprocess:parse_model_prompt", "model_config", "prompt"

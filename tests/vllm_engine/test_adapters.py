@@ -241,6 +241,59 @@ def test_fault14_a_load_waits_for_nobody_without_end(served):
     assert [event[0] for event in happened if isinstance(event, tuple)] == ["load", "run", "load", "load"]
 
 
+@pytest.mark.parametrize("kind", ["installed", "control: stock"])
+def test_fault14_a_load_that_has_waited_too_long_is_http_503_with_its_reason(served, monkeypatch, kind):
+    """By vLLM's own route and handler, which make an HTTP 500 of it (negative control)."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    engine, happened, folder = served
+    if not hasattr(engine, "generate"):
+        pytest.skip("LLMEngine has no routes")
+    if kind != "installed":
+        handler = handler_class()
+        monkeypatch.setattr(handler, "load_lora_adapter", handler.load_lora_adapter.__wrapped__)
+    engine._users.longest_wait = 0.05
+    body = {"lora_name": "poet", "lora_path": str(folder), "load_inplace": True}
+
+    async def main():
+        async with client_of(engine) as client:
+            assert (await client.post("/v1/load_lora_adapter", json=body)).status_code == 200
+            inside = engine.generate([1], SamplingParams(), "b", lora_request=LoRARequest("poet", 1, str(folder)))
+            await anext(inside)
+            refused = await client.post("/v1/load_lora_adapter", json=body)
+            missing = await client.post("/v1/load_lora_adapter", json={**body, "lora_name": ""})
+            await inside.aclose()
+            return refused, missing, await client.post("/v1/load_lora_adapter", json=body)
+
+    refused, missing, again = asyncio.run(main())
+    error = refused.json()["error"]
+    assert "'poet' answers 1 requests, which keep it; nothing was loaded" in error["message"]
+    assert (refused.status_code, error["code"]) == ((503, 503) if kind == "installed" else (500, 500))
+    assert (missing.status_code, again.status_code) == (400, 200), "stock answers stay"
+    assert [event[0] for event in happened if isinstance(event, tuple)] == ["load", "run", "load"]
+
+
+def handler_class():
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    return OpenAIServingModels
+
+
+def client_of(engine):
+    """A client of vLLM's own routes for adapters, before this engine."""
+    import httpx
+    from fastapi import FastAPI
+    from vllm.entrypoints.openai.models.protocol import BaseModelPath
+    from vllm.entrypoints.serve.lora.api_router import _attach_router
+
+    engine.model_config = engine.renderer = engine.input_processor = None
+    app = FastAPI()
+    _attach_router(app)
+    app.state.openai_serving_models = handler_class()(engine, [BaseModelPath("m", "m")])
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
+
+
 def test_fault14_the_stepped_engine_replaces_no_adapter_under_a_request(served):
     from vllm.exceptions import VLLMValidationError
     from vllm.lora.request import LoRARequest
