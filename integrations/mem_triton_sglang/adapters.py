@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +47,10 @@ class KnownAdapters(TokenizerManager):
         return loaded.lora_path if loaded is not None and loaded.lora_path != TENSORS else None
 
     async def load_lora_adapter(self, obj: Any, request: Any = None) -> Any:
-        before = files_of(obj.lora_path)
-        with self._noting(obj.lora_name):
-            result = await super().load_lora_adapter(obj, request)
-        if result.success:
-            self._noted(obj.lora_name, obj.lora_path, before)
-        return result
+        return await self._noted(obj.lora_name, obj.lora_path, super().load_lora_adapter(obj, request))
 
     async def load_lora_adapter_from_tensors(self, obj: Any, request: Any = None) -> Any:
-        with self._noting(obj.lora_name):
-            result = await super().load_lora_adapter_from_tensors(obj, request)
-        if result.success:
-            self._noted(obj.lora_name, None, None)
-        return result
+        return await self._noted(obj.lora_name, None, super().load_lora_adapter_from_tensors(obj, request))
 
     async def unload_lora_adapter(self, obj: Any, request: Any = None) -> Any:
         result = await super().unload_lora_adapter(obj, request)
@@ -69,15 +59,11 @@ class KnownAdapters(TokenizerManager):
             self._loras.forget(obj.lora_name)
         return result
 
-    @contextlib.contextmanager
-    def _noting(self, name: str) -> Iterator[None]:
-        """A load whose caller leaves may have happened."""
-        try:
-            yield
-        except BaseException:
-            self._loras.unsure(name)
-            raise
-
-    def _noted(self, name: str, path: str | None, before: Files | None) -> None:
-        self._loading.pop(name, None)
-        self._loras.loaded(name, path, before)
+    async def _noted(self, name: str, path: str | None, loading: Awaitable[Any]) -> Any:
+        """The result of a load; one whose caller leaves may have happened."""
+        with self._loras.loading(name, path) as loaded:
+            result = await loading
+            if result.success:
+                self._loading.pop(name, None)
+                loaded()
+        return result

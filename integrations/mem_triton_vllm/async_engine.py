@@ -17,7 +17,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
 from mem_triton.store.pool.loads import MemoryLoadError
-from mem_triton.systems.lora import files_of
 from mem_triton.systems.lora_users import AdapterInUseError, AdapterUsers
 from mem_triton.systems.request import RequestError
 from mem_triton_vllm import adapters, callers, front_end, http_fields, lora_routes, weights
@@ -89,17 +88,12 @@ class AsyncLLMWithMemory(AsyncLLM):
         async with self._users.lock(key):
             if (lora := which()) is None:
                 return True
-            loras = self.memory.loras
-            if adapters.reads_files(loras, lora):
+            if reads := adapters.reads_files(self.memory.loras, lora):
                 await self._unused(key, lora.lora_name)
-            before = files_of(lora.lora_path)
-            try:
+            with self.memory.loras.loading(key, lora.lora_path) as loaded:
                 done = await super().add_lora(lora)
-            except BaseException:
-                loras.unsure(lora.lora_int_id)
-                raise
-            if adapters.reads_files(loras, lora):
-                await asyncio.to_thread(loras.loaded, lora.lora_int_id, lora.lora_path, before)
+                if reads:
+                    await asyncio.to_thread(loaded)
             return done
 
     async def _unused(self, key: int, name: str) -> None:

@@ -20,7 +20,6 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from mem_triton.runtime.frontend.memory import MemoryLostError, Opened
 from mem_triton.runtime.frontend.stepped import PAUSE_SECONDS, SteppedLoop
 from mem_triton.store.pool.loads import MemoryLoadError
-from mem_triton.systems.lora import files_of
 from mem_triton.systems.lora_users import in_use
 from mem_triton.systems.request import RequestError
 from mem_triton_vllm import adapters, front_end, weights
@@ -190,17 +189,12 @@ class LLMEngineWithMemory(LLMEngine):
         return super().collective_rpc(method, *args, **kwargs)
 
     def add_lora(self, lora_request: Any) -> bool:
-        loras, key, path = self.memory.loras, lora_request.lora_int_id, lora_request.lora_path
-        if adapters.reads_files(loras, lora_request):
-            self._check_unused(key, lora_request.lora_name)
-        before = files_of(path)
-        try:
+        if reads := adapters.reads_files(self.memory.loras, lora_request):
+            self._check_unused(lora_request.lora_int_id, lora_request.lora_name)
+        with self.memory.loras.loading(lora_request.lora_int_id, lora_request.lora_path) as loaded:
             done = super().add_lora(lora_request)
-        except BaseException:
-            loras.unsure(key)
-            raise
-        if adapters.reads_files(loras, lora_request):
-            loras.loaded(key, path, before)
+            if reads:
+                loaded()
         return done
 
     def _check_unused(self, key: int, name: str) -> None:

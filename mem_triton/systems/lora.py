@@ -6,10 +6,11 @@ whatever they hold since.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import uuid
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +62,9 @@ class LoadedAdapters:
 
     Example::
 
-        before = files_of(path)
-        ...                                    # the engine reads the files
-        adapters.loaded(key, path, before)
+        with adapters.loading(key, path) as loaded:
+            ...                                # the engine reads the files
+            loaded()
         adapter = adapters.answering(key, name, path)
     """
 
@@ -71,6 +72,19 @@ class LoadedAdapters:
         self.capacity = capacity
         self._loads: dict[Hashable, _Load] = {}
         self._numbers = itertools.count(1)
+
+    @contextlib.contextmanager
+    def loading(self, key: Hashable, path: str | None) -> Iterator[Callable[[], None]]:
+        """Watch a load, and give what records it when it has succeeded; one that raises may have happened.
+
+        path: of the files, None for weights that come from none.
+        """
+        before = None if path is None else files_of(path)
+        try:
+            yield lambda: self.loaded(key, path, before)
+        except BaseException:
+            self.unsure(key)
+            raise
 
     def loaded(self, key: Hashable, path: str | None, before: Files | None) -> None:
         """Record what the engine has loaded. before: the files when it began, None for weights that came from no files.

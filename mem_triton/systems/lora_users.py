@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable
+from weakref import WeakValueDictionary
 
 LONGEST_WAIT = 300.0
 """Seconds that a load waits for the requests in flight."""
@@ -33,12 +34,14 @@ class AdapterUsers:
     def __init__(self, longest_wait: float = LONGEST_WAIT) -> None:
         self.longest_wait = longest_wait
         self._counts: Counter[Hashable] = Counter()
-        self._locks: defaultdict[Hashable, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks: WeakValueDictionary[Hashable, asyncio.Lock] = WeakValueDictionary()
         self._gone: dict[Hashable, asyncio.Event] = {}
 
     def lock(self, key: Hashable) -> asyncio.Lock:
-        """The lock under which the adapter of a key is changed."""
-        return self._locks[key]
+        """The lock under which the adapter of a key is changed: one, as long as somebody holds it or waits for it."""
+        if (lock := self._locks.get(key)) is None:
+            lock = self._locks[key] = asyncio.Lock()
+        return lock
 
     def enter(self, key: Hashable) -> Callable[[], None]:
         """Count a request in. Returns what counts it out; harmless twice."""
