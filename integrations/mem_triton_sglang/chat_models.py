@@ -52,9 +52,17 @@ class ServesChatModels(TokenizerManager):
         adapter = model.removeprefix(f"{self.served_model_name}:")
         return adapter if adapter in self.lora_ref_cache else None
 
+    def adapters_by_name(self) -> dict[str, str]:
+        """The adapters' names, as the server lists them, each with the one that SGLang's handlers understand."""
+        served = self.served_model_name
+        return {name: f"{served}:{name}" for name in self.lora_ref_cache if name != served}
+
 
 class ChatWithModels(OpenAIServingChat):
-    """Answers requests to chat models; those to other models are SGLang's, untouched."""
+    """Answers requests to chat models; those to other models are SGLang's, untouched.
+
+    An adapter answers under the name that the server lists, too: SGLang takes that for the base model's.
+    """
 
     def __init__(self, tokenizer_manager: ServesChatModels, template_manager: Any) -> None:
         super().__init__(tokenizer_manager, template_manager)
@@ -64,6 +72,8 @@ class ChatWithModels(OpenAIServingChat):
     async def handle_request(self, request: Any, raw_request: Request) -> Any:
         part = self.manager.chats.get(request.model)
         if part is None:
+            if (adapter := self.manager.adapters_by_name().get(request.model)) is not None:
+                request = request.model_copy(update={"model": adapter})
             return await super().handle_request(request, raw_request)
         return await chat_models.respond(part, await raw_request.json(), request.stream, raw_request)
 

@@ -27,7 +27,7 @@ def after_init(result: None, manager: TokenizerManager, *args: Any, **kwargs: An
     manager.__class__ = TokenizerManagerWithMemory
     manager.start_memory(config)
     manager.start_chats(config)
-    http_fields.install(manager.chats)
+    http_fields.install(manager.chats, manager.adapters_by_name)
 
 
 def after_metadata(result: dict[str, Any], meta_info: dict[str, Any]) -> dict[str, Any]:

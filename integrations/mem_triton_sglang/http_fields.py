@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from mem_triton.runtime.frontend.chat_models import CHAT, AnswerChatModels
+from mem_triton.runtime.frontend.chat_models import CHAT, Adapters, AnswerChatModels
 from mem_triton.runtime.frontend.http_fields import FieldPlaces, RefuseMisplacedFields
 from mem_triton.systems.base import ChatPart
 
@@ -24,10 +24,11 @@ PLACES = FieldPlaces(
 """Where SGLang's routes take what reaches ``sampling_params["custom_params"]``."""
 
 
-def install(chats: Mapping[str, ChatPart]) -> None:
+def install(chats: Mapping[str, ChatPart], adapters: Adapters) -> None:
     """Refuse such fields in this process's HTTP server, if it has one; ``Engine`` has none.
 
     chats: the server's chat models, which it lists, and which other routes than that of chats refuse.
+    adapters: its LoRA adapters, whose plain names they refuse, too, where there are chat models.
     """
     server = sys.modules.get("sglang.srt.entrypoints.http_server")
     if server is None:
@@ -41,4 +42,5 @@ def install(chats: Mapping[str, ChatPart]) -> None:
     if not any(one.cls is RefuseMisplacedFields for one in middleware):
         middleware.append(Middleware(RefuseMisplacedFields, places=PLACES))  # innermost: behind authentication
         served = (CHAT, "/invocations")  # one handler has both
-        middleware.append(Middleware(AnswerChatModels, chats=lambda scope: chats, listed=listed, served=served))
+        options = {"chats": lambda scope: chats, "listed": listed, "served": served, "adapters": adapters}
+        middleware.append(Middleware(AnswerChatModels, **options))

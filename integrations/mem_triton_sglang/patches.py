@@ -180,9 +180,10 @@ PATCHES: tuple[EnginePatch, ...] = (
         sites=("http_fields.install: middleware.append",),
         what="The server gets two middlewares more, behind authentication. One answers memory fields that SGLang would "
         "drop with HTTP 400 and the place where they belong; the other lists chat models of memory systems with the "
-        "server's own, and refuses their names on routes that do not serve them.",
+        "server's own, and refuses their names on routes that do not serve them; where there are any, the plain names "
+        "of LoRA adapters, too.",
         why="A field that is silently dropped is an answer without the memory that was asked for; SGLang takes "
-        "a model's name that it does not know for the base model's.",
+        "a model's name that it does not know for the base model's, and the plain name of an adapter, which it lists.",
         upstream="SGLang ignores fields that it does not know, and has no option for middleware.",
         until="A plugin may add middleware.",
     ),
@@ -191,7 +192,8 @@ PATCHES: tuple[EnginePatch, ...] = (
         kind="extension",
         sites=("engines.after_init: manager.__class__",),
         what="Where a memory system has a chat model (MeMo), our manager names a subclass of SGLang's handler of chat "
-        "requests. A request to the chat model is answered by it; all others are SGLang's handler's.",
+        "requests. A request to the chat model is answered by it; all others are SGLang's handler's. One that names a "
+        "LoRA adapter as the server lists it gets there under base:adapter.",
         why="MeMo's executive and memory model are one model to users.",
         upstream="The property is there for subclasses to name another class.",
         until="It stays.",

@@ -15,7 +15,7 @@ MEMO = {"memory": "m", "executive": "m", "name": "m+memo"}
 LISTED = {"object": "list", "data": [{"id": "m", "root": "m", "max_model_len": 64, "parent": None}]}
 
 
-def ask(path, body=None, method="POST", chats=("m+memo",), parts=1):
+def ask(path, body=None, method="POST", chats=("m+memo",), parts=1, adapters=()):
     """(status, JSON) of an answer; 204 and the body as it came where the server's own route is asked."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     size = len(raw) // parts + 1
@@ -42,7 +42,8 @@ def ask(path, body=None, method="POST", chats=("m+memo",), parts=1):
     async def listed():
         return LISTED
 
-    app = AnswerChatModels(stock, lambda scope: dict.fromkeys(chats, ChatPart()), listed)
+    known = {name: f"m:{name}" for name in adapters}
+    app = AnswerChatModels(stock, lambda scope: dict.fromkeys(chats, ChatPart()), listed, adapters=lambda: known)
     asyncio.run(app({"type": "http", "method": method, "path": path}, receive, send))
     said = sent[-1]["body"]
     return sent[0]["status"], said if sent[0]["status"] == 204 else json.loads(said)
@@ -94,6 +95,25 @@ def test_a_name_that_is_written_otherwise_is_refused_too(body):
 def test_whatever_else_reaches_the_server_as_it_came(path, body):
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     assert ask(path, body, parts=2) == (204, raw)
+
+
+def test_an_adapter_that_the_server_takes_for_its_base_is_refused_by_name_and_may_be_loaded_and_tokenized_for():
+    """Control: one that it knows, or that is not there, goes its way."""
+    body = {"model": "memo", "prompt": "x"}
+    status, said = ask("/v1/completions", body, adapters=["memo"])
+    assert status == 400 and said["error"]["param"] == "model"
+    assert "'memo' is a LoRA adapter" in said["message"] and "'m:memo'" in said["message"]
+    for path, passes in (
+        ("/v1/completions", {**body, "model": "m:memo"}),
+        ("/v1/completions", {**body, "model": "memory"}),
+        ("/v1/chat/completions", body),
+        ("/tokenize", body),
+        ("/unload_lora_adapter", {"lora_name": "memo"}),
+    ):
+        assert ask(path, passes, adapters=["memo"])[0] == 204, path
+    assert ask("/v1/completions", body)[0] == 204
+    assert ask("/v1/completions", {"model": "m+memo"}, adapters=["memo"])[0] == 400
+    assert ask("/tokenize", {"model": "m+memo"}, adapters=["memo"])[0] == 400
 
 
 def test_without_a_chat_model_nothing_is_looked_at():

@@ -31,6 +31,16 @@ def start(lora_bench) -> Start:
     return start
 
 
+def test_control_the_stock_handler_answers_an_adapter_s_plain_name_by_the_base(server, stock):
+    """Negative control; and any other name is the base model's with a chat model beside it, too."""
+
+    def said(one, **model):
+        return one.chat("Who?", 8, **model).json()["choices"][0]["message"]["content"]
+
+    assert said(stock, model="memo") == said(stock) == said(server, model="gpt-4") == said(stock, model="gpt-4")
+    assert said(stock, model="m:memo") == said(server, model="memo") != said(stock)
+
+
 def test_sagemaker_s_route_has_the_same_handler(server, executive):
     body = {"model": "m+memo", "messages": [{"role": "user", "content": "Who?"}], "n": 2}
     answer = server.http.post("/invocations", json=body)

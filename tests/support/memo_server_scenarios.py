@@ -157,6 +157,23 @@ def names_are(server: ServerProcess, *names: str) -> None:
     assert [model["id"] for model in server.http.get("/v1/models").json()["data"]] == list(names)
 
 
+def test_the_base_never_answers_under_the_name_by_which_an_adapter_is_listed(server: Any, lora_bench: Bench) -> None:
+    """The adapter answers, or the route refuses the name."""
+    for stream in (False, True):
+        answer = server.chat(QUESTION, TOKENS, model="memo", stream=stream)
+        assert answer.status_code == 200, answer.text
+        choices = [choice for one in (events(answer) if stream else [answer.json()]) for choice in one["choices"]]
+        said = "".join((choice.get("delta") or choice.get("message"))["content"] or "" for choice in choices)
+        assert said == merged_text(server, lora_bench, QUESTION)
+    answer = server.complete(QUESTION, TOKENS, model="memo")
+    adapted = server.complete(QUESTION, TOKENS, model=server.adapted("memo")).json()["choices"][0]["text"]
+    assert adapted != server.complete(QUESTION, TOKENS).json()["choices"][0]["text"]
+    if answer.status_code == 200:
+        assert answer.json()["choices"][0]["text"] == adapted
+    else:
+        assert answer.status_code == 400 and "'m:memo'" in answer.text, answer.text
+
+
 def test_a_stream_gives_progress_then_the_answer(server: ServerProcess, executive: ScriptedServer) -> None:
     """As server-sent events."""
     asks(executive, "Who has a kite?")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -27,10 +27,14 @@ LEFT = 499
 _FORM_MODEL = re.compile(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)')
 _NAMING = ("model", "lora_name")
 """Fields of a body that name a model: one that is asked, and one that is loaded."""
+_TOKENIZING = frozenset({"/tokenize", "/detokenize", "/v1/tokenize", "/v1/detokenize"})
+"""Routes whose answers an adapter changes nothing in."""
 
 Chats = Mapping[str, ChatPart]
 Listed = Callable[[], Awaitable[dict[str, Any]]]
 """The server's own list of models, as OpenAI's API has it."""
+Adapters = Callable[[], Mapping[str, str]]
+"""Names of LoRA adapters that the server's handlers take for the base model's -> the name that they understand."""
 
 
 def chat_models(config: MemTritonConfig, host: ChatHost, taken: Iterable[str]) -> dict[str, ChatPart]:
@@ -113,7 +117,8 @@ class AnswerChatModels:
     """ASGI middleware that answers what concerns chat models on every route but that of chat completions.
 
     chats: the chat models, of a request's scope. listed: the server's own list of models; None where the server's
-    route knows of chat models. served: the paths whose handlers answer chat models.
+    route knows of chat models. served: the paths whose handlers answer chat models, and adapters by any name. adapters:
+    whose names are refused on all others, so that the base model never answers in their place.
     """
 
     def __init__(
@@ -122,8 +127,10 @@ class AnswerChatModels:
         chats: Callable[[Mapping[str, Any]], Chats],
         listed: Listed | None = None,
         served: Iterable[str] = (CHAT,),
+        adapters: Adapters = dict,
     ) -> None:
         self._app, self._chats, self._listed, self._served = app, chats, listed, frozenset(served)
+        self._adapters = adapters
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not (chats := self._chats(scope)):
@@ -149,27 +156,33 @@ class AnswerChatModels:
         await send_json(send, 400, refusal_of(error, path))
 
     def _refusal(self, path: str, raw: bytes, chats: Chats) -> RequestError | None:
-        if (found := _named(raw, chats)) is None:
+        adapters = {} if path in _TOKENIZING else self._adapters()
+        if (found := _named(raw, {**adapters, **chats})) is None:
             return None
         field, name = found
+        if name not in chats:
+            if field != "model":
+                return None
+            said = f"{name!r} is a LoRA adapter, in whose place {path} would ask the base model"
+            return RequestError(field, f"{said}; ask {CHAT}, or for {adapters[name]!r} where a route takes adapters")
         if field == "lora_name":
             return RequestError(field, f"{name!r} is a model of mem_triton's; load the adapter under another name")
         return RequestError(field, f"{name!r} is not served by {path}; it answers {CHAT} alone")
 
 
-def _named(raw: bytes, chats: Chats) -> tuple[str, str] | None:
-    """(field, name) of a body that names a chat model, in JSON or in a form."""
+def _named(raw: bytes, names: Collection[str]) -> tuple[str, str] | None:
+    """(field, name) of a body that names one of these models, in JSON or in a form."""
     plain = b"\\" not in raw and b"\0" not in raw  # neither escapes nor wide characters
-    if plain and not any(name.encode() in raw for name in chats):
+    if plain and not any(name.encode() in raw for name in names):
         return None
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):
         found = _FORM_MODEL.search(raw)
         name = found[1].decode(errors="replace") if found else ""
-        return ("model", name) if name in chats else None
+        return ("model", name) if name in names else None
     if isinstance(body, dict):
         for field in _NAMING:
-            if isinstance(name := body.get(field), str) and name in chats:
+            if isinstance(name := body.get(field), str) and name in names:
                 return field, name
     return None
