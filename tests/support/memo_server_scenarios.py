@@ -163,7 +163,7 @@ def test_the_base_never_answers_under_the_name_by_which_an_adapter_is_listed(ser
         answer = server.chat(QUESTION, TOKENS, model="memo", stream=stream)
         assert answer.status_code == 200, answer.text
         choices = [choice for one in (events(answer) if stream else [answer.json()]) for choice in one["choices"]]
-        said = "".join((choice.get("delta") or choice.get("message"))["content"] or "" for choice in choices)
+        said = "".join((choice.get("delta") or choice.get("message") or {}).get("content") or "" for choice in choices)
         assert said == merged_text(server, lora_bench, QUESTION)
     answer = server.complete(QUESTION, TOKENS, model="memo")
     adapted = server.complete(QUESTION, TOKENS, model=server.adapted("memo")).json()["choices"][0]["text"]
