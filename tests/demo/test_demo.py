@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 import subprocess
 import sys
@@ -14,11 +13,18 @@ import pytest
 
 from benchmarks.common.statistics import wilson
 from tests.support.demo import ROOT, SMALL, Demo, make_folders
+from tests.support.zygote import Zygote
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> tuple[str, ...]:
     return make_folders(tmp_path_factory.mktemp("demo"))
+
+
+def zygote() -> Zygote:
+    from tests.vllm_engine import engine
+
+    return engine.zygote("v1")
 
 
 def run(folder: Path, *options: str) -> tuple[int, str]:
@@ -30,7 +36,7 @@ def run(folder: Path, *options: str) -> tuple[int, str]:
 @pytest.mark.engine
 def test_the_demo_from_start_to_end(folders, tmp_path):
     picture = tmp_path / "demo.svg"
-    demo = Demo(tmp_path, *folders, *SMALL, "--svg", str(picture))
+    demo = Demo(tmp_path, *folders, *SMALL, "--svg", str(picture), zygote=zygote)
     assert demo.end() == 0, demo.output
     for expected in (
         "vllm serve",
@@ -51,12 +57,13 @@ def test_the_demo_from_start_to_end(folders, tmp_path):
 
 @pytest.mark.engine
 def test_ctrl_c_leaves_no_server(folders, tmp_path):
-    demo = Demo(tmp_path, *folders, *SMALL, "--repeats", "1000")  # it cannot be over before the signal comes
+    demo = Demo(
+        tmp_path, *folders, *SMALL, "--repeats", "1000", zygote=zygote
+    )  # it cannot be over before the signal comes
     demo.until(lambda: demo.engines == 3, 120)
-    demo.process.send_signal(signal.SIGINT)
+    demo.interrupt()
     time.sleep(0.3)
-    if demo.process.is_running():
-        demo.process.send_signal(signal.SIGINT)  # impatient
+    demo.interrupt()  # impatient
     assert demo.end(120) == 130 and "all servers are down" in demo.output, demo.output
     assert demo.survivors() == []
 
@@ -67,7 +74,7 @@ def test_a_dying_server_shows_its_log(folders, tmp_path):
     """The adapter's config is there and wrong: the δ-mem server refuses, and the others go down with it."""
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "delta_mem_config.json").write_text(json.dumps({"rnak": 8}))
-    demo = Demo(tmp_path, *folders[:2], "--adapter", str(tmp_path / "adapter"), *SMALL)
+    demo = Demo(tmp_path, *folders[:2], "--adapter", str(tmp_path / "adapter"), *SMALL, zygote=zygote)
     assert demo.end() == 1
     assert "δ-mem server stopped by itself" in demo.output and "unknown key 'rnak'" in demo.output, demo.output
     assert len(demo.seen) >= 2 and demo.survivors() == []

@@ -20,7 +20,10 @@ from tests.support.checkout import ROOT, check_sources, python_path
 from tests.support.zygote import SPAWN, Zygote
 
 TIMEOUT = 600.0  # seconds of a case
-MODULES = ("sglang", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler")
+MODULES = (
+    *("sglang", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler", "sglang.srt.models.registry"),
+    "tests.support.ready_numba",
+)
 READ_BEFORE = ("SGLANG_", "TORCH", "TRITON_")
 """How the variables begin that are read when SGLang is imported."""
 DEFAULTS = {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from tests.sglang_engine.engine import zygote
 from tests.support.demo import SMALL, Demo, make_folders
 
 pytestmark = pytest.mark.engine
 
 
 def test_the_demo_from_start_to_end(tmp_path):
-    demo = Demo(tmp_path, "--engine", "sglang", *make_folders(tmp_path), *SMALL, worker="sglang::scheduler")
+    options = ("--engine", "sglang", *make_folders(tmp_path), *SMALL)
+    demo = Demo(tmp_path, *options, worker="sglang::scheduler", zygote=zygote)
     demo.until(lambda: demo.engines == 3, 200)
     assert demo.end() == 0, demo.output
     for expected in (

@@ -89,5 +89,5 @@ def test_fault14_options_that_change_a_bank_s_keys_are_refused_at_start(memory_b
     output = run_engine(b.model, [], memory=b.section(), fails=True, json_model_override_args=json.dumps(rope))
     assert "RoPE: the folder has {'rope_theta': 10000.0}, the engine {'rope_theta': 5000.0}" in output
     assert "rms_norm_eps: the folder has 1e-06, the engine 0.001" in output and "--json-model-override-args" in output
-    output = run_engine(b.model, [], memory=b.section(), fails=True, quantization="fp8")
+    output = run_engine(b.model, [], memory=b.section(), fails=True, quantization="fp8", dtype="bfloat16")
     assert "the engine quantises the weights (fp8)" in output

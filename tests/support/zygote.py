@@ -92,12 +92,7 @@ class Fork:
 
     def wait(self, timeout: float) -> int:
         """Its exit code. Raises subprocess.TimeoutExpired."""
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired(str(self.pid), timeout)
-            time.sleep(POLL_SECONDS)
-        return self.returncode
+        return _wait(self, timeout)
 
     def kill(self) -> None:
         """End it with all that it started."""
@@ -132,9 +127,31 @@ class Forks:
             _kill_group(child)
 
 
+class Child:
+    """A fork of this process that runs a command, in the manner of ``subprocess.Popen``."""
+
+    def __init__(self, command: Sequence[str], env: dict[str, str], files: Sequence[str]) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(list(command), list(files), env)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self, timeout: float = float("inf")) -> int:
+        """Its exit code. Raises subprocess.TimeoutExpired."""
+        return _wait(self, timeout)
+
+
 def main() -> None:
     for module in sys.argv[1:]:
         importlib.import_module(module)
+    with suppress(ImportError):
+        importlib.import_module("setproctitle").getproctitle()  # finds no title to set in a fork with a new environment
     gc.collect()
     gc.freeze()  # or every fork's collector, which engines call several times, looks at all that was imported
     forks, answers = Forks(), os.fdopen(os.dup(1), "w")
@@ -144,9 +161,27 @@ def main() -> None:
     forks.end()
 
 
+def _wait(process: Fork | Child, timeout: float) -> int:
+    deadline = time.monotonic() + timeout
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            raise subprocess.TimeoutExpired(str(process.pid), timeout)
+        time.sleep(POLL_SECONDS)
+    return process.returncode
+
+
 def _kill_group(process: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process, signal.SIGKILL)
+
+
+def _fork_workers() -> None:
+    """Workers are forks, whatever start method the engine asks for: vLLM's platform for CPUs insists on spawning."""
+    import multiprocessing
+
+    set_method, get_context = multiprocessing.set_start_method, multiprocessing.get_context
+    multiprocessing.set_start_method = lambda method, force=False: set_method("fork", force=force)
+    multiprocessing.get_context = lambda method=None: get_context("fork")
 
 
 def _become(command: list[str], files: list[str], env: dict[str, str]) -> None:
@@ -159,10 +194,10 @@ def _become(command: list[str], files: list[str], env: dict[str, str]) -> None:
     os.environ.update(env)
     path = env.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [folder for folder in path if folder and folder not in sys.path]
-    import multiprocessing
-
-    stock = multiprocessing.set_start_method
-    multiprocessing.set_start_method = lambda method, force=False: stock("fork", force=force)
+    _fork_workers()
+    gc.unfreeze = lambda: None  # engines call it as they end, and then collect all that was imported
+    if env.get("TORCHDYNAMO_DISABLE") == "1":  # torch has read it, when it was imported
+        importlib.import_module("torch").compiler.set_stance("force_eager")
     code = 1
     try:
         kind, what, *sys.argv[1:] = command

@@ -34,8 +34,10 @@ MODULES = (
     *("vllm.v1.core.sched.scheduler", "vllm.v1.engine.async_llm", "vllm.v1.attention.backends.cpu_attn"),
     "vllm.model_executor.layers.quantization.compressed_tensors.utils",
     "vllm.model_executor.layers.quantization.online.base",
+    *("vllm.v1.executor.multiproc_executor", "vllm.v1.engine.utils", "vllm.v1.worker.cpu_model_runner"),
+    "tests.vllm_engine.ready",
 )
-"""What engines import sooner or later, but for numba, whose modules vLLM's start trips over."""
+"""What engines import sooner or later."""
 DEFAULTS = {
     "enforce_eager": True,
     "max_model_len": 512,

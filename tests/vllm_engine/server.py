@@ -46,6 +46,7 @@ class Server(ServerProcess):
             "32",
             "--gpu-memory-utilization",
             "0.3",
+            *([] if fresh else ["--num-gpu-blocks-override", "1024"]),  # see engine.DEFAULTS
             *flags,
         ]
         variables = environment(**{"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env})

@@ -19,7 +19,7 @@ RUNNERS = {
     "v1": {},
     "v2": {"runner": "v2"},
     "v2-async": {"runner": "v2", "force_async": True},
-    "v1-tp2": {"tensor_parallel_size": 2, "fresh": True},  # workers are spawned, as users' are
+    "v1-tp2": {"tensor_parallel_size": 2},
     "v2-pp2": {"runner": "v2", "pipeline_parallel_size": 2, "env": {"TORCHDYNAMO_DISABLE": "1"}},
     "v1-compiled": {"enforce_eager": False},
 }

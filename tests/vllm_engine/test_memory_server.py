@@ -21,9 +21,10 @@ def memory_bench(tmp_path_factory) -> MemoryBench:
 
 @pytest.fixture(scope="module")
 def server(memory_bench, start_server) -> Server:
-    """The bank of whole texts behind three pages: whoever wants another entry waits for its turn."""
+    """The bank of whole texts behind three pages: whoever wants another entry waits for its turn. It starts as users
+    start it, its worker is spawned and loads the plugin itself."""
     flags = ["--enable-scale-out"]  # for the route of tokens
-    return start_server(memory_bench.model, three_pages(memory_bench, capture="own"), flags)
+    return start_server(memory_bench.model, three_pages(memory_bench, capture="own"), flags, fresh=True)
 
 
 def test_memory_over_http_and_what_was_read_is_in_the_answer(server, memory_bench):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def server(bench, folder, start_server) -> Server:
-    return start_server(bench.model, {**bench.memory, "session_dir": str(folder)}, fresh=True)
+    return start_server(bench.model, {**bench.memory, "session_dir": str(folder)})
 
 
 def test_streaming_commits_before_the_last_chunk(server, bench, prompts):
