@@ -19,6 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from mem_triton.ops.reposition import (
     RotaryEmbedding,
     UnsupportedRopeError,
+    angles,
     move,
     rope_from_config,
     rotate,
@@ -211,3 +212,12 @@ def test_wrong_arguments_are_named():
         rotate(torch.zeros(2, 16), torch.zeros(2, dtype=torch.int32), rope)
     with pytest.raises(ValueError, match=r"^inv_freq: 3 angles for rotary_dim=8"):
         RotaryEmbedding(8, (1.0, 2.0, 3.0))
+
+
+def test_many_places_of_a_short_span_get_the_angles_of_each_alone():
+    rope = rope_from_config({"model_type": "llama", "head_dim": 16, "rope_theta": 10000.0})
+    positions = torch.randint(-1000, -950, (3, 200), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    cos, sin = angles(positions, rope, torch.float32)
+    alone = [angles(position, rope, torch.float32) for position in positions.flatten()]
+    assert torch.equal(cos.flatten(0, 1), torch.stack([a for a, _ in alone]))
+    assert torch.equal(sin.flatten(0, 1), torch.stack([b for _, b in alone]))

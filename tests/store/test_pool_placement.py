@@ -7,6 +7,7 @@ import torch
 
 from mem_triton.ops.reposition import RotaryEmbedding, rope_from_config, rotate
 from mem_triton.store.block import MemoryBlock
+from mem_triton.store.pool import placement
 from mem_triton.store.pool.placement import place, place_sink
 
 ROPES = [
@@ -70,3 +71,20 @@ def test_values_and_layers_without_positions_stay_bit_for_bit():
 def test_a_missing_rope_is_an_error():
     with pytest.raises(ValueError):
         place(block(2), ROPES[:1], "prefix", 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dense", [True, False])
+def test_layers_that_are_turned_together_get_the_bits_of_each_alone(dtype, dense, monkeypatch):
+    """Runs of layers that turn alike, others between them, and layers without positions."""
+    other = rope_from_config({"model_type": "llama", "head_dim": 16, "rope_theta": 500.0})
+    ropes = [ROPES[0], ROPES[0], other, ROPES[1], ROPES[0], other, ROPES[0], ROPES[0]]
+    g = torch.Generator().manual_seed(3)
+    keys, values = torch.randn(2, 8, 3, 40, 16, generator=g).to(dtype)
+    where = torch.arange(40).expand(8, 3, 40) if dense else torch.randint(0, 50, (8, 3, 40), generator=g)
+    b = MemoryBlock(keys, values, where.int())
+    for size in (1, 3 * 40 * 16 * 4 * 2, 1 << 30):  # one layer, two, all
+        monkeypatch.setattr(placement, "CHUNK_BYTES", size)
+        placed = place(b, ropes, "memory3", reference_tokens=64)
+        for layer, rope in enumerate(ropes):
+            assert torch.equal(placed.keys[layer], rotate(keys[layer], b.positions[layer] - 64, rope))

@@ -33,20 +33,30 @@ def move(x: Tensor, old: Tensor, new: Tensor, rope: RotaryEmbedding) -> Tensor:
     return _turn(x, new.to(torch.int64) - old.to(torch.int64), rope, 0)
 
 
-def _turn(x: Tensor, positions: Tensor, rope: RotaryEmbedding, power: int) -> Tensor:
-    """power: 1 puts YaRN's factor on, -1 takes it off and turns back, 0 leaves it as it is."""
-    if rope.rotary_dim == 0:
-        return x
-    if x.shape[-1] < rope.rotary_dim:
-        raise ValueError(f"x: {x.shape[-1]} channels, the rotary embedding turns {rope.rotary_dim}")
+def angles(positions: Tensor, rope: RotaryEmbedding, dtype: torch.dtype, power: int = 1) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, [..., rotary_dim / 2] in ``dtype``, of positions [...] of an integer dtype.
+
+    power: 1 puts YaRN's factor on, -1 takes it off and turns back, 0 leaves it as it is. Each distinct position of many
+    is computed once.
+    """
     if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
         raise TypeError(f"positions: {positions.dtype}, expected integers")
-    inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float64, device=x.device)
-    angle = positions.to(x.device).unsqueeze(-1) * inv_freq * (-1 if power < 0 else 1)  # [..., T, rotary_dim / 2]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    factor = rope.attention_factor**power
-    cos, sin = (angle.cos() * factor).to(wide), (angle.sin() * factor).to(wide)
-    turning = x[..., : rope.rotary_dim].to(wide)
+    inv_freq = torch.tensor(rope.inv_freq, dtype=torch.float64, device=positions.device)
+    factor, where = rope.attention_factor**power, None
+    if positions.device.type == "cpu" and positions.numel() > 1:
+        first, last = positions.aminmax()
+        if (span := int(last) - int(first) + 1) < positions.numel():
+            where, positions = (positions - first).long(), torch.arange(span) + first
+    angle = positions.unsqueeze(-1) * inv_freq * (-1 if power < 0 else 1)
+    cos, sin = (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+    return (cos, sin) if where is None else (cos[where], sin[where])
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, rope: RotaryEmbedding) -> Tensor:
+    """Turn x, [..., D], by angles of ``angles``, in their dtype. Returns the shape and dtype of ``x``."""
+    if rope.rotary_dim == 0:
+        return x
+    turning = x[..., : rope.rotary_dim].to(cos.dtype)
     if rope.interleaved:
         first, second = turning.unflatten(-1, (-1, 2)).unbind(-1)
     else:
@@ -54,3 +64,12 @@ def _turn(x: Tensor, positions: Tensor, rope: RotaryEmbedding, power: int) -> Te
     pair = (first * cos - second * sin, second * cos + first * sin)
     turned = torch.stack(pair, -1).flatten(-2) if rope.interleaved else torch.cat(pair, -1)
     return torch.cat((turned.to(x.dtype), x[..., rope.rotary_dim :]), -1)
+
+
+def _turn(x: Tensor, positions: Tensor, rope: RotaryEmbedding, power: int) -> Tensor:
+    if rope.rotary_dim == 0:
+        return x
+    if x.shape[-1] < rope.rotary_dim:
+        raise ValueError(f"x: {x.shape[-1]} channels, the rotary embedding turns {rope.rotary_dim}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return turn(x, *angles(positions.to(x.device), rope, wide, power), rope)

@@ -12,10 +12,12 @@ from typing import Literal
 
 import torch
 
-from mem_triton.ops.reposition import RotaryEmbedding, rotate
+from mem_triton.ops.reposition import RotaryEmbedding, angles, turn
 from mem_triton.store.block import MemoryBlock
 
 Kind = Literal["memory3", "prefix", "parallel"]
+CHUNK_BYTES = 1 << 21
+"""Keys in fp32 that are turned together: with what is made of them they stay in a processor's cache."""
 
 
 def place(block: MemoryBlock, ropes: Sequence[RotaryEmbedding], kind: Kind, reference_tokens: int) -> MemoryBlock:
@@ -41,12 +43,17 @@ def _moved(block: MemoryBlock, ropes: Sequence[RotaryEmbedding], offset: int) ->
     if len(ropes) != len(block.keys):
         raise ValueError(f"ropes: {len(ropes)} for a block of {len(block.keys)} layers")
     positions = block.positions + offset  # [L, Hkv, T]
-    dense = block.tokens > 0 and bool(
-        (positions == positions[:1, :1]).all()
-    )  # the same in all heads: one set of angles
+    dense = block.tokens > 0 and bool((positions == positions[:1, :1]).all())  # in all heads: one set of angles
     keys = torch.empty_like(block.keys)
-    for rope in set(ropes):  # layers that turn alike, together
-        layers = [i for i, other in enumerate(ropes) if other == rope]
-        where = positions[0, 0] if dense else positions[layers]
-        keys[layers] = rotate(block.keys[layers], where, rope)
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    step = max(1, CHUNK_BYTES // max(1, wide.itemsize * keys[:1].numel()))
+    for rope in set(ropes):
+        alike = [i for i, other in enumerate(ropes) if other == rope]
+        cos_sin = angles(positions[0, 0], rope, wide) if dense else None
+        for i in range(0, len(alike), step):
+            layers: list[int] | slice = alike[i : i + step]
+            if layers[-1] - layers[0] == len(layers) - 1:
+                layers = slice(layers[0], layers[-1] + 1)  # no copy
+            cos, sin = cos_sin or angles(positions[layers], rope, wide)
+            keys[layers] = turn(block.keys[layers], cos, sin, rope)
     return MemoryBlock(keys, block.values, positions)
