@@ -44,7 +44,8 @@ Make = Callable[[int], Asked]
 class Row:
     """One way to answer all questions. documents: attached to each; mean: of the answers' figures.
 
-    prompt_tokens: median, that the engine reads; ttft: median seconds of requests that have the server for themselves.
+    prompt_tokens: median, that the engine reads; ttft: median seconds of requests that have the server for themselves,
+    None if there were none.
     """
 
     way: str
@@ -57,7 +58,7 @@ class Row:
     f1: float
     f1_interval: tuple[float, float]
     prompt_tokens: float
-    ttft: float
+    ttft: float | None
 
 
 @app.command()
@@ -68,7 +69,7 @@ def quality(
     every: Annotated[int, typer.Option(min=1, help="Ask each so many-th question.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 24,
     at_once: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
-    alone: Annotated[int, typer.Option(min=1, help="Requests that have the server for themselves, for TTFT.")] = 8,
+    alone: Annotated[int, typer.Option(min=0, help="Requests that have the server for themselves, for TTFT.")] = 8,
     engine: Annotated[str, typer.Option(help="vllm or sglang.")] = "vllm",
     dtype: Annotated[str, typer.Option(help="The servers' --dtype.")] = "float32",
     save: Annotated[bool, typer.Option("--save", help="Keep the figures under benchmarks/results.")] = False,
@@ -227,7 +228,7 @@ class Run:
             statistics.fmean(scores),
             interval(scores),
             statistics.median(answer.prompt for answer in answers),
-            statistics.median(answer.ttft for answer in alone),
+            statistics.median(answer.ttft for answer in alone) if alone else None,
         )
 
 
@@ -247,6 +248,12 @@ def show(console: Console, rows: list[Row], sizes: dict[str, Any], same: str | N
             f"{100 * v:.0f} % ({100 * a:.0f} to {100 * b:.0f})"
             for v, (a, b) in ((row.says, row.says_interval), (row.f1, row.f1_interval), (row.exact, row.exact_interval))
         ]
-        table.add_row(row.way, str(row.documents), *cells, f"{row.prompt_tokens:.0f}", f"{1000 * row.ttft:.0f}")
+        table.add_row(
+            row.way,
+            str(row.documents),
+            *cells,
+            f"{row.prompt_tokens:.0f}",
+            "-" if row.ttft is None else f"{1000 * row.ttft:.0f}",
+        )
     console.print(table)
     console.print(f"bank: {json.dumps(sizes)}; answers with one entry that are those with its text: {same}")
