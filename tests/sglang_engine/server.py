@@ -86,9 +86,17 @@ class Server(ServerProcess):
 
     def inside(self) -> float:
         """Requests that the engine runs, or has in its queue."""
+        return self._load("sglang_num_running_reqs{") + self._load("sglang_num_waiting_reqs{")
+
+    def held(self) -> float:
+        """Tokens of the KV cache that requests hold."""
+        return self._load("sglang_num_used_tokens{")
+
+    def _load(self, name: str) -> float:
         lines = self.http.get("/v1/loads", params={"format": "prometheus"}).text.splitlines()
-        names = ("sglang_num_running_reqs{", "sglang_num_waiting_reqs{")
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(names))
+        found = [float(line.split()[-1]) for line in lines if line.startswith(name)]
+        assert found, f"/v1/loads has no {name}"
+        return sum(found)
 
     @staticmethod
     def adapted(name: str) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from mem_triton.runtime.serving import Serving
 from tests.sglang_engine.server import Server
+from tests.support.memo_crowd_scenarios import *  # noqa: F403
 from tests.support.memo_server_scenarios import *  # noqa: F403
 from tests.support.memo_server_scenarios import Start
 

@@ -80,6 +80,10 @@ class Server(ServerProcess):
         """Requests that the engine runs, or has in its queue."""
         return self.metric("vllm:num_requests_running{") + self.metric("vllm:num_requests_waiting{")
 
+    def held(self) -> float:
+        """Share of the KV cache that requests hold."""
+        return self.metric("vllm:kv_cache_usage_perc{")
+
     @staticmethod
     def adapted(name: str) -> str:
         """The model name of a LoRA adapter."""

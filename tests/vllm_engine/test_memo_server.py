@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from mem_triton.runtime.serving import Serving
+from tests.support.memo_crowd_scenarios import *  # noqa: F403
 from tests.support.memo_server_scenarios import *  # noqa: F403
 from tests.support.memo_server_scenarios import (
     TOKENS,
