@@ -16,11 +16,15 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.models.api_router import show_available_models
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from mem_triton.config import parse_config
 from mem_triton.runtime.frontend import chat_models
 from mem_triton.systems.base import ChatHost
 from mem_triton_vllm.http_fields import XARGS, chats_of
+
+logger = init_logger("vllm.mem_triton")
 
 
 class ChatModels:
@@ -44,14 +48,23 @@ class ChatModels:
             return
         names = {model.name for model in state.openai_serving_models.base_model_paths}
         names |= set(state.openai_serving_models.lora_requests)
-        host = ChatHost(_served(state), XARGS)
+        seeds = not current_platform.is_cpu()
+        host = ChatHost(_served(state, seeds), XARGS)
         state.mem_triton_chats |= chat_models.chat_models(parse_config(section), host, names)
+        if state.mem_triton_chats and not seeds:
+            logger.warning("Chat models sample without their seeds, which would end vLLM on a CPU")
 
 
-def _served(state: Any) -> Any:
-    """Asks a model of this server, in this process, with the server's own limits and adapters."""
+def _served(state: Any, seeds: bool) -> Any:
+    """Asks a model of this server, in this process, with the server's own limits and adapters.
+
+    seeds: whether calls keep theirs. On a CPU a seeded request that is sampled ends vLLM's engine when its prompt is
+    read in parts (``GPUModelRunner._bookkeeping_sync`` sets back a generator's offset, which a CPU's has not).
+    """
 
     async def served(body: dict[str, Any], caller: Any) -> tuple[int, dict[str, Any]]:
+        if not seeds:
+            body = {name: value for name, value in body.items() if name != "seed"}
         try:
             answer = await state.openai_serving_chat.create_chat_completion(ChatCompletionRequest(**body))
         except ValueError as error:  # what vLLM's own route answers with HTTP 400

@@ -48,6 +48,25 @@ def start(lora_bench) -> Start:
     return start
 
 
+def test_an_executive_of_the_server_that_samples_does_not_end_it(lora_bench, tmp_path):
+    """vLLM on a CPU ends with a seeded, sampled request whose prompt is read in parts: calls go without their seeds."""
+    serving = Serving("vllm", str(lora_bench.model), {"memo": section("m")}, {"memo": lora_bench.lora})
+    serving.check()
+    flags = [*serving.options(), "--max-num-batched-tokens", "64", "--max-num-seqs", "8"]
+    server = Server(str(lora_bench.model), str(tmp_path / "log"), flags, **serving.environment)
+    try:
+        server.wait()
+        messages = [{"role": "user", "content": "Who has a kite? " * 30}]
+        asked = {"messages": messages, "temperature": 0.8, "seed": 3, "max_tokens": 64}
+        said = server.http.post("/v1/chat/completions", json=asked | {"model": "m+memo"})
+        assert said.status_code in (200, 502), said.text
+        plain = server.http.post("/v1/chat/completions", json=asked | {"model": "m", "temperature": 0})
+        assert plain.status_code == 200, plain.text
+        assert "sample without their seeds" in server.printed()
+    finally:
+        server.stop()
+
+
 def test_a_request_that_comes_while_an_adapter_is_replaced_waits_and_is_answered_by_one_of_the_two(
     server, lora_bench, tmp_path
 ):
