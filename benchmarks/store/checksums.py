@@ -28,6 +28,7 @@ from benchmarks.engines.pairs import order, ratio
 from benchmarks.store.pool import DTYPES, HEADS, KEPT, REFERENCE, ROPE, SIZE, write_bank
 from mem_triton.store.bank import Bank, BankError
 from mem_triton.store.bank.compared import EVERY, SETTLED_NS, Compared
+from mem_triton.store.bank.shards import Shards
 from mem_triton.store.pool.placement import place
 from mem_triton.store.pool.pool import PagePool
 
@@ -69,7 +70,8 @@ class Sides:
         pool = PagePool(layers, HEADS, SIZE, page_tokens, 2 * -(-tokens // page_tokens), DTYPES["auto"], "cpu")
         self.banks = {side: Bank.open(path) for side in COMPARED}
         for side, bank in self.banks.items():
-            bank.shards.compared = COMPARED[side]
+            usual = bank.shards
+            bank.shards = Shards(usual.folder, bank.spec, usual.codec, usual._sha256_of, COMPARED[side])
         self.loads = {side: self._load(bank, pool, [ROPE] * layers, kind) for side, bank in self.banks.items()}
 
     @staticmethod

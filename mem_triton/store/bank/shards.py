@@ -123,10 +123,17 @@ class Shards:
     path which reads are compared.
     """
 
-    def __init__(self, folder: Path, spec: BankSpec, codec: Codec, sha256_of: Callable[[str], str | None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: BankSpec,
+        codec: Codec,
+        sha256_of: Callable[[str], str | None],
+        compared: Callable[[Path], Compared] = Compared,
+    ) -> None:
         self.folder, self.spec, self.codec, self._sha256_of = folder, spec, codec, sha256_of
         self.lossless = get_codec(EXACT_CODECS[spec.dtype])  # for the sink, which every request reads
-        self.compared = Compared
+        self._compared = compared
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -264,14 +271,14 @@ class Shards:
         if "checksums" in header:
             found = np.frombuffer(base64.b64decode(header["checksums"], validate=True), "<u4")
             return OpenShard(
-                file, names, found.reshape(int(header["rows"]), -1, self.spec.kv_heads), self.compared(path)
+                file, names, found.reshape(int(header["rows"]), -1, self.spec.kv_heads), self._compared(path)
             )
         right = self._sha256_of(path.name)
         if right is None:  # compact has moved its rows meanwhile
             raise FileNotFoundError(path)
         if file_sha256(path) != right:
             raise ValueError("has changed since it was written")
-        return OpenShard(file, names, None, self.compared(path))
+        return OpenShard(file, names, None, self._compared(path))
 
     def forget(self, name: str) -> None:
         """Let go of a shard that was removed, so that the disk has its room again."""
