@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -30,6 +31,13 @@ from mem_triton.systems.registry import count_refusal
 from mem_triton.systems.request import CARRIER, RequestError
 from mem_triton_vllm.answer_text import AnswerText
 from mem_triton_vllm.continuation import ContinuedAnswer, fixed
+
+
+def keep_warnings() -> None:
+    """Have this project's warnings printed in vLLM's server, whose routes raise the root logger's level to ERROR."""
+    ours = logging.getLogger("mem_triton")
+    if ours.level == logging.NOTSET:
+        ours.setLevel(logging.WARNING)
 
 
 class VLLMFrontEnd(MemoryFrontEnd):
@@ -55,6 +63,7 @@ class VLLMFrontEnd(MemoryFrontEnd):
         kept_loras: int | None = None,
     ) -> None:
         super().__init__(parts, tenants, Incidents(make_file(), _external_id))
+        keep_warnings()
         self.tokenizer, self._fixed = tokenizer, fixed_all
         self.loras = LoadedAdapters(kept_loras)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -281,7 +282,8 @@ def handler_class():
 
 
 def client_of(engine):
-    """A client of vLLM's own routes for adapters, before this engine."""
+    """A client of vLLM's own routes for adapters, before this engine. Those raise the level of the root logger
+    and its handlers, pytest's among them."""
     import httpx
     from fastapi import FastAPI
     from vllm.entrypoints.openai.models.protocol import BaseModelPath
@@ -289,7 +291,10 @@ def client_of(engine):
 
     engine.model_config = engine.renderer = engine.input_processor = None
     app = FastAPI()
+    levels = [(one, one.level) for one in (logging.root, *logging.root.handlers)]
     _attach_router(app)
+    for one, level in levels:
+        one.setLevel(level)
     app.state.openai_serving_models = handler_class()(engine, [BaseModelPath("m", "m")])
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
 

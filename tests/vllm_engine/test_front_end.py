@@ -176,3 +176,19 @@ def test_fault16_streams_of_inputs_cannot_choose_their_scope():
     for field in ("mem_read", "mem_write"):
         with pytest.raises(VLLMValidationError, match=f"{field}: streaming inputs"):
             VLLMFrontEnd({}).open_request(stream(), SamplingParams(extra_args={field: 0}))
+
+
+def test_warnings_are_said_where_vllm_s_routes_have_raised_the_root_s_level(monkeypatch):
+    """Routes for adapters do so in vLLM's server (model_hosting_container_standards). Control: without a front end."""
+    from mem_triton_vllm.front_end import VLLMFrontEnd
+
+    monkeypatch.setattr(logging.root, "level", logging.ERROR)
+    monkeypatch.setattr(logging.getLogger("mem_triton"), "level", logging.NOTSET)
+    logging.root.manager._clear_cache()
+    try:
+        assert not logging.getLogger("mem_triton.systems").isEnabledFor(logging.WARNING)
+        VLLMFrontEnd({})
+        assert logging.getLogger("mem_triton.systems").isEnabledFor(logging.WARNING)
+    finally:
+        monkeypatch.undo()
+        logging.root.manager._clear_cache()
