@@ -32,8 +32,8 @@ def _open(path: Path, writable: bool = False) -> Pools:
 def list_pools(path: Memory, json: Json = False) -> None:
     """Pools by name, with their newest versions."""
     with _open(path) as pools:
-        infos, strangers = pools.list(), pools.strangers()
-    for problem in strangers:
+        infos, problems = pools.look()
+    for problem in problems:
         output.note(problem)
     if json:
         return output.print_json([asdict(info) for info in infos])

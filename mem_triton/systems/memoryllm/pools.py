@@ -106,12 +106,22 @@ class Pools:
 
     def list(self, tenant: str | None = None) -> list[PoolInfo]:
         """Pools by name. tenant: None for all, else its own and everybody's."""
-        infos, _ = self._look()
+        infos, _ = self.look()
         return [info for info in infos if tenant is None or info.tenant in ("", tenant)]
 
-    def strangers(self) -> list[str]:
-        """What lies among the pools and is none, and pools whose own file is damaged: a problem each."""
-        return self._look()[1]
+    def look(self) -> tuple[list[PoolInfo], list[str]]:
+        """The pools, and a problem for what lies among them and is none, or whose own file is damaged."""
+        infos, problems = [], []
+        for entry in sorted((self.path / "pools").iterdir()):
+            if entry.name.startswith("."):
+                continue
+            try:
+                if not (entry / records.POOL).is_file():
+                    raise PoolError(f"{entry}: has no {records.POOL}, so it is no pool; move it elsewhere")
+                infos.append(self._info(entry))
+            except (PoolError, OSError) as error:
+                problems.append(str(error))
+        return infos, problems
 
     def info(self, name: str, tenant: str = "") -> PoolInfo:
         """One pool. Raises PoolError for one that is not there or not the tenant's, in the same words."""
@@ -173,7 +183,7 @@ class Pools:
 
     def verify(self) -> list[str]:
         """Problems of every pool, each naming its file; empty if all is well."""
-        infos, problems = self._look()
+        infos, problems = self.look()
         for info in infos:
             folder = self.path / "pools" / records.directory(info.name, info.tenant)
             try:
@@ -335,20 +345,6 @@ class Pools:
         raise UnknownPoolError(
             f'pool "{str(name)[:200]}" is unknown, or not yours; `mem-triton pool list` shows what there is'
         )
-
-    def _look(self) -> tuple[list[PoolInfo], list[str]]:
-        """The pools, and what is wrong with the rest."""
-        infos, problems = [], []
-        for entry in sorted((self.path / "pools").iterdir()):
-            if entry.name.startswith("."):
-                continue
-            try:
-                if not (entry / records.POOL).is_file():
-                    raise PoolError(f"{entry}: has no {records.POOL}, so it is no pool; move it elsewhere")
-                infos.append(self._info(entry))
-            except (PoolError, OSError) as error:
-                problems.append(str(error))
-        return infos, problems
 
     def _info(self, folder: Path) -> PoolInfo:
         name, tenant, identity = records.read_about(folder)

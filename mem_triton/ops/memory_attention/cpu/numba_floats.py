@@ -8,6 +8,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 TILE = 128
+POWERS = (1.5403530e-4, 1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 0.24022651, 0.69314718, 1.0)
+"""2**f for f from -0.5 to 0.5: the highest power's factor first."""
 
 
 def _bits(builder, value, shift):
@@ -51,8 +53,7 @@ def exp2(x):
     """2**x for x <= 0, to 2e-7; below 2**-126 that."""
     x = max(x, np.float32(-126))
     whole = np.floor(x + np.float32(0.5))
-    f = x - whole
-    tail = np.float32(1.3333558e-3) + f * np.float32(1.5403530e-4)
-    tail = np.float32(0.24022651) + f * (np.float32(5.5504109e-2) + f * (np.float32(9.6181291e-3) + f * tail))
-    power = np.float32(1) + f * (np.float32(0.69314718) + f * tail)
+    f, power = x - whole, np.float32(POWERS[0])
+    for i in range(1, len(POWERS)):
+        power = np.float32(POWERS[i]) + f * power
     return power * as_float(np.uint32((np.int32(whole) + np.int32(127)) << np.int32(23)))

@@ -21,7 +21,6 @@ from mem_triton.ops.memory_attention.cpu.numba_lists import (
 from mem_triton.ops.memory_attention.cpu.numba_tiles import (
     COLUMNS,
     FLOATS,
-    GROUP,
     LISTED,
     OF_PAIRS,
     PAIRS,
@@ -36,7 +35,7 @@ from mem_triton.ops.memory_attention.cpu.numba_tiles import (
     multiply,
     values_as_pairs,
 )
-from mem_triton.ops.memory_attention.cpu.numba_vectors import LANES
+from mem_triton.ops.memory_attention.cpu.numba_vectors import GROUP, LANES
 
 
 @njit(inline="always", **OPTIONS)
@@ -70,7 +69,7 @@ def _attend_tile(kind, here, keys, values, layer, room):
         out = logits_at + m * row
         if fast:
             multiply(OF_PAIRS, data, step, turn, groups, size // 2, q16_at + m * p_row, p_row, out, row, some)
-        elif data == keys and here > block:
+        elif kind == COLUMNS and here > block:  # of several blocks
             for first in range(0, groups, block // LANES):
                 part, at = min(block // LANES, groups - first), listed[0, first * LANES]
                 multiply(

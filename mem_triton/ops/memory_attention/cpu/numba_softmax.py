@@ -11,7 +11,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from mem_triton.ops.memory_attention.cpu.numba_floats import POWERS
 from mem_triton.ops.memory_attention.cpu.numba_vectors import (
+    GROUP,
     LANES,
     SUMS,
     WORDS,
@@ -23,7 +25,6 @@ from mem_triton.ops.memory_attention.cpu.numba_vectors import (
     store,
 )
 
-GROUP = 4 * LANES  # bytes
 _FLAGS = ("contract",)
 _NOTHING = float("-inf")
 
@@ -38,15 +39,15 @@ def _product(builder, a, b, c):
 
 
 def _exp2(builder, x):
-    """2**x for x <= 0, to 2e-7; below 2**-126 that. The same polynomial as ``numba_floats.exp2``."""
+    """2**x for x <= 0, to 2e-7; below 2**-126 that: ``numba_floats.exp2`` for 16 numbers."""
     x = builder.select(builder.fcmp_unordered(">", x, _floats(-126.0)), x, _floats(-126.0))  # NaN stays
     kind = ir.FunctionType(SUMS, [SUMS])
     floor = cgutils.get_or_insert_function(builder.module, kind, f"llvm.floor.v{LANES}f32")
     whole = builder.call(floor, [builder.fadd(x, _floats(0.5))])
     f = builder.fsub(x, whole)
-    power = _floats(1.5403530e-4)
-    for term in (1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 0.24022651, 0.69314718, 1.0):
-        power = _product(builder, f, power, _floats(term))
+    power = _floats(POWERS[0])
+    for factor in POWERS[1:]:
+        power = _product(builder, f, power, _floats(factor))
     exponent = builder.add(builder.fptosi(whole, WORDS), ir.Constant(WORDS, [127] * LANES))
     scale = builder.bitcast(builder.shl(exponent, ir.Constant(WORDS, [23] * LANES)), SUMS)
     return builder.fmul(power, scale)

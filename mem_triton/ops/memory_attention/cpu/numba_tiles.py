@@ -15,6 +15,7 @@ from mem_triton.ops.common.pointers import pointer
 from mem_triton.ops.memory_attention.cpu.numba_floats import TILE, as_float, exp2, rounded
 from mem_triton.ops.memory_attention.cpu.numba_softmax import weigh, weights_of
 from mem_triton.ops.memory_attention.cpu.numba_vectors import (
+    GROUP,
     LANES,
     interleave,
     multiply_floats,
@@ -25,7 +26,6 @@ from mem_triton.ops.memory_attention.cpu.numba_vectors import (
 
 ROWS, COLUMNS, PAIRS = 0, 1, 2  # how a tile's tokens lie: anywhere, listed; the two orders of ``packing``
 FLOATS, LISTED, OF_PAIRS = 0, 1, 2
-GROUP = 4 * LANES  # bytes
 _ZERO = np.float32(0)
 
 

@@ -16,6 +16,7 @@ binding.initialize_native_asmparser()  # for the instruction VDPBF16PS by its na
 HAS_DOT = "+avx512bf16" in cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 """Whether numba compiles for a CPU with the instruction VDPBF16PS; for another one LLVM would end the process."""
 LANES = 16
+GROUP = 4 * LANES  # bytes
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 WORDS, SUMS, _HALVES = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES), ir.VectorType(_I16, 2 * LANES)
 
